@@ -1,0 +1,66 @@
+"""FOAM (Folded Optimizer with Approximate Moment) for the Hugging Face Trainer.
+
+`import foam_hf` registers `optim="foam"` and `optim="foam_mini"` with transformers, now if it is loaded, else at the
+moment it gets loaded. The import itself is cheap: torch and transformers are imported only when a name needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import types
+from typing import TYPE_CHECKING, Any
+
+from foam_hf._import_hook import on_import
+
+if TYPE_CHECKING:
+    from foam_hf import memory
+    from foam_hf.callback import OptimizerMemoryCallback
+    from foam_hf.optimizer import FOAM
+    from foam_hf.param_groups import foam_param_groups
+
+__version__ = "0.1.0"
+
+__all__ = ["FOAM", "OptimizerMemoryCallback", "__version__", "foam_param_groups", "memory"]
+
+_LAZY_MODULES = {
+    "FOAM": "foam_hf.optimizer",
+    "OptimizerMemoryCallback": "foam_hf.callback",
+    "foam_param_groups": "foam_hf.param_groups",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "memory":
+        return importlib.import_module("foam_hf.memory")
+    if name not in _LAZY_MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY_MODULES[name]), name)
+    globals()[name] = value  # the next access skips this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
+
+
+def _register_names(module: types.ModuleType) -> None:
+    from foam_hf.trainer_plugin import register_names
+
+    register_names(module)
+
+
+def _register_trainer(module: types.ModuleType) -> None:
+    from foam_hf.trainer_plugin import register_trainer
+
+    register_trainer(module)
+
+
+def _register_modelcard(module: types.ModuleType) -> None:
+    from foam_hf.trainer_plugin import register_modelcard
+
+    register_modelcard(module)
+
+
+on_import("transformers.training_args", _register_names)
+on_import("transformers.trainer", _register_trainer)
+on_import("transformers.modelcard", _register_modelcard)
