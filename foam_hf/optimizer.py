@@ -1,0 +1,316 @@
+"""``FOAM``, a plain ``torch.optim.Optimizer``: validation, lazy state, the step, checkpoints. The arithmetic is in ``update``."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from foam_hf.folding import MAX_LEVEL, Level, num_blocks
+from foam_hf.update import Hyper, update_parameter
+
+StateSpec = dict[str, tuple[torch.Size, torch.dtype]]
+_SCHEDULED = ("params", "lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
+
+
+class FOAM(torch.optim.Optimizer):
+    """FOAM (Wen et al., arXiv 2512.07112): Adam's moments as means over blocks of ``2**level`` adjacent columns.
+
+    Parameters of two or more dimensions fold along their last dimension; the others, and every group with ``level=0`` and
+    ``second_moment="block"``, get AdamW as ``torch.optim.AdamW`` computes it. To keep embeddings and heads of a model
+    unfolded, pass the groups of :func:`foam_hf.foam_param_groups`. Every argument is also a field of a param group.
+
+    Args:
+        params: parameters or param groups, as for any torch optimizer. Floating dtypes, any shape and strides.
+        lr: learning rate, a float or a tensor of one element.
+        betas: decay rates of the first and second moment, each in [0, 1).
+        eps: added to the root of the second moment, >= 0.
+        weight_decay: decoupled, as in AdamW, >= 0.
+        level: blocks have ``2**level`` columns; 0 to 16, or ``"row"`` for one block a row (FOAM-Mini).
+        scale: the paper's alpha, > 0: multiplies the step of parameters with two or more dimensions.
+        second_moment: ``"block"``, the paper's rule, or ``"factored"``: means over each row and each column.
+        residual_scale: weight of the residual, what the block mean loses of the gradient; >= 0.
+        stochastic_rounding: ``"auto"`` rounds stochastically where bfloat16 is written, ``False`` never; ``True`` is
+            ``"auto"`` with an error if there is no bfloat16 parameter.
+        state_dtype: ``torch.float32`` or ``torch.bfloat16``.
+        seed: of the stochastic rounding; its bits are a function of seed, step, parameter and element alone.
+
+    State of a folded parameter of shape (..., n), where b = ceil(n / 2**level): ``folded_exp_avg`` (..., b), and
+    ``folded_exp_avg_sq`` (..., b) or, with the factored rule, ``row_exp_avg_sq`` (...,) and ``col_exp_avg_sq`` (..., n)
+    without the second last dimension. Of a plain one: ``exp_avg`` and ``exp_avg_sq``, as the parameter. And ``step``, a
+    float32 scalar on the CPU.
+
+    Raises:
+        ValueError: a hyperparameter out of range, no parameters, a duplicate parameter.
+        TypeError: a parameter that is not a floating point tensor, or a hyperparameter of another type.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        level: Level = 8,
+        scale: float = 0.25,
+        second_moment: str = "block",
+        residual_scale: float = 1.0,
+        stochastic_rounding: bool | str = "auto",
+        state_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "level": level,
+            "scale": scale,
+            "second_moment": second_moment,
+            "residual_scale": residual_scale,
+            "stochastic_rounding": stochastic_rounding,
+            "state_dtype": state_dtype,
+            "seed": seed,
+        }
+        check_options(defaults)
+        super().__init__(params, defaults)
+        if stochastic_rounding is True and not any(p.dtype == torch.bfloat16 for p in self._parameters()):
+            raise ValueError(
+                "stochastic_rounding=True rounds into bfloat16 weights, and no parameter is bfloat16: "
+                f"got {sorted({str(p.dtype) for p in self._parameters()})}; expected a bfloat16 model, or 'auto'"
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch; a group that is not valid is refused whole, and the optimizer stays as it was."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group_names(group, self.defaults)
+            check_options(group)
+            if len({id(p) for p in group["params"]}) < len(group["params"]):
+                raise ValueError("a parameter is listed twice in one param group; expected each parameter once")
+            for p in group["params"]:
+                _check_parameter(p)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient. ``closure`` re-evaluates the model and returns the loss.
+
+        Raises:
+            TypeError: a sparse or complex gradient; nothing is updated then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for stream, p in enumerate(self._parameters()):
+            if p.grad is not None and (p.grad.layout != torch.strided or p.grad.is_complex()):
+                kind = "complex" if p.grad.is_complex() else str(p.grad.layout)
+                raise TypeError(
+                    f"FOAM needs dense real gradients: got {kind} for parameter {stream} of shape {tuple(p.shape)}; "
+                    "for an embedding, expected sparse=False"
+                )
+        stream = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._step_parameter(p, group, stream)
+                stream += 1
+        return loss
+
+    def _step_parameter(self, p: Tensor, group: dict[str, Any], stream: int) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for name, (shape, dtype) in state_spec(p, group).items():
+                if name != "step":
+                    state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
+        state["step"] += 1
+        t = int(state["step"])
+        b1, b2 = group["betas"]
+        hyper = Hyper(
+            lr=float(group["lr"]),
+            b1=b1,
+            b2=b2,
+            c1=1 - b1**t,
+            c2=1 - b2**t,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            scale=group["scale"] if p.dim() > 1 else 1.0,
+            rho=group["residual_scale"],
+            stochastic=group["stochastic_rounding"] is not False,
+            seed=group["seed"],
+            step=t,
+            stream=stream,
+        )
+        update_parameter(p, cast(Tensor, p.grad), state, *effective_rule(p, group), hyper)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint; hyperparameters come from it, as in torch, and the state keeps the dtypes it was saved in.
+
+        Raises:
+            ValueError: it was written by another optimizer, for another level or rule, or for parameters of other shapes;
+                nothing is changed then.
+        """
+        saved_states = _check_checkpoint(state_dict, self.param_groups)
+        replaced = {
+            f"{name}={mine[name]} by {saved[name]}"
+            for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
+            for name in self.defaults
+            if name != "lr" and name in saved and _plain(saved[name]) != _plain(mine[name])
+        }
+        super().load_state_dict(state_dict)
+        if replaced:
+            warnings.warn(f"the checkpoint replaces hyperparameters: {', '.join(sorted(replaced))}", stacklevel=2)
+        # torch casts state to the dtype of its parameter, which would round float32 moments of bfloat16 weights.
+        for p, saved in zip(self._parameters(), saved_states, strict=True):
+            for name, value in saved.items():
+                if name != "step":
+                    self.state[p][name] = value.detach().to(p.device, copy=True).contiguous()
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
+
+def effective_rule(p: Tensor, group: dict[str, Any]) -> tuple[Level, str]:
+    """The level and second-moment rule that ``p`` gets in ``group``: tensors of fewer than two dimensions stay plain."""
+    return (group["level"], group["second_moment"]) if p.dim() > 1 else (0, "block")
+
+
+def state_spec(p: Tensor, group: dict[str, Any]) -> StateSpec:
+    """Name -> (shape, dtype) of every tensor of state that ``p`` will hold in ``group``; allocates nothing."""
+    level, second_moment = effective_rule(p, group)
+    dtype = group["state_dtype"]
+    spec: StateSpec = {"step": (torch.Size(()), torch.float32)}
+    if level == 0 and second_moment == "block":
+        return spec | {"exp_avg": (p.shape, dtype), "exp_avg_sq": (p.shape, dtype)}
+    folded = torch.Size((*p.shape[:-1], num_blocks(level, p.shape[-1])))
+    spec["folded_exp_avg"] = (folded, dtype)
+    if second_moment == "block":
+        return spec | {"folded_exp_avg_sq": (folded, dtype)}
+    columns = torch.Size((*p.shape[:-2], p.shape[-1]))
+    return spec | {"row_exp_avg_sq": (p.shape[:-1], dtype), "col_exp_avg_sq": (columns, dtype)}
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Validate hyperparameters, a group's or the constructor's.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range, NaN and infinity included.
+    """
+    level = options["level"]
+    if not (level == "row" if isinstance(level, str) else _is_int(level) and 0 <= level <= MAX_LEVEL):
+        raise ValueError(f"level is out of range: got {level!r}; expected an integer from 0 to {MAX_LEVEL}, or 'row'")
+    lr = options["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr has {lr.numel()} elements; expected a float or a tensor of one element")
+    _check_number("lr", float(lr) if isinstance(lr, Tensor) else lr)
+    betas = options["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas is not a pair: got {betas!r}; expected two numbers in [0, 1)")
+    for i, beta in enumerate(betas):
+        _check_number(f"betas[{i}]", beta, below=1.0)
+    for name in ("eps", "weight_decay", "residual_scale"):
+        _check_number(name, options[name])
+    _check_number("scale", options["scale"], positive=True)
+    for name, legal in (
+        ("second_moment", ("block", "factored")),
+        ("stochastic_rounding", ("auto", True, False)),
+        ("state_dtype", (torch.float32, torch.bfloat16)),
+    ):
+        if not any(type(options[name]) is type(value) and options[name] == value for value in legal):
+            raise ValueError(f"{name} is not valid: got {options[name]!r}; expected one of {legal}")
+    seed = options["seed"]
+    if not _is_int(seed) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed is out of range: got {seed!r}; expected an integer from 0 to 2**64 - 1")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _check_number(name: str, value: Any, *, below: float = math.inf, positive: bool = False) -> None:
+    legal = f"a number in [0, {below:g})" if below < math.inf else f"a finite number {'>' if positive else '>='} 0"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is not a number: got {value!r}; expected {legal}")
+    if not (0 <= value < below) or (positive and value == 0):  # NaN fails every comparison
+        raise ValueError(f"{name} is out of range: got {value!r}; expected {legal}")
+
+
+def _check_group_names(group: dict[str, Any], known: Iterable[str]) -> None:
+    known = [*known, "params"]
+    for name in group:
+        # Other tools tag groups with keys of their own; only a likely misspelling of ours is an error.
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        if name not in known and near:
+            raise ValueError(f"unknown field in a param group: got {name!r}; did you mean {near[0]!r}?")
+
+
+def _check_parameter(p: Tensor) -> None:
+    if p.is_complex() or not p.is_floating_point() or p.layout != torch.strided:
+        raise TypeError(
+            f"cannot optimize a parameter of dtype {p.dtype} and layout {p.layout}, shape {tuple(p.shape)}; "
+            "expected dense float32, bfloat16 or float16"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved state of each parameter in order, or a ValueError that says why the checkpoint does not fit."""
+    try:
+        saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"not an optimizer's state dict: got {type(state_dict).__name__} with keys "
+            f"{sorted(map(str, state_dict)) if isinstance(state_dict, dict) else None}; expected 'state' and 'param_groups'"
+        ) from None
+    sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved_groups))
+    states = []
+    for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=False)):
+        for name in ("level", "second_moment"):
+            if name not in saved:
+                held = sorted({key for state in saved_state.values() for key in state})
+                raise ValueError(f"the checkpoint is of another optimizer: its param groups have no {name!r}, its state holds {held}")
+            if saved[name] != group[name]:
+                raise ValueError(
+                    f"the checkpoint was trained with {name}={saved[name]!r} in param group {i}, this optimizer has "
+                    f"{name}={group[name]!r}; expected the same, or training from the start"
+                )
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"the checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}; "
+            "expected the same model and the same choice of folded weights"
+        )
+    for group, saved in zip(groups, saved_groups, strict=True):
+        for p, key in zip(group["params"], saved["params"], strict=True):
+            state = saved_state.get(key, {})
+            _check_state(key, state, state_spec(p, group))
+            states.append(state)
+    return states
+
+
+def _check_state(key: int, state: dict[str, Any], spec: StateSpec) -> None:
+    if not state:  # a parameter that never had a gradient
+        return
+    if set(state) != set(spec):
+        raise ValueError(f"parameter {key} of the checkpoint holds {sorted(state)}; expected {sorted(spec)}")
+    for name, (shape, _) in spec.items():
+        if tuple(torch.as_tensor(state[name]).shape) != tuple(shape):
+            raise ValueError(
+                f"{name} of parameter {key} has shape {tuple(state[name].shape)} in the checkpoint; expected {tuple(shape)}"
+            )

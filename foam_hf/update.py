@@ -1,0 +1,174 @@
+"""FOAM's update of one parameter in the paper's symbols (arXiv 2512.07112), and the loop that applies it on any device.
+
+A rule sees float32 parts of a weight in blocks: the gradient ``G`` is (rows, blocks, width), the folded moments ``m`` and
+``v`` are (rows, blocks, 1), so ``fold`` is a mean over the last dimension and ``unfold`` is broadcasting. ``b1, b2`` are
+Adam's betas, ``c1 = 1 - b1**t`` and ``c2 = 1 - b2**t`` its bias corrections, ``rho`` is the residual's scale. A rule updates
+its moments in place and returns the numerator and the denominator of the direction ``U``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foam_hf.folding import Level, block_width, blocked, split_moment
+from foam_hf.rounding import random_bits, stochastic_round_
+
+Fraction = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """The numbers of one parameter's step; ``seed``, ``step`` and ``stream`` say where its random bits come from."""
+
+    lr: float
+    b1: float
+    b2: float
+    c1: float
+    c2: float
+    eps: float
+    weight_decay: float
+    scale: float
+    rho: float
+    stochastic: bool
+    seed: int
+    step: int
+    stream: int
+
+
+def fold(X: Tensor) -> Tensor:
+    return X.mean(-1, keepdim=True)
+
+
+def block_rule(G: Tensor, m: Tensor, v: Tensor, h: Hyper) -> Fraction:
+    """The paper's rule.  U = ((m + rho R) / c1) / (sqrt((v + rho^2 R^2) / c2) + eps)"""
+    g = fold(G)
+    R = G - g
+    RR = R.square()
+    m.lerp_(g, 1 - h.b1)
+    v.lerp_(fold(RR) + g.square(), 1 - h.b2)  # fold(G*G): R has mean zero in every block
+    torch.add(v / h.c2, RR, alpha=h.rho**2 / h.c2, out=RR)
+    torch.add(m / h.c1, R, alpha=h.rho / h.c1, out=R)
+    return R, RR.sqrt_().add_(h.eps)
+
+
+def factored_rule(G: Tensor, m: Tensor, root_V: Tensor, h: Hyper) -> Fraction:
+    """Second moment from row and column means, see ``factored_root``.  U = (m / c1 + rho R) / (sqrt(V) + eps)"""
+    g = fold(G)
+    m.lerp_(g, 1 - h.b1)
+    return torch.add(m / h.c1 - h.rho * g, G, alpha=h.rho), root_V + h.eps
+
+
+def adam_rule(G: Tensor, m: Tensor, v: Tensor, h: Hyper) -> Fraction:
+    """Adam, for what does not fold.  U = (m / c1) / (sqrt(v / c2) + eps)"""
+    m.lerp_(G, 1 - h.b1)
+    v.mul_(h.b2).addcmul_(G, G, value=1 - h.b2)
+    return m, v.sqrt().mul_(h.c1 / h.c2**0.5).add_(h.c1 * h.eps)
+
+
+def step_(W: Tensor, U: Fraction, h: Hyper) -> None:
+    """W <- W * (1 - lr * weight_decay) - lr * scale * U, the decay as in torch.optim.AdamW."""
+    if h.weight_decay:
+        W.mul_(1 - h.lr * h.weight_decay)
+    W.addcdiv_(*U, value=-h.lr * h.scale)
+
+
+def factored_root(grad: Tensor, r: Tensor, c: Tensor, h: Hyper) -> Fraction:
+    """Advance the means of ``G*G`` and return sqrt(V) as row and column factors: sqrt(V) = rows * columns.
+
+    ``grad`` (..., rows, n), ``r`` (..., rows) mean over columns, ``c`` (..., n) mean over rows; leading dimensions are separate
+    matrices. V = outer(r, c) / mean(r) / c2.
+    """
+    row_sum, column_sum = torch.zeros_like(r, dtype=torch.float32), torch.zeros_like(c, dtype=torch.float32)
+    G = grad.reshape(-1, grad.shape[-1])
+    flat_rows, flat_columns = row_sum.view(-1), column_sum.view(-1, grad.shape[-1])
+    matrix = torch.arange(G.shape[0], device=G.device) // grad.shape[-2]
+    for rows in _chunks(*G.shape, G.device):
+        GG = _load(G, rows).square()
+        flat_rows[rows.start : rows.stop] = GG.mean(-1)
+        flat_columns.index_add_(0, matrix[rows.start : rows.stop], GG)
+    r32, c32 = r.float(), c.float()
+    r32.lerp_(row_sum, 1 - h.b2)
+    c32.lerp_(column_sum / grad.shape[-2], 1 - h.b2)
+    _store(r.view(1, -1), range(1), r32.view(1, -1), h, kind=2)
+    _store(c.view(-1, c.shape[-1]), range(flat_columns.shape[0]), c32.view_as(flat_columns), h, kind=3)
+    # All-zero gradients leave mean(r) at zero, and V must then be zero, not 0/0.
+    mean = r32.mean(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+    return (r32 / mean / h.c2).sqrt_(), c32.sqrt()
+
+
+# Elements of a pass: small enough to stay in a core's cache, or to bound the temporaries on a GPU.
+CHUNK_CPU, CHUNK_GPU = 1 << 16, 1 << 24
+
+
+def update_parameter(
+    p: Tensor, grad: Tensor, state: MutableMapping[str, Any], level: Level, second_moment: str, h: Hyper
+) -> None:
+    """Advance one parameter and its state by one step, a bounded chunk of rows at a time.
+
+    ``p`` and ``grad`` have one shape, any float dtypes and strides; ``state`` holds the tensors ``foam_hf.FOAM`` describes.
+    All arithmetic is float32. Rows do not mix (the factored rule's column means excepted), so chunks change nothing.
+    """
+    if p.numel() == 0:
+        return
+    n = p.shape[-1] if p.dim() else 1
+    width = block_width(level, n)
+    weight, G_rows = _as_rows(p, n), _as_rows(grad, n)
+    if second_moment == "factored":
+        row_root, column_root = factored_root(grad, state["row_exp_avg_sq"], state["col_exp_avg_sq"], h)
+        row_root, column_root = row_root.view(-1, 1), column_root.view(-1, n)
+        moments = [_as_rows(state["folded_exp_avg"], -(-n // width))]
+    elif level == 0:
+        moments = [_as_rows(state["exp_avg"], n), _as_rows(state["exp_avg_sq"], n)]
+    else:
+        moments = [_as_rows(state[name], -(-n // width)) for name in ("folded_exp_avg", "folded_exp_avg_sq")]
+    for rows in _chunks(*weight.shape, p.device):
+        W, G = _load(weight, rows), _load(G_rows, rows)
+        m, *v = loaded = [_load(moment, rows) for moment in moments]
+        if second_moment == "factored":
+            matrix = torch.arange(rows.start, rows.stop, device=p.device) // p.shape[-2]
+            V = row_root[rows.start : rows.stop] * column_root[matrix]
+            for Gi, mi, Vi, Wi in zip(*_parts(width, n, G, m), blocked(V, width), blocked(W, width), strict=True):
+                step_(Wi, factored_rule(Gi, mi, Vi, h), h)
+        elif level == 0:
+            step_(W, adam_rule(G, m, *v, h), h)
+        else:
+            for Gi, mi, vi, Wi in zip(*_parts(width, n, G, m, *v), blocked(W, width), strict=True):
+                step_(Wi, block_rule(Gi, mi, vi, h), h)
+        _store(weight, rows, W, h, kind=0)
+        for kind, (moment, value) in enumerate(zip(moments, loaded, strict=True), start=1):
+            _store(moment, rows, value, h, kind)
+    if weight.data_ptr() != p.data_ptr():
+        p.copy_(weight.view(p.shape))
+
+
+def _parts(width: int, n: int, G: Tensor, *moments: Tensor) -> list[list[Tensor]]:
+    return [blocked(G, width), *(split_moment(m, width, n) for m in moments)]
+
+
+def _as_rows(x: Tensor, n: int) -> Tensor:
+    """``x`` as (rows, n): a view where its strides allow, else a copy."""
+    return x.detach().reshape(-1, n)
+
+
+def _chunks(rows: int, n: int, device: torch.device) -> Iterator[range]:
+    size = max(1, (CHUNK_CPU if device.type == "cpu" else CHUNK_GPU) // n)
+    return (range(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def _load(x: Tensor, rows: range) -> Tensor:
+    return x[rows.start : rows.stop].float()
+
+
+def _store(x: Tensor, rows: range, value: Tensor, h: Hyper, kind: int) -> None:
+    """Write float32 ``value`` to ``rows`` of ``x``, unless it is those rows; ``kind`` tells a parameter's tensors apart."""
+    if x.dtype == torch.float32 and value.data_ptr() == x[rows.start : rows.stop].data_ptr():
+        return
+    if x.dtype == torch.bfloat16 and h.stochastic:
+        bits = random_bits(rows, x.shape[-1], seed=h.seed, step=h.step, stream=4 * h.stream + kind, device=x.device)
+        value = stochastic_round_(value.contiguous(), bits)
+    x[rows.start : rows.stop] = value
