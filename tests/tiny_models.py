@@ -1,7 +1,7 @@
 """Tiny models and data sets with random weights, for tests; nothing is downloaded.
 
-Every builder seeds torch first, so two calls give equal weights. transformers and peft are imported when a builder needs
-them, so that this module can be imported anywhere.
+Every builder seeds torch first, so two calls give equal weights. transformers and peft are imported when a builder
+needs them, so that this module can be imported anywhere.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def tiny_t5(seed: int = 0, **config: Any) -> nn.Module:
     }
     t5_config = T5Config(**{**settings, **config})
     t5_config.tie_word_embeddings = False  # transformers 5 overrules the argument
-    return T5ForConditionalGeneration(t5_config)
+    model = T5ForConditionalGeneration(t5_config)
+    model.encoder.embed_tokens = model.decoder.embed_tokens = model.shared  # as in 4.57, and as in real checkpoints
+    return model
 
 
 def tiny_lora_llama(seed: int = 0, **lora: Any) -> nn.Module:
@@ -131,7 +133,7 @@ def tiny_lora_llama(seed: int = 0, **lora: Any) -> nn.Module:
 
 
 def tiny_mlp(seed: int = 0) -> nn.Module:
-    """A plain nn.Module that knows nothing of transformers: embedding, two linear layers, norm, a free 2-D parameter."""
+    """A plain nn.Module, nothing of transformers: embedding, two linear layers, norm, a free 2-D parameter."""
 
     class TinyMLP(nn.Module):
         def __init__(self) -> None:
@@ -168,19 +170,16 @@ def classification_data(size: int = 32, seed: int = 0, num_labels: int = 2) -> D
     """`size` sequences of SEQUENCE random tokens; the label is the first token's remainder, so it can be learned."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(3, VOCAB, (size, SEQUENCE), generator=generator)
-    attention_mask = torch.ones_like(input_ids)
-    return _Examples(
-        {"input_ids": input_ids, "attention_mask": attention_mask, "labels": input_ids[:, 0] % num_labels}
-    )
+    labels = input_ids[:, 0] % num_labels
+    return _Examples({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels})
 
 
 def language_data(size: int = 32, seed: int = 0) -> Dataset:
     """`size` sequences of SEQUENCE random tokens that are their own labels."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(3, VOCAB, (size, SEQUENCE), generator=generator)
-    return _Examples(
-        {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids.clone()}
-    )
+    attention_mask = torch.ones_like(input_ids)
+    return _Examples({"input_ids": input_ids, "attention_mask": attention_mask, "labels": input_ids.clone()})
 
 
 # Every builder by name: tests that must hold for all kinds of models are parametrized over this.
