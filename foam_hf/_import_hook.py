@@ -12,7 +12,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 ModuleCallback = Callable[[types.ModuleType], None]
 
@@ -20,7 +20,7 @@ _callbacks: dict[str, list[ModuleCallback]] = {}
 
 
 def on_import(module_name: str, callback: ModuleCallback) -> None:
-    """Call `callback(module)` when `module_name` has been executed: now if it is imported already, else after its import.
+    """Call `callback(module)` when `module_name` has been executed: now if that is past, else after its import.
 
     The callback runs again if the module is reloaded, so it must be idempotent. Registering the same callback for the
     same module twice has no further effect. An exception of the module passes through untouched and the callback is
@@ -41,7 +41,7 @@ def on_import(module_name: str, callback: ModuleCallback) -> None:
     if module is None:
         return
     spec = getattr(module, "__spec__", None)
-    if getattr(spec, "_initializing", False):
+    if spec is not None and getattr(spec, "_initializing", False):
         _call_when_initialised(module_name, module, spec, callback)
     else:
         callback(module)
@@ -65,7 +65,7 @@ class _PostImportFinder:  # no base class: importlib.abc alone would double the 
         finally:
             self._searching.active = False
         if spec is not None and hasattr(spec.loader, "exec_module"):
-            spec.loader = _CallingLoader(spec.loader)
+            spec.loader = cast(importlib.machinery.SourceFileLoader, _CallingLoader(spec.loader))
         return spec
 
     def _ask_the_others(
@@ -114,7 +114,9 @@ def _call_when_initialised(
     notices. A failed import has left `sys.modules` by then.
     """
 
-    class _WatchedSpec(type(spec)):  # type: ignore[misc]
+    original_class: Any = spec.__class__
+
+    class _WatchedSpec(original_class):
         def __setattr__(self, attribute: str, value: Any) -> None:
             super().__setattr__(attribute, value)
             if attribute == "_initializing" and not value:
@@ -122,5 +124,4 @@ def _call_when_initialised(
                 if sys.modules.get(name) is module:
                     callback(module)
 
-    original_class = spec.__class__
-    spec.__class__ = _WatchedSpec
+    spec.__class__ = _WatchedSpec  # type: ignore[assignment]

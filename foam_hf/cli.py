@@ -1,0 +1,168 @@
+"""The `foam-hf` command: `run` for scripts that do not know foam_hf, `recipes` for the bundled recipes."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from foam_hf import __version__
+
+_PACKAGE = Path(__file__).resolve().parent
+_SITECUSTOMIZE = _PACKAGE / "_sitecustomize"
+
+
+class CommandError(Exception):
+    """A message for the user and the exit code that goes with it."""
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `foam-hf` with `argv` (default: `sys.argv[1:]`) and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # everything behind the first "--" belongs to the command, whatever it looks like
+    ours, command = arguments, None
+    if "--" in arguments:
+        cut = arguments.index("--")
+        ours, command = arguments[:cut], arguments[cut + 1 :]
+    parser = _parser()
+    options = parser.parse_args(ours)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    try:
+        if options.command == "run":
+            return _run(options, command)
+        if command is not None:
+            raise CommandError(f"`--` belongs to `foam-hf run`, got it after `foam-hf {options.command}`")
+        return _list_recipes() if options.action in (None, "list") else _copy_recipe(options.name, options.dest)
+    except CommandError as error:
+        print(f"foam-hf {options.command}: {error}", file=sys.stderr)
+        return error.code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="foam-hf", description="FOAM for the Hugging Face Trainer: run any training command with optim=foam."
+    )
+    parser.add_argument("--version", action="version", version=f"foam-hf {__version__}")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="{run,recipes}")
+
+    run = commands.add_parser(
+        "run",
+        help="run a training command with optim=foam and foam_mini registered in it",
+        description="Run an unmodified training command (python, torchrun, accelerate launch, trl, ...) with "
+        "--optim foam and --optim foam_mini available in it and in every python it starts.",
+        usage="foam-hf run [--report-memory] -- COMMAND ...",
+        epilog="example: foam-hf run --report-memory -- python train.py --optim foam --optim_args level=8,scale=0.25",
+    )
+    run.add_argument(
+        "--report-memory",
+        action="store_true",
+        help="add OptimizerMemoryCallback: measure and log the optimizer's bytes",
+    )
+    run.add_argument("stray", nargs="*", help=argparse.SUPPRESS)
+
+    recipes = commands.add_parser(
+        "recipes",
+        help="list the bundled recipes, or copy one into a folder",
+        description="Without an action: list the bundled recipes.",
+    )
+    actions = recipes.add_subparsers(dest="action", title="actions", metavar="{list,copy}")
+    actions.add_parser("list", help="list the bundled recipes")
+    copy = actions.add_parser("copy", help="copy a recipe into a new folder")
+    copy.add_argument("name", help="a name that `foam-hf recipes` lists")
+    copy.add_argument("dest", nargs="?", help="the folder to make (default: ./NAME); it must not hold anything yet")
+    return parser
+
+
+def _run(options: argparse.Namespace, command: list[str] | None) -> int:
+    if options.stray:
+        flags = "--report-memory " if options.report_memory else ""
+        rest = [*options.stray, *(["--", *command] if command else [])]
+        raise CommandError(
+            f"put -- before the command, got {shlex.join(options.stray)}; "
+            f"expected: foam-hf run {flags}-- {shlex.join(rest)}"
+        )
+    if not command:
+        raise CommandError("no command given; expected: foam-hf run -- python train.py --optim foam ...")
+    environment = dict(os.environ)
+    inherited = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    if str(_SITECUSTOMIZE) not in inherited:
+        environment["PYTHONPATH"] = os.pathsep.join([str(_SITECUSTOMIZE), *inherited])
+    environment["FOAM_HF_RUN_PREFIX"] = sys.prefix  # children of this interpreter may import foam_hf from a checkout
+    if options.report_memory:
+        environment["FOAM_HF_REPORT_MEMORY"] = "1"
+    try:
+        if os.name == "posix":
+            _replace_process(command, environment)
+        return subprocess.run(command, env=environment, check=False).returncode
+    except FileNotFoundError:
+        raise CommandError(f"command not found: {command[0]}", code=127) from None
+    except OSError as error:
+        raise CommandError(f"cannot execute {command[0]}: {error.strerror}", code=126) from None
+
+
+def _replace_process(command: list[str], environment: dict[str, str]) -> NoReturn:
+    """Become the command, so that signals and the exit code are its own."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execvpe(command[0], command, environment)
+
+
+def _recipes() -> dict[str, Path]:
+    """Recipe name -> folder: inside the installed package, or beside it in a clone."""
+    inside, clone = _PACKAGE / "recipes", _PACKAGE.parent
+    root = inside if inside.is_dir() or not (clone / "pyproject.toml").is_file() else clone / "recipes"
+    if not root.is_dir():
+        raise CommandError(f"this installation has no recipes: expected them in {root}", code=1)
+    return {folder.name: folder for folder in sorted(root.iterdir()) if (folder / "README.md").is_file()}
+
+
+def _list_recipes() -> int:
+    recipes = _recipes()
+    width = max(map(len, recipes), default=0)
+    for name, folder in recipes.items():
+        lines = (line.strip("# \t\n") for line in (folder / "README.md").read_text(encoding="utf-8").splitlines())
+        print(f"{name:<{width}}  {next(filter(None, lines), '')}")
+    print("\nCopy one into your folder: foam-hf recipes copy NAME [DEST]")
+    return 0
+
+
+def _copy_recipe(name: str, dest: str | None) -> int:
+    recipes = _recipes()
+    if name not in recipes:
+        near = difflib.get_close_matches(name, recipes, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise CommandError(f"no recipe {name!r}; {hint}expected one of {', '.join(recipes)}")
+    target = Path(dest if dest is not None else name)
+    if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise CommandError(f"{target} exists already and is left as it is; expected a new or an empty folder", code=1)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".foam-hf-", dir=target.parent) as workspace:
+            copied = Path(workspace) / "recipe"
+            shutil.copytree(recipes[name], copied, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+            if target.is_dir():
+                target.rmdir()
+            copied.rename(target)  # whole or not at all
+    except OSError as error:
+        raise CommandError(f"cannot write {target}: {error.strerror or error}", code=1) from None
+    files = sum(path.is_file() for path in target.rglob("*"))
+    print(f"Copied {name} ({files} files) to {target}. How to run it: {target / 'README.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""`TrainingArguments.optim_args` as FOAM reads it: typed, checked, with an error for whatever it does not know."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def _level(text: str) -> int | str:
+    if text == "row":
+        return text
+    return _in_range(int(text), 0, 16)
+
+
+def _in_range(value: Any, low: float, high: float) -> Any:
+    if not (low <= value <= high and math.isfinite(value)):
+        raise ValueError
+    return value
+
+
+def _positive(text: str) -> float:
+    return _in_range(float(text), math.ulp(0.0), math.inf)
+
+
+def _one_of(**choices: Any) -> Callable[[str], Any]:
+    return lambda text: choices[text.lower()]
+
+
+_dtype = _one_of(float32="float32", fp32="float32", bfloat16="bfloat16", bf16="bfloat16")
+
+_OPTIM_ARGS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "level": (_level, "an integer from 0 to 16, or row"),
+    "scale": (_positive, "a finite number above 0"),
+    "second_moment": (_one_of(block="block", factored="factored"), "block or factored"),
+    "residual_scale": (lambda text: _in_range(float(text), 0.0, math.inf), "a finite number, 0 or more"),
+    "stochastic_rounding": (_one_of(auto="auto", true=True, false=False), "auto, true or false"),
+    "state_dtype": (lambda text: _dtype(text.removeprefix("torch.")), "float32 or bfloat16"),
+    "fold_embeddings": (_one_of(true=True, false=False), "true or false"),
+    "gradient_release": (_one_of(true=True, false=False), "false (true is not in this version)"),
+    "seed": (lambda text: int(_in_range(int(text), 0, 2**64 - 1)), "an integer from 0 to 2**64 - 1"),
+}
+
+
+def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Read `TrainingArguments.optim_args` for FOAM.
+
+    Args:
+        optim_args: "key=value,key=value" with blanks allowed around keys and values, a mapping, or None.
+
+    Returns:
+        Only the keys that were given, typed: `level` (int or "row"), `scale` and `residual_scale` (float),
+        `second_moment` (str), `stochastic_rounding` ("auto" or bool), `state_dtype` ("float32" or "bfloat16"),
+        `fold_embeddings` and `gradient_release` (bool), `seed` (int).
+
+    Raises:
+        ValueError: unknown or repeated key, missing "=", empty piece, or a value that is ill-typed or out of range.
+    """
+    parsed: dict[str, Any] = {}
+    for key, text in _split_optim_args(optim_args):
+        if key not in _OPTIM_ARGS:
+            near = difflib.get_close_matches(key.lower(), _OPTIM_ARGS, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"optim_args: unknown key {key!r}.{hint} The keys of FOAM are {', '.join(_OPTIM_ARGS)}.")
+        if key in parsed:
+            raise ValueError(f"optim_args: {key!r} is given twice, in {optim_args!r}; expected each key once.")
+        convert, legal = _OPTIM_ARGS[key]
+        try:
+            parsed[key] = convert(text)
+        except (ValueError, KeyError, OverflowError):
+            raise ValueError(f"optim_args: {key} must be {legal}, got {text!r}.") from None
+    if parsed.get("gradient_release"):
+        raise ValueError(
+            "optim_args: gradient_release=true is not in this version of foam_hf; expected false, the default."
+        )
+    return parsed
+
+
+def _split_optim_args(optim_args: str | Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if optim_args is None or (isinstance(optim_args, str) and not optim_args.strip()):
+        return []
+    if isinstance(optim_args, Mapping):
+        return [(str(key), str(value)) for key, value in optim_args.items()]
+    if not isinstance(optim_args, str):
+        raise ValueError(f"optim_args must be a string like 'level=8,scale=0.25' or a dict, got {optim_args!r}.")
+    pairs = []
+    for piece in optim_args.split(","):
+        key, equals, value = (part.strip() for part in piece.partition("="))
+        if not (key and equals and value):
+            raise ValueError(
+                f"optim_args: {piece.strip()!r} in {optim_args!r} is not of the form key=value; "
+                "expected something like 'level=8,scale=0.25'."
+            )
+        pairs.append((key, value))
+    return pairs

@@ -1,0 +1,296 @@
+"""`optim="foam"` inside the Hugging Face Trainer: the only place that touches private names of transformers.
+
+What this file relies on, in transformers 4.57 to 5.x, and what breaks when it moves:
+
+* `transformers.training_args.OptimizerNames`, a str Enum: without it the names are unknown to `TrainingArguments`.
+  New members go into the private maps of `enum.Enum` (`_member_map_`, `_member_names_`, `_value2member_map_`).
+* `TrainingArguments.__post_init__`: wrapped, so that a bad `optim_args` fails before a model is loaded. If it goes,
+  the same error comes when the optimizer is built.
+* `Trainer.get_optimizer_cls_and_kwargs(args, model)`, static: wrapped; the one road to the optimizer. Its caller,
+  `Trainer.create_optimizer`, takes the param groups from the returned kwargs' "params".
+* `Trainer.get_decay_parameter_names(model)`: called. If it goes, `foam_param_groups` uses its own, equal, rule.
+* `Trainer.train`: wrapped, to refuse sharded training and to hand the trainer to `OptimizerMemoryCallback`. It reads
+  `trainer.callback_handler.callbacks`, `is_deepspeed_enabled`, `is_fsdp_enabled` and `accelerator.parallelism_config`.
+* `transformers.modelcard.extract_hyperparameters_from_trainer`: wrapped; without it a model card only loses the
+  optimizer's effective arguments.
+
+A missing name is an ImportError that says so, at the moment transformers is imported; nothing is skipped in silence.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import types
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from foam_hf.optim_args import parse_optim_args
+
+logger = logging.getLogger("foam_hf")
+
+_PRESETS: dict[str, dict[str, Any]] = {"foam": {}, "foam_mini": {"level": "row"}}
+_registered: set[str] = set()  # the names above that transformers did not have before us
+_trainer: ContextVar[Any] = ContextVar("foam_hf_trainer", default=None)  # the Trainer whose train() is running
+
+
+def _name(optim: Any) -> str:
+    return str(getattr(optim, "value", optim))
+
+
+def _is_ours(args: Any) -> bool:
+    return _name(args.optim) in _registered
+
+
+def register_names(training_args: types.ModuleType) -> None:
+    """Add `foam` and `foam_mini` to `transformers.training_args.OptimizerNames`. Idempotent."""
+    names = _require(training_args, "OptimizerNames")
+    for value in _PRESETS:
+        existing = names._value2member_map_.get(value)
+        if existing is None:
+            _add_member(names, value.upper(), value)
+            _registered.add(value)
+        elif "__reduce_ex__" in vars(existing):  # added by us before
+            _registered.add(value)
+        else:
+            _registered.discard(value)
+            logger.warning("transformers has its own optim=%r: foam_hf leaves it alone, and it is the one used", value)
+    arguments = _require(training_args, "TrainingArguments")
+    _wrap(arguments, "__post_init__", _checking_post_init)
+
+
+def _add_member(names: Any, name: str, value: str) -> None:
+    """What `enum.Enum` does for a member in a class body, on Python 3.10 to 3.14."""
+    member = str.__new__(names, value)
+    member._name_ = name
+    member._value_ = value
+    member.__objclass__ = names
+    member._sort_order_ = len(names._member_names_)
+    # pickles name a function of this package, so that loading one registers the member first
+    member.__reduce_ex__ = lambda protocol: (optimizer_name, (value,))
+    names._member_names_.append(name)
+    names._member_map_[name] = member
+    names._value2member_map_[value] = member
+    if hasattr(names, "_hashable_values_"):  # Python >= 3.12
+        names._hashable_values_.append(value)
+    type.__setattr__(names, name, member)
+
+
+def optimizer_name(value: str) -> Any:
+    """The `OptimizerNames` member of `value`, registered first: what a pickled `training_args.bin` calls."""
+    from transformers import training_args
+
+    register_names(training_args)
+    return training_args.OptimizerNames(value)
+
+
+def _checking_post_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def __post_init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if _is_ours(self):  # first: before transformers asks for DeepSpeed to be installed, for example
+            _options(self)
+            _refuse_sharding(self)
+        original(self, *args, **kwargs)
+
+    return __post_init__
+
+
+def _options(args: Any) -> dict[str, Any]:
+    """The options that `args.optim` and `args.optim_args` ask for; FOAM's own defaults fill the rest."""
+    optim, parsed = _name(args.optim), parse_optim_args(args.optim_args)
+    parsed.pop("gradient_release", None)
+    for key, value in _PRESETS[optim].items():
+        if parsed.setdefault(key, value) != value:
+            raise ValueError(
+                f"optim_args: {key}={parsed[key]} contradicts optim={optim!r}, which is {key}={value}; "
+                f"expected optim='foam' with {key}={parsed[key]}, or {optim!r} without {key}."
+            )
+    return {"seed": args.seed, **parsed}
+
+
+def register_trainer(trainer_module: types.ModuleType) -> None:
+    """Teach `transformers.trainer.Trainer` to build FOAM and to serve `OptimizerMemoryCallback`. Idempotent."""
+    trainer_class = _require(trainer_module, "Trainer")
+    _wrap(trainer_class, "get_optimizer_cls_and_kwargs", _building_foam)
+    _wrap(trainer_class, "train", _binding_train)
+
+
+def _building_foam(original: Callable[..., Any]) -> Any:
+    @functools.wraps(original)
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        return _foam_cls_and_kwargs(args, model) if _is_ours(args) else original(args, model)
+
+    return staticmethod(get_optimizer_cls_and_kwargs)
+
+
+def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
+    import torch
+
+    from foam_hf.memory import summarize
+    from foam_hf.optimizer import FOAM
+    from foam_hf.param_groups import foam_param_groups
+
+    if model is None:
+        raise ValueError(
+            f"optim={_name(args.optim)!r} needs the model to decide which weights fold, got model=None; "
+            "expected Trainer.get_optimizer_cls_and_kwargs(args, model)."
+        )
+    options = _options(args)
+    _refuse_sharding(args, model, _trainer.get())
+    if "state_dtype" in options:
+        options["state_dtype"] = getattr(torch, options["state_dtype"])
+    groups = foam_param_groups(
+        model,
+        weight_decay=args.weight_decay,
+        target_modules=args.optim_target_modules,
+        fold_embeddings=options.pop("fold_embeddings", False),
+        decay_parameter_names=_decay_parameter_names(model),
+    )
+    kwargs = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        **options,
+    }
+    # a throw-away optimizer holds no state yet: it validates every value and knows what the real one will keep
+    preview = FOAM([dict(group) for group in groups], **kwargs)
+    if args.should_log:
+        logger.info(summarize(preview))
+    return FOAM, {"params": groups, **kwargs}
+
+
+def _decay_parameter_names(model: Any) -> Any:
+    """Trainer's own set, with a subclass's override where the Trainer is known."""
+    trainer = _trainer.get()
+    if trainer is not None:
+        return trainer.get_decay_parameter_names(model)
+    from transformers import Trainer
+
+    rule: Any = Trainer.get_decay_parameter_names
+    try:
+        return rule(None, model)
+    except (AttributeError, TypeError):  # a version that uses self: foam_param_groups has the same rule
+        return None
+
+
+def _binding_train(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_ours(self.args):
+            _refuse_sharding(self.args, self.model, self)
+        _bind_memory_callbacks(self)
+        token = _trainer.set(self)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _trainer.reset(token)
+
+    return train
+
+
+def _bind_memory_callbacks(trainer: Any) -> None:
+    from foam_hf.callback import OptimizerMemoryCallback
+
+    callbacks = trainer.callback_handler.callbacks
+    wanted = os.environ.get("FOAM_HF_REPORT_MEMORY") == "1"  # foam-hf run --report-memory
+    if wanted and not any(isinstance(callback, OptimizerMemoryCallback) for callback in callbacks):
+        trainer.add_callback(OptimizerMemoryCallback())
+    for callback in callbacks:
+        if isinstance(callback, OptimizerMemoryCallback):
+            callback.trainer = weakref.proxy(trainer)
+
+
+def _refuse_sharding(args: Any, model: Any = None, trainer: Any = None) -> None:
+    """Raise ValueError where the optimizer would receive shards of weights."""
+    found = _sharding(args, model, trainer)
+    if found is not None:
+        raise ValueError(
+            f"optim={_name(args.optim)!r} does not run with {found} yet: it folds the columns of whole weights, and "
+            "would receive pieces of them. What works: one GPU, or several with DDP (torchrun or accelerate launch "
+            "without DeepSpeed, FSDP, tensor or expert parallelism); FOAM's state is small enough to stay whole."
+        )
+
+
+def _sharding(args: Any, model: Any, trainer: Any) -> str | None:
+    """What splits the weights, or None, as far as the arguments known by now can tell."""
+    for name, option in (("DeepSpeed", "deepspeed"), ("FSDP", "fsdp")):
+        launched = os.environ.get(f"ACCELERATE_USE_{option.upper()}", "").lower() in ("1", "true", "yes")
+        if launched or getattr(args, option, None) or getattr(trainer, f"is_{option}_enabled", False):
+            return name
+    from transformers.utils import is_sagemaker_mp_enabled
+
+    if is_sagemaker_mp_enabled():
+        return "SageMaker model parallelism"
+
+    def degree(owner: Any, name: str) -> int:
+        return getattr(owner, name, None) or 1
+
+    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
+    if getattr(distributed, "enable_expert_parallel", False) or degree(distributed, "ep_size") > 1:
+        return "expert parallelism"
+    parallelism = getattr(getattr(trainer, "accelerator", args), "parallelism_config", None)
+    if degree(model, "tp_size") > 1 or degree(parallelism, "tp_size") > 1:
+        return "tensor parallelism"
+    if degree(parallelism, "dp_shard_size") > 1:
+        return "FSDP"
+    if model is not None and any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        return "a model sharded into DTensors"
+    return None
+
+
+def register_modelcard(modelcard: types.ModuleType) -> None:
+    """Let a saved run's model card name the optimizer with its effective arguments. Idempotent."""
+    _wrap(modelcard, "extract_hyperparameters_from_trainer", _naming_foam)
+
+
+def _naming_foam(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def extract_hyperparameters_from_trainer(trainer: Any) -> dict[str, Any]:
+        hyperparameters = original(trainer)
+        if _is_ours(trainer.args):
+            hyperparameters["optimizer"] = _description(trainer.args)
+        return hyperparameters
+
+    return extract_hyperparameters_from_trainer
+
+
+def _description(args: Any) -> str:
+    from foam_hf.optimizer import FOAM
+
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    signature = inspect.signature(FOAM).parameters.values()
+    effective = {p.name: p.default for p in signature if p.kind is keyword_only}
+    effective |= {"fold_embeddings": False, **_options(args)}
+    if args.optim_target_modules is not None:
+        effective["optim_target_modules"] = args.optim_target_modules
+    listed = ", ".join(f"{key}={str(value).removeprefix('torch.')}" for key, value in effective.items())
+    return (
+        f"Use {_name(args.optim)} (FOAM, arXiv 2512.07112, from foam_hf) with betas=({args.adam_beta1},"
+        f"{args.adam_beta2}) and epsilon={args.adam_epsilon} and optimizer_args={listed}"
+    )
+
+
+def _require(owner: Any, name: str) -> Any:
+    """The attribute, or an ImportError that names what moved."""
+    if not hasattr(owner, name):
+        import transformers
+
+        raise ImportError(
+            f"foam_hf cannot register with transformers {transformers.__version__}: {owner.__name__} has no {name}; "
+            "expected transformers 4.57 to 5.x."
+        )
+    return getattr(owner, name)
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """Replace `owner.name` by `wrapper(owner.name)`, once: functools.wraps carries the mark through later wrappers."""
+    original = _require(owner, name)
+    if getattr(original, "_foam_hf", False):
+        return
+    wrapped = wrapper(original)
+    getattr(wrapped, "__func__", wrapped)._foam_hf = True
+    setattr(owner, name, wrapped)
