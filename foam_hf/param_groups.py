@@ -1,0 +1,283 @@
+"""Which weights of a model fold, and which of them decay: param groups for `FOAM`."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+import numbers
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+FOLDED_OPTIONS = ("level", "scale", "second_moment", "residual_scale", "stochastic_rounding", "state_dtype")
+# What makes a group plain AdamW, whatever the optimizer's own arguments say.
+PLAIN_OPTIONS = {"level": 0, "scale": 1.0, "second_moment": "block"}
+
+# The names that transformers' Trainer keeps out of weight decay; searched in lower-cased names.
+_NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+_PEFT_EMBEDDINGS = ("lora_embedding_", "trainable_tokens_")
+
+
+def foam_param_groups(
+    model: nn.Module,
+    *,
+    weight_decay: float = 0.0,
+    target_modules: str | list[str] | None = None,
+    fold_embeddings: bool = False,
+    decay_parameter_names: Collection[str] | None = None,
+    **folded_options: Any,
+) -> list[dict[str, Any]]:
+    """Split the trainable parameters of `model` into folded and plain groups, with and without weight decay.
+
+    A parameter folds if it has two or more dimensions, lies inside the base model, and is no embedding. The base model
+    is `model.base_model` where there is one (in a PEFT model, that of the wrapped model), else the whole model. The
+    rest gets plain AdamW: norms, biases, embeddings (a tied LM head is one), the LM head, fresh classifiers, and
+    PEFT's `modules_to_save` copies. DDP and `torch.compile` wrappers are looked through.
+
+    Args:
+        model: any `nn.Module`; parameters with `requires_grad=False` are left out, tied ones appear once.
+        weight_decay: of the two decaying groups; 0 in the others.
+        target_modules: fold fewer weights, chosen as by Trainer's `optim_target_modules`: a list of module names, of
+            parts of names or of regexes that match whole names; or one such regex; or `"all-linear"` for every
+            `nn.Linear` and transformers `Conv1D`. Names are those of `model.named_modules()`. A weight that would not
+            fold without it does not fold with it either; a list entry that matches none that folds is warned about.
+        fold_embeddings: fold embeddings too, whatever `target_modules` says; `modules_to_save` copies stay plain.
+        decay_parameter_names: names, as in `model.named_parameters()`, that get weight decay. Default: the rule of
+            `Trainer.get_decay_parameter_names`, all but biases and norms.
+        **folded_options: fields of the folded groups: `level`, `scale`, `second_moment`, `residual_scale`,
+            `stochastic_rounding`, `state_dtype`; `FOAM`'s own arguments hold for those not given.
+
+    Returns:
+        Groups `{"params": [...], "weight_decay": ..., ...}` in the order folded/decay, folded/no decay, plain/decay,
+        plain/no decay; empty ones are left out. Parameters keep the order of `model.named_parameters()`.
+
+    Raises:
+        ValueError: no trainable parameter, no weight matched by `target_modules`, a weight decay that is negative, NaN
+            or infinite.
+        TypeError: an unknown folded option, or an argument of the wrong type.
+    """
+    names = foam_parameter_names(
+        model,
+        target_modules=target_modules,
+        fold_embeddings=fold_embeddings,
+        decay_parameter_names=decay_parameter_names,
+    )
+    _check_weight_decay(weight_decay)
+    _check_folded_options(folded_options)
+    parameters = dict(model.named_parameters())
+    groups = []
+    for group, members in names.items():
+        kind, decay = group.split("/")
+        groups.append(
+            {
+                "params": [parameters[name] for name in members],
+                "weight_decay": weight_decay if decay == "decay" else 0.0,
+                **(folded_options if kind == "folded" else PLAIN_OPTIONS),
+            }
+        )
+    return groups
+
+
+def foam_parameter_names(
+    model: nn.Module,
+    *,
+    target_modules: str | list[str] | None = None,
+    fold_embeddings: bool = False,
+    decay_parameter_names: Collection[str] | None = None,
+) -> dict[str, list[str]]:
+    """Parameter names by group: "folded/decay", "folded/no_decay", "plain/decay", "plain/no_decay".
+
+    Arguments, order and errors are those of `foam_param_groups`; empty groups are left out.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is not a torch.nn.Module, got {type(model).__name__}; expected the model to train")
+    if isinstance(decay_parameter_names, str):
+        raise TypeError(f"decay_parameter_names is one string, got {decay_parameter_names!r}; expected a list or set")
+    if not isinstance(fold_embeddings, bool):
+        raise TypeError(f"fold_embeddings is not a bool, got {fold_embeddings!r}; expected True or False")
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        frozen = sum(1 for _ in model.parameters())
+        raise ValueError(
+            f"the model has no trainable parameter, got {type(model).__name__} with {frozen} frozen ones; "
+            "expected at least one with requires_grad=True"
+        )
+    folded, embeddings = _foldable(model, trainable)
+    if target_modules is not None:
+        folded = _narrow(model, folded, embeddings if fold_embeddings else set(), target_modules)
+    if fold_embeddings:
+        folded = folded | embeddings
+    decay = set(_decay_parameter_names(model) if decay_parameter_names is None else decay_parameter_names)
+    groups: dict[str, list[str]] = {
+        f"{kind}/{rule}": [] for kind in ("folded", "plain") for rule in ("decay", "no_decay")
+    }
+    for name, p in trainable.items():
+        kind = "folded" if id(p) in folded else "plain"
+        groups[f"{kind}/{'decay' if name in decay else 'no_decay'}"].append(name)
+    return {group: members for group, members in groups.items() if members}
+
+
+def _foldable(model: nn.Module, trainable: Mapping[str, Tensor]) -> tuple[set[int], set[int]]:
+    """Ids of the trainable parameters that fold by default, and of the embeddings that fold on request."""
+    base, heads = _base_model_and_heads(model)
+    inside = {id(p) for p in base.parameters()}
+    embeddings = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        for p in module.parameters()
+    }
+    folded, foldable_embeddings = set(), set()
+    for name, p in trainable.items():
+        parts = name.split(".")
+        if p.dim() < 2 or id(p) not in inside or "modules_to_save" in parts:
+            continue
+        # An embedding that also serves as LM head is an embedding.
+        if id(p) in embeddings or any(part.startswith(_PEFT_EMBEDDINGS) for part in parts):
+            foldable_embeddings.add(id(p))
+        elif id(p) not in heads:
+            folded.add(id(p))
+    return folded, foldable_embeddings
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def _base_model_and_heads(model: nn.Module) -> tuple[nn.Module, set[int]]:
+    """The base model, and the ids of LM head parameters, which in some models (T5) lie inside it."""
+    model = _unwrap(model)
+    if callable(getattr(model, "get_base_model", None)):  # PEFT
+        model = _unwrap(cast(Any, model).get_base_model())
+    try:
+        head = cast(Any, model).get_output_embeddings()
+    except (AttributeError, NotImplementedError, TypeError):
+        head = None
+    modules = head if isinstance(head, Iterable) and not isinstance(head, nn.Module) else [head]
+    heads = {id(p) for module in modules if isinstance(module, nn.Module) for p in module.parameters()}
+    base = getattr(model, "base_model", None)
+    return (_unwrap(base) if isinstance(base, nn.Module) else model), heads
+
+
+def _narrow(model: nn.Module, folded: set[int], embeddings: set[int], targets: str | list[str]) -> set[int]:
+    """The ids of `folded` whose modules `targets` names; an error if it names none that folds."""
+    if isinstance(targets, str):
+        entries = [targets]
+    elif isinstance(targets, list | tuple) and all(isinstance(entry, str) for entry in targets):
+        entries = list(targets)
+    else:
+        raise TypeError(
+            f"target_modules is neither a string nor a list of strings, got {targets!r}; "
+            "expected module names, a regex, or 'all-linear'"
+        )
+    all_linear = isinstance(targets, str) and targets.replace("_", "-") == "all-linear"
+    narrowed: set[int] = set()
+    used: set[str] = set()
+    candidates = []
+    for module_name, module in model.named_modules():
+        own = {id(p) for p in module.parameters(recurse=False)} & (folded | embeddings)
+        if not own:
+            continue
+        candidates.append(module_name)
+        if all_linear:
+            hits = set(entries) if _is_linear(module) else set()
+        elif isinstance(targets, str):
+            hits = {targets} if _fullmatch(targets, module_name, strict=True) else set()
+        else:
+            hits = {entry for entry in entries if entry in module_name or _fullmatch(entry, module_name, strict=False)}
+        if hits:
+            used |= hits
+            narrowed |= own & folded
+    if not used:
+        raise ValueError(_no_match(targets, entries, candidates))
+    for entry in entries:
+        if entry not in used:
+            logger.warning(
+                "target_modules: %r matches no weight that folds; such are %s", entry, _some(candidates, entry)
+            )
+    return narrowed
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Conv1D, GPT-2's transposed linear layer, by name: transformers is not imported here.
+    return isinstance(module, nn.Linear) or any(
+        cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(module).__mro__
+    )
+
+
+def _fullmatch(pattern: str, name: str, *, strict: bool) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        if not strict:  # an entry of a list may be meant as part of a name
+            return False
+        raise ValueError(
+            f"target_modules is not a valid regular expression ({error}), got {pattern!r}; "
+            "expected a regex, a list of names, or 'all-linear'"
+        ) from error
+
+
+def _no_match(targets: str | list[str], entries: list[str], candidates: list[str]) -> str:
+    if not candidates:
+        return f"target_modules matches no weight that folds, got {targets!r}; this model has none at all"
+    wanted = " ".join(entries)
+    return (
+        f"target_modules (Trainer's optim_target_modules) matches no weight that folds, got {targets!r}; "
+        f"expected names such as {_some(candidates, wanted)}, parts of them in a list, or 'all-linear'"
+    )
+
+
+def _some(candidates: list[str], wanted: str, count: int = 4) -> str:
+    """The names nearest to `wanted`, by their last part, then the first of all."""
+    by_last_part: dict[str, str] = {}
+    for name in candidates:
+        by_last_part.setdefault(name.rsplit(".", 1)[-1], name)
+    last_wanted = re.split(r"[.\s*]+", wanted)[-1]
+    near = [
+        by_last_part[part] for part in difflib.get_close_matches(last_wanted, list(by_last_part), n=count, cutoff=0.5)
+    ]
+    near += [name for name in difflib.get_close_matches(wanted, candidates, n=count) if name not in near]
+    chosen = list(dict.fromkeys([*near, *by_last_part.values()]))[:count]
+    return ", ".join(repr(name) for name in chosen)
+
+
+def _decay_parameter_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that decay by Trainer's rule: outside of nn.LayerNorm, not named like a bias or norm."""
+    names = []
+    layer_norms: list[str] = []
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.LayerNorm) and prefix:
+            layer_norms.append(f"{prefix}.")
+        for own_name, _ in module.named_parameters(prefix=prefix, recurse=False, remove_duplicate=False):
+            if not _NO_DECAY_NAMES.search(own_name.lower()) and not own_name.startswith(tuple(layer_norms)):
+                names.append(own_name)
+    return names
+
+
+def _check_weight_decay(weight_decay: Any) -> None:
+    if isinstance(weight_decay, bool) or not isinstance(weight_decay, numbers.Real):
+        raise TypeError(f"weight_decay is not a number, got {weight_decay!r}; expected a float >= 0")
+    if not math.isfinite(weight_decay) or weight_decay < 0:
+        raise ValueError(f"weight_decay is out of range, got {weight_decay!r}; expected a finite float >= 0")
+
+
+def _check_folded_options(options: dict[str, Any]) -> None:
+    for key in options:
+        if key not in FOLDED_OPTIONS:
+            legal = (*FOLDED_OPTIONS, "weight_decay", "target_modules", "fold_embeddings", "decay_parameter_names")
+            near = difflib.get_close_matches(key, legal, n=1, cutoff=0.0)[0]
+            raise TypeError(
+                f"unknown option, got {key}={options[key]!r}; did you mean {near!r}? expected one of "
+                f"{', '.join(legal)} (lr, betas and eps go to FOAM itself)"
+            )
