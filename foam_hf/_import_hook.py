@@ -124,4 +124,4 @@ def _call_when_initialised(
                 if sys.modules.get(name) is module:
                     callback(module)
 
-    spec.__class__ = _WatchedSpec  # type: ignore[assignment]
+    spec.__class__ = _WatchedSpec
