@@ -1,8 +1,8 @@
 """Block geometry of FOAM: which adjacent columns share one moment, and the means over them.
 
-A weight is seen as rows of its last dimension, length ``n``. ``F = 2**level`` adjacent columns form a block; where ``F``
-does not divide ``n`` the last block of every row is shorter, and its mean is over its own elements. ``level="row"`` makes
-the whole row one block. Pure tensor functions: nothing here knows of optimizers.
+A weight is seen as rows of its last dimension, length ``n``. ``F = 2**level`` adjacent columns form a block; where
+``F`` does not divide ``n`` the last block of every row is shorter, and its mean is over its own elements.
+``level="row"`` makes the whole row one block. Pure tensor functions: nothing here knows of optimizers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MAX_LEVEL = 16
 
 
 def block_width(level: Level, n: int) -> int:
-    """Columns in a full block of a row of ``n`` columns: ``min(2**level, n)``, or ``n`` for ``level="row"``; at least 1."""
+    """Columns in a full block of a row of ``n`` columns: ``min(2**level, n)``, or ``n`` for "row"; at least 1."""
     return max(1, n if level == "row" else min(2 ** int(level), n))
 
 

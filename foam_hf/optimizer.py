@@ -1,10 +1,7 @@
-"""``FOAM``, a plain ``torch.optim.Optimizer``: validation, lazy state, the step, checkpoints. The arithmetic is in ``update``."""
+"""``FOAM``, a plain ``torch.optim.Optimizer``: lazy state, the step, checkpoints. The arithmetic is in ``update``."""
 
 from __future__ import annotations
 
-import difflib
-import math
-import numbers
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
@@ -12,19 +9,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from foam_hf.folding import MAX_LEVEL, Level, num_blocks
+from foam_hf.folding import Level, num_blocks
+from foam_hf.options import check_field_names, check_options, check_parameter
 from foam_hf.update import Hyper, update_parameter
 
 StateSpec = dict[str, tuple[torch.Size, torch.dtype]]
-_SCHEDULED = ("params", "lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
 
 
 class FOAM(torch.optim.Optimizer):
     """FOAM (Wen et al., arXiv 2512.07112): Adam's moments as means over blocks of ``2**level`` adjacent columns.
 
-    Parameters of two or more dimensions fold along their last dimension; the others, and every group with ``level=0`` and
-    ``second_moment="block"``, get AdamW as ``torch.optim.AdamW`` computes it. To keep embeddings and heads of a model
-    unfolded, pass the groups of :func:`foam_hf.foam_param_groups`. Every argument is also a field of a param group.
+    Parameters of two or more dimensions fold along their last dimension; the others, and every group with ``level=0``
+    and ``second_moment="block"``, get AdamW as ``torch.optim.AdamW`` computes it. To keep embeddings and heads of a
+    model unfolded, pass the groups of :func:`foam_hf.foam_param_groups`. Every argument is also a field of a param
+    group.
 
     Args:
         params: parameters or param groups, as for any torch optimizer. Floating dtypes, any shape and strides.
@@ -42,9 +40,9 @@ class FOAM(torch.optim.Optimizer):
         seed: of the stochastic rounding; its bits are a function of seed, step, parameter and element alone.
 
     State of a folded parameter of shape (..., n), where b = ceil(n / 2**level): ``folded_exp_avg`` (..., b), and
-    ``folded_exp_avg_sq`` (..., b) or, with the factored rule, ``row_exp_avg_sq`` (...,) and ``col_exp_avg_sq`` (..., n)
-    without the second last dimension. Of a plain one: ``exp_avg`` and ``exp_avg_sq``, as the parameter. And ``step``, a
-    float32 scalar on the CPU.
+    ``folded_exp_avg_sq`` (..., b) or, with the factored rule, ``row_exp_avg_sq`` (...,) and ``col_exp_avg_sq`` (...,
+    n) without the second last dimension. Of a plain one: ``exp_avg`` and ``exp_avg_sq``, as the parameter. And
+    ``step``, a float32 scalar on the CPU.
 
     Raises:
         ValueError: a hyperparameter out of range, no parameters, a duplicate parameter.
@@ -93,18 +91,18 @@ class FOAM(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group_names(group, self.defaults)
+            check_field_names(group, self.defaults)
             check_options(group)
             if len({id(p) for p in group["params"]}) < len(group["params"]):
                 raise ValueError("a parameter is listed twice in one param group; expected each parameter once")
             for p in group["params"]:
-                _check_parameter(p)
+                check_parameter(p)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient. ``closure`` re-evaluates the model and returns the loss.
 
         Raises:
@@ -157,11 +155,11 @@ class FOAM(torch.optim.Optimizer):
         update_parameter(p, cast(Tensor, p.grad), state, *effective_rule(p, group), hyper)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint; hyperparameters come from it, as in torch, and the state keeps the dtypes it was saved in.
+        """Load a checkpoint. Hyperparameters come from it, as in torch; state keeps the dtypes it was saved in.
 
         Raises:
-            ValueError: it was written by another optimizer, for another level or rule, or for parameters of other shapes;
-                nothing is changed then.
+            ValueError: it was written by another optimizer, for another level or rule, or for parameters of other
+                shapes; nothing is changed then.
         """
         saved_states = _check_checkpoint(state_dict, self.param_groups)
         replaced = {
@@ -184,7 +182,7 @@ class FOAM(torch.optim.Optimizer):
 
 
 def effective_rule(p: Tensor, group: dict[str, Any]) -> tuple[Level, str]:
-    """The level and second-moment rule that ``p`` gets in ``group``: tensors of fewer than two dimensions stay plain."""
+    """The level and second-moment rule of ``p`` in ``group``: tensors of fewer than two dimensions stay plain."""
     return (group["level"], group["second_moment"]) if p.dim() > 1 else (0, "block")
 
 
@@ -203,69 +201,6 @@ def state_spec(p: Tensor, group: dict[str, Any]) -> StateSpec:
     return spec | {"row_exp_avg_sq": (p.shape[:-1], dtype), "col_exp_avg_sq": (columns, dtype)}
 
 
-def check_options(options: dict[str, Any]) -> None:
-    """Validate hyperparameters, a group's or the constructor's.
-
-    Raises:
-        TypeError: a value of the wrong type.
-        ValueError: a value out of range, NaN and infinity included.
-    """
-    level = options["level"]
-    if not (level == "row" if isinstance(level, str) else _is_int(level) and 0 <= level <= MAX_LEVEL):
-        raise ValueError(f"level is out of range: got {level!r}; expected an integer from 0 to {MAX_LEVEL}, or 'row'")
-    lr = options["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr has {lr.numel()} elements; expected a float or a tensor of one element")
-    _check_number("lr", float(lr) if isinstance(lr, Tensor) else lr)
-    betas = options["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"betas is not a pair: got {betas!r}; expected two numbers in [0, 1)")
-    for i, beta in enumerate(betas):
-        _check_number(f"betas[{i}]", beta, below=1.0)
-    for name in ("eps", "weight_decay", "residual_scale"):
-        _check_number(name, options[name])
-    _check_number("scale", options["scale"], positive=True)
-    for name, legal in (
-        ("second_moment", ("block", "factored")),
-        ("stochastic_rounding", ("auto", True, False)),
-        ("state_dtype", (torch.float32, torch.bfloat16)),
-    ):
-        if not any(type(options[name]) is type(value) and options[name] == value for value in legal):
-            raise ValueError(f"{name} is not valid: got {options[name]!r}; expected one of {legal}")
-    seed = options["seed"]
-    if not _is_int(seed) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed is out of range: got {seed!r}; expected an integer from 0 to 2**64 - 1")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _check_number(name: str, value: Any, *, below: float = math.inf, positive: bool = False) -> None:
-    legal = f"a number in [0, {below:g})" if below < math.inf else f"a finite number {'>' if positive else '>='} 0"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is not a number: got {value!r}; expected {legal}")
-    if not (0 <= value < below) or (positive and value == 0):  # NaN fails every comparison
-        raise ValueError(f"{name} is out of range: got {value!r}; expected {legal}")
-
-
-def _check_group_names(group: dict[str, Any], known: Iterable[str]) -> None:
-    known = [*known, "params"]
-    for name in group:
-        # Other tools tag groups with keys of their own; only a likely misspelling of ours is an error.
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-        if name not in known and near:
-            raise ValueError(f"unknown field in a param group: got {name!r}; did you mean {near[0]!r}?")
-
-
-def _check_parameter(p: Tensor) -> None:
-    if p.is_complex() or not p.is_floating_point() or p.layout != torch.strided:
-        raise TypeError(
-            f"cannot optimize a parameter of dtype {p.dtype} and layout {p.layout}, shape {tuple(p.shape)}; "
-            "expected dense float32, bfloat16 or float16"
-        )
-
-
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -277,7 +212,8 @@ def _check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) 
     except (KeyError, TypeError):
         raise ValueError(
             f"not an optimizer's state dict: got {type(state_dict).__name__} with keys "
-            f"{sorted(map(str, state_dict)) if isinstance(state_dict, dict) else None}; expected 'state' and 'param_groups'"
+            f"{sorted(map(str, state_dict)) if isinstance(state_dict, dict) else None}; "
+            "expected 'state' and 'param_groups'"
         ) from None
     sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved_groups))
     states = []
@@ -285,7 +221,10 @@ def _check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) 
         for name in ("level", "second_moment"):
             if name not in saved:
                 held = sorted({key for state in saved_state.values() for key in state})
-                raise ValueError(f"the checkpoint is of another optimizer: its param groups have no {name!r}, its state holds {held}")
+                raise ValueError(
+                    f"the checkpoint is of another optimizer: its param groups have no {name!r}, "
+                    f"its state holds {held}; expected one that FOAM wrote"
+                )
             if saved[name] != group[name]:
                 raise ValueError(
                     f"the checkpoint was trained with {name}={saved[name]!r} in param group {i}, this optimizer has "
@@ -312,5 +251,6 @@ def _check_state(key: int, state: dict[str, Any], spec: StateSpec) -> None:
     for name, (shape, _) in spec.items():
         if tuple(torch.as_tensor(state[name]).shape) != tuple(shape):
             raise ValueError(
-                f"{name} of parameter {key} has shape {tuple(state[name].shape)} in the checkpoint; expected {tuple(shape)}"
+                f"{name} of parameter {key} has shape {tuple(state[name].shape)} in the checkpoint; "
+                f"expected {tuple(shape)}"
             )

@@ -1,8 +1,9 @@
 """Stochastic rounding of float32 to bfloat16 with random bits that are a pure function of where they are used.
 
 The bits of an element come from Philox 4x32 (Salmon et al., SC 2011) with the key ``seed`` and the counter
-``(column // 8, row, step, stream)``: one draw of 128 bits gives eight adjacent columns 16 bits each. Neither the number of
-processes, nor the chunking of the loop, nor the device enters, so a resumed or sharded run writes the same weights.
+``(column // 8, row, step, stream)``: one draw of 128 bits gives eight adjacent columns 16 bits each. Neither the
+number of processes, nor the chunking of the loop, nor the device enters, so a resumed or sharded run writes the same
+weights.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ _WORD = 0xFFFFFFFF
 
 
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit words for each counter; ``counter`` holds broadcastable int64 tensors in [0, 2**32)."""
+    """Four random words for each counter, in the low 32 bits of int64; ``counter`` broadcasts, int64 in [0, 2**32)."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(PHILOX_ROUNDS):
-        # int64 products wrap, but their bit pattern is the unsigned product's.
+        # int64 products wrap, but their bits are the unsigned product's; only what is multiplied next must be masked.
         a, b = c0 * PHILOX_A, c2 * PHILOX_B
-        c0, c1 = ((b >> 32) & _WORD) ^ (c1 ^ k0), b & _WORD
-        c2, c3 = ((a >> 32) & _WORD) ^ (c3 ^ k1), a & _WORD
+        c0, c2 = _mix(b, c1, k0), _mix(a, c3, k1)
+        c1, c3 = b, a
         k0, k1 = (k0 + PHILOX_KEY_A) & _WORD, (k1 + PHILOX_KEY_B) & _WORD
     return c0, c1, c2, c3
+
+
+def _mix(product: Tensor, word: Tensor, key: int) -> Tensor:
+    return ((product >> 32) ^ word).bitwise_xor_(key).bitwise_and_(_WORD)
 
 
 def random_bits(rows: range, n: int, *, seed: int, step: int, stream: int, device: torch.device) -> Tensor:
@@ -39,18 +44,19 @@ def random_bits(rows: range, n: int, *, seed: int, step: int, stream: int, devic
     columns = torch.arange(draws, device=device).unsqueeze(0)
     row_index = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1)
     constant = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    words = philox_4x32((columns, row_index, constant + step, constant + stream), seed)
-    words = torch.stack(torch.broadcast_tensors(*words), dim=-1)
-    # A word serves two columns: its low half the earlier one.
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
-    return halves.to(torch.int32).reshape(len(rows), draws * ELEMENTS_PER_DRAW)[:, :n]
+    words = torch.empty(len(rows), draws, 4, dtype=torch.int32, device=device)
+    for i, word in enumerate(philox_4x32((columns, row_index, constant + step, constant + stream), seed)):
+        words[..., i] = word
+    # The low half of a word serves the earlier of its two columns: every platform of torch is little-endian.
+    return words.view(torch.int16).flatten(1)[:, :n].to(torch.int32).bitwise_and_(0xFFFF)
 
 
 def stochastic_round_(x: Tensor, bits: Tensor) -> Tensor:
-    """Round ``x`` (float32, contiguous, overwritten) to bfloat16 values: up in magnitude with probability (distance / spacing).
+    """Round ``x`` (float32, contiguous, overwritten) to bfloat16 values: up in magnitude with probability (distance /
+    spacing).
 
-    ``bits`` is int32 in [0, 65536), of the same shape. A value that bfloat16 holds exactly stays as it is; so do infinities
-    and NaN. Returns ``x``, still float32, ready for an exact cast.
+    ``bits`` is int32 in [0, 65536), of the same shape. A value that bfloat16 holds exactly stays as it is; so do
+    infinities and NaN. Returns ``x``, still float32, ready for an exact cast.
     """
     nan = x.isnan()
     x.view(torch.int32).add_(bits).bitwise_and_(-0x10000)

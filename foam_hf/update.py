@@ -1,15 +1,17 @@
-"""FOAM's update of one parameter in the paper's symbols (arXiv 2512.07112), and the loop that applies it on any device.
+"""FOAM's update of one parameter in the paper's symbols (arXiv 2512.07112), and the loop that applies it on any
+device.
 
-A rule sees float32 parts of a weight in blocks: the gradient ``G`` is (rows, blocks, width), the folded moments ``m`` and
-``v`` are (rows, blocks, 1), so ``fold`` is a mean over the last dimension and ``unfold`` is broadcasting. ``b1, b2`` are
-Adam's betas, ``c1 = 1 - b1**t`` and ``c2 = 1 - b2**t`` its bias corrections, ``rho`` is the residual's scale. A rule updates
-its moments in place and returns the numerator and the denominator of the direction ``U``.
+A rule sees float32 parts of a weight in blocks: the gradient ``G`` is (rows, blocks, width), the folded moments ``m``
+and ``v`` are (rows, blocks, 1), so ``fold`` is a mean over the last dimension and ``unfold`` is broadcasting. ``b1,
+b2`` are Adam's betas, ``c1 = 1 - b1**t`` and ``c2 = 1 - b2**t`` its bias corrections, ``rho`` is the residual's scale.
+A rule updates its moments in place and returns the numerator and the denominator of the direction ``U``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -41,6 +43,8 @@ class Hyper:
 
 
 def fold(X: Tensor) -> Tensor:
+    if X.shape[-1] <= 4:  # torch reduces a very short dimension several times slower than it adds slices
+        return reduce(torch.add, X.split(1, dim=-1)) / X.shape[-1]
     return X.mean(-1, keepdim=True)
 
 
@@ -80,14 +84,14 @@ def step_(W: Tensor, U: Fraction, h: Hyper) -> None:
 def factored_root(grad: Tensor, r: Tensor, c: Tensor, h: Hyper) -> Fraction:
     """Advance the means of ``G*G`` and return sqrt(V) as row and column factors: sqrt(V) = rows * columns.
 
-    ``grad`` (..., rows, n), ``r`` (..., rows) mean over columns, ``c`` (..., n) mean over rows; leading dimensions are separate
-    matrices. V = outer(r, c) / mean(r) / c2.
+    ``grad`` (..., rows, n), ``r`` (..., rows) mean over columns, ``c`` (..., n) mean over rows; leading dimensions are
+    separate matrices. V = outer(r, c) / mean(r) / c2.
     """
     row_sum, column_sum = torch.zeros_like(r, dtype=torch.float32), torch.zeros_like(c, dtype=torch.float32)
     G = grad.reshape(-1, grad.shape[-1])
     flat_rows, flat_columns = row_sum.view(-1), column_sum.view(-1, grad.shape[-1])
     matrix = torch.arange(G.shape[0], device=G.device) // grad.shape[-2]
-    for rows in _chunks(*G.shape, G.device):
+    for rows in _chunks(G.shape[0], G.shape[1], G.device):
         GG = _load(G, rows).square()
         flat_rows[rows.start : rows.stop] = GG.mean(-1)
         flat_columns.index_add_(0, matrix[rows.start : rows.stop], GG)
@@ -102,7 +106,7 @@ def factored_root(grad: Tensor, r: Tensor, c: Tensor, h: Hyper) -> Fraction:
 
 
 # Elements of a pass: small enough to stay in a core's cache, or to bound the temporaries on a GPU.
-CHUNK_CPU, CHUNK_GPU = 1 << 16, 1 << 24
+CHUNK_CPU, CHUNK_GPU = 1 << 17, 1 << 24
 
 
 def update_parameter(
@@ -110,44 +114,44 @@ def update_parameter(
 ) -> None:
     """Advance one parameter and its state by one step, a bounded chunk of rows at a time.
 
-    ``p`` and ``grad`` have one shape, any float dtypes and strides; ``state`` holds the tensors ``foam_hf.FOAM`` describes.
-    All arithmetic is float32. Rows do not mix (the factored rule's column means excepted), so chunks change nothing.
+    ``p`` and ``grad`` have one shape, any float dtypes and strides; ``state`` holds the tensors ``foam_hf.FOAM``
+    describes. All arithmetic is float32. Rows do not mix (the factored rule's column means excepted), so chunks change
+    nothing.
     """
     if p.numel() == 0:
         return
     n = p.shape[-1] if p.dim() else 1
     width = block_width(level, n)
-    weight, G_rows = _as_rows(p, n), _as_rows(grad, n)
+    weight, gradient = _as_rows(p, n), _as_rows(grad, n)
     if second_moment == "factored":
+        names = ["folded_exp_avg"]
         row_root, column_root = factored_root(grad, state["row_exp_avg_sq"], state["col_exp_avg_sq"], h)
         row_root, column_root = row_root.view(-1, 1), column_root.view(-1, n)
-        moments = [_as_rows(state["folded_exp_avg"], -(-n // width))]
-    elif level == 0:
-        moments = [_as_rows(state["exp_avg"], n), _as_rows(state["exp_avg_sq"], n)]
     else:
-        moments = [_as_rows(state[name], -(-n // width)) for name in ("folded_exp_avg", "folded_exp_avg_sq")]
-    for rows in _chunks(*weight.shape, p.device):
-        W, G = _load(weight, rows), _load(G_rows, rows)
-        m, *v = loaded = [_load(moment, rows) for moment in moments]
+        names = ["exp_avg", "exp_avg_sq"] if level == 0 else ["folded_exp_avg", "folded_exp_avg_sq"]
+    moments = [_as_rows(state[name], -(-n // width)) for name in names]
+    for rows in _chunks(weight.shape[0], n, p.device):
+        W, G = _load(weight, rows), _load(gradient, rows)
+        loaded = [_load(moment, rows) for moment in moments]
+        m = loaded[0]
         if second_moment == "factored":
             matrix = torch.arange(rows.start, rows.stop, device=p.device) // p.shape[-2]
-            V = row_root[rows.start : rows.stop] * column_root[matrix]
-            for Gi, mi, Vi, Wi in zip(*_parts(width, n, G, m), blocked(V, width), blocked(W, width), strict=True):
+            root_V = blocked(row_root[rows.start : rows.stop] * column_root[matrix], width)
+            for Gi, mi, Vi, Wi in zip(
+                blocked(G, width), split_moment(m, width, n), root_V, blocked(W, width), strict=True
+            ):
                 step_(Wi, factored_rule(Gi, mi, Vi, h), h)
         elif level == 0:
-            step_(W, adam_rule(G, m, *v, h), h)
+            step_(W, adam_rule(G, m, loaded[1], h), h)
         else:
-            for Gi, mi, vi, Wi in zip(*_parts(width, n, G, m, *v), blocked(W, width), strict=True):
+            v = split_moment(loaded[1], width, n)
+            for Gi, mi, vi, Wi in zip(blocked(G, width), split_moment(m, width, n), v, blocked(W, width), strict=True):
                 step_(Wi, block_rule(Gi, mi, vi, h), h)
         _store(weight, rows, W, h, kind=0)
         for kind, (moment, value) in enumerate(zip(moments, loaded, strict=True), start=1):
             _store(moment, rows, value, h, kind)
     if weight.data_ptr() != p.data_ptr():
         p.copy_(weight.view(p.shape))
-
-
-def _parts(width: int, n: int, G: Tensor, *moments: Tensor) -> list[list[Tensor]]:
-    return [blocked(G, width), *(split_moment(m, width, n) for m in moments)]
 
 
 def _as_rows(x: Tensor, n: int) -> Tensor:
@@ -165,7 +169,7 @@ def _load(x: Tensor, rows: range) -> Tensor:
 
 
 def _store(x: Tensor, rows: range, value: Tensor, h: Hyper, kind: int) -> None:
-    """Write float32 ``value`` to ``rows`` of ``x``, unless it is those rows; ``kind`` tells a parameter's tensors apart."""
+    """Write ``value`` to ``rows`` of ``x``, unless it is those rows; ``kind`` tells a parameter's tensors apart."""
     if x.dtype == torch.float32 and value.data_ptr() == x[rows.start : rows.stop].data_ptr():
         return
     if x.dtype == torch.bfloat16 and h.stochastic:

@@ -1,0 +1,80 @@
+"""What is legal: hyperparameters, fields of a param group, parameters. Errors say what was given and expected."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foam_hf.folding import MAX_LEVEL
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Validate hyperparameters, a group's or the constructor's.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range, NaN and infinity included.
+    """
+    level = options["level"]
+    if not (level == "row" if isinstance(level, str) else _is_int(level) and 0 <= level <= MAX_LEVEL):
+        raise ValueError(f"level is out of range: got {level!r}; expected an integer from 0 to {MAX_LEVEL}, or 'row'")
+    lr = options["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr has {lr.numel()} elements; expected a float or a tensor of one element")
+    _check_number("lr", float(lr) if isinstance(lr, Tensor) else lr)
+    betas = options["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas is not a pair: got {betas!r}; expected two numbers in [0, 1)")
+    for i, beta in enumerate(betas):
+        _check_number(f"betas[{i}]", beta, below=1.0)
+    for name in ("eps", "weight_decay", "residual_scale"):
+        _check_number(name, options[name])
+    _check_number("scale", options["scale"], positive=True)
+    for name, legal in (
+        ("second_moment", ("block", "factored")),
+        ("stochastic_rounding", ("auto", True, False)),
+        ("state_dtype", (torch.float32, torch.bfloat16)),
+    ):
+        if not any(type(options[name]) is type(value) and options[name] == value for value in legal):
+            raise ValueError(f"{name} is not valid: got {options[name]!r}; expected one of {legal}")
+    seed = options["seed"]
+    if not _is_int(seed) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed is out of range: got {seed!r}; expected an integer from 0 to 2**64 - 1")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _check_number(name: str, value: Any, *, below: float = math.inf, positive: bool = False) -> None:
+    legal = f"a number in [0, {below:g})" if below < math.inf else f"a finite number {'>' if positive else '>='} 0"
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{name} is not a number: got {value!r}; expected {legal}")
+    number = float(value)
+    if not (0 <= number < below) or (positive and number == 0):  # NaN fails every comparison
+        raise ValueError(f"{name} is out of range: got {value!r}; expected {legal}")
+
+
+def check_field_names(group: dict[str, Any], known: Iterable[str]) -> None:
+    """Raise ValueError for a field of a param group that looks like a misspelling of one in ``known``."""
+    known = [*known, "params"]
+    for name in group:
+        # Other tools tag groups with keys of their own; only a likely misspelling of ours is an error.
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        if name not in known and near:
+            raise ValueError(f"unknown field in a param group: got {name!r}; did you mean {near[0]!r}?")
+
+
+def check_parameter(p: Tensor) -> None:
+    """Raise TypeError for a parameter that is not a dense real floating point tensor."""
+    if p.is_complex() or not p.is_floating_point() or p.layout != torch.strided:
+        raise TypeError(
+            f"cannot optimize a parameter of dtype {p.dtype} and layout {p.layout}, shape {tuple(p.shape)}; "
+            "expected dense float32, bfloat16 or float16"
+        )
