@@ -42,7 +42,7 @@ class FOAM(torch.optim.Optimizer):
     State of a folded parameter of shape (..., n), where b = ceil(n / 2**level): ``folded_exp_avg`` (..., b), and
     ``folded_exp_avg_sq`` (..., b) or, with the factored rule, ``row_exp_avg_sq`` (...,) and ``col_exp_avg_sq`` (...,
     n) without the second last dimension. Of a plain one: ``exp_avg`` and ``exp_avg_sq``, as the parameter. And
-    ``step``, a float32 scalar on the CPU.
+    ``step``, an integer.
 
     Raises:
         ValueError: a hyperparameter out of range, no parameters, a duplicate parameter.
@@ -130,12 +130,11 @@ class FOAM(torch.optim.Optimizer):
     def _step_parameter(self, p: Tensor, group: dict[str, Any], stream: int) -> None:
         state = self.state[p]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = 0
             for name, (shape, dtype) in state_spec(p, group).items():
-                if name != "step":
-                    state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
+                state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
         state["step"] += 1
-        t = int(state["step"])
+        t = state["step"]
         b1, b2 = group["betas"]
         hyper = Hyper(
             lr=float(group["lr"]),
@@ -187,18 +186,19 @@ def effective_rule(p: Tensor, group: dict[str, Any]) -> tuple[Level, str]:
 
 
 def state_spec(p: Tensor, group: dict[str, Any]) -> StateSpec:
-    """Name -> (shape, dtype) of every tensor of state that ``p`` will hold in ``group``; allocates nothing."""
+    """Name -> (shape, dtype) of every tensor of state that ``p`` will hold in ``group``; allocates nothing.
+
+    Beside these, every parameter that was ever updated holds ``step``, a Python integer.
+    """
     level, second_moment = effective_rule(p, group)
     dtype = group["state_dtype"]
-    spec: StateSpec = {"step": (torch.Size(()), torch.float32)}
     if level == 0 and second_moment == "block":
-        return spec | {"exp_avg": (p.shape, dtype), "exp_avg_sq": (p.shape, dtype)}
+        return {"exp_avg": (p.shape, dtype), "exp_avg_sq": (p.shape, dtype)}
     folded = torch.Size((*p.shape[:-1], num_blocks(level, p.shape[-1])))
-    spec["folded_exp_avg"] = (folded, dtype)
     if second_moment == "block":
-        return spec | {"folded_exp_avg_sq": (folded, dtype)}
-    columns = torch.Size((*p.shape[:-2], p.shape[-1]))
-    return spec | {"row_exp_avg_sq": (p.shape[:-1], dtype), "col_exp_avg_sq": (columns, dtype)}
+        return {"folded_exp_avg": (folded, dtype), "folded_exp_avg_sq": (folded, dtype)}
+    rows, columns = p.shape[:-1], torch.Size((*p.shape[:-2], p.shape[-1]))
+    return {"folded_exp_avg": (folded, dtype), "row_exp_avg_sq": (rows, dtype), "col_exp_avg_sq": (columns, dtype)}
 
 
 def _plain(value: Any) -> Any:
@@ -246,8 +246,10 @@ def _check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) 
 def _check_state(key: int, state: dict[str, Any], spec: StateSpec) -> None:
     if not state:  # a parameter that never had a gradient
         return
-    if set(state) != set(spec):
-        raise ValueError(f"parameter {key} of the checkpoint holds {sorted(state)}; expected {sorted(spec)}")
+    if set(state) != {"step", *spec} or not isinstance(state["step"], int):
+        raise ValueError(
+            f"parameter {key} of the checkpoint holds {sorted(state)}; expected {sorted(['step', *spec])}"
+        )
     for name, (shape, _) in spec.items():
         if tuple(torch.as_tensor(state[name]).shape) != tuple(shape):
             raise ValueError(

@@ -41,6 +41,10 @@ def through_disk(state_dict):
     return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
 
 
+def kinds(state):
+    return {name: (x.shape, x.dtype) for name, x in state.items() if isinstance(x, torch.Tensor)}
+
+
 SETTINGS = [
     {"level": 2},
     {"level": "row"},
@@ -62,7 +66,7 @@ def test_resumed_run_is_bit_identical(options, dtype):
     resumed = FOAM(second.parameters(), weight_decay=0.1, **options)
     resumed.load_state_dict(through_disk(optimizer.state_dict()))
     for p, q in zip(first.parameters(), second.parameters(), strict=True):
-        assert {k: v.dtype for k, v in optimizer.state[p].items()} == {k: v.dtype for k, v in resumed.state[q].items()}
+        assert kinds(optimizer.state[p]) == kinds(resumed.state[q])
     run(second, resumed, 6, start=4)
     assert torch.equal(weights(second), weights(straight))
 
@@ -87,9 +91,9 @@ def test_state_is_what_the_specification_says():
         run(net, optimizer, 1)
         for p in net.parameters():
             spec = state_spec(p, optimizer.param_groups[0])
-            assert {name: (x.shape, x.dtype) for name, x in optimizer.state[p].items()} == spec
+            assert kinds(optimizer.state[p]) == spec and optimizer.state[p]["step"] == 1
     assert set(state_spec(torch.empty(8, 16, device="meta"), {**optimizer.defaults, "second_moment": "factored"})) == {
-        "step", "folded_exp_avg", "row_exp_avg_sq", "col_exp_avg_sq"}  # fmt: skip
+        "folded_exp_avg", "row_exp_avg_sq", "col_exp_avg_sq"}  # fmt: skip
 
 
 def test_groups_have_their_own_level_and_a_group_can_be_added_later():
@@ -102,7 +106,7 @@ def test_groups_have_their_own_level_and_a_group_can_be_added_later():
     assert optimizer.state[net[0].weight]["folded_exp_avg"].shape == (20, 12)
     assert optimizer.state[net[2].weight]["folded_exp_avg"].shape == (3, 1)
     assert torch.equal(net[2].weight, frozen)
-    assert float(optimizer.state[net[0].weight]["step"]) == 4 and float(optimizer.state[net[0].bias]["step"]) == 2
+    assert optimizer.state[net[0].weight]["step"] == 4 and optimizer.state[net[0].bias]["step"] == 2
 
 
 def test_scale_is_for_matrices_only():
