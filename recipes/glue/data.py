@@ -9,6 +9,7 @@ import functools
 import glob
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +70,7 @@ TASKS = {
 
 @functools.cache
 def hub_problem() -> str | None:
-    """Why the model hub cannot be used, or None where it answers; one request of at most 3 seconds.
+    """Why the model hub cannot be used, or None where it answers; one request, given up after 4 seconds.
 
     After a failed request the Hugging Face libraries of this process are switched to offline mode, so that none of
     them spends minutes on retries; what is in their caches still loads.
@@ -78,17 +79,31 @@ def hub_problem() -> str | None:
 
     if constants.HF_HUB_OFFLINE:
         return "offline mode is set (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)"
-    try:
-        status = get_session().head(constants.ENDPOINT, timeout=3).status_code
-    except Exception as error:  # the session is requests or httpx, by version: no common class of errors
-        problem = f"{constants.ENDPOINT} does not answer ({type(error).__name__})"
-    else:
-        if status < 500 and status != 407:
-            return None
-        problem = f"{constants.ENDPOINT} answers with HTTP status {status}"
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    constants.HF_HUB_OFFLINE = True
-    return problem
+    problems = [f"{constants.ENDPOINT} does not answer within 4 seconds"]
+
+    def ask() -> None:
+        try:
+            status = get_session().head(constants.ENDPOINT, timeout=3).status_code
+        except Exception as error:  # the session is of requests or of httpx, by version: no common class of errors
+            problems.append(f"{constants.ENDPOINT} does not answer ({type(error).__name__})")
+        else:
+            bad = status >= 500 or status == 407  # 407: a proxy that wants a password
+            problems.append(f"{constants.ENDPOINT} answers with HTTP status {status}" if bad else "")
+
+    # A thread, because no timeout covers a name server that keeps silent.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout=4)
+    if problems[-1]:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True
+    return problems[-1] or None
+
+
+def first_line(error: BaseException) -> str:
+    """The start of an error's text, for a message of one line."""
+    text = str(error).strip().split("\n")[0]
+    return text if len(text) <= 200 else text[:200] + " ..."
 
 
 def load_splits(task_name: str, dataset_path: str | None, several: bool = False) -> dict[str, list[dict]]:
@@ -118,7 +133,7 @@ def _hub_splits(task_name: str, task: Task) -> dict[str, tuple[Iterable[dict], s
     try:
         loaded = datasets.load_dataset(HUB_DATASET, task_name)
     except Exception as error:
-        reason = problem or f"{type(error).__name__}: {error}"
+        reason = problem or f"{type(error).__name__}: {first_line(error)}"
         raise SystemExit(f"Cannot load {HUB_DATASET} from the model hub: {reason}; {local}.") from None
     names = {split: f"validation_{split}" if split in BOTH else split for split in ("train", *task.validation_sets)}
     return {split: (loaded[name], f"{HUB_DATASET} {task_name} {name}") for split, name in names.items()}

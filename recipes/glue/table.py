@@ -1,8 +1,10 @@
 """Tables from results.json files; `python table.py results/*.json --readme README.md` renews the README's."""
 
+import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
@@ -86,3 +88,64 @@ def text_table(runs: list[dict]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def short(model: str) -> str:
+    """A model's name without the folders before it."""
+    return Path(model).name if os.path.isabs(model) else model
+
+
+def markdown_table(runs: list[dict]) -> str:
+    """One table a model: tasks and metrics down, optimizers across; "no runs" becomes an empty text.
+
+    A cell is mean ± sample standard deviation over seeds, in percent, and the learning rate of those runs.
+    """
+    parts = []
+    for model in dict.fromkeys(run["model"] for run in runs):
+        cells: dict[tuple[str, str], dict[str, str]] = {}
+        state: dict[str, str] = {}
+        counts, devices = set(), set()
+        for (task, _, optim, rate), group in groups([run for run in runs if run["model"] == model]).items():
+            counts.add(len(group))
+            devices.update(run["versions"]["device"] for run in group)
+            state[optim] = megabytes(group[0]["optimizer_state_bytes"])
+            for name in [name for name in group[0]["scores"] if not name.endswith("loss")]:
+                text = f"{spread([run['scores'][name] for run in group])} (lr {rate:g})"
+                row = cells.setdefault((task, name), {})
+                row[optim] = f"{row[optim]}; {text}" if optim in row else text
+        lines = [["task", "metric", *state], ["---"] * (2 + len(state))]
+        lines += [[task, name, *(row.get(optim, "-") for optim in state)] for (task, name), row in cells.items()]
+        lines.append(["", "optimizer state", *state.values()])
+        seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+        title = (
+            f"{short(model)}, {seeds} seeds, on {', '.join(sorted(devices))}; mean ± standard deviation, in percent:"
+        )
+        parts.append(title + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(parts)
+
+
+def with_table(readme: str, table: str) -> str:
+    """The README's text with what stands between the markers replaced by the table."""
+    before, rest = readme.split(START, 1)
+    after = rest.split(END, 1)[1]
+    return f"{before}{START}\n{table or 'Not measured yet.'}\n{END}{after}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("results", nargs="*", type=Path, help="results.json files, of one run or of many")
+    parser.add_argument("--readme", type=Path, help="replace the table between its markers; else print it")
+    options = parser.parse_args(argv)
+    try:
+        table = markdown_table(read_runs(options.results))
+        if options.readme is None:
+            print(table)
+            return
+        text = with_table(options.readme.read_text(encoding="utf-8"), table)
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"table.py: {type(error).__name__}: {error}; expected results.json files and a README with markers.")
+    options.readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -35,39 +36,48 @@ sys.path[:0] = [] if str(HERE) in sys.path else [str(HERE)]  # the siblings, als
 import metrics  # noqa: E402
 import table  # noqa: E402
 from arguments import GlueArguments, build_training_arguments, parse, resumes_newest, say  # noqa: E402
-from data import TASKS, hub_problem, load_splits  # noqa: E402
+from data import TASKS, first_line, hub_problem, load_splits  # noqa: E402
+
+
+def model_source(recipe: GlueArguments) -> tuple[str, bool]:
+    """Folder or hub name of the model, and whether only the cache can give it; SystemExit where nothing can."""
+    name = os.path.expanduser(recipe.model_name_or_path)
+    if os.path.isdir(name):
+        return name, True
+    if os.path.isabs(name) or name.startswith(".") or name.count("/") > 1:
+        raise SystemExit(f"--model_name_or_path: no folder {name}.")
+    problem = hub_problem()
+    if problem and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        raise SystemExit(
+            f"Cannot load the model {name}: {problem}, and it is not in the local cache; "
+            "give the folder of a saved model by --model_name_or_path."
+        )
+    return name, problem is not None
 
 
 def load_model(recipe: GlueArguments, task_name: str):
     """Tokenizer and classifier for one task; SystemExit with one sentence where they cannot be had."""
-    task, name, offline = TASKS[task_name], os.path.expanduser(recipe.model_name_or_path), False
-    if not os.path.isdir(name):
-        local = "give the folder of a saved model by --model_name_or_path"
-        if os.path.isabs(name) or name.startswith(".") or name.count("/") > 1:
-            raise SystemExit(f"--model_name_or_path: no folder {name}.")
-        problem = hub_problem()
-        offline = problem is not None
-        from huggingface_hub import try_to_load_from_cache
-
-        if offline and not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            raise SystemExit(f"Cannot load the model {name}: {problem}, and it is not in the local cache; {local}.")
-    labels = {"id2label": dict(enumerate(task.labels))} if task.labels else {"num_labels": 1}
+    task = TASKS[task_name]
+    name, local_only = model_source(recipe)
+    labels = {"num_labels": 1, "problem_type": "regression"}
     if task.labels:
-        labels["label2id"] = {label: index for index, label in enumerate(task.labels)}
+        labels = {
+            "id2label": dict(enumerate(task.labels)),
+            "label2id": {label: index for index, label in enumerate(task.labels)},
+            "problem_type": "single_label_classification",
+        }
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=offline, **labels)
-        config.problem_type = "single_label_classification" if task.labels else "regression"
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_only)
         model = AutoModelForSequenceClassification.from_pretrained(
             name,
-            config=config,
+            config=AutoConfig.from_pretrained(name, local_files_only=local_only, **labels),
             dtype=getattr(torch, recipe.dtype),
-            local_files_only=offline,
+            local_files_only=local_only,
             ignore_mismatched_sizes=recipe.ignore_mismatched_sizes,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        hint = " (a classifier of other labels needs --ignore_mismatched_sizes)" if "mismatch" in str(error) else ""
-        raise SystemExit(f"Cannot load the model {name} for {task_name}: {error}{hint}") from None
+        hint = " A classifier of other labels needs --ignore_mismatched_sizes." if "ignore_mism" in str(error) else ""
+        raise SystemExit(f"Cannot load the model {name} for {task_name}: {first_line(error)}{hint}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -78,76 +88,88 @@ def tokenize(rows: list[dict], tokenizer, max_length: int) -> list[dict]:
     """Rows as input ids (unpadded; the collator pads each batch) and labels."""
     texts = [row["text"] for row in rows]
     pairs = [row["text_pair"] for row in rows] if rows[0]["text_pair"] is not None else None
-    encoded = tokenizer(texts, pairs, truncation=True, max_length=min(max_length, tokenizer.model_max_length))
+    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
     return [
         {**{name: values[index] for name, values in encoded.items()}, "labels": row["label"]}
         for index, row in enumerate(rows)
     ]
 
 
-def run(recipe: GlueArguments, training: dict, task_name: str, seed: int, output_dir: Path) -> dict:
-    """Train and evaluate one task with one seed; the contents of its results.json."""
-    args = build_training_arguments(training, output_dir, seed)
-    settings = {**dataclasses.asdict(recipe), **training}
-    for name in ("task_name", "seeds", "seed", "output_dir", "resume_from_checkpoint"):
-        settings.pop(name, None)
-    settings = json.loads(json.dumps(settings, default=str))
-    results_file, resume = output_dir / "results.json", args.resume_from_checkpoint
-    if resumes_newest(training):
-        finished = json.loads(results_file.read_text(encoding="utf-8")) if results_file.is_file() else None
-        if finished and finished["settings"] != settings:
-            keys = {**settings, **finished["settings"]}
-            changed = [key for key in keys if settings.get(key) != finished["settings"].get(key)]
-            raise SystemExit(
-                f"{results_file} was made with another {', '.join(changed)}; choose another --output_dir."
-            )
-        if finished:
-            say(f"{output_dir} is finished already: kept.")
-            return finished
-        resume = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-        say(f"Resuming from {resume}." if resume else f"No checkpoint in {output_dir}: starting from the beginning.")
-    elif resume and not os.path.isdir(resume):
-        raise SystemExit(
-            f"--resume_from_checkpoint: no folder {resume}; expected a checkpoint, or true for the newest."
-        )
-
-    splits = load_splits(task_name, recipe.dataset_path, several=len(recipe.task_name) > 1)
+def build_trainer(recipe: GlueArguments, args: TrainingArguments, task_name: str, splits: dict) -> Trainer:
+    """Trainer with a fresh model on one task."""
     set_seed(args.seed)  # before the classifier's weights are drawn
     tokenizer, model = load_model(recipe, task_name)
-    train_rows = splits.pop("train")[: recipe.max_train_samples]
-    train_set = tokenize(train_rows, tokenizer, recipe.max_seq_length)
-    eval_sets = {
-        name: tokenize(rows[: recipe.max_eval_samples], tokenizer, recipe.max_seq_length)
-        for name, rows in splits.items()
-    }
-    counts = ", ".join(f"{len(rows)} {name}" for name, rows in {"train": train_set, **eval_sets}.items())
-    say(f"{task_name}: {counts} examples")
-    trainer = Trainer(
+    length = min(recipe.max_seq_length, tokenizer.model_max_length)
+    sets = {}
+    for name, rows in splits.items():
+        limit = recipe.max_train_samples if name == "train" else recipe.max_eval_samples
+        sets[name] = tokenize(rows[:limit], tokenizer, length)
+    counts = ", ".join(f"{len(rows)} {name}" for name, rows in sets.items())
+    say(f"{task_name}: {counts} examples, cut at {length} tokens")
+    train_set = sets.pop("train")
+
+    def compute_metrics(output) -> dict[str, float]:
+        logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+        return metrics.score(task_name, logits, output.label_ids)
+
+    return Trainer(
         model=model,
         args=args,
         train_dataset=train_set,
-        eval_dataset=eval_sets if len(eval_sets) > 1 else eval_sets["validation"],
+        eval_dataset=sets if len(sets) > 1 else sets["validation"],
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if args.bf16 or args.fp16 else None),
-        compute_metrics=lambda output: metrics.score(
-            task_name, output[0][0] if isinstance(output[0], tuple) else output[0], output[1]
-        ),
+        compute_metrics=compute_metrics,
         callbacks=[foam_hf.OptimizerMemoryCallback()],
     )
 
-    def evaluate() -> dict[str, float]:
-        found = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-        return {name: value for name, value in found.items() if name.endswith((*TASKS[task_name].metrics, "loss"))}
 
-    untrained = evaluate() if recipe.eval_untrained else None
+def evaluate(trainer: Trainer, task_name: str) -> dict[str, float]:
+    """The task's metrics and loss on its validation sets, without Trainer's timings."""
+    found = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    return {name: value for name, value in found.items() if name.endswith((*TASKS[task_name].metrics, "loss"))}
+
+
+def earlier_work(output_dir: Path, settings: dict, training: dict) -> tuple[dict | None, str | None]:
+    """Results of the same run if it finished, and the checkpoint to go on from, as --resume_from_checkpoint asks."""
+    wanted, results_file = training.get("resume_from_checkpoint"), output_dir / "results.json"
+    if not resumes_newest(training):
+        if wanted and not os.path.isdir(wanted):
+            raise SystemExit(f"--resume_from_checkpoint: no folder {wanted}; expected a checkpoint, or true.")
+        return None, wanted
+    if results_file.is_file():
+        finished = json.loads(results_file.read_text(encoding="utf-8"))
+        keys = {**settings, **finished["settings"]}
+        changed = [key for key in keys if settings.get(key) != finished["settings"].get(key)]
+        if changed:
+            raise SystemExit(f"{results_file} is of another {', '.join(changed)}; choose another --output_dir.")
+        say(f"{output_dir} is finished: its results are kept.")
+        return finished, None
+    checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+    say(f"Resuming from {checkpoint}." if checkpoint else f"No checkpoint in {output_dir}: starting anew.")
+    return None, checkpoint
+
+
+def run(recipe: GlueArguments, args: TrainingArguments, training: dict, task_name: str, splits: dict) -> dict:
+    """Train, evaluate and save one task with one seed; what its results.json holds."""
+    own = ("task_name", "seeds", "seed", "output_dir", "resume_from_checkpoint")
+    settings = {name: value for name, value in {**dataclasses.asdict(recipe), **training}.items() if name not in own}
+    settings = json.loads(json.dumps(settings, default=str))
+    output_dir = Path(args.output_dir)
+    finished, checkpoint = earlier_work(output_dir, settings, training)
+    if finished:
+        return finished
+    trainer = build_trainer(recipe, args, task_name, splits)
+    untrained = evaluate(trainer, task_name) if recipe.eval_untrained else None
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    trained = trainer.train(resume_from_checkpoint=resume)
+    trained = trainer.train(resume_from_checkpoint=checkpoint)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     started = time.perf_counter()
-    scores = evaluate()
-    seconds = {"train": trained.metrics["train_runtime"], "eval": time.perf_counter() - started}
+    scores = evaluate(trainer, task_name)
+    eval_seconds = time.perf_counter() - started
     trainer.save_model()
+    trainer.save_state()
     results = {
         "task": task_name,
         "seed": args.seed,
@@ -160,23 +182,23 @@ def run(recipe: GlueArguments, training: dict, task_name: str, seed: int, output
         "untrained": untrained,
         "train_loss": trained.training_loss,
         "steps": trained.global_step,
-        "examples": {"train": len(train_set), **{name: len(rows) for name, rows in eval_sets.items()}},
+        "resumed_from": checkpoint,
         "optimizer_state_bytes": state_bytes(trainer.optimizer),
-        "adamw_state_bytes": adamw_state_bytes([p for p in model.parameters() if p.requires_grad]),
+        "adamw_state_bytes": adamw_state_bytes([p for p in trainer.model.parameters() if p.requires_grad]),
         "peak_cuda_bytes": peak,
-        "seconds": seconds,
-        "settings": settings,
+        "seconds": {"train": trained.metrics["train_runtime"], "eval": eval_seconds},
         "metrics_from": "evaluate" if metrics.hub_metric(task_name) else "scikit-learn and scipy",
+        "settings": settings,
         "versions": {
             "foam_hf": foam_hf.__version__,
             "transformers": transformers.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "device": torch.cuda.get_device_name() if args.device.type == "cuda" else f"{args.device.type}",
+            "device": torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type,
         },
     }
     if trainer.is_world_process_zero():
-        table.write_json(results_file, results)
+        table.write_json(output_dir / "results.json", results)
     return results
 
 
@@ -197,13 +219,22 @@ def main(argv: list[str] | None = None) -> dict:
     )
     for note in notes:
         say(note)
+    # Everything that can be wrong is found before the first of perhaps many runs.
+    arguments = {
+        (task_name, seed): build_training_arguments(
+            training, root / task_name / f"seed-{seed}" if grid else root, seed
+        )
+        for task_name, seed in runs
+    }
+    model_source(recipe)
+    several = len(recipe.task_name) > 1
+    data = {task_name: load_splits(task_name, recipe.dataset_path, several) for task_name in recipe.task_name}
     results = []
     for number, (task_name, seed) in enumerate(runs, 1):
         if len(runs) > 1:
             say(f"\n[{number}/{len(runs)}] {task_name}, seed {seed}")
-        output_dir = root / task_name / f"seed-{seed}" if grid else root
-        results.append(run(recipe, training, task_name, seed, output_dir))
-        gc.collect()
+        results.append(run(recipe, arguments[task_name, seed], training, task_name, data[task_name]))
+        gc.collect()  # the Trainer refers to itself
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     merged = {"runs": results} if grid else results[0]
