@@ -37,13 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         cut = arguments.index("--")
         ours, command = arguments[:cut], arguments[cut + 1 :]
     parser = _parser()
-    options = parser.parse_args(ours)
+    options, stray = parser.parse_known_args(ours)
+    if stray and options.command != "run":
+        parser.error(f"unrecognized arguments: {shlex.join(stray)}")
     if options.command is None:
         parser.print_help()
         return 0
     try:
         if options.command == "run":
-            return _run(options, command)
+            if stray:
+                raise CommandError(_stray_message(ours, stray, command))
+            return _run(command, options.report_memory)
         if command is not None:
             raise CommandError(f"`--` belongs to `foam-hf run`, got it after `foam-hf {options.command}`")
         return _list_recipes() if options.action in (None, "list") else _copy_recipe(options.name, options.dest)
@@ -72,7 +76,6 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="add OptimizerMemoryCallback: measure and log the optimizer's bytes",
     )
-    run.add_argument("stray", nargs="*", help=argparse.SUPPRESS)
 
     recipes = commands.add_parser(
         "recipes",
@@ -87,14 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace, command: list[str] | None) -> int:
-    if options.stray:
-        flags = "--report-memory " if options.report_memory else ""
-        rest = [*options.stray, *(["--", *command] if command else [])]
-        raise CommandError(
-            f"put -- before the command, got {shlex.join(options.stray)}; "
-            f"expected: foam-hf run {flags}-- {shlex.join(rest)}"
-        )
+def _stray_message(ours: list[str], stray: list[str], command: list[str] | None) -> str:
+    if command is not None or stray[0].startswith("-"):
+        return f"unknown argument {stray[0]}; expected: foam-hf run [--report-memory] -- COMMAND ..."
+    start = ours.index(stray[0], 1)
+    right = ["foam-hf", *ours[:start], "--", *ours[start:]]
+    return f"put -- before the command, got {shlex.join(ours[start:])}; expected: {shlex.join(right)}"
+
+
+def _run(command: list[str] | None, report_memory: bool) -> int:
     if not command:
         raise CommandError("no command given; expected: foam-hf run -- python train.py --optim foam ...")
     environment = dict(os.environ)
@@ -102,7 +106,7 @@ def _run(options: argparse.Namespace, command: list[str] | None) -> int:
     if str(_SITECUSTOMIZE) not in inherited:
         environment["PYTHONPATH"] = os.pathsep.join([str(_SITECUSTOMIZE), *inherited])
     environment["FOAM_HF_RUN_PREFIX"] = sys.prefix  # children of this interpreter may import foam_hf from a checkout
-    if options.report_memory:
+    if report_memory:
         environment["FOAM_HF_REPORT_MEMORY"] = "1"
     try:
         if os.name == "posix":

@@ -1,6 +1,6 @@
 """`foam-hf run` puts this folder first on PYTHONPATH, so every python it starts runs this file at start-up.
 
-It runs the sitecustomize that it hides, if there is one, and imports foam_hf, which waits for transformers.
+It imports foam_hf, which waits for transformers, and runs the sitecustomize that it hides, if there is one.
 """
 
 import importlib.machinery
@@ -48,6 +48,6 @@ def _import_foam_hf():
 
 
 try:
-    _run_hidden_sitecustomize()
-finally:
     _import_foam_hf()
+finally:  # python reports what goes wrong in either, and goes on
+    _run_hidden_sitecustomize()
