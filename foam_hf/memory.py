@@ -153,15 +153,14 @@ def summarize(optimizer: Any) -> str:
             stochastic = p.dtype == torch.bfloat16 and group["stochastic_rounding"] is not False
             rounding.add(f"{str(p.dtype).removeprefix('torch.')} {'stochastically' if stochastic else 'to nearest'}")
     lines = [
-        f"FOAM: {_amount(members)} fold (level {level}, scale {scale:g}, second moment {rule}): "
-        f"{format_bytes(_size(members))} of state"
+        f"FOAM: folded (level {level}, scale {scale:g}, second moment {rule}): {_amount(members)}"
         for (level, scale, rule), members in folded.items()
     ] or ["FOAM: no weight folds"]
     if plain:
         largest, cost = max(plain, key=lambda sized: sized[1])
         lines.append(
-            f"FOAM: {_amount(plain)} stay unfolded, plain AdamW: {format_bytes(_size(plain))} of state, "
-            f"the largest, {list(largest.shape)}, {format_bytes(cost)}"
+            f"FOAM: unfolded (plain AdamW): {_amount(plain)}, of which {format_bytes(cost)} for the largest tensor, "
+            f"{list(largest.shape)}"
         )
     everything = [*plain, *(sized for members in folded.values() for sized in members)]
     total, adamw = _size(everything), adamw_state_bytes(p for p, _ in everything)
@@ -173,8 +172,8 @@ def summarize(optimizer: Any) -> str:
 
 
 def _amount(members: list[tuple[Tensor, int]]) -> str:
-    count = sum(p.numel() for p, _ in members)
-    return f"{len(members)} tensor{'s' if len(members) > 1 else ''} with {count:,} parameters"
+    count, s = sum(p.numel() for p, _ in members), "" if len(members) == 1 else "s"
+    return f"{len(members)} tensor{s}, {count:,} parameters, {format_bytes(_size(members))} of state"
 
 
 def _size(members: list[tuple[Tensor, int]]) -> int:

@@ -114,7 +114,8 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
 def _tensor_parts(tensor: Tensor) -> list[Any] | None:
     """The tensors that `tensor` is made of, or None if it has a storage of its own."""
     if hasattr(tensor, "__tensor_flatten__"):  # DTensor and quantized tensors among them
-        return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        return [part for part in parts if isinstance(part, Tensor)]  # not a DTensor's mesh, which torch lists too
     if tensor.layout == torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
