@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from data import TASKS
+from data import TASKS, one_line
 from transformers import HfArgumentParser, TrainingArguments
 
 HERE = Path(__file__).resolve().parent
@@ -113,7 +113,7 @@ def read_config(path: Path, parser: HfArgumentParser) -> dict:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
-        raise SystemExit(f"Cannot read the config {path}: {error}") from None
+        raise SystemExit(f"Cannot read the config {path}: {one_line(error)}") from None
     if not isinstance(config, dict):
         raise SystemExit(f"{path}: expected lines of 'key: value', got {type(config).__name__}.")
     names = {action.dest for action in parser._actions} - {"help"}
@@ -166,4 +166,4 @@ def build_training_arguments(training: dict, output_dir: Path, seed: int) -> Tra
     try:
         return TrainingArguments(**{**training, "output_dir": str(output_dir), "seed": seed})
     except (ValueError, TypeError, ImportError) as error:
-        raise SystemExit(f"train.py: {error}") from None
+        raise SystemExit(f"train.py: {one_line(error)}") from None

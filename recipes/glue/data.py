@@ -100,10 +100,10 @@ def hub_problem() -> str | None:
     return problems[-1] or None
 
 
-def first_line(error: BaseException) -> str:
-    """The start of an error's text, for a message of one line."""
-    text = str(error).strip().split("\n")[0]
-    return text if len(text) <= 200 else text[:200] + " ..."
+def one_line(error: BaseException) -> str:
+    """An error's text for a message of one line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else text[:400] + " ..."
 
 
 def load_splits(task_name: str, dataset_path: str | None, several: bool = False) -> dict[str, list[dict]]:
@@ -133,7 +133,7 @@ def _hub_splits(task_name: str, task: Task) -> dict[str, tuple[Iterable[dict], s
     try:
         loaded = datasets.load_dataset(HUB_DATASET, task_name)
     except Exception as error:
-        reason = problem or f"{type(error).__name__}: {first_line(error)}"
+        reason = problem or f"{type(error).__name__}: {one_line(error)}"
         raise SystemExit(f"Cannot load {HUB_DATASET} from the model hub: {reason}; {local}.") from None
     names = {split: f"validation_{split}" if split in BOTH else split for split in ("train", *task.validation_sets)}
     return {split: (loaded[name], f"{HUB_DATASET} {task_name} {name}") for split, name in names.items()}
@@ -195,15 +195,21 @@ def read_rows(file: Path, task_name: str) -> Iterator[dict]:
             from pyarrow import parquet
         except ImportError:
             raise SystemExit(f"{file}: reading parquet needs pyarrow (pip install pyarrow).") from None
-        yield from parquet.read_table(file).to_pylist()
+        try:
+            yield from parquet.read_table(file).to_pylist()
+        except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+            raise SystemExit(f"{file}: not a parquet file ({one_line(error)}).") from None
         return
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        if kind in ("json", "jsonl"):
-            yield from _json_rows(stream, file)
-        elif kind == "csv":
-            yield from csv.DictReader(stream)
-        else:
-            yield from _tsv_rows(stream, task_name, file)
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            if kind in ("json", "jsonl"):
+                yield from _json_rows(stream, file)
+            elif kind == "csv":
+                yield from csv.DictReader(stream)
+            else:
+                yield from _tsv_rows(stream, task_name, file)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SystemExit(f"{file}: not {kind} in UTF-8 ({one_line(error)}).") from None
 
 
 def _json_rows(stream, file: Path) -> Iterator[dict]:
@@ -247,6 +253,8 @@ def _clean(rows: Iterable[dict], task_name: str, task: Task, where: str) -> list
     needed = {*task.columns, "label"}
     cleaned, empty = [], 0
     for number, raw in enumerate(rows, 1):
+        if not isinstance(raw, dict):
+            raise SystemExit(f"{where}, row {number}: expected columns with names, got {raw!r:.80}.")
         row = {task.renames.get(name, name): value for name, value in raw.items() if name is not None}
         row |= {name: raw[name] for name in needed & raw.keys()}  # a column that already has the hub's name wins
         if not needed <= row.keys():

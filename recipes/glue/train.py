@@ -36,7 +36,7 @@ sys.path[:0] = [] if str(HERE) in sys.path else [str(HERE)]  # the siblings, als
 import metrics  # noqa: E402
 import table  # noqa: E402
 from arguments import GlueArguments, build_training_arguments, parse, resumes_newest, say  # noqa: E402
-from data import TASKS, first_line, hub_problem, load_splits  # noqa: E402
+from data import TASKS, hub_problem, load_splits, one_line  # noqa: E402
 
 
 def model_source(recipe: GlueArguments) -> tuple[str, bool]:
@@ -77,7 +77,7 @@ def load_model(recipe: GlueArguments, task_name: str):
         )
     except (OSError, ValueError, RuntimeError) as error:
         hint = " A classifier of other labels needs --ignore_mismatched_sizes." if "ignore_mism" in str(error) else ""
-        raise SystemExit(f"Cannot load the model {name} for {task_name}: {first_line(error)}{hint}") from None
+        raise SystemExit(f"Cannot load the model {name} for {task_name}: {one_line(error)}{hint}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -112,7 +112,7 @@ def build_trainer(recipe: GlueArguments, args: TrainingArguments, task_name: str
         logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
         return metrics.score(task_name, logits, output.label_ids)
 
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=args,
         train_dataset=train_set,
@@ -122,6 +122,11 @@ def build_trainer(recipe: GlueArguments, args: TrainingArguments, task_name: str
         compute_metrics=compute_metrics,
         callbacks=[foam_hf.OptimizerMemoryCallback()],
     )
+    try:
+        trainer.get_optimizer_cls_and_kwargs(args, model)  # a wrong optimizer setting ends here, not in train()
+    except (ValueError, TypeError, ImportError) as error:
+        raise SystemExit(f"train.py: {one_line(error)}") from None
+    return trainer
 
 
 def evaluate(trainer: Trainer, task_name: str) -> dict[str, float]:
