@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from foam_hf.folding import Level, num_blocks
+from foam_hf.launches import GroupStep
 from foam_hf.options import check_field_names, check_options, check_parameter
-from foam_hf.update import Hyper, update_parameter
+from foam_hf.update import Hyper, Member
 
 StateSpec = dict[str, tuple[torch.Size, torch.dtype]]
 
@@ -79,6 +80,7 @@ class FOAM(torch.optim.Optimizer):
             "seed": seed,
         }
         check_options(defaults)
+        self._group_steps: dict[int, GroupStep] = {}  # holds addresses: never copied, pickled or resumed
         super().__init__(params, defaults)
         if stochastic_rounding is True and not any(p.dtype == torch.bfloat16 for p in self._parameters()):
             raise ValueError(
@@ -119,39 +121,34 @@ class FOAM(torch.optim.Optimizer):
                     f"FOAM needs dense real gradients: got {kind} for parameter {stream} of shape {tuple(p.shape)}; "
                     "for an embedding, expected sparse=False"
                 )
-        stream = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step_parameter(p, group, stream)
-                stream += 1
+        first = 0
+        for index, group in enumerate(self.param_groups):
+            self._step_group(index, group, first)
+            first += len(group["params"])
         return loss
 
-    def _step_parameter(self, p: Tensor, group: dict[str, Any], stream: int) -> None:
+    def _step_group(self, index: int, group: dict[str, Any], first: int) -> None:
+        step = self._group_steps.get(index)
+        if step is None or not step.holds(group["params"], self.state):
+            members = [
+                Member(p, self._state_of(p, group), *effective_rule(p, group), stream)
+                for stream, p in enumerate(group["params"], start=first)
+                if p.grad is not None
+            ]
+            step = self._group_steps[index] = GroupStep(members)
+        step.run(lambda member: _hyper(group, member))
+
+    def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[p]
         if not state:
             state["step"] = 0
             for name, (shape, dtype) in state_spec(p, group).items():
                 state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
-        state["step"] += 1
-        t = state["step"]
-        b1, b2 = group["betas"]
-        hyper = Hyper(
-            lr=float(group["lr"]),
-            b1=b1,
-            b2=b2,
-            c1=1 - b1**t,
-            c2=1 - b2**t,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            scale=group["scale"] if p.dim() > 1 else 1.0,
-            rho=group["residual_scale"],
-            stochastic=group["stochastic_rounding"] is not False,
-            seed=group["seed"],
-            step=t,
-            stream=stream,
-        )
-        update_parameter(p, cast(Tensor, p.grad), state, *effective_rule(p, group), hyper)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._group_steps = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint. Hyperparameters come from it, as in torch; state keeps the dtypes it was saved in.
@@ -175,9 +172,30 @@ class FOAM(torch.optim.Optimizer):
             for name, value in saved.items():
                 if name != "step":
                     self.state[p][name] = value.detach().to(p.device, copy=True).contiguous()
+        self._group_steps.clear()
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
+
+
+def _hyper(group: dict[str, Any], member: Member) -> Hyper:
+    b1, b2 = group["betas"]
+    t = member.state["step"]
+    return Hyper(
+        lr=float(group["lr"]),
+        b1=b1,
+        b2=b2,
+        c1=1 - b1**t,
+        c2=1 - b2**t,
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        scale=group["scale"] if member.p.dim() > 1 else 1.0,
+        rho=group["residual_scale"],
+        stochastic=group["stochastic_rounding"] is not False,
+        seed=group["seed"],
+        step=t,
+        stream=member.stream,
+    )
 
 
 def effective_rule(p: Tensor, group: dict[str, Any]) -> tuple[Level, str]:

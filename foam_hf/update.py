@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,16 @@ class Hyper:
     stochastic: bool
     seed: int
     step: int
+    stream: int
+
+
+class Member(NamedTuple):
+    """A parameter with a gradient, as a step sees it."""
+
+    p: Tensor
+    state: MutableMapping[str, Any]
+    level: Level
+    second_moment: str
     stream: int
 
 

@@ -1,0 +1,313 @@
+"""The rules of ``update`` as Triton kernels: many tensors in one launch, one pass over memory, no temporaries.
+
+A launch updates all tensors of a param group that share dtypes and geometry. A table in device memory holds their
+addresses and sizes; a second one says which tensor a program works on. Both are kept between steps and rebuilt when an
+address changes. Learning rate, step count and bias corrections are plain arguments, so they never recompile, and
+nothing is read back from the device.
+
+A program works on a tile of ``R`` segments of ``C`` adjacent columns; ``C`` holds whole blocks of ``F`` columns, so
+every mean is inside a tile. Plain parameters are the block rule at ``F = 1``, where the residual is zero.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from foam_hf.folding import Level, block_width
+from foam_hf.rounding import PHILOX_ROUNDS
+from foam_hf.update import Hyper, Member
+
+MAX_COLUMNS = 32768  # a tile of more columns would not fit the registers of a program
+TILE_ELEMENTS = 4096
+_FIELDS = 7  # weight, gradient, first moment, second moment, rows, columns, stream: one row of the table
+_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
+
+
+@triton.jit
+def _random_bits(seed, step, stream, row, column, R: tl.constexpr, C: tl.constexpr):
+    """16 random bits for each of (R, C) elements; ``row`` (R, 1), ``column`` the first of each segment, (R, 1)."""
+    draw = column // 8 + tl.arange(0, C // 8)[None, :]
+    c1 = tl.broadcast_to(row, draw.shape)
+    zero = draw * 0
+    a, b, c, d = tl.philox(
+        seed, draw.to(tl.uint32), c1.to(tl.uint32), (zero + step).to(tl.uint32), (zero + stream).to(tl.uint32), _ROUNDS
+    )
+    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (R, C // 2))
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (R, C))
+
+
+@triton.jit
+def _random_bits_at(seed, step, stream, row, column):
+    """The same bits as ``_random_bits``, a whole draw for each element: for the few elements of a folded moment."""
+    zero = row * 0 + column * 0
+    draw = zero + column // 8
+    a, b, c, d = tl.philox(
+        seed,
+        draw.to(tl.uint32),
+        (zero + row).to(tl.uint32),
+        (zero + step).to(tl.uint32),
+        (zero + stream).to(tl.uint32),
+        _ROUNDS,
+    )
+    lane = (zero + column % 8).to(tl.int32)
+    word = tl.where(lane < 4, tl.where(lane < 2, a, b), tl.where(lane < 6, c, d))
+    return tl.where(lane % 2 == 0, word & 0xFFFF, word >> 16)
+
+
+@triton.jit
+def _store(pointer, x, bits, mask, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Store float32 ``x``; into bfloat16 rounded by ``bits`` as ``rounding.stochastic_round_`` does, or to nearest."""
+    if DTYPE is tl.bfloat16:
+        pattern = x.to(tl.uint32, bitcast=True)
+        if not STOCHASTIC:  # by hand, as Triton's interpreter truncates
+            bits = 0x7FFF + ((pattern >> 16) & 1)
+        high = tl.where(x == x, ((pattern + bits) >> 16).to(tl.uint16), 0x7FC0)
+        tl.store(pointer, high.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(pointer, x.to(DTYPE), mask=mask)
+
+
+@triton.jit
+def _unfold(x, R: tl.constexpr, C: tl.constexpr, F: tl.constexpr):
+    """Block values, (R,) or (R, C // F), over their columns."""
+    if F == C:
+        return x[:, None]
+    else:
+        return tl.reshape(tl.broadcast_to(x[:, :, None], (R, C // F, F)), (R, C))
+
+
+@triton.jit(do_not_specialize=["step", "seed"])
+def _update_kernel(
+    table, owner, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho, grad_scale,
+    FIELDS: tl.constexpr, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr,
+    F: tl.constexpr, R: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
+    STOCHASTIC: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    entry = tl.load(owner + 2 * tl.program_id(0))
+    tile = tl.load(owner + 2 * tl.program_id(0) + 1)
+    entry = table + entry.to(tl.int64) * FIELDS
+    w_address, g_address = tl.load(entry), tl.load(entry + 1)
+    m_address, v_address = tl.load(entry + 2), tl.load(entry + 3)
+    rows, n = tl.load(entry + 4).to(tl.int32), tl.load(entry + 5).to(tl.int32)
+    stream = tl.load(entry + 6).to(tl.int32)
+    W = w_address.to(tl.pointer_type(W_DTYPE))
+    G = g_address.to(tl.pointer_type(G_DTYPE))
+    M = m_address.to(tl.pointer_type(S_DTYPE))
+    V = v_address.to(tl.pointer_type(S_DTYPE))
+
+    # Where the segments of this tile are, and where the moments of their blocks.
+    per_row = tl.cdiv(n, C)
+    segment = tile * R + tl.arange(0, R)
+    row = segment // per_row
+    column = (segment - row * per_row) * C
+    lane = tl.arange(0, C)
+    if F == C:  # one block a segment
+        m_row, m_column, m_segment = row, column // F, segment.to(tl.int64)
+    else:
+        block = tl.arange(0, C // F)[None, :]
+        m_row, m_column, m_segment = row[:, None], column[:, None] // F + block, segment[:, None].to(tl.int64)
+    if EVEN:
+        offset = segment[:, None].to(tl.int64) * C + lane[None, :]
+        mask = row[:, None] < rows
+        m_offset = m_segment if F == C else m_segment * (C // F) + block
+        m_mask = m_row < rows
+        share = 1.0 / F
+    else:
+        offset = row[:, None].to(tl.int64) * n + column[:, None] + lane[None, :]
+        if ALIGNED:  # in units of 16 columns, so that the compiler sees that a mask never splits an access
+            mask = (row[:, None] < rows) & (column[:, None] // 16 + lane[None, :] // 16 < n // 16)
+        else:
+            mask = (row[:, None] < rows) & (column[:, None] + lane[None, :] < n)
+        m_offset = m_row.to(tl.int64) * tl.cdiv(n, F) + m_column
+        m_mask = (m_row < rows) & (m_column * F < n)
+        share = 1.0 / tl.maximum(tl.minimum(n - m_column * F, F), 1).to(tl.float32)
+    W, G, M, V = W + offset, G + offset, M + m_offset, V + m_offset
+    if ALIGNED:
+        # The compiler cannot see through a table of addresses that eight columns are one 16-byte access.
+        W, G = tl.multiple_of(W, (1, 16)), tl.multiple_of(G, (1, 16))
+        if EVEN and C // F >= 8:
+            M, V = tl.multiple_of(M, (1, 16)), tl.multiple_of(V, (1, 16))
+
+    w = tl.load(W, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(G, mask=mask, other=0.0).to(tl.float32)
+    m = tl.load(M, mask=m_mask, other=0.0).to(tl.float32)
+    v = tl.load(V, mask=m_mask, other=0.0).to(tl.float32)
+    if SCALED:
+        g = g * (1.0 / tl.load(grad_scale))
+    if F == 1:
+        m += (1 - b1) * (g - m)
+        v = b2 * v + (1 - b2) * g * g
+        numerator, denominator = m * inv_c1, tl.sqrt(v * inv_c2) + eps
+    else:
+        if F == C:
+            mean, square = tl.sum(g, 1) * share, tl.sum(g * g, 1) * share
+        else:
+            parts = tl.reshape(g, (R, C // F, F))
+            mean, square = tl.sum(parts, 2) * share, tl.sum(parts * parts, 2) * share
+        m += (1 - b1) * (mean - m)
+        v += (1 - b2) * (square - v)
+        residual = rho * (g - _unfold(mean, R, C, F))
+        numerator = _unfold(m * inv_c1, R, C, F) + residual * inv_c1
+        denominator = tl.sqrt(_unfold(v * inv_c2, R, C, F) + residual * residual * inv_c2) + eps
+    w = w * decay - step_size * (numerator / denominator)
+
+    w_bits, m_bits, v_bits = 0, 0, 0
+    if STOCHASTIC and W_DTYPE is tl.bfloat16:
+        w_bits = _random_bits(seed, step, 4 * stream, row[:, None], column[:, None], R, C)
+    if STOCHASTIC and S_DTYPE is tl.bfloat16:
+        m_bits = _random_bits_at(seed, step, 4 * stream + 1, m_row, m_column)
+        v_bits = _random_bits_at(seed, step, 4 * stream + 2, m_row, m_column)
+    _store(W, w, w_bits, mask, W_DTYPE, STOCHASTIC)
+    _store(M, m, m_bits, m_mask, S_DTYPE, STOCHASTIC)
+    _store(V, v, v_bits, m_mask, S_DTYPE, STOCHASTIC)
+
+
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of a step: its tensors on one device, its level, and its place in the random stream."""
+
+    weight: Tensor
+    grad: Tensor
+    first: Tensor  # the moments' tensors of state, contiguous
+    second: Tensor
+    level: Level
+    stream: int
+
+    @property
+    def columns(self) -> int:
+        return self.weight.shape[-1] if self.weight.dim() else 1
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.weight, self.grad, self.first, self.second
+
+    def fits(self) -> bool:
+        """Whether the kernel takes it; what does not fit goes through ``update.update_parameter``."""
+        contiguous = self.weight.is_contiguous() and self.grad.is_contiguous()
+        if not contiguous or self.weight.numel() == 0 or not {x.dtype for x in self.tensors} <= set(_TRITON_DTYPES):
+            return False
+        geometry = Geometry.of(self)
+        segments = self.weight.numel() // self.columns * -(-self.columns // geometry.columns)
+        return geometry.columns <= MAX_COLUMNS and segments + TILE_ELEMENTS < 2**31
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a launch is compiled for; tensors that agree in it share one."""
+
+    device: torch.device
+    weight: torch.dtype
+    grad: torch.dtype
+    state: torch.dtype
+    width: int  # F
+    columns: int  # C, a power of two
+    even: bool  # every row is whole segments
+    aligned: bool  # every row starts on 16 bytes
+
+    @classmethod
+    def of(cls, entry: Entry) -> Geometry:
+        n = entry.columns
+        width = 1 if entry.level == 0 else _power_of_two(block_width(entry.level, n))
+        # Narrow blocks share a segment with their neighbours; eight columns are one random draw.
+        columns = max(8, width, min(256, _power_of_two(n)))
+        aligned = n % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in entry.tensors)
+        dtypes = (entry.weight.dtype, entry.grad.dtype, entry.first.dtype)
+        return cls(entry.weight.device, *dtypes, width, columns, n % columns == 0, aligned)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+class Launch:
+    """The device tables of one launch, and the launch itself."""
+
+    def __init__(self, geometry: Geometry, entries: list[Entry]) -> None:
+        self.geometry = geometry
+        self.segments = max(1, TILE_ELEMENTS // geometry.columns)  # R
+        table = numpy.empty((len(entries), _FIELDS), dtype=numpy.int64)
+        tiles = []
+        for i, entry in enumerate(entries):
+            n = entry.columns
+            rows = entry.weight.numel() // n
+            table[i] = (*(x.data_ptr() for x in entry.tensors), rows, n, entry.stream)
+            tiles.append(-(-rows * -(-n // geometry.columns) // self.segments))
+        owner = numpy.empty((sum(tiles), 2), dtype=numpy.int32)
+        owner[:, 0] = numpy.repeat(numpy.arange(len(tiles)), tiles)
+        owner[:, 1] = numpy.concatenate([numpy.arange(count) for count in tiles])
+        self.programs = sum(tiles)
+        self.table, self.owner = (_upload(x, geometry.device) for x in (table, owner))
+
+    def run(self, h: Hyper, grad_scale: Tensor | None = None) -> None:
+        g = self.geometry
+        with _device_of(g.device):
+            self._launch(g, h, grad_scale)
+
+    def _launch(self, g: Geometry, h: Hyper, grad_scale: Tensor | None) -> None:
+        _update_kernel[(self.programs,)](
+            self.table,
+            self.owner,
+            h.step,
+            h.seed,
+            h.lr * h.scale,
+            1 - h.lr * h.weight_decay,
+            h.b1,
+            h.b2,
+            1 / h.c1,
+            1 / h.c2,
+            h.eps,
+            h.rho,
+            self.table if grad_scale is None else grad_scale,
+            FIELDS=_FIELDS,
+            W_DTYPE=_TRITON_DTYPES[g.weight],
+            G_DTYPE=_TRITON_DTYPES[g.grad],
+            S_DTYPE=_TRITON_DTYPES[g.state],
+            F=g.width,
+            R=self.segments,
+            C=g.columns,
+            EVEN=g.even,
+            ALIGNED=g.aligned,
+            STOCHASTIC=h.stochastic,
+            SCALED=grad_scale is not None,
+            num_warps=max(4, min(32, g.columns * self.segments // 1024)),
+        )
+
+
+def make_launches(members: list[Member]) -> tuple[list[tuple[Member, Launch]], list[Member]]:
+    """Launches for ``members``, each with one of its members, and the members that no kernel takes."""
+    buckets: dict[tuple[Geometry, int, bool], list[tuple[Member, Entry]]] = {}
+    unfit = []
+    for member in members:
+        moments = [x for x in member.state.values() if isinstance(x, Tensor)]
+        entry = Entry(member.p, cast(Tensor, member.p.grad), moments[0], moments[1], member.level, member.stream)
+        if member.second_moment == "block" and entry.fits():
+            # Parameters that missed steps have bias corrections of their own, vectors a scale of their own.
+            key = (Geometry.of(entry), member.state["step"], member.p.dim() > 1)
+            buckets.setdefault(key, []).append((member, entry))
+        else:
+            unfit.append(member)
+    launches = [
+        (bucket[0][0], Launch(geometry, [entry for _, entry in bucket])) for (geometry, *_), bucket in buckets.items()
+    ]
+    return launches, unfit
+
+
+def _device_of(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _upload(x: numpy.ndarray, device: torch.device) -> Tensor:
+    host = torch.from_numpy(x)
+    # Pinned memory makes the copy asynchronous; its allocator keeps the buffer until the copy is done.
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
