@@ -52,14 +52,13 @@ class OptimizerMemoryCallback(TrainerCallback):
 
     Attributes:
         trainer: the Trainer, or a weak proxy of it; `import foam_hf` binds it when training starts.
-        resume_from_checkpoint: the folder that training resumes from, where known; else it is looked for.
     """
 
     def __init__(self) -> None:
         self.trainer: Any = None
-        self.resume_from_checkpoint: str | None = None
         self._first: MemoryBreakdown | None = None
-        self._logged = False
+        self._to_measure = self._to_log = False
+        self._resumed_without_state = False
         self._warnings: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,12 +73,17 @@ class OptimizerMemoryCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Start afresh; warn if training resumes and the optimizer's state does not."""
-        self._first, self._logged = None, False
-        if optimizer is not None and state.is_world_process_zero:
-            reason = self._lost_state(args, state, optimizer)
-            if reason is not None:
-                logger.warning(reason)
+        """Start afresh; warn if training resumes from a checkpoint that has no optimizer."""
+        self._first, self._to_measure, self._to_log = None, True, False
+        # Whatever the files are called, what was restored is there.
+        resumed = state.global_step > 0 and optimizer is not None
+        self._resumed_without_state = resumed and state_bytes(optimizer) == 0
+        folder = _checkpoint(args, state)
+        # Also optimizer.bin, optimizer_0 (FSDP), rank0-of-2-optimizer.pt (XLA), global_step8 (DeepSpeed).
+        saved = folder and any("optimizer" in name or name.startswith("global_step") for name in os.listdir(folder))
+        if self._resumed_without_state and folder and not saved:
+            self._resumed_without_state = False
+            self._warn_of_lost_state(state, f"from {folder}, which has no optimizer.pt")
 
     @_never_raising
     def on_optimizer_step(
@@ -93,23 +97,26 @@ class OptimizerMemoryCallback(TrainerCallback):
     ) -> None:
         """Measure after the first step that was taken: state exists by now, and gradients exist still."""
         skipped = getattr(optimizer, "step_was_skipped", False)  # accelerate, when a loss scale overflowed
-        if self._first is None and not skipped and model is not None and optimizer is not None:
+        if self._to_measure and not skipped and model is not None and optimizer is not None:
+            self._to_measure = False  # also if it fails: a second try would fail too
             self._first = breakdown(model, optimizer)
+            self._to_log = True
+            # An optimizer that keeps nothing, as SGD, has lost nothing: only now is this one known to keep something.
+            if self._resumed_without_state and self._first.state > 0:
+                self._warn_of_lost_state(state, "but the optimizer's state was not restored")
 
     @_never_raising
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Log the first measurement, now that the step counts."""
-        if self._first is None or self._logged:
-            return
-        self._logged = True
-        metrics = _metrics(self._first)
-        should_log = control.should_log
-        try:
-            self._log(metrics, state)
-        finally:
-            control.should_log = should_log  # or logging now would swallow Trainer's own log of this step
+        if self._to_log and self._first is not None:
+            self._to_log = False
+            should_log = control.should_log
+            try:
+                self._log(_metrics(self._first), state)
+            finally:
+                control.should_log = should_log  # or logging now would swallow Trainer's own log of this step
 
     @_never_raising
     def on_train_end(
@@ -158,40 +165,27 @@ class OptimizerMemoryCallback(TrainerCallback):
             return
         log(metrics)
 
-    def _lost_state(self, args: TrainingArguments, state: TrainerState, optimizer: Any) -> str | None:
-        """Why the optimizer has no state although training resumes, or None if all is well."""
-        if state.global_step == 0 and not isinstance(self.resume_from_checkpoint, str):
-            return None
-        # Whatever the files are called: what was restored is there.
-        if state_bytes(optimizer) > 0:
-            return None
-        folder = self._checkpoint(args, state)
-        reason = "without the optimizer's state"
-        if folder is not None:
-            names = os.listdir(folder)
-            # optimizer.pt, optimizer.bin, optimizer_0 (FSDP), rank0-of-2-optimizer.pt (XLA); global_step8 (DeepSpeed)
-            saved = any("optimizer" in name or name.startswith("global_step") for name in names)
-            if saved and "scheduler.pt" in names:
-                return None  # an optimizer that keeps none
-            missing = "scheduler.pt, without which Trainer does not load optimizer.pt" if saved else "optimizer.pt"
-            reason = f"from {folder}, which has no {missing}"
-        return (
-            f"training resumes at step {state.global_step} {reason}: the optimizer's moments start from zero, and the "
-            "first steps will differ from those of an uninterrupted run; expected a checkpoint saved with "
-            "save_only_model=False"
-        )
-
-    def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> str | None:
-        own = os.path.join(args.output_dir or "", f"checkpoint-{state.global_step}")
-        for folder in (self.resume_from_checkpoint, args.resume_from_checkpoint, own):
-            if isinstance(folder, str) and os.path.isdir(folder):
-                return folder
-        return None
+    def _warn_of_lost_state(self, state: TrainerState, what: str) -> None:
+        if state.is_world_process_zero:
+            logger.warning(
+                f"training resumes at step {state.global_step} {what}: its moments start from zero, and the first "
+                "steps will differ from those of an uninterrupted run; expected a checkpoint with optimizer.pt and "
+                "scheduler.pt, which Trainer writes unless save_only_model=True"
+            )
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warnings:
             self._warnings.add(message)
             logger.warning(message)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> str | None:
+    """The folder that training resumes from, as far as a callback can tell: `train` keeps its argument to itself."""
+    own = os.path.join(args.output_dir or "", f"checkpoint-{state.global_step}")
+    for folder in (args.resume_from_checkpoint, own):
+        if isinstance(folder, str) and os.path.isdir(folder):
+            return folder
+    return None
 
 
 def _metrics(measured: MemoryBreakdown) -> dict[str, float]:
@@ -233,8 +227,8 @@ def _table(rows: Sequence[dict[str, Any]], name: str) -> str:
         return [
             format_bytes(state),
             format_bytes(adamw),
-            _quotient(state, adamw, "{:.4f}"),
-            _quotient(state, parameters, "{:.4f} B"),
+            _quotient(state, adamw, "{:.3g}"),
+            _quotient(state, parameters, "{:.3g} B"),
             format_bytes(combine("weights", how)),
             format_bytes(combine("gradients", how)),
             format_bytes(combine("peak", how)),
