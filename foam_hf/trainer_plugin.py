@@ -1,20 +1,18 @@
 """`optim="foam"` inside the Hugging Face Trainer: the only place that touches private names of transformers.
 
-What this file relies on, in transformers 4.57 to 5.x, and what breaks when it moves:
+What this file relies on, in transformers 4.57 to 5.x, and what it is for:
 
-* `transformers.training_args.OptimizerNames`, a str Enum: without it the names are unknown to `TrainingArguments`.
+* `transformers.training_args.OptimizerNames`, a str Enum: the names that `TrainingArguments` and its parsers accept.
   New members go into the private maps of `enum.Enum` (`_member_map_`, `_member_names_`, `_value2member_map_`).
-* `TrainingArguments.__post_init__`: wrapped, so that a bad `optim_args` fails before a model is loaded. If it goes,
-  the same error comes when the optimizer is built.
+* `TrainingArguments.__post_init__`: wrapped, so that a bad `optim_args` fails before a model is loaded.
 * `Trainer.get_optimizer_cls_and_kwargs(args, model)`, static: wrapped; the one road to the optimizer. Its caller,
   `Trainer.create_optimizer`, takes the param groups from the returned kwargs' "params".
-* `Trainer.get_decay_parameter_names(model)`: called. If it goes, `foam_param_groups` uses its own, equal, rule.
+* `Trainer.get_decay_parameter_names(model)`: called. Where it cannot be, `foam_param_groups` has an equal rule.
 * `Trainer.train`: wrapped, to refuse sharded training and to hand the trainer to `OptimizerMemoryCallback`. It reads
   `trainer.callback_handler.callbacks`, `is_deepspeed_enabled`, `is_fsdp_enabled` and `accelerator.parallelism_config`.
-* `transformers.modelcard.extract_hyperparameters_from_trainer`: wrapped; without it a model card only loses the
-  optimizer's effective arguments.
+* `transformers.modelcard.extract_hyperparameters_from_trainer`: wrapped, so that model cards name the optimizer.
 
-A missing name is an ImportError that says so, at the moment transformers is imported; nothing is skipped in silence.
+If something that is to be wrapped moves, importing transformers raises an ImportError that names it.
 """
 
 from __future__ import annotations
@@ -64,7 +62,7 @@ def register_names(training_args: types.ModuleType) -> None:
 
 
 def _add_member(names: Any, name: str, value: str) -> None:
-    """What `enum.Enum` does for a member in a class body, on Python 3.10 to 3.14."""
+    """What `enum.Enum` does for a member in a class body, on Python 3.10 to 3.13."""
     member = str.__new__(names, value)
     member._name_ = name
     member._value_ = value
@@ -139,8 +137,10 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
             f"optim={_name(args.optim)!r} needs the model to decide which weights fold, got model=None; "
             "expected Trainer.get_optimizer_cls_and_kwargs(args, model)."
         )
+    running = _trainer.get()
+    trainer = running if running is not None and running.args is args else None
     options = _options(args)
-    _refuse_sharding(args, model, _trainer.get())
+    _refuse_sharding(args, model, trainer)
     if "state_dtype" in options:
         options["state_dtype"] = getattr(torch, options["state_dtype"])
     groups = foam_param_groups(
@@ -148,7 +148,7 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
         weight_decay=args.weight_decay,
         target_modules=args.optim_target_modules,
         fold_embeddings=options.pop("fold_embeddings", False),
-        decay_parameter_names=_decay_parameter_names(model),
+        decay_parameter_names=_decay_parameter_names(model, trainer),
     )
     kwargs = {
         "lr": args.learning_rate,
@@ -163,9 +163,8 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
     return FOAM, {"params": groups, **kwargs}
 
 
-def _decay_parameter_names(model: Any) -> Any:
+def _decay_parameter_names(model: Any, trainer: Any) -> Any:
     """Trainer's own set, with a subclass's override where the Trainer is known."""
-    trainer = _trainer.get()
     if trainer is not None:
         return trainer.get_decay_parameter_names(model)
     from transformers import Trainer

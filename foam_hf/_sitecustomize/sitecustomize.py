@@ -11,7 +11,7 @@ import sys
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
-def _run_hidden_sitecustomize():
+def _run_hidden_sitecustomize() -> None:
     # only what comes later on the path: two folders of this kind must not call each other for ever
     folders = [os.path.abspath(entry) for entry in sys.path]
     later = sys.path[folders.index(_FOLDER) + 1 :] if _FOLDER in folders else []
@@ -23,7 +23,7 @@ def _run_hidden_sitecustomize():
     spec.loader.exec_module(module)
 
 
-def _import_foam_hf():
+def _import_foam_hf() -> None:
     try:
         import foam_hf
     except ModuleNotFoundError as error:
