@@ -81,9 +81,8 @@ def test_unaware_script_trains_with_foam_reports_memory_and_keeps_its_sitecustom
 
 
 def test_module_started_with_dash_m_knows_the_names_from_a_checkout(tmp_path: Path) -> None:
-    (tmp_path / "their_module.py").write_text(
-        "from transformers.training_args import OptimizerNames\nprint(OptimizerNames('foam'), OptimizerNames.FOAM_MINI)"
-    )
+    code = "from transformers.training_args import OptimizerNames as N\nprint(N('foam'), N.FOAM_MINI)\n"
+    (tmp_path / "their_module.py").write_text(code)
     done = foam_hf_command("run", "--", sys.executable, "-m", "their_module", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "OptimizerNames.FOAM OptimizerNames.FOAM_MINI"
