@@ -24,6 +24,8 @@ TOLERANCES = {
     "five steps against float64, bfloat16 weights to nearest": Tolerance(2.0**-7, 0.0),
     "five steps against float64, float16 weights to nearest": Tolerance(2.0**-10, 2.9e-4),
     "five steps against float64, bfloat16 state": Tolerance(7e-3, 2.3e-3),
+    # Equal in what was measured: one spacing of bfloat16, where the state is that.
+    "kernel state against the plain path's": Tolerance(2.0**-7, 0.0),
     "unfold(fold(X)) + residual against X, float32": Tolerance(3e-7, 9e-8),
     "level 0 in Trainer against adamw_torch, 20 steps": Tolerance(4e-7, 1.2e-7),
     "gradient accumulation against one batch, 10 steps": Tolerance(1.2e-6, 3.5e-7),

@@ -1,0 +1,178 @@
+"""The fused kernels against float64 and against the plain path: on a GPU, or by Triton's interpreter without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from foam_hf import kernels
+from foam_hf.launches import use_kernels
+from foam_hf.optimizer import FOAM
+from tests.reference import Reference
+from tests.tolerances import assert_within
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Whole segments, a tail of 16 columns, an odd tail, three dimensions, narrow rows, vectors.
+SHAPES = [(6, 512), (5, 272), (4, 37), (3, 2, 11), (9, 3), (33,), (1, 1)]
+LEVELS = [0, 1, 2, 3, 5, 8, "row"]
+
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
+
+
+def train(monkeypatch, kernel, weights, gradients, **options):
+    """Weights and optimizer after a step for each list of gradients; ``None`` is a parameter without a gradient."""
+    monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
+    params = [torch.nn.Parameter(w.clone()) for w in weights]
+    optimizer = FOAM(params, **{"lr": 0.01, "weight_decay": 0.1, **options})
+    for step in gradients:
+        for p, grad in zip(params, step, strict=True):
+            p.grad = None if grad is None else grad.clone()
+        optimizer.step()
+    return params, optimizer
+
+
+def drawn(dtype, steps, shapes=SHAPES):
+    def draw(shape):
+        return torch.randn(shape).to(DEVICE, dtype)
+
+    return [draw(s) for s in shapes], [[draw(s) for s in shapes] for _ in range(steps)]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_follows_the_float64_reference(monkeypatch, dtype, level):
+    weights, gradients = drawn(dtype, steps=3)
+    trained, _ = train(monkeypatch, "triton", weights, gradients, level=level, stochastic_rounding=False)
+    case = {
+        torch.float32: "five steps against float64, float32 weights",
+        torch.bfloat16: "five steps against float64, bfloat16 weights to nearest",
+        torch.float16: "five steps against float64, float16 weights to nearest",
+    }[dtype]
+    for i, weight in enumerate(weights):
+        reference = Reference(weight.cpu(), lr=0.01, weight_decay=0.1, level=level)
+        for step in gradients:
+            expected = reference.step(step[i].cpu())
+            reference.weight = expected.to(dtype).double()
+        assert_within(trained[i].detach().cpu().float(), reference.weight, case)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("level", [0, 2, 8, "row"])
+def test_kernel_draws_the_bits_of_the_plain_path(monkeypatch, level, state_dtype):
+    weights, gradients = drawn(torch.bfloat16, steps=3)
+    options = {"level": level, "state_dtype": state_dtype, "seed": 2**40 + 7}
+    fused, a = train(monkeypatch, "triton", weights, gradients, **options)
+    plain, b = train(monkeypatch, "reference", weights, gradients, **options)
+    for p, q in zip(fused, plain, strict=True):
+        # A last bit of the update may round the other way: rarely, and then by one spacing.
+        assert (p != q).float().mean().item() <= 0.02
+        assert_within(p.float(), q.float(), "five steps against float64, bfloat16 weights to nearest")
+        for name, x in a.state[p].items():
+            if name != "step":
+                assert_within(x.float(), b.state[q][name].float(), "kernel state against the plain path's")
+
+
+@pytest.mark.parametrize("level", [0, 2, 8, "row"])
+def test_kernel_writes_all_of_a_tensor_and_nothing_else(monkeypatch, level):
+    monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
+    for shape, pad in (((6, 512), 8), ((5, 272), 3), ((4, 37), 1)):
+        rows, n = shape
+        poisoned = torch.full((rows * n + 2 * pad,), float("nan"), device=DEVICE)
+        inside = poisoned[pad:-pad].view(shape)
+        inside.fill_(1.0)
+        p = torch.nn.Parameter(inside)
+        p.grad = torch.randn(shape, device=DEVICE)
+        optimizer = FOAM([p], lr=0.01, level=level)
+        optimizer.step()
+        assert p.data_ptr() == inside.data_ptr()  # an address that may not be a multiple of 16
+        assert bool((inside != 1.0).all()) and bool(inside.isfinite().all())
+        assert bool(poisoned[:pad].isnan().all()) and bool(poisoned[-pad:].isnan().all())
+        assert all(bool(x.isfinite().all()) for x in optimizer.state[p].values() if isinstance(x, torch.Tensor))
+
+
+def test_same_inputs_give_equal_bits(monkeypatch):
+    weights, gradients = drawn(torch.bfloat16, steps=2)
+    first, _ = train(monkeypatch, "triton", weights, gradients, level=3)
+    second, _ = train(monkeypatch, "triton", weights, gradients, level=3)
+    assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
+
+
+def test_gradients_that_come_go_and_move(monkeypatch):
+    weights, gradients = drawn(torch.float32, steps=5, shapes=[(4, 64), (7, 24), (40,)])
+    gradients[1][0] = gradients[2][2] = gradients[3][0] = None
+    options = {"level": 3}
+    fused, a = train(monkeypatch, "triton", weights, gradients, **options)
+    plain, b = train(monkeypatch, "reference", weights, gradients, **options)
+    for p, q in zip(fused, plain, strict=True):
+        assert a.state[p]["step"] == b.state[q]["step"]
+        assert_within(p, q, "five steps against float64, float32 weights")
+
+
+def test_a_loaded_checkpoint_continues_in_the_loaded_state(monkeypatch):
+    weights, gradients = drawn(torch.bfloat16, steps=4, shapes=[(4, 64), (40,)])
+    whole, _ = train(monkeypatch, "triton", weights, gradients, level=3)
+    half, optimizer = train(monkeypatch, "triton", weights, gradients[:2], level=3)
+    _, resumed = train(monkeypatch, "triton", [p.detach() for p in half], gradients[:1], level=3)
+    params = resumed.param_groups[0]["params"]
+    resumed.load_state_dict(optimizer.state_dict())
+    with torch.no_grad():
+        for p, q in zip(params, half, strict=True):
+            p.copy_(q)
+    for step in gradients[2:]:
+        for p, grad in zip(params, step, strict=True):
+            p.grad = grad.clone()
+        resumed.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, whole, strict=True))
+
+
+def test_what_the_kernel_does_not_take_still_trains(monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_COLUMNS", 64)
+    weights = [
+        torch.randn(8, 12, device=DEVICE).t(),
+        torch.randn(2, 300, device=DEVICE),
+        torch.randn(3, 40, device=DEVICE),
+    ]
+    gradients = [[torch.randn_like(w) for w in weights] for _ in range(2)]
+    fused, _ = train(monkeypatch, "triton", weights, gradients)
+    plain, _ = train(monkeypatch, "reference", weights, gradients)
+    for p, q in zip(fused, plain, strict=True):
+        assert_within(p, q, "five steps against float64, float32 weights")
+
+
+def test_one_group_of_equal_geometry_is_one_launch():
+    params = [torch.nn.Parameter(torch.zeros(rows, 512, device=DEVICE)) for rows in (3, 8, 300)]
+    optimizer = FOAM(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    members = [
+        kernels.Member(p, optimizer._state_of(p, optimizer.param_groups[0]), 8, "block", i)
+        for i, p in enumerate(params)
+    ]
+    launches, unfit = kernels.make_launches(members)
+    assert len(launches) == 1 and not unfit
+
+
+def test_the_environment_chooses_the_path(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.delenv("FOAM_HF_KERNEL", raising=False)
+    assert not use_kernels(cpu) and use_kernels(cuda)
+    monkeypatch.setenv("FOAM_HF_KERNEL", "reference")
+    assert not use_kernels(cuda)
+    monkeypatch.setenv("FOAM_HF_KERNEL", "fast")
+    with pytest.raises(ValueError, match="FOAM_HF_KERNEL is not valid: got 'fast'; expected 'auto'"):
+        use_kernels(cpu)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter compiles nothing")
+def test_learning_rate_and_step_count_never_recompile(monkeypatch):
+    monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
+    p = torch.nn.Parameter(torch.zeros(8, 512, device=DEVICE))
+    optimizer = FOAM([p])
+    compiled = set()
+    for t in range(20):
+        optimizer.param_groups[0]["lr"] = float(t) / 7
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        compiled.add(sum(len(caches[0]) for caches in kernels._update_kernel.device_caches.values()))
+    assert len(compiled) == 1
