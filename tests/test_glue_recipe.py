@@ -114,11 +114,12 @@ def no_hub(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    data.hub_problem.cache_clear()
-    metrics.hub_metric.cache_clear()
+    cached = data.hub_problem, metrics.hub_metric  # a test may put others in their place
+    for function in cached:
+        function.cache_clear()
     yield
-    data.hub_problem.cache_clear()
-    metrics.hub_metric.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 @pytest.fixture
@@ -395,6 +396,19 @@ def test_offline_mode_is_respected_without_a_request(monkeypatch, tmp_path, tiny
     assert "offline mode is set" in message and "--dataset_path" in message
 
 
+@pytest.mark.parametrize("task", ["mnli", "stsb"])
+def test_the_hubs_dataset_is_used_where_it_answers(task, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    names = {"stsb": ["train", "validation"], "mnli": ["train", "validation_matched", "validation_mismatched"]}[task]
+    hub = {name: datasets.Dataset.from_list(rows_of(task, 3, start)) for start, name in enumerate(names)}
+    monkeypatch.setattr(data, "hub_problem", lambda: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words: hub if words == ("nyu-mll/glue", task) else None)
+    splits = data.load_splits(task, None)
+    assert [(split, [row["text"] for row in rows]) for split, rows in splits.items()] == [
+        (name.removeprefix("validation_"), list(hub[name][data.TASKS[task].columns[0]])) for name in names
+    ]
+
+
 # ---- arguments ----
 
 
@@ -657,7 +671,14 @@ def test_a_failed_write_leaves_the_old_results(tmp_path):
 
 
 def test_a_copied_recipe_runs_as_a_script_on_real_sentences(tmp_path, tiny_model):
-    """As a user does: another folder, a process of its own, the real CoLA where this machine has it."""
+    """As a user does: another folder, a process of its own, the real CoLA where this machine has it.
+
+    The model is one that the hub gave earlier; now the hub does not answer.
+    """
+    cached = tmp_path / "home" / "hub" / "models--someone--tiny"
+    shutil.copytree(tiny_model, cached / "snapshots" / ("a" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("a" * 40)
     copy = tmp_path / "somewhere" / "my recipe"
     shutil.copytree(RECIPE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     cola = REAL_DATA / "cola"
@@ -666,9 +687,13 @@ def test_a_copied_recipe_runs_as_a_script_on_real_sentences(tmp_path, tiny_model
         write_jsonl(cola / "train.jsonl", rows_of("cola", 64))
         write_jsonl(cola / "validation.jsonl", rows_of("cola", 32))
     command = [sys.executable, str(copy / "train.py"), str(copy / "roberta-large.yaml"), "--task_name", "cola"]
-    command += ["--model_name_or_path", str(tiny_model), "--dataset_path", str(cola), "--output_dir", "out dir"]
+    command += ["--model_name_or_path", "someone/tiny", "--dataset_path", str(cola), "--output_dir", "out dir"]
     command += ["--max_steps", "20", "--eval_strategy", "no", "--max_eval_samples", "64"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    search_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": search_path, "HF_HOME": str(tmp_path / "home")}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE"):
+        environment.pop(name, None)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("GLUE cola | model ")
@@ -689,6 +714,7 @@ def fake_run(task: str, optim: str, seed: int, score: float, rate: float = 1e-4)
         "optim": optim,
         "optim_args": "level=8" if optim == "foam" else None,
         "learning_rate": rate,
+        "main_score": score,
         "scores": {**dict.fromkeys(spec.metrics, score), "loss": 1.0},
         "untrained": None,
         "optimizer_state_bytes": 1_500_000 if optim == "foam" else 9_000_000,
@@ -717,6 +743,11 @@ def test_the_markdown_table_and_its_place_in_a_readme(tmp_path, capsys):
         "| mrpc | accuracy | - | 80.00 (lr 0.0002) |",
         "|  | optimizer state | 9.00 MB | 1.50 MB |",
     ]
+    runs = [
+        fake_run(task, "foam", seed, seed / 10 + (task == "rte") / 50) for task in ("cola", "rte") for seed in (1, 2)
+    ]
+    assert "| average | of main scores | 16.00 ± 7.07 |" in table.markdown_table(runs)
+    assert "average" not in table.markdown_table(runs[:-1])
     with pytest.raises(SystemExit, match="README with markers"):
         readme.write_text("no markers")
         table.main([str(tmp_path / "one.json"), "--readme", str(readme)])

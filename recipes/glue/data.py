@@ -120,14 +120,13 @@ def load_splits(task_name: str, dataset_path: str | None, several: bool = False)
 
 
 def _hub_splits(task_name: str, task: Task) -> dict[str, tuple[Iterable[dict], str]]:
-    local = (
-        f"give a folder with train and validation files (jsonl, csv, parquet or tsv) by --dataset_path for {task_name}"
-    )
+    local = f"give a folder with files for {task_name} (jsonl, csv, parquet or tsv) by --dataset_path"
+    problem = hub_problem()  # before the import: datasets reads offline mode once
     try:
-        problem = hub_problem()  # before the import: datasets reads offline mode once
         import datasets
     except ImportError:
-        raise SystemExit(f"{HUB_DATASET} needs the package datasets (pip install datasets); or {local}.") from None
+        reason = problem or "it needs the package datasets (pip install datasets)"
+        raise SystemExit(f"Cannot load {HUB_DATASET} from the model hub: {reason}; {local}.") from None
     if problem:
         datasets.config.HF_HUB_OFFLINE = True
     try:

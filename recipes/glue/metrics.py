@@ -12,6 +12,12 @@ import warnings
 import numpy as np
 from data import TASKS, hub_problem
 
+try:
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import f1_score, matthews_corrcoef
+except ImportError as error:  # before a run, not at its first evaluation; evaluate's GLUE metric needs them too
+    raise SystemExit(f"GLUE's metrics need scikit-learn and scipy (pip install 'foam-hf[glue]'): {error}.") from None
+
 
 def score(task_name: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """GLUE's scores of model outputs: logits of shape (rows, classes), or values (rows,) or (rows, 1) for STS-B."""
@@ -47,9 +53,6 @@ def hub_metric(task_name: str):
 
 def local_scores(task_name: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The same scores without the hub: predicted classes (or values, for STS-B) against labels, both (rows,)."""
-    from scipy.stats import pearsonr, spearmanr
-    from sklearn.metrics import f1_score, matthews_corrcoef
-
     functions = {
         "accuracy": lambda: np.mean(predictions == labels),
         "f1": lambda: f1_score(labels, predictions, zero_division=0.0),

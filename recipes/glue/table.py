@@ -96,25 +96,29 @@ def short(model: str) -> str:
 
 
 def markdown_table(runs: list[dict]) -> str:
-    """One table a model: tasks and metrics down, optimizers across; "no runs" becomes an empty text.
+    """One table a model: tasks and metrics down, optimizers across; an empty text without runs.
 
-    A cell is mean ± sample standard deviation over seeds, in percent, and the learning rate of those runs.
+    A cell is mean ± sample standard deviation over seeds, in percent, and the learning rate of those runs. The average
+    is over the tasks' main scores, seed by seed; it is left out where an optimizer lacks a task or a seed.
     """
     parts = []
     for model in dict.fromkeys(run["model"] for run in runs):
         cells: dict[tuple[str, str], dict[str, str]] = {}
         state: dict[str, str] = {}
+        main: dict[str, dict[tuple[str, int], float]] = {}
         counts, devices = set(), set()
         for (task, _, optim, rate), group in groups([run for run in runs if run["model"] == model]).items():
             counts.add(len(group))
             devices.update(run["versions"]["device"] for run in group)
             state[optim] = megabytes(group[0]["optimizer_state_bytes"])
+            main.setdefault(optim, {}).update({(task, run["seed"]): run["main_score"] for run in group})
             for name in [name for name in group[0]["scores"] if not name.endswith("loss")]:
                 text = f"{spread([run['scores'][name] for run in group])} (lr {rate:g})"
                 row = cells.setdefault((task, name), {})
                 row[optim] = f"{row[optim]}; {text}" if optim in row else text
         lines = [["task", "metric", *state], ["---"] * (2 + len(state))]
         lines += [[task, name, *(row.get(optim, "-") for optim in state)] for (task, name), row in cells.items()]
+        lines += _average(main)
         lines.append(["", "optimizer state", *state.values()])
         seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
         title = (
@@ -122,6 +126,20 @@ def markdown_table(runs: list[dict]) -> str:
         )
         parts.append(title + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(parts)
+
+
+def _average(main: dict[str, dict[tuple[str, int], float]]) -> list[list[str]]:
+    """The row of averages, or none, from the main scores of each optimizer by (task, seed)."""
+    keys = set().union(*main.values())
+    tasks, seeds = {task for task, _ in keys}, sorted({seed for _, seed in keys})
+    complete = all(scores.keys() == keys for scores in main.values()) and len(keys) == len(tasks) * len(seeds)
+    if len(tasks) < 2 or not complete:
+        return []
+    by_seed = {
+        optim: [statistics.fmean(scores[task, seed] for task in tasks) for seed in seeds]
+        for optim, scores in main.items()
+    }
+    return [["average", "of main scores", *map(spread, by_seed.values())]]
 
 
 def with_table(readme: str, table: str) -> str:

@@ -76,7 +76,7 @@ def load_model(recipe: GlueArguments, task_name: str):
             ignore_mismatched_sizes=recipe.ignore_mismatched_sizes,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        hint = " A classifier of other labels needs --ignore_mismatched_sizes." if "ignore_mism" in str(error) else ""
+        hint = " A classifier of other labels needs --ignore_mismatched_sizes." if "mismatch" in str(error) else ""
         raise SystemExit(f"Cannot load the model {name} for {task_name}: {one_line(error)}{hint}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
