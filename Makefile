@@ -14,11 +14,11 @@ COMPAT_TESTS := tests/test_trainer_plugin.py tests/test_trainer_runs.py tests/te
 	tests/test_param_groups.py tests/test_callback.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-compat style quality clean
+.PHONY: help demo test test-gpu test-compat style quality bench clean
 
 help:  ## show this list
 	@echo "Targets (each sets up a virtual environment by itself, once):"
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON=$(PYTHON) (3.10 or newer), VENV=$(VENV), PYTEST_ARGS='-k name' and the like"
 
 demo: $(VENV)/.installed-demo  ## fine-tune a pretrained encoder with optim="foam" on this machine (minutes)
@@ -41,6 +41,12 @@ quality: $(VENV)/.installed-dev  ## check with ruff and mypy, changing nothing
 	@$(RUN) -m ruff check $(CHECKED)
 	@$(RUN) -m ruff format --check $(CHECKED)
 	@$(RUN) -m mypy
+
+bench: $(VENV)/.installed-dev  ## step speed on this machine's GPU, then the tables from all results
+	@if $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(RUN) recipes/benchmarks/step_speed.py; \
+	else echo "No GPU: nothing is measured."; fi
+	@$(RUN) recipes/benchmarks/report.py
 
 clean:  ## remove the virtual environments, caches and demo_output
 	rm -rf $(VENV) $(VENV_COMPAT) demo_output build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
