@@ -653,6 +653,11 @@ def test_limits_and_dtype_are_used(flags, tmp_path, capsys):
     assert results["settings"]["max_train_samples"] == 5
 
 
+def test_gradient_accumulation_does_not_scale_the_loss(flags):
+    accumulated = train.main(["--task_name", "sst2", *flags, "--gradient_accumulation_steps", "4"])
+    assert accumulated["train_loss"] == pytest.approx(np.log(2), rel=0.3)  # of a classifier that knows nothing
+
+
 def test_a_classifier_of_other_labels_needs_the_flag(flags, tmp_path):
     train.main(["--task_name", "mnli", *flags])
     onward = ["--task_name", "rte", *flags, "--model_name_or_path", str(tmp_path / "out")]

@@ -78,6 +78,8 @@ def load_model(recipe: GlueArguments, task_name: str):
     except (OSError, ValueError, RuntimeError) as error:
         hint = " A classifier of other labels needs --ignore_mismatched_sizes." if "mismatch" in str(error) else ""
         raise SystemExit(f"Cannot load the model {name} for {task_name}: {one_line(error)}{hint}") from None
+    # A classifier's loss is a mean already: without this, Trainer multiplies it by processes and accumulation steps.
+    model.accepts_loss_kwargs = False
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
