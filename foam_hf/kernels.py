@@ -26,38 +26,32 @@ from foam_hf.rounding import PHILOX_ROUNDS
 from foam_hf.update import Hyper, Member
 
 MAX_COLUMNS = 32768  # a tile of more columns would not fit the registers of a program
-TILE_ELEMENTS = 4096
+TILE_ELEMENTS, WARP_ELEMENTS = 2048, 512
 _FIELDS = 7  # weight, gradient, first moment, second moment, rows, columns, stream: one row of the table
 _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 
 
 @triton.jit
-def _random_bits(seed, step, stream, row, column, R: tl.constexpr, C: tl.constexpr):
-    """16 random bits for each of (R, C) elements; ``row`` (R, 1), ``column`` the first of each segment, (R, 1)."""
-    draw = column // 8 + tl.arange(0, C // 8)[None, :]
-    c1 = tl.broadcast_to(row, draw.shape)
+def _philox(seed, draw, step, stream):
+    """The four words of each 64-bit ``draw``, as ``rounding.philox_4x32`` gives them."""
     zero = draw * 0
-    a, b, c, d = tl.philox(
-        seed, draw.to(tl.uint32), c1.to(tl.uint32), (zero + step).to(tl.uint32), (zero + stream).to(tl.uint32), _ROUNDS
-    )
+    low, high = draw.to(tl.uint32), (draw >> 32).to(tl.uint32)
+    return tl.philox(seed, low, high, (zero + step).to(tl.uint32), (zero + stream).to(tl.uint32), _ROUNDS)
+
+
+@triton.jit
+def _random_bits(seed, step, stream, draw, R: tl.constexpr, C: tl.constexpr):
+    """16 random bits for each of (R, C) elements; ``draw`` (R, 1) is the first of each segment."""
+    a, b, c, d = _philox(seed, draw + tl.arange(0, C // 8)[None, :], step, stream)
     words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (R, C // 2))
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (R, C))
 
 
 @triton.jit
-def _random_bits_at(seed, step, stream, row, column):
-    """The same bits as ``_random_bits``, a whole draw for each element: for the few elements of a folded moment."""
-    zero = row * 0 + column * 0
-    draw = zero + column // 8
-    a, b, c, d = tl.philox(
-        seed,
-        draw.to(tl.uint32),
-        (zero + row).to(tl.uint32),
-        (zero + step).to(tl.uint32),
-        (zero + stream).to(tl.uint32),
-        _ROUNDS,
-    )
-    lane = (zero + column % 8).to(tl.int32)
+def _random_bits_at(seed, step, stream, row, column, n):
+    """The same bits, a whole draw for each element: for the few elements of a folded moment with rows of ``n``."""
+    a, b, c, d = _philox(seed, row.to(tl.int64) * tl.cdiv(n, 8) + column // 8, step, stream)
+    lane = column % 8
     word = tl.where(lane < 4, tl.where(lane < 2, a, b), tl.where(lane < 6, c, d))
     return tl.where(lane % 2 == 0, word & 0xFFFF, word >> 16)
 
@@ -106,28 +100,30 @@ def _update_kernel(
     # Where the segments of this tile are, and where the moments of their blocks.
     per_row = tl.cdiv(n, C)
     segment = tile * R + tl.arange(0, R)
-    row = segment // per_row
-    column = (segment - row * per_row) * C
-    lane = tl.arange(0, C)
-    if F == C:  # one block a segment
-        m_row, m_column, m_segment = row, column // F, segment.to(tl.int64)
-    else:
-        block = tl.arange(0, C // F)[None, :]
-        m_row, m_column, m_segment = row[:, None], column[:, None] // F + block, segment[:, None].to(tl.int64)
-    if EVEN:
-        offset = segment[:, None].to(tl.int64) * C + lane[None, :]
-        mask = row[:, None] < rows
-        m_offset = m_segment if F == C else m_segment * (C // F) + block
-        m_mask = m_row < rows
+    lane = tl.arange(0, C)[None, :]
+    block = tl.arange(0, C // F)[None, :]
+    m_segment = segment if F == C else segment[:, None]  # one block a segment, or several
+    if EVEN:  # segments follow each other without a gap: no row and column need be known, and no division is made
+        inside = segment < rows * per_row
+        offset = segment[:, None].to(tl.int64) * C + lane
+        mask = inside[:, None]
+        m_offset = m_segment.to(tl.int64) if F == C else m_segment.to(tl.int64) * (C // F) + block
+        m_mask = inside if F == C else mask
+        draw = segment[:, None].to(tl.int64) * (C // 8)
         share = 1.0 / F
     else:
-        offset = row[:, None].to(tl.int64) * n + column[:, None] + lane[None, :]
+        row = segment // per_row
+        column = (segment - row * per_row) * C
+        offset = row[:, None].to(tl.int64) * n + column[:, None] + lane
         if ALIGNED:  # in units of 16 columns, so that the compiler sees that a mask never splits an access
-            mask = (row[:, None] < rows) & (column[:, None] // 16 + lane[None, :] // 16 < n // 16)
+            mask = (row[:, None] < rows) & (column[:, None] // 16 + lane // 16 < n // 16)
         else:
-            mask = (row[:, None] < rows) & (column[:, None] + lane[None, :] < n)
+            mask = (row[:, None] < rows) & (column[:, None] + lane < n)
+        m_row = m_segment // per_row
+        m_column = (m_segment - m_row * per_row) * (C // F) if F == C else column[:, None] // F + block
         m_offset = m_row.to(tl.int64) * tl.cdiv(n, F) + m_column
         m_mask = (m_row < rows) & (m_column * F < n)
+        draw = row[:, None].to(tl.int64) * tl.cdiv(n, 8) + column[:, None] // 8
         share = 1.0 / tl.maximum(tl.minimum(n - m_column * F, F), 1).to(tl.float32)
     W, G, M, V = W + offset, G + offset, M + m_offset, V + m_offset
     if ALIGNED:
@@ -161,10 +157,12 @@ def _update_kernel(
 
     w_bits, m_bits, v_bits = 0, 0, 0
     if STOCHASTIC and W_DTYPE is tl.bfloat16:
-        w_bits = _random_bits(seed, step, 4 * stream, row[:, None], column[:, None], R, C)
+        w_bits = _random_bits(seed, step, 4 * stream, draw, R, C)
     if STOCHASTIC and S_DTYPE is tl.bfloat16:
-        m_bits = _random_bits_at(seed, step, 4 * stream + 1, m_row, m_column)
-        v_bits = _random_bits_at(seed, step, 4 * stream + 2, m_row, m_column)
+        width = tl.cdiv(n, F)  # a moment's row
+        m_row = m_offset // width
+        m_bits = _random_bits_at(seed, step, 4 * stream + 1, m_row, m_offset - m_row * width, width)
+        v_bits = _random_bits_at(seed, step, 4 * stream + 2, m_row, m_offset - m_row * width, width)
     _store(W, w, w_bits, mask, W_DTYPE, STOCHASTIC)
     _store(M, m, m_bits, m_mask, S_DTYPE, STOCHASTIC)
     _store(V, v, v_bits, m_mask, S_DTYPE, STOCHASTIC)
@@ -280,7 +278,7 @@ class Launch:
             ALIGNED=g.aligned,
             STOCHASTIC=h.stochastic,
             SCALED=grad_scale is not None,
-            num_warps=max(4, min(32, g.columns * self.segments // 1024)),
+            num_warps=max(1, min(32, g.columns * self.segments // WARP_ELEMENTS)),
         )
 
 

@@ -1,9 +1,9 @@
 """Stochastic rounding of float32 to bfloat16 with random bits that are a pure function of where they are used.
 
-The bits of an element come from Philox 4x32 (Salmon et al., SC 2011) with the key ``seed`` and the counter
-``(column // 8, row, step, stream)``: one draw of 128 bits gives eight adjacent columns 16 bits each. Neither the
-number of processes, nor the chunking of the loop, nor the device enters, so a resumed or sharded run writes the same
-weights.
+The bits of an element come from Philox 4x32 (Salmon et al., SC 2011) with the key ``seed`` and a counter of the draw,
+``row * ceil(n / 8) + column // 8`` in 64 bits, the step and the stream: one draw of 128 bits gives eight adjacent
+columns 16 bits each. Neither the number of processes, nor the chunking of the loop, nor the device enters, so a
+resumed or sharded run writes the same weights.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def random_bits(rows: range, n: int, *, seed: int, step: int, stream: int, devic
     ``rows`` are indices in the whole tensor; ``stream`` tells the tensors of one optimizer apart.
     """
     draws = -(-n // ELEMENTS_PER_DRAW)
-    columns = torch.arange(draws, device=device).unsqueeze(0)
-    row_index = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1)
-    constant = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    draw = torch.arange(rows.start * draws, rows.stop * draws, device=device)
+    constant = torch.zeros(1, dtype=torch.int64, device=device)
+    counter = (draw & _WORD, draw >> 32, constant + step, constant + stream)
     words = torch.empty(len(rows), draws, 4, dtype=torch.int32, device=device)
-    for i, word in enumerate(philox_4x32((columns, row_index, constant + step, constant + stream), seed)):
-        words[..., i] = word
+    for i, word in enumerate(philox_4x32(counter, seed)):
+        words[..., i] = word.view(len(rows), draws)
     # The low half of a word serves the earlier of its two columns: every platform of torch is little-endian.
     return words.view(torch.int16).flatten(1)[:, :n].to(torch.int32).bitwise_and_(0xFFFF)
 

@@ -39,7 +39,7 @@ def test_each_column_gets_its_own_half_word():
     found = bits(range(5, 6), 16)[0].tolist()
     expected = []
     for draw in range(2):
-        for word in philox_by_hand([draw, 5, 3, 8], 11, 7):
+        for word in philox_by_hand([5 * 2 + draw, 0, 3, 8], 11, 7):
             expected += [word & 0xFFFF, word >> 16]
     assert found == expected
 
@@ -47,7 +47,14 @@ def test_each_column_gets_its_own_half_word():
 @settings(max_examples=50, deadline=None)
 @given(start=st.integers(0, 50), count=st.integers(1, 9), n=st.integers(1, 40))
 def test_bits_depend_on_place_alone_not_on_the_chunk(start, count, n):
-    assert torch.equal(bits(range(start, start + count), n), bits(range(64), 40)[start : start + count, :n])
+    assert torch.equal(bits(range(start, start + count), n), bits(range(64), n)[start : start + count])
+
+
+def test_draws_beyond_32_bits_do_not_repeat():
+    rows = range(2**33, 2**33 + 1)  # of 8 columns: draw number 2**33
+    word = philox_by_hand([0, 2, 3, 8], 11, 7)[0]
+    assert bits(rows, 8)[0, :2].tolist() == [word & 0xFFFF, word >> 16]
+    assert not torch.equal(bits(rows, 8), bits(range(1), 8))
 
 
 @pytest.mark.parametrize("change", [{"seed": 12}, {"seed": 11 + 2**40}, {"step": 4}, {"stream": 9}])
