@@ -1,0 +1,216 @@
+"""The tables of README.md and the picture, from results/*.json; `python report.py --check` only says if they agree."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+START, END = "<!-- results: made by report.py from results/*.json -->", "<!-- end of results -->"
+NONE = "*Not yet measured: no JSON in results/.*"
+PICTURE = "step_speed.png"
+
+# What a step must reach: shapes, dtype, optimizer, a field of its row or the optimizer to divide by, limit.
+BUDGET = [
+    ("llama-7b", "bf16", "foam-nearest", "floor_ratio", 1.05),
+    ("llama-7b", "bf16", "foam", "foam-nearest", 1.05),
+    ("llama-7b", "bf16", "foam-2-nearest", "floor_ratio", 1.05),
+    ("llama-7b", "bf16", "foam-factored", "foam", 1.10),
+    ("llama-7b", "bf16", "foam", "temporary_bytes_per_param", 0.001),
+    ("llama-7b", "bf16", "foam", "first_step_s", 10),
+    ("roberta-base", "fp32", "foam", "floor_ratio", 1.15),
+    ("roberta-base", "fp32", "foam", "adamw-fused", 1 / 3.5),
+]
+SAID = {
+    "floor_ratio": "ms / its floor",
+    "temporary_bytes_per_param": "temporary bytes a parameter",
+    "first_step_s": "seconds of the first step, caches empty",
+}
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def heading(machine: dict) -> str:
+    software = [
+        f"{name} {machine[name]}" for name in ("torch", "triton", "transformers", "driver") if machine.get(name)
+    ]
+    copy = f"; a large copy moves {machine['copy_GBps']:.0f} GB/s, read and written" if "copy_GBps" in machine else ""
+    return f"{machine['name']}, {', '.join(software)}, {machine['date']}{copy}."
+
+
+def not_measured(rows: list[dict]) -> str:
+    """The rows without numbers, and why: nothing that was tried is left out."""
+    lines = [f"* {row['label']}: {row['status']}. {row['reason']}" for row in rows if row["status"] != "ok"]
+    return "\n".join(lines)
+
+
+def split(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return found
+
+
+def step_tables(content: dict) -> str:
+    header = ["optimizer", "ms a step", "x its floor", "x FOAM", "ms, new gradients", "host ms", "state B/param"]
+    header += ["temporary B/param", "first step s (cached)"]
+    parts = [heading(content["machine"])]
+    for (shapes, dtype), rows in split(content["rows"], "shapes", "dtype").items():
+        good = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: row["ms"])
+        foam = next((row["ms"] for row in good if row["optimizer"] == "foam"), None)
+        lines = [
+            [
+                row["label"],
+                number(row["ms"], ".3f"),
+                number(row["floor_ratio"]),
+                number(foam and row["ms"] / foam),
+                number(row["ms_moved_gradients"], ".3f"),
+                number(row["host_ms"]),
+                number(row["state_bytes_per_param"], ".3f"),
+                number(row["temporary_bytes_per_param"], ".3f"),
+                number(row["first_step_s"])
+                + (f" ({row['first_step_cached_s']:.2f})" if row.get("first_step_cached_s") else ""),
+            ]
+            for row in good
+        ]
+        size = f", {good[0]['parameters'] / 1e6:.1f} M parameters" if good else ""
+        parts += [f"**{shapes}, {dtype}**{size}", *([table(header, lines)] if lines else []), not_measured(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def budget(content: dict) -> str:
+    """Each limit that this run can judge, with what was measured."""
+    found = {(row["shapes"], row["dtype"], row["optimizer"]): row for row in content["rows"] if row["status"] == "ok"}
+    lines = []
+    for shapes, dtype, name, base, limit in BUDGET:
+        row, other = found.get((shapes, dtype, name)), found.get((shapes, dtype, base))
+        if row is None or (other is None and row.get(base) is None):
+            continue
+        value = row["ms"] / other["ms"] if other else row[base]
+        what = f"ms / ms of {other['label']}" if other else SAID[base]
+        verdict = "yes" if value <= limit else "no"
+        lines.append([f"{shapes} {dtype}, {row['label']}: {what}", f"{limit:.3g}", f"{value:.3f}", verdict])
+    return table(["budget", "at most", "measured", "met"], lines) if lines else ""
+
+
+def training_tables(content: dict) -> str:
+    header = ["optimizer", "tokens a second", "ms a step", "of it the optimizer", "state GB", "peak GB"]
+    parts = [heading(content["machine"])]
+    for (model, sequence, batch), rows in split(content["rows"], "model", "sequence", "batch").items():
+        good = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: -row["tokens_per_s"])
+        lines = [
+            [
+                row["label"],
+                f"{row['tokens_per_s']:.0f}",
+                number(row["ms"], ".1f"),
+                f"{100 * row['optimizer_share']:.1f}%",
+                number(row["state_bytes"] / 1e9),
+                number(row["peak_bytes"] and row["peak_bytes"] / 1e9),
+            ]
+            for row in good
+        ]
+        title = f"**{model}, sequences of {sequence} tokens, {batch} a batch**"
+        size = f", {good[0]['parameters'] / 1e9:.2f} G parameters" if good else ""
+        parts += [title + size, *([table(header, lines)] if lines else []), not_measured(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def read(folder: Path) -> list[dict]:
+    """The step_speed and training_speed results of a folder, by file name; other files there are not ours."""
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [content for content in contents if content.get("benchmark") in ("step_speed", "training_speed")]
+
+
+def section(contents: list[dict]) -> str:
+    """All that stands between the markers of README.md."""
+    parts = []
+    steps = [content for content in contents if content["benchmark"] == "step_speed"]
+    trainings = [content for content in contents if content["benchmark"] == "training_speed"]
+    if any(pictured(content) for content in steps):
+        parts.append(f"![Milliseconds a step against bytes of state a parameter](results/{PICTURE})")
+    for content in steps:
+        parts += ["### One step", step_tables(content), budget(content)]
+    for content in trainings:
+        parts += ["### Whole training steps", training_tables(content)]
+    return "\n\n".join(part for part in parts if part) or NONE
+
+
+def pictured(content: dict) -> list[dict]:
+    """The rows of the picture: one set of shapes, without FOAM's variants that would lie on another's point."""
+    rows = [row for row in content["rows"] if row["status"] == "ok" and not row["optimizer"].endswith("-nearest")]
+    return [row for row in rows if (row["shapes"], row["dtype"]) == ("llama-7b", "bf16")]
+
+
+def picture(contents: list[dict], path: Path) -> bool:
+    """Draw ms a step against state of the LLaMA-7B shapes; False where no results have them."""
+    content = next((c for c in contents if c["benchmark"] == "step_speed" and pictured(c)), None)
+    if content is None:
+        return False
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xscale="log", yscale="log", xlabel="bytes of state a parameter", ylabel="milliseconds a step")
+    axes.set_title(f"LLaMA-7B shapes, bf16, 1.62 G parameters, {content['machine']['name']}", fontsize=10)
+    axes.grid(True, which="both", alpha=0.2)
+    # Next to nothing (APOLLO-Mini) stays on a logarithmic axis.
+    points = [(max(row["state_bytes_per_param"], 1e-3), row["ms"]) for row in pictured(content)]
+    for row, point in zip(pictured(content), points, strict=True):
+        axes.plot(*point, "o", color="C3" if row["optimizer"].startswith("foam") else "C0")
+    axes.margins(x=0.15, y=0.12)
+    figure.draw_without_rendering()
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform(points)]
+    for row, point in zip(pictured(content), points, strict=True):
+        # The first side of the point where the label covers nothing.
+        for x, y in ((7, -3), (-7, -3), (0, 7), (0, -13), (7, 6), (7, -13), (-7, 6), (-7, -13)):
+            side = {0: "center", 7: "left", -7: "right"}[x]
+            label = axes.annotate(row["label"], point, (x, y), textcoords="offset points", fontsize=7, ha=side)
+            box = label.get_window_extent()
+            if not box.count_overlaps(taken) and axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1):
+                break
+            label.remove()
+        else:
+            label = axes.annotate(row["label"], point, (7, -3), textcoords="offset points", fontsize=7)
+        taken.append(label.get_window_extent())
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    return True
+
+
+def renewed(readme: str, text: str) -> str:
+    """`readme` with `text` between its markers."""
+    before, rest = readme.split(START)
+    _, after = rest.split(END)
+    return f"{before}{START}\n\n{text}\n\n{END}{after}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "results", help="folder of the JSON files, and the picture"
+    )
+    parser.add_argument("--readme", type=Path, default=HERE / "README.md")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 if the README's tables are others"
+    )
+    options = parser.parse_args(argv)
+    contents = read(options.results)
+    old = options.readme.read_text(encoding="utf-8")
+    new = renewed(old, section(contents))
+    if options.check:
+        sys.exit(f"{options.readme} differs from {options.results}: run report.py" if new != old else 0)
+    options.readme.write_text(new, encoding="utf-8")
+    drawn = picture(contents, options.results / PICTURE)
+    files = f"{options.readme}" + (f" and {options.results / PICTURE}" if drawn else "")
+    print(f"{files}, from {len(contents)} JSON file{'s' * (len(contents) != 1)} in {options.results}")
+
+
+if __name__ == "__main__":
+    main()
