@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from foam_hf.kernels import Launch
 
 KERNEL_VARIABLE = "FOAM_HF_KERNEL"
+State = MutableMapping[str, Any]
 
 
 def use_kernels(device: torch.device) -> bool:
@@ -40,48 +41,67 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-class GroupStep:
-    """One step of a param group. It can be run again as long as ``holds``: tables of addresses are built only once."""
+class StepPlan:
+    """What one step of an optimizer does. It serves again as long as it ``holds``, so tables are built only once.
 
-    def __init__(self, members: list[Member]) -> None:
-        self._params = [member.p for member in members]
-        self._states = [member.state for member in members]
+    It keeps no gradient alive, and is valid only for the very tensors of state it was made with.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], state: Mapping[Tensor, State], members: list[list[Member]]
+    ) -> None:
+        self._launches: list[tuple[dict[str, Any], Member, Launch]] = []
+        self._rest: list[tuple[dict[str, Any], Member]] = []
+        for group, mine in zip(groups, members, strict=True):
+            self._add(group, mine)
+        self._params = [member.p for mine in members for member in mine]
+        self._states = [member.state for mine in members for member in mine]
+        self._all_states = list(state.values())
+        self._moments = [(known, name) for known in self._states for name in known if isinstance(known[name], Tensor)]
+        self._gradients = _gradients(groups)
         self._addresses = self._current_addresses()
-        self._launches: list[tuple[Member, Launch]] = []
-        self._rest = [member for member in members if not use_kernels(member.p.device)]
+
+    def _add(self, group: dict[str, Any], members: list[Member]) -> None:
+        unfit = [member for member in members if not use_kernels(member.p.device)]
         fused = [member for member in members if use_kernels(member.p.device)]
         if fused:
             from foam_hf.kernels import make_launches
 
-            self._launches, unfit = make_launches(fused)
-            self._rest += unfit
+            launches, more = make_launches(fused)
+            self._launches += [(group, member, launch) for member, launch in launches]
+            unfit += more
+        self._rest += [(group, member) for member in unfit]
 
-    def holds(self, params: list[Tensor], state: Mapping[Tensor, MutableMapping[str, Any]]) -> bool:
-        """Whether the same parameters have gradients, and no tensor has moved."""
-        live = [p for p in params if p.grad is not None]
+    def holds(self, groups: list[dict[str, Any]], state: Mapping[Tensor, State]) -> bool:
+        """Whether the same parameters have gradients of the same kind, and everything is where it was."""
+        states = list(state.values())
         return (
-            len(live) == len(self._params)
-            and all(map(operator.is_, live, self._params))
-            and all(state[p] is known for p, known in zip(live, self._states, strict=True))
-            and self._addresses == self._current_addresses()
+            bool(self._launches)
+            and len(states) == len(self._all_states)
+            and all(map(operator.is_, states, self._all_states))
+            and _gradients(groups) == self._gradients
+            and self._current_addresses() == self._addresses
         )
 
-    def run(self, hyper: Callable[[Member], Hyper]) -> None:
+    def run(self, hyper: Callable[[dict[str, Any], Member], Hyper]) -> None:
         for state in self._states:
             state["step"] += 1
-        for member, launch in self._launches:
-            launch.run(hyper(member))
-        for member in self._rest:
+        for group, member, launch in self._launches:
+            launch.run(hyper(group, member))
+        for group, member in self._rest:
             p, state, level, second_moment, _ = member
-            update_parameter(p, cast(Tensor, p.grad), state, level, second_moment, hyper(member))
+            update_parameter(p, cast(Tensor, p.grad), state, level, second_moment, hyper(group, member))
 
-    def _current_addresses(self) -> list[Any]:
-        grads = [cast(Tensor, p.grad) for p in self._params]
-        moments = [x for state in self._states for x in state.values() if isinstance(x, Tensor)]
-        kinds = [(grad.dtype, grad.is_contiguous()) for grad in grads]
-        return [
-            *map(Tensor.data_ptr, self._params),
-            *map(Tensor.data_ptr, grads),
-            *map(Tensor.data_ptr, moments),
-            kinds,
-        ]
+    def _current_addresses(self) -> list[int]:
+        # What a kernel was told the address of must still be there when it runs again.
+        moments = [known[name].data_ptr() for known, name in self._moments]
+        return [*map(Tensor.data_ptr, self._params), *moments]
+
+
+def _gradients(groups: list[dict[str, Any]]) -> list[tuple[Any, ...] | None]:
+    """Address and kind of every parameter's gradient; an address alone could be a new tensor of another kind."""
+    grads = [p.grad for group in groups for p in group["params"]]
+    return [
+        None if g is None else (g.data_ptr(), g.dtype, g.is_contiguous()) if g.layout is torch.strided else (g.layout,)
+        for g in grads
+    ]

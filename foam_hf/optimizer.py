@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foam_hf.folding import Level, num_blocks
-from foam_hf.launches import GroupStep
+from foam_hf.launches import StepPlan
 from foam_hf.options import check_field_names, check_options, check_parameter
 from foam_hf.update import Hyper, Member
 
@@ -80,7 +81,7 @@ class FOAM(torch.optim.Optimizer):
             "seed": seed,
         }
         check_options(defaults)
-        self._group_steps: dict[int, GroupStep] = {}  # holds addresses: never copied, pickled or resumed
+        self._plan: StepPlan | None = None  # holds addresses: never copied, pickled or resumed
         super().__init__(params, defaults)
         if stochastic_rounding is True and not any(p.dtype == torch.bfloat16 for p in self._parameters()):
             raise ValueError(
@@ -114,29 +115,29 @@ class FOAM(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for stream, p in enumerate(self._parameters()):
+        if self._plan is None or not self._plan.holds(self.param_groups, self.state):
+            self._plan = StepPlan(self.param_groups, self.state, self._members())
+        self._plan.run(_hyper)
+        return loss
+
+    def _members(self) -> list[list[Member]]:
+        """Every parameter with a gradient, by group, with state."""
+        for i, p in enumerate(self._parameters()):
             if p.grad is not None and (p.grad.layout != torch.strided or p.grad.is_complex()):
                 kind = "complex" if p.grad.is_complex() else str(p.grad.layout)
                 raise TypeError(
-                    f"FOAM needs dense real gradients: got {kind} for parameter {stream} of shape {tuple(p.shape)}; "
+                    f"FOAM needs dense real gradients: got {kind} for parameter {i} of shape {tuple(p.shape)}; "
                     "for an embedding, expected sparse=False"
                 )
-        first = 0
-        for index, group in enumerate(self.param_groups):
-            self._step_group(index, group, first)
-            first += len(group["params"])
-        return loss
-
-    def _step_group(self, index: int, group: dict[str, Any], first: int) -> None:
-        step = self._group_steps.get(index)
-        if step is None or not step.holds(group["params"], self.state):
-            members = [
-                Member(p, self._state_of(p, group), *effective_rule(p, group), stream)
-                for stream, p in enumerate(group["params"], start=first)
+        stream = itertools.count()  # a parameter keeps its random stream, whichever others have gradients
+        return [
+            [
+                Member(p, self._state_of(p, group), *effective_rule(p, group), i)
+                for p, i in zip(group["params"], stream, strict=False)
                 if p.grad is not None
             ]
-            step = self._group_steps[index] = GroupStep(members)
-        step.run(lambda member: _hyper(group, member))
+            for group in self.param_groups
+        ]
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[p]
@@ -148,7 +149,7 @@ class FOAM(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._group_steps = {}
+        self._plan = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint. Hyperparameters come from it, as in torch; state keeps the dtypes it was saved in.
@@ -172,7 +173,7 @@ class FOAM(torch.optim.Optimizer):
             for name, value in saved.items():
                 if name != "step":
                     self.state[p][name] = value.detach().to(p.device, copy=True).contiguous()
-        self._group_steps.clear()
+        self._plan = None
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
