@@ -438,6 +438,18 @@ def test_command_line_wins_over_config_and_config_over_defaults(tmp_path):
     assert args.output_dir == str(tmp_path / "run") and args.push_to_hub is False
 
 
+def test_a_flag_wins_over_the_configs_other_word_for_the_same(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("warmup_steps: 7\nseeds: [1, 2]\nlr_scheduler_kwargs: {num_cycles: 0.5}\n")
+    common = [str(config), "--task_name", "cola", "--output_dir", "x"]
+    recipe, training, *_ = arguments.parse([*common, "--resume_from_checkpoint", "false"])
+    assert recipe.seeds == [1, 2] and training["warmup_steps"] == 7
+    assert training["lr_scheduler_kwargs"] == {"num_cycles": 0.5} and "resume_from_checkpoint" not in training
+    recipe, training, *_ = arguments.parse([*common, "--warmup_ratio", "0.2", "--seed", "3"])
+    assert recipe.seeds == [] and training["seed"] == 3
+    assert 0.2 in (training.get("warmup_ratio"), training.get("warmup_steps")) and 7 not in training.values()
+
+
 @pytest.mark.parametrize("given", [["--task_name", "cola,mrpc"], ["--task_name", "cola", "--task_name", "mrpc"]])
 def test_several_tasks_in_every_spelling(given):
     recipe, *_ = arguments.parse([*given, "--seeds", "1", "2,3", "--output_dir", "x"])
@@ -456,6 +468,13 @@ def test_several_tasks_in_every_spelling(given):
         ("", ["--task_name", "colla"], ["colla", "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli"]),
         ("", ["--task_name"], ["--task_name"]),
         ("", ["--seeds", "one"], ["--seeds", "one", "1,2,3"]),
+        ("", ["--seeds", "-1"], ["--seeds", "-1", "from 0 to 4294967295"]),
+        ("", ["--seeds", "1", "--seed", "2"], ["both seeds and seed"]),
+        ("warmup_ratio: 0.1\nwarmup_steps: 5\n", [], ["config.yaml", "both warmup_steps and warmup_ratio"]),
+        ("learning_rate: [1e-4]\n", [], ["config.yaml", "learning_rate", "one value"]),
+        ("max_seq_length: {a: 1}\n", [], ["config.yaml", "max_seq_length", "one value"]),
+        ("", ["--do_train", "false"], ["--do_train", "always trains"]),
+        ("", ["--do_eval", "false"], ["--do_eval", "always trains, then evaluates"]),
         ("", ["--max_train_samples", "0"], ["--max_train_samples", "0", "at least 1"]),
         ("", ["--dtype", "int8"], ["int8", "float32, bfloat16 or float16"]),
         ("", ["--do_predict"], ["--do_predict"]),
@@ -640,6 +659,23 @@ def test_an_interrupted_run_goes_on_from_its_newest_checkpoint(flags, tmp_path, 
     weights = [load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "out")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_run_that_diverged_still_writes_its_results(flags, tmp_path):
+    results = train.main(["--task_name", "cola", *flags, "--learning_rate", "1e30"])
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    assert results["scores"] == {"loss": None, "matthews_correlation": 0.0}
+
+
+def test_resuming_one_run_in_the_folder_of_many_is_refused(flags):
+    train.main(["--task_name", "cola", "--seeds", "1", *flags])
+    again = ["--task_name", "cola", *flags, "--resume_from_checkpoint", "true"]
+    assert "results.json is not of one run" in error_of(again)
+
+
+def test_output_folder_that_is_a_file(flags, tmp_path):
+    (tmp_path / "out").touch()
+    assert "out is a file; expected a folder" in error_of(["--task_name", "cola", *flags])
 
 
 def test_limits_and_dtype_are_used(flags, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import os
+import typing
 from argparse import Namespace
 from pathlib import Path
 
@@ -67,8 +68,13 @@ def parse(argv: list[str]) -> tuple[GlueArguments, dict, Path, list[str]]:
             notes.append(
                 f"learning_rate {from_config.get('learning_rate')} of {path.name} is for {config_optim}: kept."
             )
-    if "warmup_steps" in from_user:
-        from_config.pop("warmup_ratio", None)
+    for first, second in (("warmup_steps", "warmup_ratio"), ("seeds", "seed")):
+        for source, where in ((from_user, "train.py"), (from_config, path)):
+            if first in source and second in source:
+                raise SystemExit(f"{where}: got both {first} and {second}; expected one of them.")
+        if first in from_user or second in from_user:  # either wins over both of the config
+            from_config.pop(first, None)
+            from_config.pop(second, None)
     defaults = {"report_to": "none", "dataloader_pin_memory": torch.cuda.is_available()}
     values = {**defaults, **from_config, **from_user}
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -117,6 +123,10 @@ def read_config(path: Path, parser: HfArgumentParser) -> dict:
     if not isinstance(config, dict):
         raise SystemExit(f"{path}: expected lines of 'key: value', got {type(config).__name__}.")
     names = {action.dest for action in parser._actions} - {"help"}
+    own = {field.name for field in dataclasses.fields(GlueArguments)}
+    structured = {
+        a.dest for a in parser._actions if a.type is str or a.nargs == "+" or typing.get_origin(a.type)
+    } - own
     flags, unconverted = [], {}
     for key, value in config.items():
         if key not in names:
@@ -127,6 +137,8 @@ def read_config(path: Path, parser: HfArgumentParser) -> dict:
         if key in ("task_name", "seeds"):
             flags += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
         elif isinstance(value, (dict, list)):
+            if key not in structured:
+                raise SystemExit(f"{path}: {key}: got {value}; expected one value.")
             unconverted[key] = value  # as lr_scheduler_kwargs: TrainingArguments takes it as it is
         elif value is not None:
             flags += [f"--{key}={value}"]
@@ -144,14 +156,24 @@ def check(recipe: GlueArguments, training: dict) -> None:
     except ValueError:
         raise SystemExit(f"--seeds: got {' '.join(recipe.seeds)}; expected whole numbers, as in 1,2,3.") from None
     recipe.task_name, recipe.seeds = list(dict.fromkeys(tasks)), list(dict.fromkeys(seeds))
+    wrong = [seed for seed in (*recipe.seeds, training.get("seed", 0)) if not 0 <= seed < 2**32]
+    if wrong:
+        raise SystemExit(f"--seeds: got {wrong[0]}; expected numbers from 0 to {2**32 - 1}.")
     if not training.get("output_dir"):
         raise SystemExit("--output_dir is missing; expected a folder for the model, checkpoints and results.json.")
+    if Path(training["output_dir"]).expanduser().is_file():
+        raise SystemExit(f"--output_dir: {training['output_dir']} is a file; expected a folder.")
     if recipe.dtype not in ("float32", "bfloat16", "float16"):
         raise SystemExit(f"--dtype: got {recipe.dtype}; expected float32, bfloat16 or float16.")
     for name in ("max_seq_length", "max_train_samples", "max_eval_samples"):
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise SystemExit(f"--{name}: got {value}; expected at least 1.")
+    if str(training.get("resume_from_checkpoint")).lower() in ("false", "0", "no"):
+        del training["resume_from_checkpoint"]
+    for name in ("do_train", "do_eval"):
+        if not training.get(name, True):
+            raise SystemExit(f"--{name} false: this recipe always trains, then evaluates.")
     if training.pop("do_predict", False):
         raise SystemExit("--do_predict: this recipe trains and evaluates; load the saved model to predict.")
 

@@ -7,6 +7,7 @@ the YAML config (roberta-base.yaml beside this script if none is named), and tha
 import dataclasses
 import gc
 import json
+import math
 import os
 import platform
 import sys
@@ -133,8 +134,13 @@ def build_trainer(recipe: GlueArguments, args: TrainingArguments, task_name: str
 
 def evaluate(trainer: Trainer, task_name: str) -> dict[str, float]:
     """The task's metrics and loss on its validation sets, without Trainer's timings."""
-    found = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    found = {name.removeprefix("eval_"): finite(value) for name, value in trainer.evaluate().items()}
     return {name: value for name, value in found.items() if name.endswith((*TASKS[task_name].metrics, "loss"))}
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for the loss of a run that diverged: JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def earlier_work(output_dir: Path, settings: dict, training: dict) -> tuple[dict | None, str | None]:
@@ -146,6 +152,8 @@ def earlier_work(output_dir: Path, settings: dict, training: dict) -> tuple[dict
         return None, wanted
     if results_file.is_file():
         finished = json.loads(results_file.read_text(encoding="utf-8"))
+        if "settings" not in finished:
+            raise SystemExit(f"{results_file} is not of one run; choose another --output_dir.")
         keys = {**settings, **finished["settings"]}
         changed = [key for key in keys if settings.get(key) != finished["settings"].get(key)]
         if changed:
@@ -187,7 +195,7 @@ def run(recipe: GlueArguments, args: TrainingArguments, training: dict, task_nam
         "main_score": metrics.main_score(task_name, scores),
         "scores": scores,
         "untrained": untrained,
-        "train_loss": trained.training_loss,
+        "train_loss": finite(trained.training_loss),
         "steps": trained.global_step,
         "resumed_from": checkpoint,
         "optimizer_state_bytes": state_bytes(trainer.optimizer),
