@@ -102,9 +102,9 @@ def _run(command: list[str] | None, report_memory: bool) -> int:
     if not command:
         raise CommandError("no command given; expected: foam-hf run -- python train.py --optim foam ...")
     environment = dict(os.environ)
-    inherited = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    if str(_SITECUSTOMIZE) not in inherited:
-        environment["PYTHONPATH"] = os.pathsep.join([str(_SITECUSTOMIZE), *inherited])
+    inherited = environment.get("PYTHONPATH")  # an empty entry in it means the current folder; an empty one nothing
+    if str(_SITECUSTOMIZE) not in (inherited or "").split(os.pathsep):
+        environment["PYTHONPATH"] = os.pathsep.join([str(_SITECUSTOMIZE), *([inherited] if inherited else [])])
     environment["FOAM_HF_RUN_PREFIX"] = sys.prefix  # children of this interpreter may import foam_hf from a checkout
     if report_memory:
         environment["FOAM_HF_REPORT_MEMORY"] = "1"
@@ -114,8 +114,9 @@ def _run(command: list[str] | None, report_memory: bool) -> int:
         return subprocess.run(command, env=environment, check=False).returncode
     except FileNotFoundError:
         raise CommandError(f"command not found: {command[0]}", code=127) from None
-    except OSError as error:
-        raise CommandError(f"cannot execute {command[0]}: {error.strerror}", code=126) from None
+    except (OSError, ValueError) as error:  # ValueError: an empty command, or a NUL in it
+        reason = getattr(error, "strerror", None) or error
+        raise CommandError(f"cannot execute {command[0]!r}: {reason}", code=126) from None
 
 
 def _replace_process(command: list[str], environment: dict[str, str]) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
@@ -126,6 +127,20 @@ def test_arguments_of_the_command_pass_untouched(tmp_path: Path) -> None:
     assert done.stdout.strip() == str(arguments)
 
 
+@pytest.mark.parametrize("theirs", [None, "", os.pathsep + "/theirs", "/theirs"])
+def test_the_users_own_path_is_kept(tmp_path: Path, theirs: str | None) -> None:
+    """An empty entry means the current folder."""
+    code = "import sys; print(sys.path)"
+    environment = {} if theirs is None else {"PYTHONPATH": theirs}
+    done = foam_hf_command("run", "--", sys.executable, "-c", code, cwd=tmp_path, **environment)
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    alone = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**inherited, **environment}, capture_output=True, text=True
+    )
+    expected = ast.literal_eval(alone.stdout)
+    assert ast.literal_eval(done.stdout) == [expected[0], str(cli._SITECUSTOMIZE), *expected[1:]]
+
+
 def test_interpreter_without_foam_hf_runs_silently_or_says_one_line(tmp_path: Path) -> None:
     """Another interpreter: here this one, with another prefix and without the checkout on its path."""
     code = "import sys; assert 'foam_hf' not in sys.modules"
@@ -185,7 +200,8 @@ def test_two_hook_folders_on_the_path_do_not_call_each_other_for_ever(tmp_path: 
         ),
         (["run", "--report", "--memory", "--", "python"], 2, ["unknown argument --memory", "-- COMMAND"]),
         (["run", "--", "no-such-command-here"], 127, ["command not found: no-such-command-here"]),
-        (["run", "--", "/"], 126, ["cannot execute /"]),
+        (["run", "--", "/"], 126, ["cannot execute '/'"]),
+        (["run", "--", ""], 126, ["cannot execute ''", "empty"]),
         (["recipes", "copy", "glu"], 2, ["no recipe 'glu'", "did you mean 'glue'"]),
         (["recipes", "copy", "../tests"], 2, ["no recipe '../tests'"]),
         (["recipes", "--", "x"], 2, ["`--` belongs to `foam-hf run`"]),
