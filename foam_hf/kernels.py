@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy
 import torch
@@ -24,6 +24,9 @@ from torch import Tensor
 from foam_hf.folding import Level, block_width
 from foam_hf.rounding import PHILOX_ROUNDS
 from foam_hf.update import Hyper, Member
+
+if TYPE_CHECKING:
+    from foam_hf.factored_kernels import FactoredLaunch
 
 MAX_COLUMNS = 32768  # a tile of more columns would not fit the registers of a program
 TILE_ELEMENTS, WARP_ELEMENTS = 2048, 512
@@ -40,7 +43,7 @@ def _philox(seed, draw, step, stream):
 
 
 @triton.jit
-def _random_bits(seed, step, stream, draw, R: tl.constexpr, C: tl.constexpr):
+def random_bits(seed, step, stream, draw, R: tl.constexpr, C: tl.constexpr):
     """16 random bits for each of (R, C) elements; ``draw`` (R, 1) is the first of each segment."""
     a, b, c, d = _philox(seed, draw + tl.arange(0, C // 8)[None, :], step, stream)
     words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (R, C // 2))
@@ -48,7 +51,7 @@ def _random_bits(seed, step, stream, draw, R: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _random_bits_at(seed, step, stream, row, column, n):
+def random_bits_at(seed, step, stream, row, column, n):
     """The same bits, a whole draw for each element: for the few elements of a folded moment with rows of ``n``."""
     a, b, c, d = _philox(seed, row.to(tl.int64) * tl.cdiv(n, 8) + column // 8, step, stream)
     lane = column % 8
@@ -57,7 +60,7 @@ def _random_bits_at(seed, step, stream, row, column, n):
 
 
 @triton.jit
-def _store(pointer, x, bits, mask, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
+def store(pointer, x, bits, mask, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
     """Store float32 ``x``; into bfloat16 rounded by ``bits`` as ``rounding.stochastic_round_`` does, or to nearest."""
     if DTYPE is tl.bfloat16:
         pattern = x.to(tl.uint32, bitcast=True)
@@ -70,10 +73,12 @@ def _store(pointer, x, bits, mask, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr
 
 
 @triton.jit
-def _unfold(x, R: tl.constexpr, C: tl.constexpr, F: tl.constexpr):
+def unfold(x, R: tl.constexpr, C: tl.constexpr, F: tl.constexpr):
     """Block values, (R,) or (R, C // F), over their columns."""
     if F == C:
         return x[:, None]
+    elif F == 1:
+        return x
     else:
         return tl.reshape(tl.broadcast_to(x[:, :, None], (R, C // F, F)), (R, C))
 
@@ -150,25 +155,25 @@ def _update_kernel(
             mean, square = tl.sum(parts, 2) * share, tl.sum(parts * parts, 2) * share
         m += (1 - b1) * (mean - m)
         v += (1 - b2) * (square - v)
-        residual = rho * (g - _unfold(mean, R, C, F))
-        numerator = _unfold(m * inv_c1, R, C, F) + residual * inv_c1
-        denominator = tl.sqrt(_unfold(v * inv_c2, R, C, F) + residual * residual * inv_c2) + eps
+        residual = rho * (g - unfold(mean, R, C, F))
+        numerator = unfold(m * inv_c1, R, C, F) + residual * inv_c1
+        denominator = tl.sqrt(unfold(v * inv_c2, R, C, F) + residual * residual * inv_c2) + eps
     w = w * decay - step_size * (numerator / denominator)
 
     w_bits, m_bits, v_bits = 0, 0, 0
     if STOCHASTIC and W_DTYPE is tl.bfloat16:
-        w_bits = _random_bits(seed, step, 4 * stream, draw, R, C)
+        w_bits = random_bits(seed, step, 4 * stream, draw, R, C)
     if STOCHASTIC and S_DTYPE is tl.bfloat16:
         width = tl.cdiv(n, F)  # a moment's row
         m_row = m_offset // width
-        m_bits = _random_bits_at(seed, step, 4 * stream + 1, m_row, m_offset - m_row * width, width)
-        v_bits = _random_bits_at(seed, step, 4 * stream + 2, m_row, m_offset - m_row * width, width)
-    _store(W, w, w_bits, mask, W_DTYPE, STOCHASTIC)
-    _store(M, m, m_bits, m_mask, S_DTYPE, STOCHASTIC)
-    _store(V, v, v_bits, m_mask, S_DTYPE, STOCHASTIC)
+        m_bits = random_bits_at(seed, step, 4 * stream + 1, m_row, m_offset - m_row * width, width)
+        v_bits = random_bits_at(seed, step, 4 * stream + 2, m_row, m_offset - m_row * width, width)
+    store(W, w, w_bits, mask, W_DTYPE, STOCHASTIC)
+    store(M, m, m_bits, m_mask, S_DTYPE, STOCHASTIC)
+    store(V, v, v_bits, m_mask, S_DTYPE, STOCHASTIC)
 
 
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True)
@@ -177,8 +182,7 @@ class Entry:
 
     weight: Tensor
     grad: Tensor
-    first: Tensor  # the moments' tensors of state, contiguous
-    second: Tensor
+    moments: tuple[Tensor, ...]  # as state holds them, contiguous
     level: Level
     stream: int
 
@@ -187,13 +191,13 @@ class Entry:
         return self.weight.shape[-1] if self.weight.dim() else 1
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.weight, self.grad, self.first, self.second
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.weight, self.grad, *self.moments
 
     def fits(self) -> bool:
         """Whether the kernel takes it; what does not fit goes through ``update.update_parameter``."""
         contiguous = self.weight.is_contiguous() and self.grad.is_contiguous()
-        if not contiguous or self.weight.numel() == 0 or not {x.dtype for x in self.tensors} <= set(_TRITON_DTYPES):
+        if not contiguous or self.weight.numel() == 0 or not {x.dtype for x in self.tensors} <= TRITON_DTYPES.keys():
             return False
         geometry = Geometry.of(self)
         segments = self.weight.numel() // self.columns * -(-self.columns // geometry.columns)
@@ -220,7 +224,7 @@ class Geometry:
         # Narrow blocks share a segment with their neighbours; eight columns are one random draw.
         columns = max(8, width, min(256, _power_of_two(n)))
         aligned = n % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in entry.tensors)
-        dtypes = (entry.weight.dtype, entry.grad.dtype, entry.first.dtype)
+        dtypes = (entry.weight.dtype, entry.grad.dtype, entry.moments[0].dtype)
         return cls(entry.weight.device, *dtypes, width, columns, n % columns == 0, aligned)
 
 
@@ -241,15 +245,15 @@ class Launch:
             rows = entry.weight.numel() // n
             table[i] = (*(x.data_ptr() for x in entry.tensors), rows, n, entry.stream)
             tiles.append(-(-rows * -(-n // geometry.columns) // self.segments))
-        owner = numpy.empty((sum(tiles), 2), dtype=numpy.int32)
+        owner = numpy.empty((sum(tiles), 2), dtype=numpy.int32)  # of each program: its tensor, its tile
         owner[:, 0] = numpy.repeat(numpy.arange(len(tiles)), tiles)
         owner[:, 1] = numpy.concatenate([numpy.arange(count) for count in tiles])
         self.programs = sum(tiles)
-        self.table, self.owner = (_upload(x, geometry.device) for x in (table, owner))
+        self.table, self.owner = (upload(x, geometry.device) for x in (table, owner))
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None) -> None:
         g = self.geometry
-        with _device_of(g.device):
+        with device_of(g.device):
             self._launch(g, h, grad_scale)
 
     def _launch(self, g: Geometry, h: Hyper, grad_scale: Tensor | None) -> None:
@@ -268,9 +272,9 @@ class Launch:
             h.rho,
             self.table if grad_scale is None else grad_scale,
             FIELDS=_FIELDS,
-            W_DTYPE=_TRITON_DTYPES[g.weight],
-            G_DTYPE=_TRITON_DTYPES[g.grad],
-            S_DTYPE=_TRITON_DTYPES[g.state],
+            W_DTYPE=TRITON_DTYPES[g.weight],
+            G_DTYPE=TRITON_DTYPES[g.grad],
+            S_DTYPE=TRITON_DTYPES[g.state],
             F=g.width,
             R=self.segments,
             C=g.columns,
@@ -282,30 +286,34 @@ class Launch:
         )
 
 
-def make_launches(members: list[Member]) -> tuple[list[tuple[Member, Launch]], list[Member]]:
+def make_launches(members: list[Member]) -> tuple[list[tuple[Member, Launch | FactoredLaunch]], list[Member]]:
     """Launches for ``members``, each with one of its members, and the members that no kernel takes."""
-    buckets: dict[tuple[Geometry, int, bool], list[tuple[Member, Entry]]] = {}
+    from foam_hf.factored_kernels import FactoredLaunch
+
+    buckets: dict[tuple[str, Geometry, int, bool], list[tuple[Member, Entry]]] = {}
     unfit = []
     for member in members:
-        moments = [x for x in member.state.values() if isinstance(x, Tensor)]
-        entry = Entry(member.p, cast(Tensor, member.p.grad), moments[0], moments[1], member.level, member.stream)
-        if member.second_moment == "block" and entry.fits():
+        moments = tuple(x for x in member.state.values() if isinstance(x, Tensor))
+        entry = Entry(member.p, cast(Tensor, member.p.grad), moments, member.level, member.stream)
+        if entry.fits():
             # Parameters that missed steps have bias corrections of their own, vectors a scale of their own.
-            key = (Geometry.of(entry), member.state["step"], member.p.dim() > 1)
+            key = (member.second_moment, Geometry.of(entry), member.state["step"], member.p.dim() > 1)
             buckets.setdefault(key, []).append((member, entry))
         else:
             unfit.append(member)
+    kinds: dict[str, type[Launch] | type[FactoredLaunch]] = {"block": Launch, "factored": FactoredLaunch}
     launches = [
-        (bucket[0][0], Launch(geometry, [entry for _, entry in bucket])) for (geometry, *_), bucket in buckets.items()
+        (bucket[0][0], kinds[rule](geometry, [entry for _, entry in bucket]))
+        for (rule, geometry, *_), bucket in buckets.items()
     ]
     return launches, unfit
 
 
-def _device_of(device: torch.device) -> AbstractContextManager[Any]:
+def device_of(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _upload(x: numpy.ndarray, device: torch.device) -> Tensor:
+def upload(x: numpy.ndarray, device: torch.device) -> Tensor:
     host = torch.from_numpy(x)
     # Pinned memory makes the copy asynchronous; its allocator keeps the buffer until the copy is done.
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

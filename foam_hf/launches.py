@@ -15,6 +15,7 @@ from torch import Tensor
 from foam_hf.update import Hyper, Member, update_parameter
 
 if TYPE_CHECKING:
+    from foam_hf.factored_kernels import FactoredLaunch
     from foam_hf.kernels import Launch
 
 KERNEL_VARIABLE = "FOAM_HF_KERNEL"
@@ -50,12 +51,13 @@ class StepPlan:
     def __init__(
         self, groups: list[dict[str, Any]], state: Mapping[Tensor, State], members: list[list[Member]]
     ) -> None:
-        self._launches: list[tuple[dict[str, Any], Member, Launch]] = []
+        self._launches: list[tuple[dict[str, Any], Member, Launch | FactoredLaunch]] = []
         self._rest: list[tuple[dict[str, Any], Member]] = []
         for group, mine in zip(groups, members, strict=True):
             self._add(group, mine)
         self._params = [member.p for mine in members for member in mine]
         self._states = [member.state for mine in members for member in mine]
+        self._all_params = [p for group in groups for p in group["params"]]
         self._all_states = list(state.values())
         self._moments = [(known, name) for known in self._states for name in known if isinstance(known[name], Tensor)]
         self._gradients = _gradients(groups)
@@ -74,28 +76,39 @@ class StepPlan:
 
     def holds(self, groups: list[dict[str, Any]], state: Mapping[Tensor, State]) -> bool:
         """Whether the same parameters have gradients of the same kind, and everything is where it was."""
-        states = list(state.values())
         return (
             bool(self._launches)
-            and len(states) == len(self._all_states)
-            and all(map(operator.is_, states, self._all_states))
+            and _same([p for group in groups for p in group["params"]], self._all_params)
+            and _same(list(state.values()), self._all_states)
             and _gradients(groups) == self._gradients
             and self._current_addresses() == self._addresses
         )
 
-    def run(self, hyper: Callable[[dict[str, Any], Member], Hyper]) -> None:
+    def run(self, hyper: Callable[[dict[str, Any], Member], Hyper], grad_scale: Tensor | None) -> None:
+        """Update everything; gradients are those of a loss times ``grad_scale``, a tensor of one element."""
+        if self._launches and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "FOAM.step() cannot be captured in a CUDA graph: the learning rate and the step count it was captured "
+                "with would never change; expected a capture of forward and backward only, and step() after its replay"
+            )
         for state in self._states:
             state["step"] += 1
         for group, member, launch in self._launches:
-            launch.run(hyper(group, member))
+            launch.run(hyper(group, member), grad_scale)
         for group, member in self._rest:
             p, state, level, second_moment, _ = member
-            update_parameter(p, cast(Tensor, p.grad), state, level, second_moment, hyper(group, member))
+            grad = cast(Tensor, p.grad)
+            grad = grad if grad_scale is None else grad.float() / grad_scale.to(grad.device)
+            update_parameter(p, grad, state, level, second_moment, hyper(group, member))
 
     def _current_addresses(self) -> list[int]:
         # What a kernel was told the address of must still be there when it runs again.
         moments = [known[name].data_ptr() for known, name in self._moments]
         return [*map(Tensor.data_ptr, self._params), *moments]
+
+
+def _same(some: list[Any], others: list[Any]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def _gradients(groups: list[dict[str, Any]]) -> list[tuple[Any, ...] | None]:

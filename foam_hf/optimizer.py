@@ -104,6 +104,9 @@ class FOAM(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    _step_supports_amp_scaling = True
+
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient. ``closure`` re-evaluates the model and returns the loss.
@@ -115,9 +118,13 @@ class FOAM(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Set by torch.amp.GradScaler, which leaves unscaling and skipping to an optimizer that can do both.
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and bool(found_inf):
+            return loss
         if self._plan is None or not self._plan.holds(self.param_groups, self.state):
             self._plan = StepPlan(self.param_groups, self.state, self._members())
-        self._plan.run(_hyper)
+        self._plan.run(_hyper, grad_scale)
         return loss
 
     def _members(self) -> list[list[Member]]:

@@ -70,11 +70,16 @@ def block_rule(G: Tensor, m: Tensor, v: Tensor, h: Hyper) -> Fraction:
     return R, RR.sqrt_().add_(h.eps)
 
 
-def factored_rule(G: Tensor, m: Tensor, root_V: Tensor, h: Hyper) -> Fraction:
-    """Second moment from row and column means, see ``factored_root``.  U = (m / c1 + rho R) / (sqrt(V) + eps)"""
+def factored_rule(G: Tensor, m: Tensor, V: Tensor, h: Hyper) -> Fraction:
+    """Second moment from row and column means.  U = (m / c1 + rho R) / (sqrt((b2 V + (1 - b2) G*G) / c2) + eps)
+
+    ``V``, overwritten, is what the means of the steps before say, see ``FactoredMoment``. As in Adam, an element's own
+    square is in its second moment, so a first or sudden gradient cannot blow up the step.
+    """
     g = fold(G)
     m.lerp_(g, 1 - h.b1)
-    return torch.add(m / h.c1 - h.rho * g, G, alpha=h.rho), root_V + h.eps
+    V.mul_(h.b2 / h.c2).addcmul_(G, G, value=(1 - h.b2) / h.c2)
+    return torch.add(m / h.c1 - h.rho * g, G, alpha=h.rho), V.sqrt_().add_(h.eps)
 
 
 def adam_rule(G: Tensor, m: Tensor, v: Tensor, h: Hyper) -> Fraction:
@@ -91,28 +96,40 @@ def step_(W: Tensor, U: Fraction, h: Hyper) -> None:
     W.addcdiv_(*U, value=-h.lr * h.scale)
 
 
-def factored_root(grad: Tensor, r: Tensor, c: Tensor, h: Hyper) -> Fraction:
-    """Advance the means of ``G*G`` and return sqrt(V) as row and column factors: sqrt(V) = rows * columns.
+class FactoredMoment:
+    """The running row means ``r`` (..., rows) and column means ``c`` (..., n) of ``G*G``: V = outer(r, c) / mean(r).
 
-    ``grad`` (..., rows, n), ``r`` (..., rows) mean over columns, ``c`` (..., n) mean over rows; leading dimensions are
-    separate matrices. V = outer(r, c) / mean(r) / c2.
+    Leading dimensions are separate matrices. One pass serves: chunks read the V of the steps before, and add their own
+    squares to the sums that ``store`` turns into this step's means.
     """
-    row_sum, column_sum = torch.zeros_like(r, dtype=torch.float32), torch.zeros_like(c, dtype=torch.float32)
-    G = grad.reshape(-1, grad.shape[-1])
-    flat_rows, flat_columns = row_sum.view(-1), column_sum.view(-1, grad.shape[-1])
-    matrix = torch.arange(G.shape[0], device=G.device) // grad.shape[-2]
-    for rows in _chunks(G.shape[0], G.shape[1], G.device):
-        GG = _load(G, rows).square()
-        flat_rows[rows.start : rows.stop] = GG.mean(-1)
-        flat_columns.index_add_(0, matrix[rows.start : rows.stop], GG)
-    r32, c32 = r.float(), c.float()
-    r32.lerp_(row_sum, 1 - h.b2)
-    c32.lerp_(column_sum / grad.shape[-2], 1 - h.b2)
-    _store(r.view(1, -1), range(1), r32.view(1, -1), h, kind=2)
-    _store(c.view(-1, c.shape[-1]), range(flat_columns.shape[0]), c32.view_as(flat_columns), h, kind=3)
-    # All-zero gradients leave mean(r) at zero, and V must then be zero, not 0/0.
-    mean = r32.mean(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
-    return (r32 / mean / h.c2).sqrt_(), c32.sqrt()
+
+    def __init__(self, r: Tensor, c: Tensor) -> None:
+        self.r, self.c = r.view(-1, r.shape[-1]), c.view(-1, c.shape[-1])
+        self.rows_per_matrix, self.matrices = self.r.shape[-1], self.r.shape[0]
+        r32, self.columns = self.r.float(), self.c.float()
+        # Where no gradient has ever been, mean(r) is zero, and V must be zero, not 0/0.
+        mean = r32.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        self.rows = (r32 / mean).view(-1, 1)
+        self.row_means = torch.empty(r.numel(), device=r.device)
+        self.column_sums = torch.zeros_like(self.columns)
+
+    def chunk(self, rows: range, G: Tensor) -> Tensor:
+        """V of the steps before for ``rows``, whose gradient ``G`` is added to this step's means."""
+        GG = G.square()
+        torch.mean(GG, -1, out=self.row_means[rows.start : rows.stop])
+        if self.matrices == 1:
+            self.column_sums += GG.sum(0)
+            return self.rows[rows.start : rows.stop] * self.columns
+        matrix = torch.arange(rows.start, rows.stop, device=G.device) // self.rows_per_matrix
+        self.column_sums.index_add_(0, matrix, GG)
+        return self.rows[rows.start : rows.stop] * self.columns[matrix]
+
+    def store(self, h: Hyper) -> None:
+        r32, c32 = self.r.float(), self.columns
+        r32.lerp_(self.row_means.view_as(r32), 1 - h.b2)
+        c32.lerp_(self.column_sums / self.rows_per_matrix, 1 - h.b2)
+        _store(self.r.view(1, -1), range(1), r32.view(1, -1), h, kind=2)
+        _store(self.c, range(self.matrices), c32, h, kind=3)
 
 
 # Elements of a pass: small enough to stay in a core's cache, or to bound the temporaries on a GPU.
@@ -133,10 +150,10 @@ def update_parameter(
     n = p.shape[-1] if p.dim() else 1
     width = block_width(level, n)
     weight, gradient = _as_rows(p, n), _as_rows(grad, n)
+    factored = None
     if second_moment == "factored":
         names = ["folded_exp_avg"]
-        row_root, column_root = factored_root(grad, state["row_exp_avg_sq"], state["col_exp_avg_sq"], h)
-        row_root, column_root = row_root.view(-1, 1), column_root.view(-1, n)
+        factored = FactoredMoment(state["row_exp_avg_sq"], state["col_exp_avg_sq"])
     else:
         names = ["exp_avg", "exp_avg_sq"] if level == 0 else ["folded_exp_avg", "folded_exp_avg_sq"]
     moments = [_as_rows(state[name], -(-n // width)) for name in names]
@@ -144,12 +161,9 @@ def update_parameter(
         W, G = _load(weight, rows), _load(gradient, rows)
         loaded = [_load(moment, rows) for moment in moments]
         m = loaded[0]
-        if second_moment == "factored":
-            matrix = torch.arange(rows.start, rows.stop, device=p.device) // p.shape[-2]
-            root_V = blocked(row_root[rows.start : rows.stop] * column_root[matrix], width)
-            for Gi, mi, Vi, Wi in zip(
-                blocked(G, width), split_moment(m, width, n), root_V, blocked(W, width), strict=True
-            ):
+        if factored is not None:
+            V = blocked(factored.chunk(rows, G), width)
+            for Gi, mi, Vi, Wi in zip(blocked(G, width), split_moment(m, width, n), V, blocked(W, width), strict=True):
                 step_(Wi, factored_rule(Gi, mi, Vi, h), h)
         elif level == 0:
             step_(W, adam_rule(G, m, loaded[1], h), h)
@@ -160,6 +174,8 @@ def update_parameter(
         _store(weight, rows, W, h, kind=0)
         for kind, (moment, value) in enumerate(zip(moments, loaded, strict=True), start=1):
             _store(moment, rows, value, h, kind)
+    if factored is not None:
+        factored.store(h)
     if weight.data_ptr() != p.data_ptr():
         p.copy_(weight.view(p.shape))
 

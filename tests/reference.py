@@ -60,7 +60,7 @@ class Reference:
         GG = G * G
         row = self.row if self.row is not None else torch.zeros(G.shape[:-1], dtype=torch.float64)
         column = self.column if self.column is not None else torch.zeros(GG.mean(-2).shape, dtype=torch.float64)
+        before = row.unsqueeze(-1) * column.unsqueeze(-2) / row.mean(-1)[..., None, None]
         self.row = b2 * row + (1 - b2) * GG.mean(-1)
         self.column = b2 * column + (1 - b2) * GG.mean(-2)
-        V = self.row.unsqueeze(-1) * self.column.unsqueeze(-2) / self.row.mean(-1)[..., None, None] / c2
-        return torch.nan_to_num(V)  # rows that never had a gradient: 0/0
+        return (b2 * torch.nan_to_num(before) + (1 - b2) * GG) / c2  # 0/0 where there never was a gradient

@@ -180,6 +180,53 @@ def test_closure_is_evaluated_with_gradients_and_its_loss_returned():
     assert closure().item() != pytest.approx(before, rel=1e-9)
 
 
+def scaled_training(scaled, infinite_at=None):
+    net = model()
+    optimizer = FOAM(net.parameters(), level=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2, enabled=scaled)
+    for t in range(5):
+        optimizer.zero_grad()
+        scaler.scale(net(torch.randn(8, 24, generator=torch.Generator().manual_seed(t))).square().mean()).backward()
+        if t == infinite_at:
+            if not scaled:
+                continue
+            net[0].weight.grad[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+    return weights(net), optimizer.state[net[0].weight]["step"]
+
+
+def test_grad_scaler_changes_nothing_and_a_skipped_step_leaves_everything():
+    whole, steps = scaled_training(scaled=True)
+    expected, _ = scaled_training(scaled=False)
+    assert torch.equal(whole, expected) and steps == 5  # the scale is a power of two
+    skipped, steps = scaled_training(scaled=True, infinite_at=2)
+    expected, _ = scaled_training(scaled=False, infinite_at=2)
+    assert torch.equal(skipped, expected) and steps == 4
+
+
+def test_step_inside_a_compiled_training_step():
+    def trained(compiler):
+        net = model()
+        optimizer = FOAM(net.parameters(), level=2)
+
+        def training_step(x):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+
+        training_step = compiler(training_step)
+        for t in range(4):
+            training_step(torch.randn(8, 24, generator=torch.Generator().manual_seed(t)))
+        assert optimizer.state[net[0].weight]["step"] == 4
+        return weights(net)
+
+    plain = trained(lambda f: f)
+    assert_within(
+        trained(lambda f: torch.compile(f, backend="eager")), plain, "one step against float64, float32 weights"
+    )
+
+
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (2, 0, 3)])
 @pytest.mark.parametrize("second_moment", ["block", "factored"])
 def test_empty_parameters_pass_through(shape, second_moment):

@@ -1,0 +1,232 @@
+"""The factored rule as Triton kernels: one pass over weights and gradients, and two small ones over the means.
+
+``V`` of an element needs the mean of its matrix's row means first, and new row and column means afterwards. A program
+of the big pass walks down a stripe of ``S`` rows of one segment of ``C`` columns, and leaves the sums of squares of
+its rows and columns in buffers that the last pass adds up in a fixed order: equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+import numpy
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from foam_hf.kernels import (
+    TILE_ELEMENTS,
+    TRITON_DTYPES,
+    WARP_ELEMENTS,
+    Entry,
+    Geometry,
+    device_of,
+    random_bits,
+    random_bits_at,
+    store,
+    unfold,
+    upload,
+)
+from foam_hf.update import Hyper
+
+STRIPE = 128  # S, rows of a program of the big pass
+LANES = tl.constexpr(256)  # means of a program of the small passes
+# weight, gradient, first moment, row means, column means; rows, columns, matrices, stream; where its row sums, column
+# sums and means of row means begin in the buffers
+_FIELDS = tl.constexpr(12)
+
+
+@triton.jit
+def _mean_kernel(table, owner, means, S_DTYPE: tl.constexpr):
+    """mean(r) of one matrix."""
+    entry = table + tl.load(owner + 2 * tl.program_id(0)).to(tl.int64) * _FIELDS
+    matrix = tl.load(owner + 2 * tl.program_id(0) + 1)
+    rows = tl.load(entry + 5).to(tl.int32)
+    r = tl.load(entry + 3).to(tl.pointer_type(S_DTYPE)) + matrix.to(tl.int64) * rows
+    total = tl.zeros((LANES,), tl.float32)
+    start = 0
+    while start < rows:  # Triton's interpreter takes no loaded value as the bound of a range
+        row = start + tl.arange(0, LANES)
+        total += tl.load(r + row, mask=row < rows, other=0.0).to(tl.float32)
+        start += LANES
+    tl.store(means + tl.load(entry + 11) + matrix, tl.sum(total, 0) / rows)
+
+
+@triton.jit(do_not_specialize=["step", "seed"])
+def _update_kernel(
+    table, owner, row_sums, column_sums, means, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho,
+    grad_scale, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    entry = table + tl.load(owner + 2 * tl.program_id(0)).to(tl.int64) * _FIELDS
+    index = tl.load(owner + 2 * tl.program_id(0) + 1)
+    W = tl.load(entry).to(tl.pointer_type(W_DTYPE))
+    G = tl.load(entry + 1).to(tl.pointer_type(G_DTYPE))
+    M = tl.load(entry + 2).to(tl.pointer_type(S_DTYPE))
+    row_mean = tl.load(entry + 3).to(tl.pointer_type(S_DTYPE))
+    column_mean = tl.load(entry + 4).to(tl.pointer_type(S_DTYPE))
+    rows, n = tl.load(entry + 5).to(tl.int32), tl.load(entry + 6).to(tl.int32)
+    stream = tl.load(entry + 8).to(tl.int32)
+    per_row, stripes = tl.cdiv(n, C), tl.cdiv(rows, S)
+    part = index % per_row
+    stripe = index // per_row % stripes
+    matrix = (index // (per_row * stripes)).to(tl.int64)
+    scale = 1.0
+    if SCALED:
+        scale = 1.0 / tl.load(grad_scale)
+
+    column = part * C + tl.arange(0, C)
+    in_row = column < n
+    if ALIGNED:  # in units of 16 columns, so that the compiler sees that a mask never splits an access
+        in_row = part * (C // 16) + tl.arange(0, C) // 16 < n // 16
+    block = tl.arange(0, C // F)
+    first_block = part * (C // F)
+    share = 1.0 / tl.maximum(tl.minimum(n - (first_block + block) * F, F), 1).to(tl.float32)
+    # Where no gradient has ever been, mean(r) is zero, and V must be zero, not 0/0.
+    mean = tl.maximum(tl.load(means + tl.load(entry + 11) + matrix), 1.1754943508222875e-38)
+    c = tl.load(column_mean + matrix * n + column, mask=in_row, other=0.0).to(tl.float32) * (b2 * inv_c2)
+    total = tl.zeros((R, C), tl.float32)
+    for start in range(0, S, R):
+        row = stripe * S + start + tl.arange(0, R)
+        here = row < rows
+        whole_row = matrix * rows + row
+        offset = whole_row[:, None] * n + column[None, :]
+        mask = here[:, None] & in_row[None, :]
+        w_at, g_at = W + offset, G + offset
+        if ALIGNED:
+            w_at, g_at = tl.multiple_of(w_at, (1, 16)), tl.multiple_of(g_at, (1, 16))
+        m_row = whole_row if F == C else whole_row[:, None]
+        m_at = m_row * tl.cdiv(n, F) + (first_block if F == C else (first_block + block)[None, :])
+        m_mask = here if F == C else here[:, None] & ((first_block + block)[None, :] * F < n)
+        w = tl.load(w_at, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(g_at, mask=mask, other=0.0).to(tl.float32) * scale
+        m = tl.load(M + m_at, mask=m_mask, other=0.0).to(tl.float32)
+        r = tl.load(row_mean + whole_row, mask=here, other=0.0).to(tl.float32) / mean
+        gg = g * g
+        total += gg
+        tl.store(row_sums + tl.load(entry + 9) + whole_row * per_row + part, tl.sum(gg, 1), mask=here)
+
+        if F == 1:
+            block_mean = g
+        elif F == C:
+            block_mean = tl.sum(g, 1) * tl.sum(share, 0)
+        else:
+            block_mean = tl.sum(tl.reshape(g, (R, C // F, F)), 2) * share[None, :]
+        m += (1 - b1) * (block_mean - m)
+        denominator = tl.sqrt(r[:, None] * c[None, :] + (1 - b2) * inv_c2 * gg) + eps
+        numerator = unfold(m * inv_c1 - rho * block_mean, R, C, F) + rho * g
+        w = w * decay - step_size * (numerator / denominator)
+
+        w_bits, m_bits = 0, 0
+        if STOCHASTIC and W_DTYPE is tl.bfloat16:
+            w_bits = random_bits(seed, step, 4 * stream, (whole_row * tl.cdiv(n, 8) + part * (C // 8))[:, None], R, C)
+        if STOCHASTIC and S_DTYPE is tl.bfloat16:
+            width = tl.cdiv(n, F)
+            m_bits = random_bits_at(seed, step, 4 * stream + 1, m_row, m_at - m_row * width, width)
+        store(w_at, w, w_bits, mask, W_DTYPE, STOCHASTIC)
+        store(M + m_at, m, m_bits, m_mask, S_DTYPE, STOCHASTIC)
+    tl.store(
+        column_sums + tl.load(entry + 10) + (matrix * stripes + stripe) * n + column, tl.sum(total, 0), mask=in_row
+    )
+
+
+@triton.jit(do_not_specialize=["step", "seed"])
+def _means_kernel(
+    table, owner, row_sums, column_sums, step, seed, b2, S_DTYPE: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """The new row means, or behind them the new column means, of ``LANES`` rows or columns."""
+    entry = table + tl.load(owner + 2 * tl.program_id(0)).to(tl.int64) * _FIELDS
+    index = tl.load(owner + 2 * tl.program_id(0) + 1)
+    rows, n = tl.load(entry + 5).to(tl.int32), tl.load(entry + 6).to(tl.int32)
+    matrices, stream = tl.load(entry + 7), tl.load(entry + 8).to(tl.int32)
+    row_programs = tl.cdiv(matrices * rows, LANES)
+    total = tl.zeros((LANES,), tl.float32)
+    i = 0
+    if index < row_programs:
+        at = index.to(tl.int64) * LANES + tl.arange(0, LANES)
+        mask = at < matrices * rows
+        parts = tl.cdiv(n, C)
+        sums = row_sums + tl.load(entry + 9) + at * parts
+        while i < parts:
+            total += tl.load(sums + i, mask=mask, other=0.0)
+            i += 1
+        target = tl.load(entry + 3).to(tl.pointer_type(S_DTYPE)) + at
+        row, width, kind, total = at * 0, matrices * rows, 2, total / n
+        column = at
+    else:
+        at = (index - row_programs).to(tl.int64) * LANES + tl.arange(0, LANES)
+        mask = at < matrices * n
+        stripes = tl.cdiv(rows, S)
+        row = at // n
+        column = at - row * n
+        sums = column_sums + tl.load(entry + 10) + row * stripes * n + column
+        while i < stripes:
+            total += tl.load(sums + i * n, mask=mask, other=0.0)
+            i += 1
+        target = tl.load(entry + 4).to(tl.pointer_type(S_DTYPE)) + at
+        width, kind, total = n.to(tl.int64), 3, total / rows
+    old = tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    bits = 0
+    if STOCHASTIC and S_DTYPE is tl.bfloat16:
+        bits = random_bits_at(seed, step, 4 * stream + kind, row, column, width)
+    store(target, old + (1 - b2) * (total - old), bits, mask, S_DTYPE, STOCHASTIC)
+
+
+class FactoredLaunch:
+    """The tables and buffers of the factored rule for tensors of one geometry, and their three launches."""
+
+    def __init__(self, geometry: Geometry, entries: list[Entry]) -> None:
+        self.geometry = geometry
+        self.segments = max(1, TILE_ELEMENTS // geometry.columns)  # R
+        self.stripe = max(STRIPE, self.segments)  # S
+        table = numpy.empty((len(entries), _FIELDS.value), dtype=numpy.int64)
+        counts: list[tuple[int, int, int]] = []  # programs of the three passes
+        sizes = numpy.zeros(3, dtype=numpy.int64)  # of the buffers
+        for i, entry in enumerate(entries):
+            rows, n = entry.weight.shape[-2:]
+            matrices = entry.weight.numel() // (rows * n)
+            parts, stripes = -(-n // geometry.columns), -(-rows // self.stripe)
+            table[i] = (*(x.data_ptr() for x in entry.tensors), rows, n, matrices, entry.stream, *sizes)
+            sizes += (matrices * rows * parts, matrices * stripes * n, matrices)
+            lanes = LANES.value
+            counts.append(
+                (matrices, matrices * stripes * parts, -(-matrices * rows // lanes) - (-matrices * n // lanes))
+            )
+        self.table = upload(table, geometry.device)
+        self.owners = [upload(_owner([count[k] for count in counts]), geometry.device) for k in range(3)]
+        self.buffers = [torch.empty(size, dtype=torch.float32, device=geometry.device) for size in sizes.tolist()]
+
+    def run(self, h: Hyper, grad_scale: Tensor | None = None) -> None:
+        g = self.geometry
+        row_sums, column_sums, means = self.buffers
+        before, update, after = self.owners
+        state, stochastic = TRITON_DTYPES[g.state], h.stochastic
+        with device_of(g.device):
+            _mean_kernel[(len(before),)](self.table, before, means, state)
+            _update_kernel[(len(update),)](
+                self.table, update, row_sums, column_sums, means, h.step, h.seed, h.lr * h.scale,
+                1 - h.lr * h.weight_decay, h.b1, h.b2, 1 / h.c1, 1 / h.c2, h.eps, h.rho,
+                self.table if grad_scale is None else grad_scale, TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad],
+                state, g.width, self.segments, g.columns, self.stripe, g.aligned, stochastic, grad_scale is not None,
+                num_warps=max(1, min(32, g.columns * self.segments // WARP_ELEMENTS)),
+            )  # fmt: skip
+            _means_kernel[(len(after),)](
+                self.table,
+                after,
+                row_sums,
+                column_sums,
+                h.step,
+                h.seed,
+                h.b2,
+                state,
+                g.columns,
+                self.stripe,
+                stochastic,
+            )
+
+
+def _owner(counts: list[int]) -> numpy.ndarray:
+    """For each program: its tensor, and its number among that tensor's programs."""
+    tensor = numpy.repeat(numpy.arange(len(counts), dtype=numpy.int32), counts)
+    number = numpy.concatenate([numpy.arange(count, dtype=numpy.int32) for count in counts])
+    return numpy.stack((tensor, number), axis=1)
