@@ -146,7 +146,7 @@ def summarize(optimizer: Any) -> str:
                 continue
             level, second_moment = effective_rule(p, group)
             sized = (p, _expected(p, group))
-            if (level, second_moment) == (0, "block"):
+            if (level, second_moment) == (0, "block") and (group["scale"] == 1 or p.dim() < 2):
                 plain.append(sized)
             else:
                 folded.setdefault((level, group["scale"], second_moment), []).append(sized)

@@ -420,6 +420,10 @@ def test_summary_says_what_folds_what_stays_and_what_it_costs():
         "FOAM: 33.72 kB of state in all, 6.99% of AdamW's 482.62 kB; weights are rounded: float32 to nearest",
     ]
     assert summarize(FOAM([bias])).startswith("FOAM: no weight folds\nFOAM: unfolded")
+    # Blocks of one column, but scaled: not plain AdamW.
+    scaled = summarize(FOAM([other, bias], level=0)).splitlines()
+    assert scaled[0].startswith("FOAM: folded (level 0, scale 0.25, second moment block): 1 tensor, 5,120 parameters")
+    assert scaled[1].startswith("FOAM: unfolded (plain AdamW): 1 tensor, 5 parameters")
 
 
 @pytest.mark.parametrize(
