@@ -232,6 +232,11 @@ def _no_match(targets: str | list[str], entries: list[str], candidates: list[str
     if not candidates:
         return f"target_modules matches no weight that folds, got {targets!r}; this model has none at all"
     wanted = " ".join(entries)
+    if isinstance(targets, str) and any(targets in name for name in candidates) and targets:
+        return (
+            f"target_modules (Trainer's optim_target_modules) matches no weight that folds, got {targets!r}; "
+            f"a string is a regex of whole names: expected {'.*' + targets + '.*'!r}, or a list, [{targets!r}]"
+        )
     return (
         f"target_modules (Trainer's optim_target_modules) matches no weight that folds, got {targets!r}; "
         f"expected names such as {_some(candidates, wanted)}, parts of them in a list, or 'all-linear'"

@@ -374,6 +374,8 @@ def test_no_match_lists_names_that_exist():
     assert "'model.layers.0.self_attn.q_proj'" in str(error.value)
     with pytest.raises(ValueError, match=r"expected names such as 'transformer\.h\.0\.attn\.c_attn'"):
         foam_param_groups(tiny_models.tiny_gpt2(), target_modules=r".*\.attention")
+    with pytest.raises(ValueError, match=r"got 'q_proj'; .* expected '\.\*q_proj\.\*', or a list, \['q_proj'\]"):
+        foam_param_groups(tiny_models.tiny_llama(), target_modules="q_proj")
     # The head exists, and is linear, but nothing of it would fold.
     with pytest.raises(ValueError, match=r"got \['lm_head'\]"):
         foam_param_groups(tiny_models.tiny_llama(), target_modules=["lm_head"])
