@@ -160,6 +160,11 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
     preview = FOAM([dict(group) for group in groups], **kwargs)
     if args.should_log:
         logger.info(summarize(preview))
+        if all("level" in group for group in groups):  # only plain groups name theirs
+            logger.warning(
+                f"optim={_name(args.optim)!r}: no trainable weight of {type(model).__name__} folds, so this run keeps "
+                "AdamW's state; expected weights of two or more dimensions in the base model, or fold_embeddings=true"
+            )
     return FOAM, {"params": groups, **kwargs}
 
 

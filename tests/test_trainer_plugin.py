@@ -255,6 +255,17 @@ def test_one_summary_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert record.levelno == logging.INFO and re.search(r"level\W+8", record.getMessage())
 
 
+def test_model_of_which_nothing_folds_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_roberta()
+    with caplog.at_level(logging.WARNING, "foam_hf"):
+        Trainer.get_optimizer_cls_and_kwargs(make_args(tmp_path, optim_args="level=0"), model)
+        assert not caplog.records
+        model.roberta.requires_grad_(False)
+        Trainer.get_optimizer_cls_and_kwargs(make_args(tmp_path), model)
+    (record,) = caplog.records
+    assert "no trainable weight of RobertaForSequenceClassification folds" in record.getMessage()
+
+
 def test_decay_names_of_a_trainer_subclass_are_honoured(tmp_path: Path) -> None:
     class NoDecay(Trainer):
         def get_decay_parameter_names(self, model: Any) -> list[str]:
