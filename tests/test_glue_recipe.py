@@ -184,7 +184,8 @@ def test_metrics_equal_hand_computed_values_without_warnings(task, outputs, labe
 
 
 def test_metrics_come_from_evaluate_where_the_hub_answers(monkeypatch):
-    evaluate = pytest.importorskip("evaluate")
+    import evaluate
+
     asked = []
 
     class HubMetric:
@@ -200,7 +201,7 @@ def test_metrics_come_from_evaluate_where_the_hub_answers(monkeypatch):
 
 
 def test_metrics_fall_back_when_evaluate_fails(monkeypatch, capsys):
-    evaluate = pytest.importorskip("evaluate")
+    import evaluate
 
     def fail(*names):
         raise ConnectionError("gone")
@@ -283,7 +284,7 @@ def test_every_file_format_gives_the_same_rows(task, kind, tmp_path):
                 writer.writeheader()
                 writer.writerows(rows)
         else:
-            pyarrow = pytest.importorskip("pyarrow")
+            import pyarrow
             from pyarrow import parquet
 
             files = {f"{name}.parquet": rows}
@@ -398,7 +399,8 @@ def test_offline_mode_is_respected_without_a_request(monkeypatch, tmp_path, tiny
 
 @pytest.mark.parametrize("task", ["mnli", "stsb"])
 def test_the_hubs_dataset_is_used_where_it_answers(task, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     names = {"stsb": ["train", "validation"], "mnli": ["train", "validation_matched", "validation_mismatched"]}[task]
     hub = {name: datasets.Dataset.from_list(rows_of(task, 3, start)) for start, name in enumerate(names)}
     monkeypatch.setattr(data, "hub_problem", lambda: None)
@@ -585,10 +587,6 @@ def test_every_task_trains_evaluates_and_saves(task, flags, tmp_path, capsys):
     ],
 )
 def test_other_optimizers_run_through_the_same_script(optim, more, flags):
-    if optim == "adamw_8bit":
-        pytest.importorskip("bitsandbytes")
-    if optim == "galore_adamw":
-        pytest.importorskip("galore_torch")
     results = train.main(["--task_name", "cola", *flags, "--optim", optim, "--learning_rate", "1e-4", *more])
     assert results["optim"] == optim and results["optimizer_state_bytes"] > 0
     if optim == "adamw_torch":
