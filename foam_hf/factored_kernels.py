@@ -17,6 +17,7 @@ from foam_hf.kernels import (
     TILE_ELEMENTS,
     TRITON_DTYPES,
     WARP_ELEMENTS,
+    AddressTable,
     Entry,
     Geometry,
     device_of,
@@ -172,11 +173,10 @@ def _means_kernel(
     store(target, old + (1 - b2) * (total - old), bits, mask, S_DTYPE, STOCHASTIC)
 
 
-class FactoredLaunch:
+class FactoredLaunch(AddressTable):
     """The tables and buffers of the factored rule for tensors of one geometry, and their three launches."""
 
     def __init__(self, geometry: Geometry, entries: list[Entry]) -> None:
-        self.geometry = geometry
         self.segments = max(1, TILE_ELEMENTS // geometry.columns)  # R
         self.stripe = max(STRIPE, self.segments)  # S
         table = numpy.empty((len(entries), _FIELDS.value), dtype=numpy.int64)
@@ -192,7 +192,7 @@ class FactoredLaunch:
             counts.append(
                 (matrices, matrices * stripes * parts, -(-matrices * rows // lanes) - (-matrices * n // lanes))
             )
-        self.table = upload(table, geometry.device)
+        super().__init__(geometry, entries, table)
         self.owners = [upload(_owner([count[k] for count in counts]), geometry.device) for k in range(3)]
         self.buffers = [torch.empty(size, dtype=torch.float32, device=geometry.device) for size in sizes.tolist()]
 

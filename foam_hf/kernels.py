@@ -232,11 +232,25 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-class Launch:
+class AddressTable:
+    """Where the tensors of a launch are, on the host and on the device; a gradient's address is in column 1."""
+
+    def __init__(self, geometry: Geometry, entries: list[Entry], table: numpy.ndarray) -> None:
+        self.geometry = geometry
+        self._streams = [entry.stream for entry in entries]
+        self._host = table
+        self.table = upload(table, geometry.device)
+
+    def move_gradients(self, addresses: list[int]) -> None:
+        """Point to gradients of the same kind elsewhere; ``addresses`` has one for each parameter of the optimizer."""
+        self._host[:, 1] = [addresses[stream] for stream in self._streams]
+        self.table = upload(self._host, self.geometry.device)
+
+
+class Launch(AddressTable):
     """The device tables of one launch, and the launch itself."""
 
     def __init__(self, geometry: Geometry, entries: list[Entry]) -> None:
-        self.geometry = geometry
         self.segments = max(1, TILE_ELEMENTS // geometry.columns)  # R
         table = numpy.empty((len(entries), _FIELDS), dtype=numpy.int64)
         tiles = []
@@ -249,7 +263,8 @@ class Launch:
         owner[:, 0] = numpy.repeat(numpy.arange(len(tiles)), tiles)
         owner[:, 1] = numpy.concatenate([numpy.arange(count) for count in tiles])
         self.programs = sum(tiles)
-        self.table, self.owner = (upload(x, geometry.device) for x in (table, owner))
+        self.owner = upload(owner, geometry.device)
+        super().__init__(geometry, entries, table)
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None) -> None:
         g = self.geometry

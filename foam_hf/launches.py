@@ -60,7 +60,8 @@ class StepPlan:
         self._all_params = [p for group in groups for p in group["params"]]
         self._all_states = list(state.values())
         self._moments = [(known, name) for known in self._states for name in known if isinstance(known[name], Tensor)]
-        self._gradients = _gradients(groups)
+        self._rules = _rules(groups)
+        self._grad_addresses, self._grad_kinds = _gradients(groups)
         self._addresses = self._current_addresses()
 
     def _add(self, group: dict[str, Any], members: list[Member]) -> None:
@@ -75,14 +76,22 @@ class StepPlan:
         self._rest += [(group, member) for member in unfit]
 
     def holds(self, groups: list[dict[str, Any]], state: Mapping[Tensor, State]) -> bool:
-        """Whether the same parameters have gradients of the same kind, and everything is where it was."""
-        return (
-            bool(self._launches)
+        """Whether the plan still serves: nothing has moved but gradients, which it then follows."""
+        addresses, kinds = _gradients(groups)
+        if not (
+            self._launches
             and _same([p for group in groups for p in group["params"]], self._all_params)
             and _same(list(state.values()), self._all_states)
-            and _gradients(groups) == self._gradients
+            and _rules(groups) == self._rules
+            and kinds == self._grad_kinds
             and self._current_addresses() == self._addresses
-        )
+        ):
+            return False
+        if addresses != self._grad_addresses:
+            self._grad_addresses = addresses
+            for _, _, launch in self._launches:
+                launch.move_gradients(addresses)
+        return True
 
     def run(self, hyper: Callable[[dict[str, Any], Member], Hyper], grad_scale: Tensor | None) -> None:
         """Update everything; gradients are those of a loss times ``grad_scale``, a tensor of one element."""
@@ -111,10 +120,15 @@ def _same(some: list[Any], others: list[Any]) -> bool:
     return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
-def _gradients(groups: list[dict[str, Any]]) -> list[tuple[Any, ...] | None]:
-    """Address and kind of every parameter's gradient; an address alone could be a new tensor of another kind."""
+def _rules(groups: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
+    return [(group["level"], group["second_moment"]) for group in groups]
+
+
+def _gradients(groups: list[dict[str, Any]]) -> tuple[list[int], list[Any]]:
+    """Address of every parameter's gradient, 0 for none, and all else of it that a launch depends on."""
     grads = [p.grad for group in groups for p in group["params"]]
-    return [
-        None if g is None else (g.data_ptr(), g.dtype, g.is_contiguous()) if g.layout is torch.strided else (g.layout,)
-        for g in grads
+    kinds = [
+        None if g is None else (g.dtype, g.is_contiguous() if g.layout is torch.strided else g.layout) for g in grads
     ]
+    addresses = [0 if g is None or g.layout is not torch.strided else g.data_ptr() for g in grads]
+    return addresses, [kinds, [address % 16 for address in addresses]]

@@ -83,10 +83,11 @@ class FOAM(torch.optim.Optimizer):
         check_options(defaults)
         self._plan: StepPlan | None = None  # holds addresses: never copied, pickled or resumed
         super().__init__(params, defaults)
-        if stochastic_rounding is True and not any(p.dtype == torch.bfloat16 for p in self._parameters()):
+        asked = [p for group in self.param_groups if group["stochastic_rounding"] is True for p in group["params"]]
+        if asked and not any(p.dtype == torch.bfloat16 for p in asked):
             raise ValueError(
                 "stochastic_rounding=True rounds into bfloat16 weights, and no parameter is bfloat16: "
-                f"got {sorted({str(p.dtype) for p in self._parameters()})}; expected a bfloat16 model, or 'auto'"
+                f"got {sorted({str(p.dtype) for p in asked})}; expected a bfloat16 model, or 'auto'"
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -152,11 +153,20 @@ class FOAM(torch.optim.Optimizer):
             state["step"] = 0
             for name, (shape, dtype) in state_spec(p, group).items():
                 state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
+        problem = _state_problem(state, state_spec(p, group))
+        if problem:
+            raise ValueError(
+                f"level={group['level']!r} and second_moment={group['second_moment']!r} do not fit the state of a "
+                f"parameter of shape {tuple(p.shape)}: {problem}; expected them to stay as they were at its first step"
+            )
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
+        for group in self.param_groups:  # of a checkpoint from a version that had fewer options
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint. Hyperparameters come from it, as in torch; state keeps the dtypes it was saved in.
@@ -270,15 +280,18 @@ def _check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) 
 
 
 def _check_state(key: int, state: dict[str, Any], spec: StateSpec) -> None:
-    if not state:  # a parameter that never had a gradient
-        return
-    if set(state) != {"step", *spec} or not isinstance(state["step"], int):
-        raise ValueError(
-            f"parameter {key} of the checkpoint holds {sorted(state)}; expected {sorted(['step', *spec])}"
-        )
+    if state and (problem := _state_problem(state, spec)):  # without state, it never had a gradient
+        raise ValueError(f"parameter {key} of the checkpoint does not fit: {problem}")
+
+
+def _state_problem(state: dict[str, Any], spec: StateSpec) -> str:
+    """Why ``state`` is not what ``spec`` describes, or an empty string."""
+    if state.keys() != {"step", *spec}:
+        return f"it holds {sorted(state)}; expected {sorted(['step', *spec])}"
+    if not isinstance(state["step"], int):
+        return f"its step is {state['step']!r}; expected an integer"
     for name, (shape, _) in spec.items():
-        if tuple(torch.as_tensor(state[name]).shape) != tuple(shape):
-            raise ValueError(
-                f"{name} of parameter {key} has shape {tuple(state[name].shape)} in the checkpoint; "
-                f"expected {tuple(shape)}"
-            )
+        if not isinstance(state[name], Tensor) or state[name].shape != shape:
+            found = tuple(state[name].shape) if isinstance(state[name], Tensor) else state[name]
+            return f"{name} has shape {found}; expected {tuple(shape)}"
+    return ""

@@ -25,8 +25,10 @@ def check_options(options: dict[str, Any]) -> None:
     if not (level == "row" if isinstance(level, str) else _is_int(level) and 0 <= level <= MAX_LEVEL):
         raise ValueError(f"level is out of range: got {level!r}; expected an integer from 0 to {MAX_LEVEL}, or 'row'")
     lr = options["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr has {lr.numel()} elements; expected a float or a tensor of one element")
+    if isinstance(lr, Tensor) and (lr.numel() != 1 or lr.is_complex() or lr.dtype == torch.bool):
+        raise ValueError(
+            f"lr has {lr.numel()} elements of {lr.dtype}; expected a float or a tensor of one real number"
+        )
     _check_number("lr", float(lr) if isinstance(lr, Tensor) else lr)
     betas = options["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
@@ -72,8 +74,8 @@ def check_field_names(group: dict[str, Any], known: Iterable[str]) -> None:
 
 
 def check_parameter(p: Tensor) -> None:
-    """Raise TypeError for a parameter that is not a dense real floating point tensor."""
-    if p.is_complex() or not p.is_floating_point() or p.layout != torch.strided:
+    """Raise TypeError for a parameter that is not dense float32, bfloat16 or float16."""
+    if p.dtype not in (torch.float32, torch.bfloat16, torch.float16) or p.layout != torch.strided:
         raise TypeError(
             f"cannot optimize a parameter of dtype {p.dtype} and layout {p.layout}, shape {tuple(p.shape)}; "
             "expected dense float32, bfloat16 or float16"

@@ -185,6 +185,26 @@ def test_what_the_kernel_does_not_take_still_trains(monkeypatch):
         assert_within(p, q, "five steps against float64, float32 weights")
 
 
+@pytest.mark.parametrize("second_moment", ["block", "factored"])
+def test_moved_gradients_keep_the_plan(monkeypatch, second_moment):
+    weights, gradients = drawn(torch.float32, steps=4, shapes=[(4, 64), (40,)])
+    keep = []  # so that every step's gradients are at addresses of their own
+    monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
+    params = [torch.nn.Parameter(w.clone()) for w in weights]
+    optimizer = FOAM(params, lr=0.01, weight_decay=0.1, level=3, second_moment=second_moment)
+    plans = set()
+    for step in gradients:
+        for p, grad in zip(params, step, strict=True):
+            p.grad = grad.clone()
+            keep.append(p.grad)
+        optimizer.step()
+        plans.add(id(optimizer._plan))
+    assert len(plans) == 1
+    plain, _ = train(monkeypatch, "reference", weights, gradients, level=3, second_moment=second_moment)
+    for p, q in zip(params, plain, strict=True):
+        assert_within(p, q, "five steps against float64, float32 weights")
+
+
 def test_one_group_of_equal_geometry_is_one_launch():
     params = [torch.nn.Parameter(torch.zeros(rows, 512, device=DEVICE)) for rows in (3, 8, 300)]
     optimizer = FOAM(params)

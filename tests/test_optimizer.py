@@ -254,6 +254,8 @@ def test_empty_parameters_pass_through(shape, second_moment):
         ({"lr": -1.0}, "lr .*got -1.0"),
         ({"lr": math.nan}, "lr"),
         ({"lr": torch.ones(2)}, "lr has 2 elements"),
+        ({"lr": torch.tensor(True)}, "1 elements of torch.bool"),
+        ({"lr": torch.tensor(1j)}, "torch.complex64"),
         ({"eps": -1e-8}, "eps"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"betas": (0.9, 1.0)}, r"betas\[1\] .*got 1.0; expected a number in \[0, 1\)"),
@@ -297,6 +299,10 @@ def test_bad_parameters_are_refused():
         FOAM([{"params": [p]}, {"params": [p]}])
     with pytest.raises(TypeError, match="complex64"):
         FOAM([torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))])
+    with pytest.raises(TypeError, match="float64.*expected dense float32, bfloat16 or float16"):
+        FOAM([torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))])
+    with pytest.raises(ValueError, match="no parameter is bfloat16"):
+        FOAM([{"params": [p], "stochastic_rounding": True}])
     with pytest.raises(ValueError, match=r"'levle'; did you mean 'level'"):
         FOAM([{"params": [p], "levle": 2}])
     FOAM([{"params": [p], "name": "decoder", "lr_scale": 0.5}])  # other tools' tags
@@ -348,12 +354,16 @@ def test_damaged_checkpoints_are_refused():
     optimizer = FOAM(model().parameters(), level=2)
     wrong_shape = copy.deepcopy(saved)
     wrong_shape["state"][0]["folded_exp_avg"] = torch.zeros(20, 5)
-    with pytest.raises(ValueError, match=r"folded_exp_avg of parameter 0 has shape \(20, 5\).*expected \(20, 6\)"):
+    with pytest.raises(ValueError, match=r"parameter 0 .*folded_exp_avg has shape \(20, 5\); expected \(20, 6\)"):
         optimizer.load_state_dict(wrong_shape)
     missing = copy.deepcopy(saved)
     del missing["state"][2]["exp_avg"]
-    with pytest.raises(ValueError, match="parameter 2 of the checkpoint holds"):
+    with pytest.raises(ValueError, match="parameter 2 of the checkpoint does not fit: it holds"):
         optimizer.load_state_dict(missing)
+    counted = copy.deepcopy(saved)
+    counted["state"][1]["step"] = torch.tensor(2.0)
+    with pytest.raises(ValueError, match=r"parameter 1 .*its step is tensor\(2.\); expected an integer"):
+        optimizer.load_state_dict(counted)
     with pytest.raises(ValueError, match="not an optimizer's state dict.*'model'"):
         optimizer.load_state_dict({"model": 1})
     assert not optimizer.state
@@ -365,6 +375,26 @@ def test_checkpoint_replaces_hyperparameters_and_says_so():
     with pytest.warns(UserWarning, match="scale=0.25 by 0.75"):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["scale"] == 0.75 and optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_checkpoint_of_a_version_with_fewer_options_still_trains():
+    saved = checkpoint_of(lambda p: FOAM(p, level=2))
+    del saved["param_groups"][0]["seed"]
+    net = model()
+    optimizer = FOAM(net.parameters(), level=2, seed=5)
+    optimizer.load_state_dict(saved)
+    run(net, optimizer, 1, start=2)
+    assert optimizer.param_groups[0]["seed"] == 5
+
+
+@pytest.mark.parametrize("change", [{"level": 3}, {"second_moment": "factored"}])
+def test_a_level_or_rule_changed_in_training_is_refused(change):
+    net = model()
+    optimizer = FOAM(net.parameters(), level=2)
+    run(net, optimizer, 1)
+    optimizer.param_groups[0].update(change)
+    with pytest.raises(ValueError, match=r"do not fit the state of a parameter of shape \(20, 24\)"):
+        run(net, optimizer, 1, start=1)
 
 
 def test_untrained_state_dict_round_trips():
