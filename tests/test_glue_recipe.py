@@ -787,6 +787,8 @@ def test_the_markdown_table_and_its_place_in_a_readme(tmp_path, capsys):
     ]
     assert "| average | of main scores | 16.00 ± 7.07 |" in table.markdown_table(runs)
     assert "average" not in table.markdown_table(runs[:-1])
+    other = [{**run, "optim": "adamw_torch", "optim_args": None} for run in runs]
+    assert "| average | of main scores | - | 16.00 ± 7.07 |" in table.markdown_table([*runs[:-1], *other])
     with pytest.raises(SystemExit, match="README with markers"):
         readme.write_text("no markers")
         table.main([str(tmp_path / "one.json"), "--readme", str(readme)])

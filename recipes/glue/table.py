@@ -99,7 +99,7 @@ def markdown_table(runs: list[dict]) -> str:
     """One table a model: tasks and metrics down, optimizers across; an empty text without runs.
 
     A cell is mean ± sample standard deviation over seeds, in percent, and the learning rate of those runs. The average
-    is over the tasks' main scores, seed by seed; it is left out where an optimizer lacks a task or a seed.
+    is over the tasks' main scores, seed by seed; it is "-" for an optimizer that lacks a task or a seed.
     """
     parts = []
     for model in dict.fromkeys(run["model"] for run in runs):
@@ -129,17 +129,20 @@ def markdown_table(runs: list[dict]) -> str:
 
 
 def _average(main: dict[str, dict[tuple[str, int], float]]) -> list[list[str]]:
-    """The row of averages, or none, from the main scores of each optimizer by (task, seed)."""
+    """The row of averages from the main scores of each optimizer by (task, seed).
+
+    An optimizer that lacks any gets "-"; there is no row if all do.
+    """
     keys = set().union(*main.values())
     tasks, seeds = {task for task, _ in keys}, sorted({seed for _, seed in keys})
-    complete = all(scores.keys() == keys for scores in main.values()) and len(keys) == len(tasks) * len(seeds)
-    if len(tasks) < 2 or not complete:
+    if len(tasks) < 2:
         return []
-    by_seed = {
-        optim: [statistics.fmean(scores[task, seed] for task in tasks) for seed in seeds]
-        for optim, scores in main.items()
-    }
-    return [["average", "of main scores", *map(spread, by_seed.values())]]
+    cells = []
+    for scores in main.values():
+        complete = len(scores) == len(tasks) * len(seeds)
+        means = [statistics.fmean(scores[task, seed] for task in tasks) for seed in seeds] if complete else []
+        cells.append(spread(means) if means else "-")
+    return [["average", "of main scores", *cells]] if set(cells) != {"-"} else []
 
 
 def with_table(readme: str, table: str) -> str:
