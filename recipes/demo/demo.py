@@ -273,10 +273,11 @@ def report(
 
 def hub_is_reachable(train_script: Path) -> bool:
     """Whether the model hub answers, asked once for a few seconds by the GLUE recipe's own check."""
-    sys.path.append(str(train_script.parent))
-    from data import hub_problem
-
-    return hub_problem() is None
+    # by its path: a module called data may well be on the user's own
+    spec = importlib.util.spec_from_file_location("foam_hf_glue_data", train_script.parent / "data.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    return recipe.hub_problem() is None
 
 
 def shown(path: Path) -> str:
