@@ -137,6 +137,8 @@ def bitsandbytes_state_bytes(model: nn.Module) -> int:
 def test_bitsandbytes_8_bit(name):
     import bitsandbytes
 
+    # Trainer leaves overrides for embeddings in this process-wide singleton, by position in the param groups.
+    bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
     model = nn.Sequential(nn.Linear(96, 96), nn.Linear(96, 100))
     optimizer = getattr(bitsandbytes.optim, name)(model.parameters())
     take_step(model, optimizer)
