@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"the a cat dog sits runs on mat grass".split()]
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", *["the", "a", "cat", "dog", "sits", "runs", "on", "mat", "grass"]]
 TRAINING = (
     "--model_name_or_path model --dataset_name data --output_dir out --optim foam --optim_args level=3 --max_steps 2 "
     "--per_device_train_batch_size 4 --report_to none --use_cpu --bf16 false --save_strategy no"
