@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from foam_hf.optimizer import FOAM, effective_rule, state_spec
+from foam_hf.options import check_options
 from foam_hf.storages import state_storages, storages, total, without
 
 UNAVAILABLE = "unavailable"
@@ -106,6 +107,9 @@ def expected_state_bytes(param_groups: Iterable[Mapping[str, Any]]) -> int:
     Args:
         param_groups: of a FOAM optimizer, or from `foam_param_groups`; FOAM's default arguments fill in what is
             missing. Parameters may be on the meta device; those without `requires_grad` get no state.
+
+    Raises:
+        ValueError, TypeError: a group asks for what FOAM would refuse.
     """
     return sum(_expected(p, group) for group in _filled(param_groups) for p in group["params"] if p.requires_grad)
 
@@ -187,7 +191,10 @@ def _percent(part: int, whole: int) -> str:
 def _filled(param_groups: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     arguments = inspect.signature(FOAM).parameters.values()
     defaults = {p.name: p.default for p in arguments if p.default is not inspect.Parameter.empty}
-    return ({**defaults, **group} for group in param_groups)
+    for group in param_groups:
+        filled = {**defaults, **group}
+        check_options(filled)
+        yield filled
 
 
 def _expected(p: Tensor, group: dict[str, Any]) -> int:

@@ -437,3 +437,8 @@ def test_summary_says_how_weights_are_rounded(option, text):
     model.norm.float()
     summary = summarize(FOAM(foam_param_groups(model), stochastic_rounding=option))
     assert summary.endswith(f"weights are rounded: {text}, float32 to nearest")
+
+
+def test_expected_bytes_of_a_level_that_foam_refuses():
+    with pytest.raises(ValueError, match="level is out of range: got 'x'"):
+        expected_state_bytes([{"params": [nn.Parameter(torch.zeros(4, 4))], "level": "x"}])

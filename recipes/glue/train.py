@@ -7,6 +7,7 @@ the YAML config (roberta-base.yaml beside this script if none is named), and tha
 import dataclasses
 import gc
 import json
+import logging
 import math
 import os
 import platform
@@ -263,4 +264,6 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("foam_hf").setLevel(logging.INFO)  # what folds, what does not, and what that costs
     main()
