@@ -122,6 +122,7 @@ class FOAM(torch.optim.Optimizer):
         # Set by torch.amp.GradScaler, which leaves unscaling and skipping to an optimizer that can do both.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and bool(found_inf):
+            self._members()  # as in torch's fused AdamW, state exists after a first step that was skipped
             return loss
         if self._plan is None or not self._plan.holds(self.param_groups, self.state):
             self._plan = StepPlan(self.param_groups, self.state, self._members())

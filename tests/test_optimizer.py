@@ -203,6 +203,7 @@ def test_grad_scaler_changes_nothing_and_a_skipped_step_leaves_everything():
     skipped, steps = scaled_training(scaled=True, infinite_at=2)
     expected, _ = scaled_training(scaled=False, infinite_at=2)
     assert torch.equal(skipped, expected) and steps == 4
+    assert scaled_training(scaled=True, infinite_at=0)[1] == 4
 
 
 def test_step_inside_a_compiled_training_step():
