@@ -4,7 +4,7 @@ Every run is a process of recipes/glue/train.py, --jobs of them at a time. Rerun
 runs are kept. The JSON (all runs, the rates tried, what failed) is rewritten after every run, whole or not at all, so
 a run cut off by --budget-s or from outside loses nothing; recipes/glue/table.py reads it.
 
-    python recipes/benchmarks/glue_gpu.py --data glue --model MiniLM --out /tmp/runs --json results.json --jobs 12 \\
+    python recipes/benchmarks/glue_gpu.py --data glue --model MiniLM --out runs --json results.json --jobs 12 \\
         --search-train-samples sst2=10000 --bf16 true
 """
 
