@@ -736,6 +736,7 @@ def test_a_copied_recipe_runs_as_a_script_on_real_sentences(tmp_path, tiny_model
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("GLUE cola | model ")
+    assert done.stderr.count("FOAM: folded (level 8, scale 0.25, second moment block)") == 1
     assert done.stdout.rstrip().split("\n")[-1].startswith("cola  foam (level=8,scale=0.25)  0.0002")
     assert json.loads((tmp_path / "out dir" / "results.json").read_text())["steps"] == 20
     assert (tmp_path / "out dir" / "checkpoint-20" / "optimizer.pt").is_file()

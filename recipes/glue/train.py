@@ -126,10 +126,14 @@ def build_trainer(recipe: GlueArguments, args: TrainingArguments, task_name: str
         compute_metrics=compute_metrics,
         callbacks=[foam_hf.OptimizerMemoryCallback()],
     )
+    foam_log = logging.getLogger("foam_hf")
+    foam_log.disabled = True  # its summary comes when train() builds the optimizer
     try:
         trainer.get_optimizer_cls_and_kwargs(args, model)  # a wrong optimizer setting ends here, not in train()
     except (ValueError, TypeError, ImportError) as error:
         raise SystemExit(f"train.py: {one_line(error)}") from None
+    finally:
+        foam_log.disabled = False
     return trainer
 
 
