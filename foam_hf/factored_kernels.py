@@ -21,6 +21,7 @@ from foam_hf.kernels import (
     Entry,
     Geometry,
     device_of,
+    owner_table,
     random_bits,
     random_bits_at,
     store,
@@ -193,7 +194,7 @@ class FactoredLaunch(AddressTable):
                 (matrices, matrices * stripes * parts, -(-matrices * rows // lanes) - (-matrices * n // lanes))
             )
         super().__init__(geometry, entries, table)
-        self.owners = [upload(_owner([count[k] for count in counts]), geometry.device) for k in range(3)]
+        self.owners = [upload(owner_table([count[k] for count in counts]), geometry.device) for k in range(3)]
         self.buffers = [torch.empty(size, dtype=torch.float32, device=geometry.device) for size in sizes.tolist()]
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None) -> None:
@@ -223,10 +224,3 @@ class FactoredLaunch(AddressTable):
                 self.stripe,
                 stochastic,
             )
-
-
-def _owner(counts: list[int]) -> numpy.ndarray:
-    """For each program: its tensor, and its number among that tensor's programs."""
-    tensor = numpy.repeat(numpy.arange(len(counts), dtype=numpy.int32), counts)
-    number = numpy.concatenate([numpy.arange(count, dtype=numpy.int32) for count in counts])
-    return numpy.stack((tensor, number), axis=1)

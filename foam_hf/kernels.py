@@ -1,9 +1,9 @@
 """The rules of ``update`` as Triton kernels: many tensors in one launch, one pass over memory, no temporaries.
 
 A launch updates all tensors of a param group that share dtypes and geometry. A table in device memory holds their
-addresses and sizes; a second one says which tensor a program works on. Both are kept between steps and rebuilt when an
-address changes. Learning rate, step count and bias corrections are plain arguments, so they never recompile, and
-nothing is read back from the device.
+addresses and sizes; a second one says which tensor a program works on. Both are kept between steps: gradients that
+moved get new addresses in the first, any other change gets new tables. Learning rate, step count and bias corrections
+are plain arguments, so they never recompile, and nothing is read back from the device.
 
 A program works on a tile of ``R`` segments of ``C`` adjacent columns; ``C`` holds whole blocks of ``F`` columns, so
 every mean is inside a tile. Plain parameters are the block rule at ``F = 1``, where the residual is zero.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from foam_hf.folding import Level, block_width
 from foam_hf.rounding import PHILOX_ROUNDS
-from foam_hf.update import Hyper, Member
+from foam_hf.update import Hyper, Member, moment_names
 
 if TYPE_CHECKING:
     from foam_hf.factored_kernels import FactoredLaunch
@@ -259,11 +259,8 @@ class Launch(AddressTable):
             rows = entry.weight.numel() // n
             table[i] = (*(x.data_ptr() for x in entry.tensors), rows, n, entry.stream)
             tiles.append(-(-rows * -(-n // geometry.columns) // self.segments))
-        owner = numpy.empty((sum(tiles), 2), dtype=numpy.int32)  # of each program: its tensor, its tile
-        owner[:, 0] = numpy.repeat(numpy.arange(len(tiles)), tiles)
-        owner[:, 1] = numpy.concatenate([numpy.arange(count) for count in tiles])
         self.programs = sum(tiles)
-        self.owner = upload(owner, geometry.device)
+        self.owner = upload(owner_table(tiles), geometry.device)
         super().__init__(geometry, entries, table)
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None) -> None:
@@ -308,7 +305,7 @@ def make_launches(members: list[Member]) -> tuple[list[tuple[Member, Launch | Fa
     buckets: dict[tuple[str, Geometry, int, bool], list[tuple[Member, Entry]]] = {}
     unfit = []
     for member in members:
-        moments = tuple(x for x in member.state.values() if isinstance(x, Tensor))
+        moments = tuple(member.state[name] for name in moment_names(member.level, member.second_moment))
         entry = Entry(member.p, cast(Tensor, member.p.grad), moments, member.level, member.stream)
         if entry.fits():
             # Parameters that missed steps have bias corrections of their own, vectors a scale of their own.
@@ -322,6 +319,13 @@ def make_launches(members: list[Member]) -> tuple[list[tuple[Member, Launch | Fa
         for (rule, geometry, *_), bucket in buckets.items()
     ]
     return launches, unfit
+
+
+def owner_table(counts: list[int]) -> numpy.ndarray:
+    """For each program: its tensor, and its number among that tensor's programs."""
+    tensor = numpy.repeat(numpy.arange(len(counts), dtype=numpy.int32), counts)
+    number = numpy.concatenate([numpy.arange(count, dtype=numpy.int32) for count in counts])
+    return numpy.stack((tensor, number), axis=1)
 
 
 def device_of(device: torch.device) -> AbstractContextManager[Any]:

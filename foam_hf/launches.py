@@ -55,8 +55,10 @@ class StepPlan:
         self._rest: list[tuple[dict[str, Any], Member]] = []
         for group, mine in zip(groups, members, strict=True):
             self._add(group, mine)
-        self._params = [member.p for mine in members for member in mine]
         self._states = [member.state for mine in members for member in mine]
+        if not self._launches:
+            return  # without tables there is nothing to keep
+        self._params = [member.p for mine in members for member in mine]
         self._all_params = [p for group in groups for p in group["params"]]
         self._all_states = list(state.values())
         self._moments = [(known, name) for known in self._states for name in known if isinstance(known[name], Tensor)]
@@ -77,10 +79,11 @@ class StepPlan:
 
     def holds(self, groups: list[dict[str, Any]], state: Mapping[Tensor, State]) -> bool:
         """Whether the plan still serves: nothing has moved but gradients, which it then follows."""
+        if not self._launches:
+            return False
         addresses, kinds = _gradients(groups)
         if not (
-            self._launches
-            and _same([p for group in groups for p in group["params"]], self._all_params)
+            _same([p for group in groups for p in group["params"]], self._all_params)
             and _same(list(state.values()), self._all_states)
             and _rules(groups) == self._rules
             and kinds == self._grad_kinds

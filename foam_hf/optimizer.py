@@ -149,12 +149,12 @@ class FOAM(torch.optim.Optimizer):
         ]
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        state = self.state[p]
+        state, spec = self.state[p], state_spec(p, group)
         if not state:
             state["step"] = 0
-            for name, (shape, dtype) in state_spec(p, group).items():
+            for name, (shape, dtype) in spec.items():
                 state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
-        problem = _state_problem(state, state_spec(p, group))
+        problem = _state_problem(state, spec)
         if problem:
             raise ValueError(
                 f"level={group['level']!r} and second_moment={group['second_moment']!r} do not fit the state of a "

@@ -52,6 +52,13 @@ class Member(NamedTuple):
     stream: int
 
 
+def moment_names(level: Level, second_moment: str) -> tuple[str, ...]:
+    """The tensors of state of a parameter under a rule, in the order that the rules and the kernels take them."""
+    if second_moment == "factored":
+        return "folded_exp_avg", "row_exp_avg_sq", "col_exp_avg_sq"
+    return ("exp_avg", "exp_avg_sq") if level == 0 else ("folded_exp_avg", "folded_exp_avg_sq")
+
+
 def fold(X: Tensor) -> Tensor:
     if X.shape[-1] <= 4:  # torch reduces a very short dimension several times slower than it adds slices
         return reduce(torch.add, X.split(1, dim=-1)) / X.shape[-1]
@@ -150,13 +157,9 @@ def update_parameter(
     n = p.shape[-1] if p.dim() else 1
     width = block_width(level, n)
     weight, gradient = _as_rows(p, n), _as_rows(grad, n)
-    factored = None
-    if second_moment == "factored":
-        names = ["folded_exp_avg"]
-        factored = FactoredMoment(state["row_exp_avg_sq"], state["col_exp_avg_sq"])
-    else:
-        names = ["exp_avg", "exp_avg_sq"] if level == 0 else ["folded_exp_avg", "folded_exp_avg_sq"]
-    moments = [_as_rows(state[name], -(-n // width)) for name in names]
+    tensors = [state[name] for name in moment_names(level, second_moment)]
+    factored = FactoredMoment(tensors.pop(1), tensors.pop(1)) if second_moment == "factored" else None
+    moments = [_as_rows(x, -(-n // width)) for x in tensors]
     for rows in _chunks(weight.shape[0], n, p.device):
         W, G = _load(weight, rows), _load(gradient, rows)
         loaded = [_load(moment, rows) for moment in moments]

@@ -171,6 +171,23 @@ def test_a_loaded_checkpoint_continues_in_the_loaded_state(monkeypatch):
     assert all(torch.equal(p, q) for p, q in zip(params, whole, strict=True))
 
 
+@pytest.mark.parametrize("kernel", ["triton", "reference"])
+@pytest.mark.parametrize("second_moment", ["block", "factored"])
+def test_the_order_of_a_checkpoints_keys_does_not_matter(monkeypatch, second_moment, kernel):
+    weights, gradients = drawn(torch.float32, steps=3, shapes=[(4, 64)])
+    options = {"level": 3, "second_moment": second_moment}
+    whole, _ = train(monkeypatch, kernel, weights, gradients, **options)
+    half, optimizer = train(monkeypatch, kernel, weights, gradients[:2], **options)
+    saved = optimizer.state_dict()
+    saved["state"] = {i: dict(reversed(state.items())) for i, state in saved["state"].items()}
+    p = torch.nn.Parameter(half[0].detach().clone())
+    resumed = FOAM([p], lr=0.01, weight_decay=0.1, **options)
+    resumed.load_state_dict(saved)
+    p.grad = gradients[2][0].clone()
+    resumed.step()
+    assert torch.equal(p, whole[0])
+
+
 def test_what_the_kernel_does_not_take_still_trains(monkeypatch):
     monkeypatch.setattr(kernels, "MAX_COLUMNS", 64)
     weights = [
