@@ -15,16 +15,25 @@ from foam_hf._import_hook import on_import
 if TYPE_CHECKING:
     from foam_hf import memory
     from foam_hf.callback import OptimizerMemoryCallback
+    from foam_hf.gradient_release import enable_gradient_release
     from foam_hf.optimizer import FOAM
     from foam_hf.param_groups import foam_param_groups
 
 __version__ = "0.1.0"
 
-__all__ = ["FOAM", "OptimizerMemoryCallback", "__version__", "foam_param_groups", "memory"]
+__all__ = [
+    "FOAM",
+    "OptimizerMemoryCallback",
+    "__version__",
+    "enable_gradient_release",
+    "foam_param_groups",
+    "memory",
+]
 
 _LAZY_MODULES = {
     "FOAM": "foam_hf.optimizer",
     "OptimizerMemoryCallback": "foam_hf.callback",
+    "enable_gradient_release": "foam_hf.gradient_release",
     "foam_param_groups": "foam_hf.param_groups",
 }
 

@@ -11,6 +11,7 @@ every mean is inside a tile. Plain parameters are the block rule at ``F = 1``, w
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -241,8 +242,8 @@ class AddressTable:
         self._host = table
         self.table = upload(table, geometry.device)
 
-    def move_gradients(self, addresses: list[int]) -> None:
-        """Point to gradients of the same kind elsewhere; ``addresses`` has one for each parameter of the optimizer."""
+    def move_gradients(self, addresses: Sequence[int] | Mapping[int, int]) -> None:
+        """Point to gradients of the same kind elsewhere; ``addresses`` has one for each parameter, by its stream."""
         self._host[:, 1] = [addresses[stream] for stream in self._streams]
         self.table = upload(self._host, self.geometry.device)
 

@@ -98,25 +98,86 @@ class StepPlan:
 
     def run(self, hyper: Callable[[dict[str, Any], Member], Hyper], grad_scale: Tensor | None) -> None:
         """Update everything; gradients are those of a loss times ``grad_scale``, a tensor of one element."""
-        if self._launches and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "FOAM.step() cannot be captured in a CUDA graph: the learning rate and the step count it was captured "
-                "with would never change; expected a capture of forward and backward only, and step() after its replay"
-            )
+        if self._launches:
+            _refuse_capture()
         for state in self._states:
             state["step"] += 1
         for group, member, launch in self._launches:
             launch.run(hyper(group, member), grad_scale)
         for group, member in self._rest:
-            p, state, level, second_moment, _ = member
-            grad = cast(Tensor, p.grad)
-            grad = grad if grad_scale is None else grad.float() / grad_scale.to(grad.device)
-            update_parameter(p, grad, state, level, second_moment, hyper(group, member))
+            _update_plainly(member, hyper(group, member), grad_scale)
 
     def _current_addresses(self) -> list[int]:
         # What a kernel was told the address of must still be there when it runs again.
         moments = [known[name].data_ptr() for known, name in self._moments]
         return [*map(Tensor.data_ptr, self._params), *moments]
+
+
+class ParameterPlan:
+    """A step of one parameter alone, as ``StepPlan`` takes it for all; it serves again as long as it ``holds``."""
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+        self._launch: Launch | FactoredLaunch | None = None
+        if use_kernels(member.p.device):
+            from foam_hf.kernels import make_launches
+
+            launches, _ = make_launches([member])
+            self._launch = launches[0][1] if launches else None
+        self._gradient, self._kind = _gradient(cast(Tensor, member.p.grad))
+        self._addresses = self._current_addresses()
+
+    def holds(self, state: State, rule: tuple[Any, Any]) -> bool:
+        """Whether the plan still serves: nothing has moved but the gradient, which it then follows."""
+        member = self._member
+        if state is not member.state or rule != (member.level, member.second_moment):
+            return False
+        if self._launch is None:
+            return not use_kernels(member.p.device)
+        address, kind = _gradient(cast(Tensor, member.p.grad))
+        if kind != self._kind or self._current_addresses() != self._addresses:
+            return False
+        if address != self._gradient:
+            self._gradient = address
+            self._launch.move_gradients({member.stream: address})
+        return True
+
+    def run(self, hyper: Callable[[Member], Hyper], grad_scale: Tensor | None) -> None:
+        """Update the parameter; its gradient is that of a loss times ``grad_scale``, a tensor of one element."""
+        if self._launch is not None:
+            _refuse_capture()
+        self._member.state["step"] += 1
+        if self._launch is None:
+            _update_plainly(self._member, hyper(self._member), grad_scale)
+            return
+        self._launch.run(hyper(self._member), grad_scale)
+        # autograd cannot see that a kernel wrote the weight, which a backward pass under way may still need.
+        torch.autograd.graph.increment_version(self._member.p)
+
+    def _current_addresses(self) -> list[int]:
+        p, state = self._member.p, self._member.state
+        return [p.data_ptr(), *(x.data_ptr() for x in state.values() if isinstance(x, Tensor))]
+
+
+def _update_plainly(member: Member, h: Hyper, grad_scale: Tensor | None) -> None:
+    p, state, level, second_moment, _ = member
+    grad = cast(Tensor, p.grad)
+    grad = grad if grad_scale is None else grad.float() / grad_scale.to(grad.device)
+    update_parameter(p, grad, state, level, second_moment, h)
+
+
+def _refuse_capture() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "FOAM's update cannot be captured in a CUDA graph: the learning rate and the step count it was captured "
+            "with would never change; expected a capture of forward and backward only, and step() after its replay"
+        )
+
+
+def _gradient(grad: Tensor) -> tuple[int, tuple[Any, ...]]:
+    """The address of a dense gradient, and all else of it that a launch depends on."""
+    address = grad.data_ptr()
+    return address, (grad.dtype, grad.is_contiguous(), address % 16)
 
 
 def _same(some: list[Any], others: list[Any]) -> bool:

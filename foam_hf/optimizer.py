@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from foam_hf.folding import Level, num_blocks
-from foam_hf.launches import StepPlan
+from foam_hf.launches import ParameterPlan, StepPlan
 from foam_hf.options import check_field_names, check_options, check_parameter
 from foam_hf.update import Hyper, Member
 
@@ -132,21 +133,31 @@ class FOAM(torch.optim.Optimizer):
     def _members(self) -> list[list[Member]]:
         """Every parameter with a gradient, by group, with state."""
         for i, p in enumerate(self._parameters()):
-            if p.grad is not None and (p.grad.layout != torch.strided or p.grad.is_complex()):
-                kind = "complex" if p.grad.is_complex() else str(p.grad.layout)
-                raise TypeError(
-                    f"FOAM needs dense real gradients: got {kind} for parameter {i} of shape {tuple(p.shape)}; "
-                    "for an embedding, expected sparse=False"
-                )
+            _check_gradient(p, i)
         stream = itertools.count()  # a parameter keeps its random stream, whichever others have gradients
         return [
-            [
-                Member(p, self._state_of(p, group), *effective_rule(p, group), i)
-                for p, i in zip(group["params"], stream, strict=False)
-                if p.grad is not None
-            ]
+            [self._member(p, group, i) for p, i in zip(group["params"], stream, strict=False) if p.grad is not None]
             for group in self.param_groups
         ]
+
+    def _member(self, p: Tensor, group: dict[str, Any], stream: int) -> Member:
+        """``p``, the parameter number ``stream`` of all, as a step sees it; it has state from now on."""
+        return Member(p, self._state_of(p, group), *effective_rule(p, group), stream)
+
+    @torch.no_grad()
+    def _step_alone(
+        self, p: Tensor, group: dict[str, Any], stream: int, plan: ParameterPlan | None, grad_scale: Tensor | None
+    ) -> ParameterPlan:
+        """Update ``p`` by its gradient as ``step`` would, now. Returns the plan to pass at its next step.
+
+        Raises:
+            TypeError: a sparse or complex gradient; nothing is updated then.
+        """
+        _check_gradient(p, stream)
+        if plan is None or not plan.holds(self.state[p], effective_rule(p, group)):
+            plan = ParameterPlan(self._member(p, group, stream))
+        plan.run(functools.partial(_hyper, group), grad_scale)
+        return plan
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state, spec = self.state[p], state_spec(p, group)
@@ -195,6 +206,16 @@ class FOAM(torch.optim.Optimizer):
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
+
+
+def _check_gradient(p: Tensor, i: int) -> None:
+    grad = p.grad
+    if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
+        kind = "complex" if grad.is_complex() else str(grad.layout)
+        raise TypeError(
+            f"FOAM needs dense real gradients: got {kind} for parameter {i} of shape {tuple(p.shape)}; "
+            "for an embedding, expected sparse=False"
+        )
 
 
 def _hyper(group: dict[str, Any], member: Member) -> Hyper:
