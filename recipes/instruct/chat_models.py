@@ -1,0 +1,98 @@
+"""The model and tokenizer that a run starts from, whole, quantized or with adapters to come."""
+
+import os
+from pathlib import Path
+
+import torch
+from gguf_models import gguf_file, load_gguf
+from instruct_arguments import InstructArguments, say
+from instruct_data import one_line
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from foam_hf import foam_param_groups
+from foam_hf.memory import adamw_state_bytes, expected_state_bytes, format_bytes
+
+
+def load(recipe: InstructArguments, output_dir: Path):
+    """Model and tokenizer; SystemExit with one sentence where they cannot be had or cannot be trained as asked."""
+    dtype = getattr(torch, recipe.dtype)
+    name = os.path.expanduser(recipe.model_name_or_path)
+    path = gguf_file(name)
+    if path and recipe.method == "full":
+        return load_gguf(path, dtype)
+    if path:  # adapters name the folder of the model under them, and bitsandbytes loads no GGUF
+        name = str((output_dir / "base_model").resolve())
+        for part in load_gguf(path, dtype):
+            part.save_pretrained(name)
+        say(f"{path.name}, unpacked, is saved in {name}: the model under the adapters.")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        quantized = getattr(config, "quantization_config", None)
+        if quantized and recipe.method == "full":
+            raise SystemExit(refusal(name, quantized))
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        quantization = None if quantized else quantization_of(recipe.method, dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            **({"quantization_config": quantization} if quantization else {}),
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise SystemExit(f"Cannot load the model {name}: {one_line(error)}") from None
+    for module in model.modules():
+        # bitsandbytes 0.50 repacks 4-bit weights on a CPU when it evaluates, and then trains without their gradients.
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+    return model, tokenizer
+
+
+def quantization_of(method: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if method == "lora8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if method == "qlora":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return None
+
+
+def refusal(name: str, quantized) -> str:
+    """Why a quantized checkpoint is not trained whole, and both ways that are."""
+    read = quantized.get if isinstance(quantized, dict) else lambda key: getattr(quantized, key, None)
+    kind = str(getattr(read("quant_method"), "value", read("quant_method")))
+    return (
+        f"--method full: {name} is quantized ({kind}), and its weights cannot be trained directly. What works: "
+        "adapters on it (--method lora, lora8bit or qlora); or the unquantized model with "
+        "quantization_config=foam_hf.Int8Config(), which trains every weight in INT8."
+    )
+
+
+def lora_config(recipe: InstructArguments):
+    """PEFT's configuration of the adapters; None for full-parameter training."""
+    if recipe.method == "full":
+        return None
+    from peft import LoraConfig
+
+    targets = recipe.lora_target_modules
+    return LoraConfig(
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=targets if targets == "all-linear" else [part.strip() for part in targets.split(",")],
+        task_type="CAUSAL_LM",
+    )
+
+
+def adapter_saving(model) -> str:
+    """One line on how little an optimizer can save on adapters."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adamw, foam = adamw_state_bytes(trained), expected_state_bytes(foam_param_groups(model))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return (
+        f"Adapters: {sum(p.numel() for p in trained):,} trained weights. AdamW keeps {format_bytes(adamw)} of state "
+        f"for them, FOAM {format_bytes(foam)} (short dimensions fold into one value a row): at most "
+        f"{format_bytes(adamw - foam)} to save, beside {format_bytes(weights)} of weights."
+    )

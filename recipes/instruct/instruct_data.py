@@ -1,0 +1,186 @@
+"""Instructions from the hub or from local files, as TRL's prompt/completion rows.
+
+Four layouts are told apart by their columns. Everything but plain prompt/completion text becomes conversations, for
+the model's chat template: a row is ``{"prompt": [messages], "completion": [the assistant's message]}``.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+from trl.data_utils import maybe_convert_to_chatml
+
+LAYOUTS = {  # in this order: a data set with messages often has a prompt column beside them
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt/completion": ("prompt", "completion"),
+}
+EXTENSIONS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+EXPECTED = (
+    "instruction, output and perhaps input (Alpaca); messages or conversations (lists of role and content); "
+    "or prompt and completion"
+)
+
+
+@dataclass
+class Instructions:
+    """Rows to train on and held-out rows, and what happened on the way: ``counts`` goes into results.json."""
+
+    train: datasets.Dataset
+    held_out: datasets.Dataset
+    counts: dict
+
+
+def load_instructions(
+    *,
+    dataset_path: str | None = None,
+    dataset_name: str | None = None,
+    dataset_config: str | None = None,
+    eval_samples: float,
+    train_samples: int | None = None,
+    split_seed: int = 0,
+    whole_conversations: bool = False,
+    template_kwargs: dict | None = None,
+) -> Instructions:
+    """Read, convert and split; SystemExit with one sentence for what cannot be read or has other columns."""
+    splits, where = _read(dataset_path, dataset_name, dataset_config)
+    counts: dict = {}
+    rows = {}
+    for split, raw in splits.items():
+        rows[split], counts[split] = _convert(raw, f"{where}, {split}", whole_conversations)
+    if "held_out" not in rows:
+        total = len(rows["train"])
+        wanted = round(eval_samples * total) if eval_samples < 1 else int(eval_samples)
+        if not 1 <= wanted < total:
+            raise SystemExit(f"--eval_samples: {eval_samples:g} of {total} examples leaves none on one side.")
+        divided = rows["train"].train_test_split(test_size=wanted, seed=split_seed)
+        rows = {"train": divided["train"], "held_out": divided["test"]}
+    elif eval_samples >= 1:
+        rows["held_out"] = rows["held_out"].select(range(min(int(eval_samples), len(rows["held_out"]))))
+    if train_samples is not None:
+        rows["train"] = rows["train"].select(range(min(train_samples, len(rows["train"]))))
+    if template_kwargs:  # TRL hands them to the chat template
+        rows = {
+            split: part.add_column("chat_template_kwargs", [template_kwargs] * len(part))
+            for split, part in rows.items()
+        }
+    counts["used"] = {split: len(part) for split, part in rows.items()}
+    return Instructions(**rows, counts=counts)
+
+
+def _read(dataset_path: str | None, dataset_name: str | None, dataset_config: str | None) -> tuple[dict, str]:
+    if (dataset_path is None) == (dataset_name is None):
+        got = "both" if dataset_path else "neither"
+        raise SystemExit(f"Give --dataset_path (a file or folder) or --dataset_name (on the hub); got {got}.")
+    where = dataset_path or dataset_name
+    try:
+        if dataset_name:
+            loaded = datasets.load_dataset(dataset_name, dataset_config)
+        else:
+            path = Path(dataset_path).expanduser()
+            if not path.exists():
+                raise SystemExit(f"--dataset_path: no file or folder {path}.")
+            kinds = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in EXTENSIONS)
+            if not kinds or kinds[0].suffix not in EXTENSIONS:
+                raise SystemExit(f"--dataset_path: {path} is not, or does not hold, {', '.join(EXTENSIONS)} files.")
+            if path.is_file():
+                loaded = datasets.load_dataset(EXTENSIONS[path.suffix], data_files=str(path))
+            else:
+                loaded = datasets.load_dataset(str(path))
+    except Exception as error:  # whatever the hub, pyarrow or pandas raise
+        raise SystemExit(f"Cannot read {where}: {type(error).__name__}: {one_line(error)}") from None
+    if "train" not in loaded:
+        raise SystemExit(f"{where} has the splits {', '.join(loaded)}; expected one called train.")
+    splits = {"train": loaded["train"]}
+    held_out = next((loaded[name] for name in ("validation", "test") if name in loaded), None)
+    if held_out is not None:
+        splits["held_out"] = held_out
+    return splits, where
+
+
+def _convert(raw: datasets.Dataset, where: str, whole_conversations: bool) -> tuple[datasets.Dataset, dict]:
+    """Prompt/completion rows, and counts of rows, of what was left out, and of examples made of them."""
+    columns = raw.column_names
+    layout = next((name for name, needed in LAYOUTS.items() if set(needed) <= set(columns)), None)
+    if layout is None:
+        raise SystemExit(f"{where}: found the columns {', '.join(columns)}; expected {EXPECTED}.")
+    used = {*LAYOUTS[layout], *(("input",) if layout == "alpaca" else ())}
+    converted, empty = [], 0
+    for number, row in enumerate(raw, 1):
+        if layout == "alpaca":
+            made = _from_alpaca(row)
+        elif layout == "prompt/completion":
+            made = _from_pair(row)
+        else:
+            made = _from_messages(row, layout, f"{where}, row {number}", whole_conversations)
+        converted += made
+        empty += not made
+    counts = {
+        "layout": layout,
+        "rows": len(raw),
+        "empty_rows_left_out": empty,
+        "examples": len(converted),
+        "columns_not_used": sorted(set(columns) - used),
+    }
+    if not converted:
+        raise SystemExit(f"{where}: no example is left of {len(raw)} rows; all of them lack a prompt or an answer.")
+    return datasets.Dataset.from_list(converted), counts
+
+
+def _from_alpaca(row: dict) -> list[dict]:
+    parts = [str(row[name]).strip() for name in ("instruction", "input") if row.get(name)]
+    question, answer = "\n\n".join(filter(None, parts)), str(row["output"] or "").strip()
+    return [_turn([{"role": "user", "content": question}], answer)] if question and answer else []
+
+
+def _from_pair(row: dict) -> list[dict]:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        good = prompt and completion and all(_text(message) for message in completion)
+    else:
+        good = str(prompt or "").strip() and str(completion or "").strip()
+    return [{"prompt": prompt, "completion": completion}] if good else []
+
+
+def _from_messages(row: dict, layout: str, where: str, whole: bool) -> list[dict]:
+    """One example for each answer of the assistant, with all that precedes it as its prompt; or the conversation."""
+    value = row[layout] or []
+    try:
+        messages = maybe_convert_to_chatml({layout: value}).get("messages", value) if value else []
+        messages = [{"role": message["role"], "content": _text(message)} for message in messages]
+    except (KeyError, TypeError, AttributeError):
+        raise SystemExit(f"{where}: expected a list of role and content, got {value!r:.120}") from None
+    answers = [
+        i for i, message in enumerate(messages) if i and message["role"] == "assistant" and message["content"].strip()
+    ]
+    if whole:
+        return [{"messages": messages}] if answers else []
+    return [_turn(messages[:i], messages[i]["content"]) for i in answers]
+
+
+def _text(message: dict) -> str:
+    return message["content"] if isinstance(message["content"], str) else ""
+
+
+def _turn(prompt: list[dict], answer: str) -> dict:
+    return {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}
+
+
+def count_lengths(rows: datasets.Dataset, tokenizer, max_length: int | None, template_kwargs: dict) -> dict:
+    """How many examples are longer than `max_length` tokens, and the longest; TRL cuts them at the end."""
+    lengths = []
+    for row in rows:
+        whole = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+        text = whole
+        if not isinstance(whole, str):
+            text = tokenizer.apply_chat_template(whole, tokenize=False, **template_kwargs)
+        lengths.append(len(tokenizer(text, add_special_tokens=isinstance(whole, str))["input_ids"]))
+    too_long = sum(length > max_length for length in lengths) if max_length else 0
+    return {"longest": max(lengths), "longer_than_max_length": too_long}
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text for a message of one line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else text[:400] + " ..."
