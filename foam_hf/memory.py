@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foam_hf.int8_weights import Int8Weight
 from foam_hf.optimizer import FOAM, effective_rule, state_spec
 from foam_hf.options import check_options
 from foam_hf.storages import state_storages, storages, total, without
@@ -154,8 +155,9 @@ def summarize(optimizer: Any) -> str:
                 plain.append(sized)
             else:
                 folded.setdefault((level, group["scale"], second_moment), []).append(sized)
-            stochastic = p.dtype == torch.bfloat16 and group["stochastic_rounding"] is not False
-            rounding.add(f"{str(p.dtype).removeprefix('torch.')} {'stochastically' if stochastic else 'to nearest'}")
+            kind = "INT8" if isinstance(p, Int8Weight) else str(p.dtype).removeprefix("torch.")
+            stochastic = kind in ("INT8", "bfloat16") and group["stochastic_rounding"] is not False
+            rounding.add(f"{kind} {'stochastically' if stochastic else 'to nearest'}")
     lines = [
         f"FOAM: folded (level {level}, scale {scale:g}, second moment {rule}): {_amount(members)}"
         for (level, scale, rule), members in folded.items()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from foam_hf.folding import Level, num_blocks
+from foam_hf.int8_weights import Int8Weight
 from foam_hf.launches import ParameterPlan, StepPlan
 from foam_hf.options import check_field_names, check_options, check_parameter
 from foam_hf.update import Hyper, Member
@@ -37,8 +38,8 @@ class FOAM(torch.optim.Optimizer):
         scale: the paper's alpha, > 0: multiplies the step of parameters with two or more dimensions.
         second_moment: ``"block"``, the paper's rule, or ``"factored"``: means over each row and each column.
         residual_scale: weight of the residual, what the block mean loses of the gradient; >= 0.
-        stochastic_rounding: ``"auto"`` rounds stochastically where bfloat16 is written, ``False`` never; ``True`` is
-            ``"auto"`` with an error if there is no bfloat16 parameter.
+        stochastic_rounding: ``"auto"`` rounds stochastically where bfloat16 or INT8 is written, ``False`` never (and
+            INT8 weights then hardly learn); ``True`` is ``"auto"`` with an error if there is neither.
         state_dtype: ``torch.float32`` or ``torch.bfloat16``.
         seed: of the stochastic rounding; its bits are a function of seed, step, parameter and element alone.
 
@@ -85,10 +86,10 @@ class FOAM(torch.optim.Optimizer):
         self._plan: StepPlan | None = None  # holds addresses: never copied, pickled or resumed
         super().__init__(params, defaults)
         asked = [p for group in self.param_groups if group["stochastic_rounding"] is True for p in group["params"]]
-        if asked and not any(p.dtype == torch.bfloat16 for p in asked):
+        if asked and not any(p.dtype == torch.bfloat16 or isinstance(p, Int8Weight) for p in asked):
             raise ValueError(
-                "stochastic_rounding=True rounds into bfloat16 weights, and no parameter is bfloat16: "
-                f"got {sorted({str(p.dtype) for p in asked})}; expected a bfloat16 model, or 'auto'"
+                "stochastic_rounding=True is for bfloat16 and INT8 weights, and no parameter is bfloat16 or INT8: "
+                f"got {sorted({str(p.dtype) for p in asked})}; expected a bfloat16 or INT8 model, or 'auto'"
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from foam_hf.folding import Level, block_width, blocked, split_moment
+from foam_hf.int8_update import Int8Rows
+from foam_hf.int8_weights import Int8Weight
 from foam_hf.rounding import random_bits, stochastic_round_
 
 Fraction = tuple[Tensor, Tensor]
@@ -97,10 +99,30 @@ def adam_rule(G: Tensor, m: Tensor, v: Tensor, h: Hyper) -> Fraction:
 
 
 def step_(W: Tensor, U: Fraction, h: Hyper) -> None:
-    """W <- W * (1 - lr * weight_decay) - lr * scale * U, the decay as in torch.optim.AdamW."""
-    if h.weight_decay:
-        W.mul_(1 - h.lr * h.weight_decay)
+    """W <- W - lr * scale * U, where ``W`` has decayed already."""
     W.addcdiv_(*U, value=-h.lr * h.scale)
+
+
+class PlainRows:
+    """A weight of float32, bfloat16 or float16 as rows that load decayed, and take what became of them."""
+
+    def __init__(self, p: Tensor, n: int) -> None:
+        self.p, self.rows = p, _as_rows(p, n)
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    def load(self, rows: range, h: Hyper) -> Tensor:
+        """W * (1 - lr * weight_decay), as in torch.optim.AdamW."""
+        W = _load(self.rows, rows)
+        return W.mul_(1 - h.lr * h.weight_decay) if h.weight_decay else W
+
+    def store(self, rows: range, W: Tensor, h: Hyper) -> None:
+        _store(self.rows, rows, W, h, kind=0)
+
+    def finish(self) -> None:
+        if self.rows.data_ptr() != self.p.data_ptr():
+            self.p.copy_(self.rows.view(self.p.shape))
 
 
 class FactoredMoment:
@@ -148,20 +170,21 @@ def update_parameter(
 ) -> None:
     """Advance one parameter and its state by one step, a bounded chunk of rows at a time.
 
-    ``p`` and ``grad`` have one shape, any float dtypes and strides; ``state`` holds the tensors ``foam_hf.FOAM``
-    describes. All arithmetic is float32. Rows do not mix (the factored rule's column means excepted), so chunks change
-    nothing.
+    ``p`` and ``grad`` have one shape, any float dtypes and strides (``p`` may be an INT8 weight); ``state`` holds the
+    tensors ``foam_hf.FOAM`` describes. All arithmetic is float32. Rows do not mix (the factored rule's column means
+    excepted), so chunks change nothing.
     """
     if p.numel() == 0:
         return
     n = p.shape[-1] if p.dim() else 1
     width = block_width(level, n)
-    weight, gradient = _as_rows(p, n), _as_rows(grad, n)
+    weight = Int8Rows(p) if isinstance(p, Int8Weight) else PlainRows(p, n)
+    gradient = _as_rows(grad, n)
     tensors = [state[name] for name in moment_names(level, second_moment)]
     factored = FactoredMoment(tensors.pop(1), tensors.pop(1)) if second_moment == "factored" else None
     moments = [_as_rows(x, -(-n // width)) for x in tensors]
-    for rows in _chunks(weight.shape[0], n, p.device):
-        W, G = _load(weight, rows), _load(gradient, rows)
+    for rows in _chunks(len(weight), n, p.device):
+        W, G = weight.load(rows, h), _load(gradient, rows)
         loaded = [_load(moment, rows) for moment in moments]
         m = loaded[0]
         if factored is not None:
@@ -174,13 +197,13 @@ def update_parameter(
             v = split_moment(loaded[1], width, n)
             for Gi, mi, vi, Wi in zip(blocked(G, width), split_moment(m, width, n), v, blocked(W, width), strict=True):
                 step_(Wi, block_rule(Gi, mi, vi, h), h)
-        _store(weight, rows, W, h, kind=0)
+        weight.store(rows, W, h)
         for kind, (moment, value) in enumerate(zip(moments, loaded, strict=True), start=1):
             _store(moment, rows, value, h, kind)
     if factored is not None:
         factored.store(h)
-    if weight.data_ptr() != p.data_ptr():
-        p.copy_(weight.view(p.shape))
+    if isinstance(weight, PlainRows):
+        weight.finish()
 
 
 def _as_rows(x: Tensor, n: int) -> Tensor:

@@ -1,0 +1,92 @@
+"""How an INT8 weight takes an update: in code space, where a step far below one code is kept on average.
+
+With ``d = delta / scale`` and a dither ``v`` uniform in (-1/2, 1/2), ``code += round(d + v)``: the new code is on
+average the old one plus ``d``, and without an update nothing changes, as ``round(v) = 0``. This is ``code += floor(d +
+u)`` with ``u = v + 1/2``, written so that float32 keeps a small ``d`` exact.
+
+* A block whose new codes leave [-127, 127] gets a new scale, which gives its largest element the code 127, and its
+  elements, old values plus delta, are rounded to the new codes by the same ``v``: no code is clamped or wraps.
+* A block whose largest new code is below 64 has its codes multiplied by a power of two, and its scale divided: that
+  is exact, so keeping the resolution never costs a rounding.
+
+``v`` has 22 random bits (see ``dither``): probabilities are multiples of 2**-22, and an update of less than about
+2**-23 of a code is lost. That is no worse than float32: it loses, at half a unit in the last place, what is under
+2**-24 of the weight, which is 2**-24 of a code where the code is 1 and 2**-17 where it is 127.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from foam_hf.int8_weights import MAX_CODE, MIN_SCALE, Int8Weight, block_scale
+from foam_hf.rounding import random_bits
+
+if TYPE_CHECKING:
+    from foam_hf.update import Hyper
+
+SMALL_CODE = 63  # largest code of a block that has room for one more bit
+
+
+class Int8Rows:
+    """An INT8 weight as ``update.update_parameter`` sees it: rows that load as a change, and take it."""
+
+    def __init__(self, weight: Int8Weight) -> None:
+        self.block_size = weight.block_size
+        n, blocks = weight.codes.shape[-1], weight.scales.shape[-1]
+        self.codes = weight.codes.view(-1, n).unflatten(1, (blocks, self.block_size))
+        self.scales = weight.scales.view(-1, blocks, 1)
+
+    def __len__(self) -> int:
+        return self.codes.shape[0]
+
+    def load(self, rows: range, h: Hyper) -> Tensor:
+        """What weight decay alone changes in ``rows``, float32 (rows, n)."""
+        codes = self.codes[rows.start : rows.stop]
+        if not h.weight_decay:
+            return torch.zeros(codes.shape, dtype=torch.float32, device=codes.device).flatten(1)
+        return (codes * (self.scales[rows.start : rows.stop] * (-h.lr * h.weight_decay))).flatten(1)
+
+    def store(self, rows: range, delta: Tensor, h: Hyper) -> None:
+        """Add ``delta``, float32 (rows, n)."""
+        codes, scales = self.codes[rows.start : rows.stop], self.scales[rows.start : rows.stop]
+        v = dither(rows, delta.shape[-1], h, delta.device).view(codes.shape) if h.stochastic else None
+        new, new_scales = added(codes, scales, delta.view(codes.shape), v)
+        codes.copy_(new)
+        scales.copy_(new_scales)
+
+
+def dither(rows: range, n: int, h: Hyper, device: torch.device) -> Tensor:
+    """Float32 numbers uniform in (-1/2, 1/2): odd multiples of 2**-23, minus 1/2; shape (len(rows), n).
+
+    An element's 16 random bits are its leading ones, and those of its neighbour, column + 1 or - 1, lend it six more.
+    Each number is uniform by itself; neighbours depend on each other in what is below 2**-16.
+    """
+    bits = random_bits(rows, n + n % 2, seed=h.seed, step=h.step, stream=4 * h.stream, device=device)
+    neighbour = bits.view(len(rows), -1, 2).flip(-1).flatten(1)
+    odd = (bits << 7).bitwise_or_(neighbour >> 9).bitwise_or_(1)[:, :n]
+    return odd.to(torch.float32).mul_(2.0**-23).sub_(0.5)
+
+
+def added(codes: Tensor, scales: Tensor, delta: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
+    """New codes (rows, blocks, block size), as float32 integers, and scales (rows, blocks, 1).
+
+    ``delta`` is float32, in the units of the weight; without ``v`` it is rounded to nearest.
+    """
+    d = delta / scales
+    new = (d if v is None else d + v).round_().add_(codes)
+    peak = new.abs().amax(-1, keepdim=True)
+    outside = ~(peak <= MAX_CODE)  # NaN too
+    if delta.device.type != "cpu" or bool(outside.any()):  # elsewhere, asking would wait for the device
+        values = codes * scales + delta
+        fresh = block_scale(values.abs().amax(-1, keepdim=True))
+        rounded = values / fresh
+        rounded = (rounded if v is None else rounded + v).round_().clamp_(-MAX_CODE, MAX_CODE).nan_to_num_(0.0)
+        new, scales = torch.where(outside, rounded, new), torch.where(outside, fresh, scales)
+        peak = torch.where(outside, float(MAX_CODE), peak)
+    factor = (1 << (7 - torch.frexp(peak)[1])).float()  # the power of two that brings the peak into [64, 127]
+    finer = torch.where(peak > 0, scales / factor, MIN_SCALE)
+    room = (peak <= SMALL_CODE) & (finer >= MIN_SCALE)
+    return torch.where(room, new * factor, new), torch.where(room, finer, scales)
