@@ -41,6 +41,24 @@ _OPTIM_ARGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "gradient_release": (_one_of(true=True, false=False), "false (true is not in this version)"),
     "seed": (lambda text: int(_in_range(int(text), 0, 2**64 - 1)), "an integer from 0 to 2**64 - 1"),
 }
+# Names of `optim` -> the options that they stand for.
+FOAM_NAMES: dict[str, dict[str, Any]] = {"foam": {}, "foam_mini": {"level": "row"}}
+
+
+def foam_options(optim: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options that `optim`, one of `FOAM_NAMES`, and `optim_args` ask for; FOAM's own defaults fill the rest.
+
+    Raises:
+        ValueError: as `parse_optim_args`, or the two contradict each other.
+    """
+    parsed = parse_optim_args(optim_args)
+    for key, value in FOAM_NAMES[optim].items():
+        if parsed.setdefault(key, value) != value:
+            raise ValueError(
+                f"optim_args: {key}={parsed[key]} contradicts optim={optim!r}, which is {key}={value}; "
+                f"expected optim='foam' with {key}={parsed[key]}, or {optim!r} without {key}."
+            )
+    return parsed
 
 
 def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -58,7 +76,7 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
         ValueError: unknown or repeated key, missing "=", empty piece, or a value that is ill-typed or out of range.
     """
     parsed: dict[str, Any] = {}
-    for key, text in _split_optim_args(optim_args):
+    for key, text in split_optim_args(optim_args):
         if key not in _OPTIM_ARGS:
             near = difflib.get_close_matches(key.lower(), _OPTIM_ARGS, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -77,7 +95,8 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
     return parsed
 
 
-def _split_optim_args(optim_args: str | Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def split_optim_args(optim_args: str | Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """The pairs of key and value in `optim_args`, blanks stripped; ValueError where "=" or a side of it is missing."""
     if optim_args is None or (isinstance(optim_args, str) and not optim_args.strip()):
         return []
     if isinstance(optim_args, Mapping):

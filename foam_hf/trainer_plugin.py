@@ -27,11 +27,10 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-from foam_hf.optim_args import parse_optim_args
+from foam_hf.optim_args import FOAM_NAMES, foam_options
 
 logger = logging.getLogger("foam_hf")
 
-_PRESETS: dict[str, dict[str, Any]] = {"foam": {}, "foam_mini": {"level": "row"}}
 _registered: set[str] = set()  # the names above that transformers did not have before us
 _trainer: ContextVar[Any] = ContextVar("foam_hf_trainer", default=None)  # the Trainer whose train() is running
 
@@ -47,7 +46,7 @@ def _is_ours(args: Any) -> bool:
 def register_names(training_args: types.ModuleType) -> None:
     """Add `foam` and `foam_mini` to `transformers.training_args.OptimizerNames`. Idempotent."""
     names = _require(training_args, "OptimizerNames")
-    for value in _PRESETS:
+    for value in FOAM_NAMES:
         existing = names._value2member_map_.get(value)
         if existing is None:
             _add_member(names, value.upper(), value)
@@ -99,15 +98,9 @@ def _checking_post_init(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _options(args: Any) -> dict[str, Any]:
     """The options that `args.optim` and `args.optim_args` ask for; FOAM's own defaults fill the rest."""
-    optim, parsed = _name(args.optim), parse_optim_args(args.optim_args)
-    parsed.pop("gradient_release", None)
-    for key, value in _PRESETS[optim].items():
-        if parsed.setdefault(key, value) != value:
-            raise ValueError(
-                f"optim_args: {key}={parsed[key]} contradicts optim={optim!r}, which is {key}={value}; "
-                f"expected optim='foam' with {key}={parsed[key]}, or {optim!r} without {key}."
-            )
-    return {"seed": args.seed, **parsed}
+    options = foam_options(_name(args.optim), args.optim_args)
+    options.pop("gradient_release", None)
+    return {"seed": args.seed, **options}
 
 
 def register_trainer(trainer_module: types.ModuleType) -> None:
