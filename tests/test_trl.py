@@ -1,9 +1,11 @@
-"""TRL's own command line, which knows nothing of foam_hf, under `foam-hf run`."""
+"""TRL's own command line, which knows nothing of foam_hf, under `foam-hf run`, as recipes/integrations.md gives it."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *["the", "a", "cat", "dog", "sits", "runs", "on", "mat", "grass"]]
-TRAINING = (
-    "--model_name_or_path model --dataset_name data --output_dir out --optim foam --optim_args level=3 --max_steps 2 "
-    "--per_device_train_batch_size 4 --report_to none --use_cpu --bf16 false --save_strategy no"
+ROOT = Path(__file__).resolve().parent.parent
+TINY = (
+    "--model_name_or_path model --dataset_name data --optim_args level=3 --max_steps 2 --report_to none --use_cpu "
+    "--per_device_train_batch_size 4 --bf16 false --save_strategy no"
 )
 
 
@@ -30,13 +33,15 @@ def test_trl_sft_trains_with_foam(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     rows = [json.dumps({"text": "the cat sits on the mat"}) for _ in range(16)]
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(rows) + "\n")
-    trl = Path(sys.executable).with_name("trl")
-    command = [sys.executable, "-m", "foam_hf.cli", "run", "--report-memory", "--", str(trl), "sft", *TRAINING.split()]
-    root = str(Path(__file__).resolve().parent.parent)
+    text = (ROOT / "recipes" / "integrations.md").read_text(encoding="utf-8")
+    (documented,) = re.findall(r"^foam-hf (run .* -- trl sft .*)$", text, re.MULTILINE)
+    words = shlex.split(documented)
+    words[words.index("trl")] = str(Path(sys.executable).with_name("trl"))
+    command = [sys.executable, "-m", "foam_hf.cli", *words, *TINY.split()]  # the last of a repeated flag counts
     result = subprocess.run(
         command,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=240,
