@@ -11,7 +11,8 @@ CHECKED := foam_hf recipes tests
 # Tests compute on tiny tensors: more threads than processes only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 COMPAT_TESTS := tests/test_trainer_plugin.py tests/test_trainer_runs.py tests/test_cli.py \
-	tests/test_param_groups.py tests/test_callback.py tests/test_counted.py tests/test_model_configs.py
+	tests/test_param_groups.py tests/test_callback.py tests/test_counted.py tests/test_model_configs.py \
+	tests/test_trainer_release.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-gpu test-compat style quality bench clean

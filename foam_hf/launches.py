@@ -149,9 +149,9 @@ class ParameterPlan:
         self._member.state["step"] += 1
         if self._launch is None:
             _update_plainly(self._member, hyper(self._member), grad_scale)
-            return
-        self._launch.run(hyper(self._member), grad_scale)
-        # autograd cannot see that a kernel wrote the weight, which a backward pass under way may still need.
+        else:
+            self._launch.run(hyper(self._member), grad_scale)
+        # autograd sees neither what a kernel writes nor INT8 codes, and a backward pass under way may still need them.
         torch.autograd.graph.increment_version(self._member.p)
 
     def _current_addresses(self) -> list[int]:

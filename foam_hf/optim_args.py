@@ -38,7 +38,7 @@ _OPTIM_ARGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "stochastic_rounding": (_one_of(auto="auto", true=True, false=False), "auto, true or false"),
     "state_dtype": (lambda text: _dtype(text.removeprefix("torch.")), "float32 or bfloat16"),
     "fold_embeddings": (_one_of(true=True, false=False), "true or false"),
-    "gradient_release": (_one_of(true=True, false=False), "false (true is not in this version)"),
+    "gradient_release": (_one_of(true=True, false=False), "true or false"),
     "seed": (lambda text: int(_in_range(int(text), 0, 2**64 - 1)), "an integer from 0 to 2**64 - 1"),
 }
 # Names of `optim` -> the options that they stand for.
@@ -88,10 +88,6 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
             parsed[key] = convert(text)
         except (ValueError, KeyError, OverflowError):
             raise ValueError(f"optim_args: {key} must be {legal}, got {text!r}.") from None
-    if parsed.get("gradient_release"):
-        raise ValueError(
-            "optim_args: gradient_release=true is not in this version of foam_hf; expected false, the default."
-        )
     return parsed
 
 

@@ -8,7 +8,8 @@ What this file relies on, in transformers 4.57 to 5.x, and what it is for:
 * `Trainer.get_optimizer_cls_and_kwargs(args, model)`, static: wrapped; the one road to the optimizer. Its caller,
   `Trainer.create_optimizer`, takes the param groups from the returned kwargs' "params".
 * `Trainer.get_decay_parameter_names(model)`: called. Where it cannot be, `foam_param_groups` has an equal rule.
-* `Trainer.train`: wrapped, to refuse sharded training and to hand the trainer to `OptimizerMemoryCallback`. It reads
+* `Trainer.train`: wrapped, to refuse sharded training, to hand the trainer to `OptimizerMemoryCallback` and to release
+  gradients, for which `trainer_release` says what it needs. It reads
   `trainer.callback_handler.callbacks`, `is_deepspeed_enabled`, `is_fsdp_enabled` and `accelerator.parallelism_config`.
 * `transformers.modelcard.extract_hyperparameters_from_trainer`: wrapped, so that model cards name the optimizer.
 
@@ -24,6 +25,7 @@ import os
 import types
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -91,6 +93,10 @@ def _checking_post_init(original: Callable[..., Any]) -> Callable[..., Any]:
         if _is_ours(self):  # first: before transformers asks for DeepSpeed to be installed, for example
             _options(self)
             _refuse_sharding(self)
+            if _releases_gradients(self):
+                from foam_hf.trainer_release import refuse_arguments
+
+                refuse_arguments(self)
         original(self, *args, **kwargs)
 
     return __post_init__
@@ -101,6 +107,10 @@ def _options(args: Any) -> dict[str, Any]:
     options = foam_options(_name(args.optim), args.optim_args)
     options.pop("gradient_release", None)
     return {"seed": args.seed, **options}
+
+
+def _releases_gradients(args: Any) -> bool:
+    return _is_ours(args) and bool(foam_options(_name(args.optim), args.optim_args).get("gradient_release"))
 
 
 def register_trainer(trainer_module: types.ModuleType) -> None:
@@ -182,11 +192,20 @@ def _binding_train(original: Callable[..., Any]) -> Callable[..., Any]:
         _bind_memory_callbacks(self)
         token = _trainer.set(self)
         try:
-            return original(self, *args, **kwargs)
+            with _gradient_release(self):
+                return original(self, *args, **kwargs)
         finally:
             _trainer.reset(token)
 
     return train
+
+
+def _gradient_release(trainer: Any) -> AbstractContextManager[None]:
+    if not _releases_gradients(trainer.args):
+        return nullcontext()
+    from foam_hf.trainer_release import released
+
+    return released(trainer)
 
 
 def _bind_memory_callbacks(trainer: Any) -> None:
@@ -262,6 +281,8 @@ def _description(args: Any) -> str:
     signature = inspect.signature(FOAM).parameters.values()
     effective = {p.name: p.default for p in signature if p.kind is keyword_only}
     effective |= {"fold_embeddings": False, **_options(args)}
+    if _releases_gradients(args):
+        effective["gradient_release"] = True
     if args.optim_target_modules is not None:
         effective["optim_target_modules"] = args.optim_target_modules
     listed = ", ".join(f"{key}={str(value).removeprefix('torch.')}" for key, value in effective.items())

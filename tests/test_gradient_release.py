@@ -16,10 +16,23 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from foam_hf import FOAM, enable_gradient_release, foam_param_groups
-from tests.tiny_models import BUILDERS, classification_data, language_data, tiny_llama, tiny_mlp, tiny_qwen2
+from tests.tiny_models import BUILDERS, classification_data, language_data, quantized, tiny_llama, tiny_mlp, tiny_qwen2
 from tests.tolerances import assert_within
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _repeatable() -> Iterator[None]:
+    """Two runs are compared bit by bit, and some of torch's backward kernels on a GPU add up in any order."""
+    torch.use_deterministic_algorithms(DEVICE == "cuda", warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def tiny_int8_llama() -> nn.Module:
+    return quantized(tiny_llama())
 
 
 def make(build: Callable[[], nn.Module] = tiny_llama, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -66,7 +79,7 @@ CHECKPOINTING = {"no checkpointing": None, "checkpointing": False, "reentrant ch
 
 @pytest.mark.parametrize("reentrant", CHECKPOINTING.values(), ids=CHECKPOINTING.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", [*BUILDERS, "int8"])
 def test_weights_and_state_have_the_bits_of_the_ordinary_loop(
     name: str, dtype: torch.dtype, reentrant: bool | None
 ) -> None:
@@ -74,7 +87,7 @@ def test_weights_and_state_have_the_bits_of_the_ordinary_loop(
         return  # it is no model of transformers
     runs = []
     for released in (False, True):
-        model, optimizer = make(BUILDERS[name], dtype)
+        model, optimizer = make(tiny_int8_llama if name == "int8" else BUILDERS[name], dtype)
         if reentrant is not None:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         if released:
@@ -202,6 +215,22 @@ def test_a_gradient_that_no_hook_saw_is_updated_by_the_step(caplog: pytest.LogCa
     assert_same(*runs)
     (record,) = caplog.records
     assert "1 gradients were kept until optimizer.step(), the first of them model.norm.weight" in record.getMessage()
+
+
+def test_hooks_that_moving_the_model_has_dropped_are_missed(caplog: pytest.LogCaptureFixture) -> None:
+    """`model.to()` swaps tensor subclasses, and their hooks are gone."""
+    runs = []
+    for released in (False, True):
+        model, optimizer = make(tiny_int8_llama, torch.bfloat16)
+        if released:
+            enable_gradient_release(model, optimizer)
+        model.to(DEVICE)
+        train(model, optimizer)
+        runs += [model, optimizer]
+    assert_same(*runs)
+    (record,) = caplog.records
+    assert "14 gradients were kept until optimizer.step()" in record.getMessage()
+    assert "need enable_gradient_release anew" in record.getMessage()
 
 
 def test_a_group_added_later_is_updated(caplog: pytest.LogCaptureFixture) -> None:

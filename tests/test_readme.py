@@ -78,8 +78,8 @@ def test_every_python_block_runs_for_a_user_with_a_model_and_data(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     trained = re.findall(r"^optimizer of line \d+ (\w+)$", done.stdout, re.MULTILINE)
     assert len(trained) == len(code)
-    # The first block, the one without Trainer, and the resumed one.
-    assert trained.count("FOAM") == 3
+    # The first block, the two with gradient release, the one without Trainer, and the resumed one.
+    assert trained.count("FOAM") == 5
     assert "Optimizer memory: FOAM" in done.stdout + done.stderr  # the callback's table
     assert "instead of AdamW's" in done.stdout
     assert list(tmp_path.glob("out/checkpoint-*/optimizer.pt"))
@@ -167,14 +167,14 @@ def test_table_of_options_is_that_of_optim_args_and_foam():
         key, _, legal, default, what = (cell.strip() for cell in row.strip("|").split("|"))
         described[key.strip("`")] = (legal, default)
         assert what
-    assert set(described) == set(_OPTIM_ARGS) - {"gradient_release"}
+    assert set(described) == set(_OPTIM_ARGS)
     defaults = {name: parameter.default for name, parameter in inspect.signature(FOAM).parameters.items()}
     for key, (legal, default) in described.items():
         for value in re.findall(r"`([^`]+)`", legal):
             assert parse_optim_args(f"{key}={value}").keys() == {key}
         if key == "seed":
             assert "seed" in default
-        elif key == "fold_embeddings":
+        elif key in ("fold_embeddings", "gradient_release"):
             assert default == "false"
         else:
             assert default == str(defaults[key]).removeprefix("torch.")

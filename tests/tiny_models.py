@@ -155,6 +155,16 @@ def tiny_mlp(seed: int = 0) -> nn.Module:
     return TinyMLP()
 
 
+def quantized(model: nn.Module, block_size: int = 16) -> nn.Module:
+    """`model` with the weights of its linear layers inside `base_model` in INT8."""
+    from foam_hf.int8_weights import Int8Weight
+
+    for module in model.base_model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(Int8Weight.from_float(module.weight, block_size))
+    return model
+
+
 class _Examples(Dataset):
     def __init__(self, columns: dict[str, Tensor]) -> None:
         self.columns = columns
