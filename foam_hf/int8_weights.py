@@ -279,7 +279,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():
             return torch.nn.functional.linear(x, weight, bias)
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # torch refuses to answer for meta
+    if autocast and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     else:

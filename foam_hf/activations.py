@@ -1,0 +1,187 @@
+"""What a training step needs beyond weights, gradients and optimizer state: activations, logits, temporary memory.
+
+Nothing is modelled by formulas: a step of the model's own code is traced on the meta device, by `foam_hf.step_trace`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foam_hf.plan import Estimate
+from foam_hf.step_trace import StepTrace, trace_step, with_value
+
+# Workspaces of cuBLAS, one for the forward thread and one for backward's, as an H100 has them: less on other GPUs.
+WORKSPACE = 2 * 32 * 2**20
+
+# How good the estimate is, for the user.
+NOTE = "traced on the meta device, not yet compared with a GPU"
+
+_AUTOCAST = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What a head of transformers computes its loss from, by the end of its class name: argument -> one for each token?
+_HEADS = {
+    "ForCausalLM": {"labels": True},
+    "LMHeadModel": {"labels": True},
+    "ForMaskedLM": {"labels": True},
+    "ForConditionalGeneration": {"labels": True},
+    "ForTokenClassification": {"labels": True},
+    "ForSequenceClassification": {"labels": False},
+    "ForQuestionAnswering": {"start_positions": False, "end_positions": False},
+}
+
+
+def activation_bytes(model: nn.Module, batch: int, sequence: int, **settings: Any) -> Estimate:
+    """What the peak of one training step holds on top of weights, all gradients and optimizer state.
+
+    The peak is often at the loss, before there are gradients: they are taken off it, so that the parts add up to it.
+    It takes about a second; `activation_curve` tells many batch sizes at the price of two or three.
+
+    Args:
+        model: of transformers (peft's adapters in it, if those are trained) on the meta device, in the dtype it is
+            trained in. A copy of it runs.
+        batch, sequence: of one forward pass: sequences, and tokens in each.
+        settings: the keyword arguments of `activation_curve`.
+
+    Raises:
+        ValueError: a size below 1, a setting out of range, a head whose loss is not known, or a model whose code
+            cannot run on the meta device, because it depends on values.
+    """
+    return _Step(model, sequence, **settings).estimate(batch)
+
+
+def activation_curve(model: nn.Module, sequence: int, **settings: Any) -> Callable[[int], Estimate]:
+    """`activation_bytes` as a function of the batch alone, quick after its first two calls.
+
+    The steps of two batches make the same allocations in the same order, and each grows in a straight line with the
+    batch: so two of them tell all others. (Not a batch of one: it needs fewer copies.)
+
+    Args:
+        model, sequence: as for `activation_bytes`.
+        autocast: "bfloat16" or "float16", for Trainer's `bf16=True` and `fp16=True` over float32 weights.
+        gradient_checkpointing: as in TrainingArguments.
+        gradient_release: each gradient is freed inside the backward pass: only the largest one is taken off.
+        accumulation: gradients of earlier micro-batches are kept through the forward pass.
+        attention: "sdpa" or "eager", as `attn_implementation`; default: as the model was built. "flash_attention_2"
+            keeps what "sdpa" keeps.
+        padding: some sequences of the batch are padded, so that attention needs a mask.
+
+    Raises:
+        ValueError: as `activation_bytes`; some at the call of the function that is returned.
+    """
+    return _Step(model, sequence, **settings).estimate_quickly
+
+
+def optimizer_temporary_bytes(model: nn.Module, optim: str) -> int:
+    """The most that one step of an optimizer allocates and frees again, next to weights, gradients and state.
+
+    FOAM on a GPU allocates nothing, nor do fused and 8-bit AdamW, and SGD. Of other optimizers this knows adamw_torch,
+    adafactor, galore_adamw and apollo_adamw.
+
+    Args:
+        model: its trainable parameters count, on whatever device.
+        optim: a name as in TrainingArguments.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if optim == "adamw_torch":  # the roots of all second moments at once
+        return sum(p.numel() * p.element_size() for p in trained)
+    if optim == "adafactor":  # two float32 copies; of halves, those of gradient and weight as well
+        return max((p.numel() * (8 if p.element_size() > 2 else 16) for p in trained), default=0)
+    if optim in ("galore_adamw", "apollo_adamw"):  # the update at full size, and what it is made of
+        return max((2 * p.numel() * p.element_size() for p in trained), default=0)
+    return 0
+
+
+class _Step:
+    """A model and the settings of its training step, to be traced with batches of any size."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sequence: int,
+        *,
+        autocast: str | None = None,
+        gradient_checkpointing: bool = False,
+        gradient_release: bool = False,
+        accumulation: bool = False,
+        attention: str | None = None,
+        padding: bool = False,
+    ) -> None:
+        if autocast not in _AUTOCAST:
+            raise ValueError(f"autocast is 'bfloat16', 'float16' or None, got {autocast!r}")
+        if attention not in (None, "sdpa", "eager"):
+            raise ValueError(
+                f"attention is 'sdpa' or 'eager', got {attention!r}; flash attention keeps what sdpa keeps"
+            )
+        self._sequence, self._padding = _size("sequence", sequence), padding
+        self._settings: dict[str, Any] = {
+            "autocast": _AUTOCAST[autocast],
+            "releases_gradients": gradient_release,
+            "keeps_gradients": accumulation,
+        }
+        self._model = copy.deepcopy(model).train()
+        inner: Any = self._model
+        if hasattr(inner, "get_base_model"):  # peft's
+            inner = inner.get_base_model()
+        self._labels = _labels(inner)
+        inner.config.use_cache = False  # as Trainer sets it
+        if attention is not None:
+            inner.set_attn_implementation(attention)
+        if gradient_checkpointing:
+            enable = getattr(inner, "activation_checkpointing_enable", inner.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+        gradients = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
+        self._taken_off = max(gradients, default=0) if gradient_release else sum(gradients)
+        self._traces: dict[int, StepTrace] = {}
+
+    def estimate(self, batch: int) -> Estimate:
+        return self._estimate(self._trace(batch).peak)
+
+    def estimate_quickly(self, batch: int) -> Estimate:
+        if batch > 3:
+            two, three = self._trace(2).levels, self._trace(3).levels
+            if len(two) == len(three):  # the same allocations
+                return self._estimate(max(at + (batch - 2) * (then - at) for at, then in zip(two, three, strict=True)))
+        return self.estimate(batch)
+
+    def _estimate(self, peak: int) -> Estimate:
+        return Estimate(max(0, peak - self._taken_off) + WORKSPACE, NOTE)
+
+    def _trace(self, batch: int) -> StepTrace:
+        if _size("batch", batch) not in self._traces:
+            try:
+                self._traces[batch] = trace_step(self._model, self._inputs(batch), **self._settings)
+            except (RuntimeError, NotImplementedError) as error:
+                raise ValueError(
+                    f"a training step of {type(self._model).__name__} cannot be followed without its values: "
+                    f"{str(error).strip().splitlines()[0]}"
+                ) from error
+        return self._traces[batch]
+
+    def _inputs(self, batch: int) -> dict[str, Tensor]:
+        tokens, each = torch.zeros(batch, self._sequence, dtype=torch.long), torch.zeros(batch, dtype=torch.long)
+        inputs = {name: tokens if of_tokens else each for name, of_tokens in self._labels.items()}
+        inputs["input_ids"] = tokens
+        if self._padding:
+            inputs["attention_mask"] = torch.ones_like(tokens)
+            inputs["attention_mask"][0, -1] = 0
+        return {name: with_value(value) for name, value in inputs.items()}
+
+
+def _labels(model: nn.Module) -> dict[str, bool]:
+    """The arguments that make `model` compute its loss."""
+    for ending, labels in _HEADS.items():
+        if type(model).__name__.endswith(ending):
+            return labels
+    raise ValueError(
+        f"the loss of {type(model).__name__} is not known; expected a class whose name ends in {', '.join(_HEADS)}"
+    )
+
+
+def _size(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name} must be 1 or more, got {value}")
+    return value

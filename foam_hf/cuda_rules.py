@@ -1,0 +1,142 @@
+"""Lets the meta device act as a CUDA device does, where the two keep other tensors alive.
+
+On the meta device attention falls apart into matrix products, dropout keeps a mask in the dtype of its input, and
+autocast does nothing. On CUDA, attention and dropout are one kernel each, and autocast makes copies of the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_HALF = (torch.float16, torch.bfloat16)
+
+# torch.autocast's lists for CUDA, by the name under which PyTorch code calls the function.
+_PRODUCTS = ("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "addmv")
+_CONVOLUTIONS = tuple(f"conv{kind}{dim}d" for kind in ("", "_transpose") for dim in (1, 2, 3))
+_LOWER = frozenset((*_PRODUCTS, *_CONVOLUTIONS, "einsum", "prelu", "scaled_dot_product_attention"))
+_LOSSES = ("cross_entropy", "nll_loss", "mse_loss", "l1_loss", "huber_loss", "binary_cross_entropy_with_logits")
+_POINTWISE = ("pow", "__pow__", "__rpow__", "rsqrt", "reciprocal", "exp", "expm1", "log", "log1p", "softplus")
+_REDUCTIONS = ("sum", "prod", "cumsum", "cumprod", "norm", "logsumexp", "softmax", "log_softmax", "cosine_similarity")
+_FLOAT32 = frozenset((*_LOSSES, *_POINTWISE, *_REDUCTIONS, "layer_norm", "group_norm"))
+
+
+class CudaRules(TorchFunctionMode):
+    """Inside it, functions on meta tensors take the way that they take on CUDA.
+
+    Args:
+        autocast: what `torch.autocast` would lower float32 to; None: no autocast.
+    """
+
+    def __init__(self, autocast: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.autocast = autocast
+        self._lowered: dict[int, Tensor] = {}
+        self._keeps_lowered = False
+
+    @contextlib.contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """As `with torch.autocast` around a forward pass: weights are lowered once, and kept to its end.
+
+        What calls functions outside of it is the recomputation of checkpointed layers, which lower their weights anew.
+        """
+        self._keeps_lowered = True
+        try:
+            yield
+        finally:
+            self._keeps_lowered = False
+            self._lowered.clear()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self.autocast is not None:
+            if name in _LOWER:
+                args, kwargs = _map((args, kwargs), self._lower)
+            elif name in _FLOAT32 and "dtype" not in kwargs:
+                args, kwargs = _map((args, kwargs), _raise)
+        if name == "scaled_dot_product_attention":
+            return _attention(func, *args, **kwargs)
+        if name == "dropout" and func is torch.nn.functional.dropout:
+            return _dropout(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _lower(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype != torch.float32:
+            return tensor
+        if not (self._keeps_lowered and tensor.is_leaf and tensor.requires_grad and torch.is_grad_enabled()):
+            return tensor.to(self.autocast)
+        found = self._lowered.get(id(tensor))
+        if found is None:
+            found = self._lowered[id(tensor)] = tensor.to(self.autocast)
+        return found
+
+
+def _raise(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in _HALF else tensor
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_map(inner, change) for inner in value)
+    if isinstance(value, dict):
+        return {key: _map(inner, change) for key, inner in value.items()}
+    return value
+
+
+def _dropout(
+    func: Callable[..., Tensor], input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    if not training or inplace or not 0 < p < 1 or not input.is_meta:
+        return func(input, p, training, inplace)
+    return torch.native_dropout(input, p, True)[0]
+
+
+def _attention(
+    func: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The kernel that CUDA would choose: flash attention for halves without a mask, else the memory-efficient one,
+    else, for grouped heads that the latter does not know, plain matrix products."""
+    aten = torch.ops.aten
+    width = query.shape[-1]
+    if not query.is_meta or query.dim() != 4:
+        return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if attn_mask is None and query.dtype in _HALF and width == value.shape[-1] <= 256:
+        scale = width**-0.5 if scale is None else scale
+        padded = [_pad(tensor) for tensor in (query, key, value)]
+        attended = aten._scaled_dot_product_flash_attention(*padded, dropout_p, is_causal, False, scale=scale)[0]
+        return attended[..., :width]
+    if query.shape[1] == key.shape[1]:
+        bias = None if attn_mask is None else _bias(attn_mask, query, key)
+        inputs = (query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal)
+        return aten._scaled_dot_product_efficient_attention(*inputs, scale=scale)[0]
+    return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _pad(tensor: Tensor) -> Tensor:
+    """The kernels want a width divisible by 8."""
+    missing = -tensor.shape[-1] % 8
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
+
+
+def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A mask as the kernel takes it: in the dtype of the query, expanded over heads without a copy."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    length = mask.shape[-1]
+    return _pad(mask)[..., :length].expand(*query.shape[:3], key.shape[2])
