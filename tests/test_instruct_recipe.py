@@ -1,97 +1,278 @@
-"""The instruct recipe: its data, its loss, its scores, its messages, and whole runs on tiny models."""
+"""The instruct recipe: whole runs on tiny models, its loss, its scores, its saved models."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
+import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ROOT / "recipes" / "instruct"
-sys.path.insert(0, str(RECIPE))
+from tests.instruct_runs import (
+    CONFIGS,
+    RECIPE,
+    ROOT,
+    byte_tokenizer,
+    flags,
+    load_script,
+    save_model,
+    sums,
+    write_jsonl,
+)
 
-spec = importlib.util.spec_from_file_location("instruct_train", RECIPE / "train.py")  # "train" is the GLUE recipe's
-train = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train)
+train = load_script()
 
 import answers  # noqa: E402
+import chat_models  # noqa: E402
+import instruct_arguments  # noqa: E402
+import instruct_data  # noqa: E402
+import measuring  # noqa: E402
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-QUICK = "--max_steps 2 --per_device_train_batch_size 2 --per_device_eval_batch_size 4 --eval_samples 3 "
-QUICK += "--max_new_tokens 4 --save_strategy no --eval_strategy no --disable_tqdm true --use_cpu true"
-
-
-def tokenizer_of_bytes():
-    """Every byte is a token, and so are ChatML's marks."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    inner = Tokenizer(models.BPE(vocabulary, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
-    )
-
-
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
-def family(request) -> str:
-    return request.param
+FAMILIES = ("smollm2", "qwen2.5-instruct", "qwen2.5", "qwen3", "llama")
+METHODS = instruct_arguments.METHODS
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Random two-layer models with a tokenizer of bytes, saved."""
-    from tests.tiny_models import tiny_llama, tiny_qwen2
-
-    tokenizer = tokenizer_of_bytes()
-    folders = {}
-    for name, build in (("llama", tiny_llama), ("qwen2", tiny_qwen2)):
-        folders[name] = tmp_path_factory.mktemp(name)
-        ids = {"eos_token_id": 2, "pad_token_id": 0, "bos_token_id": None}
-        build(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, **ids).save_pretrained(folders[name])
-        tokenizer.save_pretrained(folders[name])
-    return folders
-
-
-def alpaca(count: int = 12) -> list[dict]:
-    return [
-        {"instruction": f"Add {i}", "input": f"and {i}" if i % 2 else "", "output": f"Sum.\n#### {2 * i}"}
-        for i in range(count)
-    ]
+    return {family: save_model(tmp_path_factory.mktemp("model") / family, family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
-def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in alpaca()), encoding="utf-8")
-    return path
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "sums.jsonl", sums())
 
 
-def run(model: Path, data: Path, out: Path, *more: str) -> dict:
-    where = ["--model_name_or_path", str(model), "--dataset_path", str(data), "--output_dir", str(out)]
-    return train.main([*where, *QUICK.split(), *more])
+def error_of(argv: list[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        train.main(argv)
+    assert isinstance(caught.value.code, str), "a message, not a bare exit status"
+    assert "\n" not in caught.value.code
+    return caught.value.code
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "lora8bit", "qlora"])
-def test_every_method_trains_two_steps_and_says_what_it_did(method, models, sums, tmp_path):
-    results = run(models["llama"], sums, tmp_path, "--method", method, "--eval_exact_match", "true")
-    assert results == json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+# ---- whole runs ----
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_trains_two_steps(config, models, data, tmp_path):
+    named = yaml.safe_load(config.read_text(encoding="utf-8"))["model_name_or_path"].split("/")[-1].lower()
+    family = next(f for f in FAMILIES if named.startswith(f.split("-")[0]) and named.endswith(f.partition("-")[2]))
+    results = train.main(["--config", str(config), *flags(models[family], data, tmp_path)])
     assert results["steps"] == 2
-    assert results["after"]["count"] == 3 and len(results["after"]["samples"]) == 3
-    assert results["after"]["eval_loss"] != results["before"]["eval_loss"]
-    assert (tmp_path / ("model.safetensors" if method == "full" else "adapter_model.safetensors")).is_file()
-    assert results["peak_bytes"] is None or torch.cuda.is_available()
-    assert results["tokens_per_second"] > 0
+    assert results["before"]["eval_loss"] != results["after"]["eval_loss"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_writes_down_what_it_did(method, models, data, tmp_path, capsys):
+    settings = ["--method", method, "--eval_exact_match", "true", "--seed", "7"]
+    results = train.main(flags(models["llama"], data, tmp_path, *settings))
+    assert results == json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert (results["method"], results["optim"], results["seed"], results["steps"]) == (method, "foam", 7, 2)
+    for scores in (results["before"], results["after"]):
+        assert scores["count"] == 3 and 0 <= scores["exact_match"] <= 1
+        assert scores["perplexity"] == pytest.approx(2.718281828 ** scores["eval_loss"])
+        assert [sample["reference"].startswith("Sum.\n####") for sample in scores["samples"]] == [True] * 3
+    assert results["before"]["samples"][0]["prompt"] == results["after"]["samples"][0]["prompt"]
+    assert results["tokens_per_second"] > 0 and results["optimizer_state_bytes"] > 0
+    assert results["peak_bytes"] is None
+    assert results["settings"]["max_new_tokens"] == 4 and results["settings"]["optim_args"] == "level=8,scale=0.25"
+    assert results["versions"]["trl"] and results["versions"]["torch"] == torch.__version__
+    printed = capsys.readouterr().out
+    assert "exact match" in printed and "from_pretrained" in printed
+    assert ("one value a row" in printed) == (method != "full")
+
+
+def test_fully_trained_weights_load_in_plain_transformers(models, data, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    train.main(flags(models["qwen2.5"], data, tmp_path, "--eos_token", "<|im_end|>"))
+    before = AutoModelForCausalLM.from_pretrained(models["qwen2.5"])
+    after = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert after.dtype == torch.bfloat16
+    changed = {n for n, p in after.named_parameters() if not torch.equal(p.float(), before.get_parameter(n).float())}
+    assert changed == {name for name, _ in before.named_parameters()}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template
+    assert after.generation_config.eos_token_id[0] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("method", ["lora", "lora8bit", "qlora"])
+def test_a_trained_adapter_reloads_with_identical_logits(method, models, data, tmp_path, monkeypatch):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trainers = []
+    build = train.build_trainer
+    monkeypatch.setattr(train, "build_trainer", lambda *args: trainers.append(build(*args)) or trainers[0])
+    train.main(flags(models["llama"], data, tmp_path, "--method", method, "--learning_rate", "0.01"))
+    quantization = chat_models.quantization_of(method, torch.bfloat16)
+    kwargs = {"quantization_config": quantization} if quantization else {}
+    base = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.bfloat16, **kwargs)
+    reloaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    trained = trainers[0].model.eval()
+    for name, p in reloaded.named_parameters():
+        # On quantized weights TRL trains adapters in bf16, and PEFT loads the same values in fp32.
+        assert torch.equal(p, trained.get_parameter(name).to(p.dtype))
+        p.data = p.data.to(trained.get_parameter(name).dtype)
+    for module in reloaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # as in the run: other kernels round otherwise
+    ids = AutoTokenizer.from_pretrained(tmp_path)("Add 3 and 3", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected, found = trained(ids).logits, reloaded(ids).logits
+        with trained.disable_adapter():
+            without = trained(ids).logits
+    assert torch.equal(found, expected)
+    assert not torch.equal(without, expected), "the adapter does nothing"
+
+
+def test_a_copied_recipe_runs_as_the_readme_says(models, data, tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    copy = "-m foam_hf.cli recipes copy instruct my_instruct"
+    subprocess.run([sys.executable, *copy.split()], cwd=tmp_path, env=env, check=True, capture_output=True)
+    command = [sys.executable, "my_instruct/train.py", *flags(models["llama"], data, tmp_path / "out")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("of state in all") == 1, "the optimizer's summary, once"
+    assert "train: 9 examples" in done.stdout and "after training:" in done.stdout
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["steps"] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_by_kind_add_up_to_the_peak(method, models, data, tmp_path):
+    command = flags(models["llama"], data, tmp_path, "--method", method, "--use_cpu", "false")
+    peak = train.main(command)["peak_bytes"]
+    assert peak["total"] == sum(size for kind, size in peak.items() if kind != "total")
+    assert all(size > 0 for size in peak.values())
+
+
+# ---- the loss ----
+
+
+def prepared(model: Path, data: Path, out: Path, *more: str):
+    """The trainer of a run, and its training rows as TRL prepared them."""
+    recipe, args, _ = instruct_arguments.parse(flags(model, data, out, *more))
+    rows = instruct_data.load_instructions(recipe, whole_conversations=args.assistant_only_loss)
+    trainer = train.build_trainer(recipe, args, rows, measuring.Meter())
+    return trainer, list(trainer.train_dataset)
+
+
+def halves(row: dict, tokenizer) -> tuple[str, str]:
+    """The text without a loss, and the text with one."""
+    carries = [label != -100 for label in row["labels"]]
+    start = carries.index(True)
+    assert all(carries[start:])
+    assert [label for label in row["labels"] if label != -100] == row["input_ids"][start:]
+    return tokenizer.decode(row["input_ids"][:start]), tokenizer.decode(row["input_ids"][start:])
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "prompt_end", "answer_end"),
+    [
+        ("smollm2", [], "<|im_start|>assistant\n", "<|im_end|>\n"),
+        ("qwen2.5", ["--eos_token", "<|im_end|>"], "<|im_start|>assistant\n", "<|im_end|>\n"),
+        (
+            "qwen3",
+            ["--chat_template_kwargs", '{"enable_thinking": false}'],
+            "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+            "<|im_end|>\n",
+        ),
+        ("llama", [], "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+    ],
+)
+def test_the_loss_is_on_the_answer_alone_and_on_its_end(family, more, prompt_end, answer_end, models, data, tmp_path):
+    trainer, rows = prepared(models[family], data, tmp_path, *more)
+    tokenizer = trainer.processing_class
+    texts = [halves(row, tokenizer) for row in rows]
+    answer = "Sum.\n#### "
+    assert all(prompt.endswith(prompt_end) and "Add " in prompt and answer not in prompt for prompt, _ in texts)
+    assert all(found.startswith(answer) and found.endswith(answer_end) for _, found in texts)
+    assert tokenizer.decode(tokenizer.eos_token_id) in answer_end
+    # Padding has no loss, and what ends an answer has one, also where both are the same token.
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    assert ((batch["labels"] == tokenizer.eos_token_id).sum(dim=1) == 1).all()
+
+
+def test_thinking_left_to_the_model_is_part_of_the_answer(models, data, tmp_path):
+    trainer, rows = prepared(models["qwen3"], data, tmp_path)
+    prompt, answer = halves(rows[0], trainer.processing_class)
+    assert prompt.endswith("<|im_start|>assistant\n") and answer.startswith("<think>\n\n</think>\n\nSum.")
+
+
+def test_every_answer_of_a_conversation_is_trained_behind_what_precedes_it(models, tmp_path):
+    turns = [("system", "Be brief."), ("user", "One?"), ("assistant", "1."), ("user", "Two?"), ("assistant", "2.")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    path = write_jsonl(tmp_path / "talks.jsonl", [row] * 6)
+    trainer, rows = prepared(models["smollm2"], path, tmp_path / "out")
+    texts = {halves(row, trainer.processing_class) for row in rows}
+    start = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n"
+    later = start + "1.<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n"
+    assert texts == {(start, "1.<|im_end|>\n"), (later, "2.<|im_end|>\n")}
+
+
+def test_assistant_only_loss_keeps_conversations_whole(models, tmp_path):
+    turns = [("user", "One?"), ("assistant", "1."), ("user", "Two?"), ("assistant", "2.")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    path = write_jsonl(tmp_path / "talks.jsonl", [row] * 6)
+    more = ["--assistant_only_loss", "true", "--eos_token", "<|im_end|>"]
+    trainer, rows = prepared(models["qwen2.5"], path, tmp_path / "out", *more)
+    assert len(rows) == 3
+    trained = trainer.processing_class.decode([token for token in rows[0]["labels"] if token != -100])
+    assert trained.split() == ["1.<|im_end|>", "2.<|im_end|>"]
+    results = train.main(flags(models["qwen2.5"], path, tmp_path / "out", *more))
+    assert results["after"]["samples"][0]["reference"] == "2."
+
+
+def test_plain_prompts_are_trained_without_a_template(models, tmp_path):
+    path = write_jsonl(
+        tmp_path / "plain.jsonl", [{"prompt": f"{i} + 1 = ", "completion": f"{i + 1}"} for i in range(6)]
+    )
+    trainer, rows = prepared(models["llama"], path, tmp_path / "out")
+    assert {halves(row, trainer.processing_class)[1] for row in rows} <= {f"{i + 1}<|eot_id|>" for i in range(6)}
+    assert train.main(flags(models["llama"], path, tmp_path / "out"))["steps"] == 2
+
+
+@pytest.mark.parametrize("method", ["lora8bit", "qlora"])
+def test_an_evaluation_does_not_change_the_gradients_of_quantized_models(method, models, data, tmp_path):
+    def gradients(evaluate_first: bool) -> list[torch.Tensor]:
+        trainer, _ = prepared(models["llama"], data, tmp_path, "--method", method)
+        model = trainer.model
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(p, 0.01)  # zero at first, which hides the gradients of lora_A
+        ids = torch.arange(3, 43).reshape(2, 20)
+        if evaluate_first:
+            trainer.evaluate()
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    for first, second in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_long_examples_are_cut_and_counted(models, tmp_path, capsys):
+    rows = sums(8) + [{"instruction": "Add", "output": "4 " * 60}, {"instruction": "Add " * 60, "output": "4"}]
+    folder = tmp_path / "data"
+    write_jsonl(folder / "train.jsonl", rows)
+    write_jsonl(folder / "validation.jsonl", sums(3))
+    results = train.main(flags(models["smollm2"], folder, tmp_path / "out", "--max_length", "120"))
+    counts = results["data"]["train"]
+    assert (counts["used"], counts["too_long"], counts["dropped_without_answer"]) == (10, 2, 1)
+    assert results["data"]["held_out"]["too_long"] == 0
+    printed = capsys.readouterr().out
+    assert "2 are longer than 120 and are cut; 1 have no answer left and are dropped" in printed
+
+
+# ---- answers ----
 
 
 @pytest.mark.parametrize(
@@ -124,12 +305,150 @@ def test_the_final_number_of_an_answer(text, number):
     assert number is None or found == answers.Decimal(number)
 
 
-def test_exact_match_counts_numbers_and_leaves_out_references_without_one():
+def test_exact_match_leaves_out_references_without_a_number():
     scores = answers.exact_match(["is 4.0", "#### 1,000", "none", "3"], ["#### 4", "1000", "#### 2", "nothing"])
-    assert scores == {
-        "exact_match": pytest.approx(2 / 3),
-        "correct": 2,
-        "count": 3,
-        "references_without_a_number": 1,
-    }
+    expected = {"exact_match": pytest.approx(2 / 3), "correct": 2, "count": 3, "references_without_a_number": 1}
+    assert scores == expected
     assert answers.exact_match(["1"], ["one"])["exact_match"] is None
+
+
+def test_batched_answers_are_those_of_one_prompt_at_a_time_and_end_where_they_should(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = byte_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path, "smollm2", initializer_range=0.5))
+    prompts = [[{"role": "user", "content": "x" * length}] for length in (30, 2, 11)] + ["plain"]
+    settings = {"template_kwargs": {}, "max_new_tokens": 12}
+    one_by_one = [answers.generate(model, tokenizer, [p], batch_size=1, **settings)[0] for p in prompts]
+    assert answers.generate(model, tokenizer, prompts, batch_size=3, **settings) == one_by_one
+    assert len(set(one_by_one)) > 1
+    # Whatever comes third in the first answer ends it from now on.
+    text = answers.prompt_text(prompts[0], tokenizer, {})
+    ids = tokenizer(text, return_tensors="pt")
+    with torch.no_grad():
+        output = model.generate(**ids, max_new_tokens=3, do_sample=False)[0, ids["input_ids"].shape[1] :].tolist()
+    model.generation_config.eos_token_id = [output[2]]
+    shorter = answers.generate(model, tokenizer, prompts[:1], batch_size=1, **settings)[0]
+    end = output.index(output[2])
+    assert shorter == tokenizer.decode(output[: end + 1], skip_special_tokens=True).strip()
+    assert model.training is False
+
+
+def test_generation_leaves_a_training_model_training(models):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models["smollm2"]).train()
+    answers.generate(model, byte_tokenizer(), ["a"], template_kwargs={}, max_new_tokens=1, batch_size=1)
+    assert model.training
+
+
+# ---- errors ----
+
+
+def test_a_quantized_checkpoint_without_adapters_names_both_ways(models, data, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    quantization = chat_models.quantization_of("qlora", torch.bfloat16)
+    quantized = AutoModelForCausalLM.from_pretrained(models["llama"], quantization_config=quantization)
+    quantized.save_pretrained(tmp_path / "quantized")
+    byte_tokenizer("llama").save_pretrained(tmp_path / "quantized")
+    message = error_of(flags(tmp_path / "quantized", data, tmp_path / "out"))
+    for words in ("quantized (bitsandbytes)", "--method lora", "foam_hf.Int8Config"):
+        assert words in message
+    assert train.main(flags(tmp_path / "quantized", data, tmp_path / "out", "--method", "lora"))["steps"] == 2
+
+
+def test_answers_that_would_never_end_are_refused(models, data, tmp_path):
+    message = error_of(flags(models["qwen2.5"], data, tmp_path))
+    assert "<|im_end|>" in message and "<|endoftext|>" in message and "--eos_token" in message
+
+
+def test_a_model_without_a_chat_template_needs_one(models, data, tmp_path):
+    model = save_model(tmp_path / "model", "smollm2")
+    (model / "chat_template.jinja").unlink()
+    message = error_of(flags(model, data, tmp_path / "out"))
+    assert "no chat template" in message and "Instruct" in message and "--chat_template_path" in message
+    template = tmp_path / "chatml.jinja"
+    template.write_text(byte_tokenizer().chat_template)
+    results = train.main(flags(model, data, tmp_path / "out", "--chat_template_path", str(template)))
+    assert results["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--method", "dora"], ["--method: got dora", "full, lora, lora8bit, qlora"]),
+        (["--dtype", "float16"], ["--dtype: got float16", "bfloat16, float32"]),
+        (["--eval_samples", "1.5"], ["--eval_samples: got 1.5"]),
+        (["--eval_samples", "-1"], ["--eval_samples: got -1"]),
+        (["--eval_samples", "12"], ["12 of 12 examples"]),
+        (["--train_samples", "0"], ["--train_samples: got 0", "at least 1"]),
+        (["--optm", "foam"], ["unknown key 'optm'", "'optim'"]),
+        (["--optim_args", "levl=8"], ["levl", "level"]),
+        (["--optim", "foma"], ["foma"]),
+        (["--optim", "lomo"], ["lomo"]),
+        (["--learning_rate", "much"], ["learning_rate", "much"]),
+        (["--chat_template_kwargs", "thinking"], ["--chat_template_kwargs: got thinking", "JSON"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--model_name_or_path", "./nowhere"], ["no folder", "nowhere"]),
+        (["--model_name_or_path", "nowhere.gguf"], ["no file nowhere.gguf"]),
+        (["--dataset_path", "nowhere.jsonl"], ["no file or folder nowhere.jsonl"]),
+        (["--dataset_name", "a/b"], ["--dataset_path", "--dataset_name", "got both"]),
+        (["--lora_target_modules", "nothing", "--method", "lora"], ["nothing"]),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(more, words, models, data, tmp_path):
+    message = error_of(flags(models["llama"], data, tmp_path / "out", *more))
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_an_unknown_key_of_a_config_is_an_error(models, data, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("method: lora\nlearnin_rate: 1.0e-4\n")
+    message = error_of(["--config", str(config), *flags(models["llama"], data, tmp_path / "out")])
+    assert "learnin_rate" in message and "'learning_rate'" in message
+
+
+def test_flags_win_over_the_config_and_foams_arguments_stay_with_foam(tmp_path, capsys):
+    config = tmp_path / "mine.yaml"
+    config.write_text("optim: foam\noptim_args: {level: 4, scale: 0.5}\nlearning_rate: 2e-4\nwarmup_steps: 0.1\n")
+    base = ["--config", str(config), "--dataset_path", "x", "--output_dir", "y"]
+    _, args, settings = instruct_arguments.parse([*base, "--seed", "3", "--hub_token", "secret"])
+    assert (args.optim_args, args.learning_rate, args.warmup_steps, args.seed) == ("level=4,scale=0.5", 2e-4, 0.1, 3)
+    assert settings["seed"] == 3 and "secret" not in json.dumps(settings)
+    assert not capsys.readouterr().out
+    _, args, _ = instruct_arguments.parse([*base, "--optim=adamw_torch"])
+    assert args.optim_args is None and args.learning_rate == 2e-4
+    printed = capsys.readouterr().out
+    assert "level=4,scale=0.5" in printed and "dropped for adamw_torch" in printed and "kept" in printed
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "results.json"
+    measuring.write_json(path, {"loss": 1.0})
+    with pytest.raises(ValueError):
+        measuring.write_json(path, {"loss": float("nan")})
+    assert json.loads(path.read_text()) == {"loss": 1.0}
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+# ---- the READMEs ----
+
+
+@pytest.mark.parametrize("readme", [RECIPE / "README.md", ROOT / "recipes" / "quantized" / "README.md"], ids=str)
+def test_commands_of_the_readmes_name_scripts_configs_and_flags_that_exist(readme, tmp_path):
+    text = readme.read_text(encoding="utf-8")
+    commands = [
+        shlex.split(line) for line in re.findall(r"^python (recipes/instruct/train\.py .*)$", text, re.MULTILINE)
+    ]
+    assert commands
+    for script, *words in commands:
+        assert (ROOT / script).is_file()
+        named = [str(ROOT / word) if word.endswith(".yaml") else word for word in words]
+        assert all(Path(word).is_file() for word in named if word.endswith(".yaml"))
+        instruct_arguments.parse(named)
+    for name in re.findall(r"`([\w.-]+\.yaml)`", text):
+        assert (readme.parent / name).is_file(), name
+    for flag in re.findall(r"`--(\w+)", text):
+        assert flag in {action.dest for action in instruct_arguments.build_parser()._actions}, flag

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from gguf_models import gguf_file, load_gguf
 from instruct_arguments import InstructArguments, say
 from instruct_data import one_line
@@ -22,14 +23,20 @@ def load(recipe: InstructArguments, output_dir: Path):
         return load_gguf(path, dtype)
     if path:  # adapters name the folder of the model under them, and bitsandbytes loads no GGUF
         name = str((output_dir / "base_model").resolve())
-        for part in load_gguf(path, dtype):
-            part.save_pretrained(name)
+        state = PartialState()
+        with state.main_process_first():
+            for part in load_gguf(path, dtype) if state.is_main_process else ():
+                part.save_pretrained(name)
         say(f"{path.name}, unpacked, is saved in {name}: the model under the adapters.")
+    elif not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
+        raise SystemExit(f"--model_name_or_path: no folder {name}.")
     try:
         config = AutoConfig.from_pretrained(name)
         quantized = getattr(config, "quantization_config", None)
-        if quantized and recipe.method == "full":
-            raise SystemExit(refusal(name, quantized))
+        if quantized and recipe.method == "full" and quantization_kind(quantized) != "foam_int8":
+            raise SystemExit(refusal(name, quantization_kind(quantized)))
+        if quantized and recipe.method != "full":
+            say(f"{name} is quantized already ({quantization_kind(quantized)}): the adapters go on it as it is.")
         tokenizer = AutoTokenizer.from_pretrained(name)
         quantization = None if quantized else quantization_of(recipe.method, dtype)
         model = AutoModelForCausalLM.from_pretrained(
@@ -38,7 +45,10 @@ def load(recipe: InstructArguments, output_dir: Path):
             **({"quantization_config": quantization} if quantization else {}),
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise SystemExit(f"Cannot load the model {name}: {one_line(error)}") from None
+        raise SystemExit(
+            f"Cannot load the model {name}: {one_line(error)} Without the hub, --model_name_or_path takes the folder "
+            "of a saved model, a .gguf file, or smollm2-135m."
+        ) from None
     for module in model.modules():
         # bitsandbytes 0.50 repacks 4-bit weights on a CPU when it evaluates, and then trains without their gradients.
         if getattr(module, "support_avx512bf16_for_cpu", False):
@@ -59,14 +69,18 @@ def quantization_of(method: str, dtype: torch.dtype) -> BitsAndBytesConfig | Non
     return None
 
 
-def refusal(name: str, quantized) -> str:
+def quantization_kind(quantized) -> str:
+    """The quant_method of a checkpoint's quantization_config, which is a mapping or an object."""
+    kind = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+    return str(getattr(kind, "value", kind))
+
+
+def refusal(name: str, kind: str) -> str:
     """Why a quantized checkpoint is not trained whole, and both ways that are."""
-    read = quantized.get if isinstance(quantized, dict) else lambda key: getattr(quantized, key, None)
-    kind = str(getattr(read("quant_method"), "value", read("quant_method")))
     return (
         f"--method full: {name} is quantized ({kind}), and its weights cannot be trained directly. What works: "
-        "adapters on it (--method lora, lora8bit or qlora); or the unquantized model with "
-        "quantization_config=foam_hf.Int8Config(), which trains every weight in INT8."
+        "adapters on it (--method lora); or the unquantized model with quantization_config=foam_hf.Int8Config(), "
+        "which trains every weight in INT8."
     )
 
 

@@ -71,14 +71,19 @@ def parse(argv: list[str]) -> tuple[InstructArguments, SFTConfig, dict]:
 
     Raises SystemExit for a config that cannot be read, an unknown key, and a value that cannot be right.
     """
+
+    def fail(message: str) -> None:
+        raise SystemExit(f"train.py: {message}")
+
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pre.error = fail  # one line, instead of a page of usage
     pre.add_argument("--config", type=Path, default=HERE / "smollm2-135m.yaml")
     chosen, flags = pre.parse_known_args(argv)
     if flags and flags[0].endswith((".yaml", ".yml")):  # train.py CONFIG.yaml, as in the GLUE recipe
         chosen.config, flags = Path(flags[0]), flags[1:]
     path = chosen.config.expanduser()
     config = read_config(path)
-    parser = HfArgumentParser((InstructArguments, SFTConfig), allow_abbrev=False)
+    parser = build_parser()
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     given = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
     for source, names in ((str(path), config), ("train.py", given - {"help", *(f"no_{name}" for name in actions)})):
@@ -102,10 +107,7 @@ def parse(argv: list[str]) -> tuple[InstructArguments, SFTConfig, dict]:
             if action.dest == name:  # a switch that is on by default has a second action, --no_...
                 action.default, action.required = default, False
 
-    def fail(message: str) -> None:
-        raise SystemExit(f"train.py: {message}")
-
-    parser.error = fail  # one line, instead of a page of usage
+    parser.error = fail
     try:
         recipe, args, rest = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True)
     except (ValueError, TypeError, ImportError) as error:
@@ -115,7 +117,13 @@ def parse(argv: list[str]) -> tuple[InstructArguments, SFTConfig, dict]:
     check(recipe, args)
     settings = {**config, **{name: getattr(recipe, name, getattr(args, name, None)) for name in sorted(given)}}
     settings |= dataclasses.asdict(recipe)
+    for secret in ("hub_token", "push_to_hub_token"):
+        settings.pop(secret, None)
     return recipe, args, json.loads(json.dumps(settings, default=str))
+
+
+def build_parser() -> HfArgumentParser:
+    return HfArgumentParser((InstructArguments, SFTConfig), allow_abbrev=False)
 
 
 def read_config(path: Path) -> dict:

@@ -32,40 +32,31 @@ class Instructions:
     counts: dict
 
 
-def load_instructions(
-    *,
-    dataset_path: str | None = None,
-    dataset_name: str | None = None,
-    dataset_config: str | None = None,
-    eval_samples: float,
-    train_samples: int | None = None,
-    split_seed: int = 0,
-    whole_conversations: bool = False,
-    template_kwargs: dict | None = None,
-) -> Instructions:
-    """Read, convert and split; SystemExit with one sentence for what cannot be read or has other columns."""
-    splits, where = _read(dataset_path, dataset_name, dataset_config)
+def load_instructions(recipe, whole_conversations: bool = False) -> Instructions:
+    """Read, convert and split what `recipe` (InstructArguments) names; SystemExit for what cannot be used.
+
+    With `whole_conversations`, a row of messages stays one example; else each answer in it becomes one.
+    """
+    splits, where = _read(recipe.dataset_path, recipe.dataset_name, recipe.dataset_config)
     counts: dict = {}
     rows = {}
     for split, raw in splits.items():
         rows[split], counts[split] = _convert(raw, f"{where}, {split}", whole_conversations)
+    wanted = recipe.eval_samples
     if "held_out" not in rows:
         total = len(rows["train"])
-        wanted = round(eval_samples * total) if eval_samples < 1 else int(eval_samples)
-        if not 1 <= wanted < total:
-            raise SystemExit(f"--eval_samples: {eval_samples:g} of {total} examples leaves none on one side.")
-        divided = rows["train"].train_test_split(test_size=wanted, seed=split_seed)
+        share = round(wanted * total) if wanted < 1 else int(wanted)
+        if not 1 <= share < total:
+            raise SystemExit(f"--eval_samples: {wanted:g} of {total} examples leaves none on one side.")
+        divided = rows["train"].train_test_split(test_size=share, seed=recipe.split_seed)
         rows = {"train": divided["train"], "held_out": divided["test"]}
-    elif eval_samples >= 1:
-        rows["held_out"] = rows["held_out"].select(range(min(int(eval_samples), len(rows["held_out"]))))
-    if train_samples is not None:
-        rows["train"] = rows["train"].select(range(min(train_samples, len(rows["train"]))))
-    if template_kwargs:  # TRL hands them to the chat template
-        rows = {
-            split: part.add_column("chat_template_kwargs", [template_kwargs] * len(part))
-            for split, part in rows.items()
-        }
-    counts["used"] = {split: len(part) for split, part in rows.items()}
+    elif wanted >= 1:
+        rows["held_out"] = rows["held_out"].select(range(min(int(wanted), len(rows["held_out"]))))
+    if recipe.train_samples is not None:
+        rows["train"] = rows["train"].select(range(min(recipe.train_samples, len(rows["train"]))))
+    if recipe.template_kwargs:  # TRL hands them to the chat template
+        for split, part in rows.items():
+            rows[split] = part.add_column("chat_template_kwargs", [recipe.template_kwargs] * len(part))
     return Instructions(**rows, counts=counts)
 
 
@@ -169,15 +160,35 @@ def _turn(prompt: list[dict], answer: str) -> dict:
 
 def count_lengths(rows: datasets.Dataset, tokenizer, max_length: int | None, template_kwargs: dict) -> dict:
     """How many examples are longer than `max_length` tokens, and the longest; TRL cuts them at the end."""
-    lengths = []
-    for row in rows:
-        whole = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
-        text = whole
-        if not isinstance(whole, str):
-            text = tokenizer.apply_chat_template(whole, tokenize=False, **template_kwargs)
-        lengths.append(len(tokenizer(text, add_special_tokens=isinstance(whole, str))["input_ids"]))
-    too_long = sum(length > max_length for length in lengths) if max_length else 0
-    return {"longest": max(lengths), "longer_than_max_length": too_long}
+    if "messages" in rows.column_names:
+        whole = rows["messages"]
+    else:
+        whole = [p + c for p, c in zip(rows["prompt"], rows["completion"], strict=True)]
+    plain = isinstance(whole[0], str)
+    texts = [
+        part if plain else tokenizer.apply_chat_template(part, tokenize=False, **template_kwargs) for part in whole
+    ]
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=plain)["input_ids"]]
+    return {"longest": max(lengths), "too_long": sum(n > max_length for n in lengths) if max_length else 0}
+
+
+def describe(counts: dict, max_length: int | None) -> str:
+    """The counts of `load_instructions` and `count_lengths`, one line a split."""
+    lines = []
+    for split, found in counts.items():
+        line = f"{split.replace('_', '-')}: {found['used']} examples, the longest has {found['longest']} tokens"
+        if found["too_long"]:
+            line += f"; {found['too_long']} are longer than {max_length} and are cut"
+        if found["dropped_without_answer"]:
+            line += f"; {found['dropped_without_answer']} have no answer left and are dropped"
+        if "rows" in found:
+            line += f"; from {found['rows']} rows of {found['layout']}"
+            if found["empty_rows_left_out"]:
+                line += f", of which {found['empty_rows_left_out']} without question or answer are left out"
+            if found["columns_not_used"]:
+                line += f"; columns not used: {', '.join(found['columns_not_used'])}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def one_line(error: BaseException) -> str:

@@ -4,24 +4,18 @@ Keys are the fields of InstructArguments (instruct_arguments.py) and of TRL's SF
 the YAML config (smollm2-135m.yaml beside this script if none is named), and that over the defaults.
 """
 
-import json
 import logging
 import math
-import os
-import platform
 import sys
-import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from accelerate.utils import gather_object
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 import foam_hf  # registers optim="foam" and "foam_mini"
-from foam_hf.memory import breakdown
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [] if str(HERE) in sys.path else [str(HERE)]  # the siblings, also when this file is imported
@@ -29,51 +23,27 @@ sys.path[:0] = [] if str(HERE) in sys.path else [str(HERE)]  # the siblings, als
 import answers  # noqa: E402
 import chat_models  # noqa: E402
 from instruct_arguments import InstructArguments, parse, say  # noqa: E402
-from instruct_data import Instructions, count_lengths, load_instructions, one_line  # noqa: E402
+from instruct_data import Instructions, count_lengths, describe, load_instructions, one_line  # noqa: E402
+from measuring import Meter, finite, versions, write_json  # noqa: E402
 
-SAMPLES = 3
-
-
-class Meter(TrainerCallback):
-    """Bytes after the first optimizer step, gradients still there; time and tokens of all steps after the first."""
-
-    def __init__(self) -> None:
-        self.memory = None
-        self.seconds, self.tokens, self.steps = 0.0, 0, 0
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self.began, self.seen = time.perf_counter(), state.num_input_tokens_seen
-
-    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
-        if self.memory is None:
-            self.memory = breakdown(model, optimizer)
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.steps += 1
-        if self.steps == 2:  # the first step compiles kernels and allocates: it counts only if it is the only one
-            self.seconds, self.tokens = 0.0, 0
-        self.seconds += time.perf_counter() - self.began
-        self.tokens += state.num_input_tokens_seen - self.seen
-
-    def peak_by_kind(self) -> dict | None:
-        """Bytes at the peak by kind; None without CUDA. All counts are of this process."""
-        if self.memory is None or self.memory.peak is None:
-            return None
-        parts = {name: getattr(self.memory, name) for name in ("weights", "gradients", "state")}
-        peak = torch.cuda.max_memory_allocated()
-        return {
-            "total": peak,
-            "weights": parts["weights"],
-            "gradients": parts["gradients"],
-            "optimizer_state": parts["state"],
-            "rest": peak - sum(parts.values()),
-        }
+SAMPLES = 3  # answers in results.json
 
 
-def build_trainer(recipe: InstructArguments, args, data: Instructions, model, tokenizer, meter: Meter) -> SFTTrainer:
+def build_trainer(recipe: InstructArguments, args: SFTConfig, data: Instructions, meter: Meter) -> SFTTrainer:
     """TRL's trainer, which applies the template, masks the prompt, cuts and packs; SystemExit for what it refuses."""
+    model, tokenizer = chat_models.load(recipe, Path(args.output_dir))
+    plain = isinstance(data.train[0].get("prompt"), str)
+    if plain:
+        say("Plain prompt and completion: trained as they are, without a chat template.")
+    elif tokenizer.chat_template is None and args.chat_template_path is None:
+        raise SystemExit(
+            f"{recipe.model_name_or_path} has no chat template, as base models often; expected an Instruct model, "
+            "--chat_template_path of a model that has one, or data with plain prompt and completion columns."
+        )
+    foam_log = logging.getLogger("foam_hf")
+    foam_log.disabled = True  # its summary comes when train() builds the optimizer
     try:
-        return SFTTrainer(
+        trainer = SFTTrainer(
             model=model,
             args=args,
             train_dataset=data.train,
@@ -82,57 +52,74 @@ def build_trainer(recipe: InstructArguments, args, data: Instructions, model, to
             peft_config=chat_models.lora_config(recipe),
             callbacks=[meter, foam_hf.OptimizerMemoryCallback()],
         )
+        trainer.get_optimizer_cls_and_kwargs(args, trainer.model)  # a wrong setting ends here, not in train()
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise SystemExit(f"train.py: {one_line(error)}") from None
+    finally:
+        foam_log.disabled = False
+    if not plain:
+        check_end_of_answers(data.train[0], trainer, recipe.template_kwargs)
+    return trainer
 
 
-def check_template(recipe: InstructArguments, data: Instructions, model, tokenizer) -> None:
-    """SystemExit where the chat template is missing, or where answers as it writes them would never end."""
-    row = data.train[0]
-    if isinstance(row.get("prompt"), str):
-        say("Plain prompt and completion: trained as they are, without a chat template.")
-        return
-    if tokenizer.chat_template is None:
-        raise SystemExit(
-            f"{recipe.model_name_or_path} has no chat template, as base models often; expected an Instruct model, "
-            "--chat_template_path of one that has, or data with plain prompt and completion columns."
-        )
+def check_end_of_answers(row: dict, trainer: SFTTrainer, template_kwargs: dict) -> None:
+    """SystemExit where answers, as the chat template writes them, do not end in a token that ends generation."""
+    tokenizer = trainer.processing_class
     messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **recipe.template_kwargs)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
     end = tokenizer(text.rpartition(messages[-1]["content"].strip())[2], add_special_tokens=False)["input_ids"]
-    stops = answers.stop_tokens(model, tokenizer)
+    stops = answers.stop_tokens(trainer.model, tokenizer)
     if not set(end) & set(stops):
         raise SystemExit(
             f"The chat template ends an answer with {tokenizer.decode(end)!r}, but generation stops at "
-            f"{tokenizer.convert_ids_to_tokens(stops)}: answers would never end. Expected --eos_token to name the "
-            "token that ends an answer."
+            f"{', '.join(tokenizer.convert_ids_to_tokens(stops))}: answers would never end. Expected --eos_token to "
+            "name the token that ends an answer."
         )
+
+
+def count_cuts(recipe: InstructArguments, data: Instructions, trainer: SFTTrainer) -> None:
+    """Add to the data's counts how many examples are too long, and how many of them TRL dropped."""
+    for split, rows, prepared in (
+        ("train", data.train, trainer.train_dataset),
+        ("held_out", data.held_out, trainer.eval_dataset),
+    ):
+        max_length = trainer.args.max_length
+        lengths = count_lengths(rows, trainer.processing_class, max_length, recipe.template_kwargs)
+        packed = trainer.args.packing if split == "train" or trainer.args.eval_packing is None else False
+        lengths["dropped_without_answer"] = None if packed else len(rows) - len(prepared)
+        data.counts[split] = {**data.counts.get(split, {}), "used": len(rows), **lengths}
+    say(describe(data.counts, trainer.args.max_length))
 
 
 def evaluate(recipe: InstructArguments, trainer: SFTTrainer, data: Instructions) -> dict:
-    """Held-out loss and perplexity, exact match if asked for, and the first sample answers."""
+    """Held-out loss and perplexity, exact match if asked for, and the first answers."""
     loss = finite(trainer.evaluate()["eval_loss"])
     scores = {"eval_loss": loss, "perplexity": None if loss is None else finite(math.exp(min(loss, 700)))}
-    count = min(recipe.exact_match_samples or len(data.held_out), len(data.held_out)) if recipe.eval_exact_match else 0
-    rows = data.held_out.select(range(min(max(count, SAMPLES), len(data.held_out)))).to_list()
-    pairs = [question_and_answer(row) for row in rows]
-    started = time.perf_counter()
-    with torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=trainer.args.bf16):
+    wanted = recipe.exact_match_samples or len(data.held_out) if recipe.eval_exact_match else SAMPLES
+    rows = data.held_out.select(range(min(max(wanted, SAMPLES), len(data.held_out)))).to_list()
+    prompts, references = zip(*map(question_and_answer, rows), strict=True)
+    args, started, generated = trainer.args, time.perf_counter(), []
+    with (
+        trainer.accelerator.split_between_processes(list(prompts)) as share,
+        torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16),
+    ):
         generated = answers.generate(
             trainer.accelerator.unwrap_model(trainer.model),
             trainer.processing_class,
-            [prompt for prompt, _ in pairs],
+            share,
             template_kwargs=recipe.template_kwargs,
             max_new_tokens=recipe.max_new_tokens,
-            batch_size=trainer.args.per_device_eval_batch_size,
+            batch_size=args.per_device_eval_batch_size,
         )
-    if count:
-        scores |= answers.exact_match(generated[:count], [reference for _, reference in pairs[:count]])
+    generated = gather_object(generated)
+    if recipe.eval_exact_match:
+        scores |= answers.exact_match(generated[:wanted], list(references[:wanted]))
         scores["generation_seconds"] = round(time.perf_counter() - started, 2)
+    questions = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
     scores["samples"] = [
-        {"prompt": text(prompt), "reference": reference, "answer": answer}
-        for (prompt, reference), answer in zip(pairs[:SAMPLES], generated, strict=False)
-    ]
+        {"prompt": question, "reference": reference, "answer": answer}
+        for question, reference, answer in zip(questions, references, generated, strict=True)
+    ][:SAMPLES]
     return scores
 
 
@@ -141,88 +128,40 @@ def question_and_answer(row: dict) -> tuple[str | list[dict], str]:
     if "messages" in row:
         last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
         return row["messages"][:last], row["messages"][last]["content"]
-    return row["prompt"], text(row["completion"])
-
-
-def text(part: str | list[dict]) -> str:
-    return part if isinstance(part, str) else part[-1]["content"]
-
-
-def finite(value: float) -> float | None:
-    """The value, or None for the loss of a run that diverged: JSON has no NaN."""
-    return value if math.isfinite(value) else None
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write the whole file or leave what was there: a temporary neighbour, then one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1, allow_nan=False, ensure_ascii=False)
-        stream.write("\n")
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-
-
-def versions() -> dict:
-    found = {"python": platform.python_version()}
-    for name in ("foam-hf", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = foam_hf.__version__ if name == "foam-hf" else None
-    return found
+    completion = row["completion"]
+    return row["prompt"], completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Run what the arguments ask for; the results, as in the results.json written."""
     recipe, args, settings = parse(sys.argv[1:] if argv is None else argv)
-    output_dir = Path(args.output_dir)
-    optim = getattr(args.optim, "value", args.optim) + (f" ({args.optim_args})" if args.optim_args else "")
-    say(f"{recipe.method} | {recipe.model_name_or_path} in {recipe.dtype} | {optim}, lr {args.learning_rate}")
-    data = load_instructions(
-        dataset_path=recipe.dataset_path,
-        dataset_name=recipe.dataset_name,
-        dataset_config=recipe.dataset_config,
-        eval_samples=recipe.eval_samples,
-        train_samples=recipe.train_samples,
-        split_seed=recipe.split_seed,
-        whole_conversations=args.assistant_only_loss,
-        template_kwargs=recipe.template_kwargs,
-    )
-    model, tokenizer = chat_models.load(recipe, output_dir)
+    output_dir, optim = Path(args.output_dir), getattr(args.optim, "value", args.optim)
+    options = f" ({args.optim_args})" if args.optim_args else ""
+    say(f"{recipe.method} | {recipe.model_name_or_path} in {recipe.dtype} | {optim}{options}, lr {args.learning_rate}")
+    data = load_instructions(recipe, whole_conversations=args.assistant_only_loss)
     args.include_num_input_tokens_seen = "non_padding"  # for tokens a second
     meter = Meter()
-    check_template(recipe, data, model, tokenizer)
-    for split, rows in (("train", data.train), ("held_out", data.held_out)):
-        data.counts[f"{split}_lengths"] = count_lengths(rows, tokenizer, args.max_length, recipe.template_kwargs)
-    trainer = build_trainer(recipe, args, data, model, tokenizer, meter)
-    for split, rows, prepared in (
-        ("train", data.train, trainer.train_dataset),
-        ("held_out", data.held_out, trainer.eval_dataset),
-    ):
-        packed = split == "train" and args.packing
-        data.counts[f"{split}_lengths"]["dropped_for_length"] = None if packed else len(rows) - len(prepared)
-    say(json.dumps(data.counts))
+    trainer = build_trainer(recipe, args, data, meter)
+    count_cuts(recipe, data, trainer)
     if recipe.method != "full":
         say(chat_models.adapter_saving(trainer.model))
     before = evaluate(recipe, trainer, data) if recipe.eval_before else None
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     checkpoint = args.resume_from_checkpoint
     if str(checkpoint).lower() == "true":
         checkpoint = get_last_checkpoint(args.output_dir) if output_dir.is_dir() else None
+        say(f"Resuming from {checkpoint}." if checkpoint else f"No checkpoint in {output_dir}: starting anew.")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     trained = trainer.train(resume_from_checkpoint=checkpoint)
     peak = meter.peak_by_kind()
     trainer.save_model()
     after = evaluate(recipe, trainer, data)
-    trainable = [p for p in trainer.model.parameters() if p.requires_grad]
     results = {
         "model": recipe.model_name_or_path,
         "method": recipe.method,
         "dtype": recipe.dtype,
-        "optim": getattr(args.optim, "value", args.optim),
+        "optim": optim,
         "optim_args": args.optim_args,
         "learning_rate": args.learning_rate,
         "seed": args.seed,
@@ -231,8 +170,8 @@ def main(argv: list[str] | None = None) -> dict:
         "train_loss": finite(trained.training_loss),
         "steps": trained.global_step,
         "train_seconds": trained.metrics["train_runtime"],
-        "tokens_per_second": meter.tokens / meter.seconds if meter.seconds else None,
-        "trained_parameters": sum(p.numel() for p in trainable),
+        "tokens_per_second": meter.tokens_per_second,
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "optimizer_state_bytes": meter.memory.state if meter.memory else None,
         "peak_bytes": peak,
         "data": data.counts,
@@ -242,8 +181,24 @@ def main(argv: list[str] | None = None) -> dict:
     }
     if trainer.is_world_process_zero():
         write_json(output_dir / "results.json", results)
-    say(f"Saved in {output_dir}: the {'model' if recipe.method == 'full' else 'adapter'}, tokenizer, results.json.")
+    say(summary(results, output_dir))
     return results
+
+
+def summary(results: dict, output_dir: Path) -> str:
+    """What the run came to, for the screen."""
+    lines = []
+    for name, scores in (("before", results["before"]), ("after", results["after"])):
+        if scores:
+            exact = f", exact match {scores['correct']} of {scores['count']}" if "count" in scores else ""
+            loss = "not finite" if scores["eval_loss"] is None else f"{scores['eval_loss']:.4f}"
+            lines.append(f"{name + ' training:':17} held-out loss {loss}{exact}")
+    kind, loader = "model", "transformers.AutoModelForCausalLM"
+    if results["method"] != "full":
+        kind, loader = "adapter", "peft.AutoPeftModelForCausalLM"
+    lines.append(f"Saved in {output_dir}: the {kind}, its tokenizer and results.json. To use it:")
+    lines.append(f"  {loader}.from_pretrained({str(output_dir)!r})")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""What a run costs, what it ran on, and how its results are written."""
+
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+import foam_hf
+from foam_hf.memory import breakdown
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate", "gguf")
+
+
+class Meter(TrainerCallback):
+    """Bytes after the first optimizer step, gradients still there; time and tokens of all steps after the first."""
+
+    def __init__(self) -> None:
+        self.memory = None
+        self.seconds, self.tokens, self.steps = 0.0, 0, 0
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.began, self.seen = time.perf_counter(), state.num_input_tokens_seen
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        if self.memory is None:
+            self.memory = breakdown(model, optimizer)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.steps += 1
+        if self.steps == 2:  # the first step compiles kernels and allocates: it counts only if it is the only one
+            self.seconds, self.tokens = 0.0, 0
+        self.seconds += time.perf_counter() - self.began
+        self.tokens += state.num_input_tokens_seen - self.seen
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.tokens / self.seconds if self.seconds else None
+
+    def peak_by_kind(self) -> dict[str, int] | None:
+        """Bytes at the peak since the counter was reset, of this process; None without CUDA."""
+        if self.memory is None or self.memory.peak is None:
+            return None
+        kinds = {
+            "weights": self.memory.weights,
+            "gradients": self.memory.gradients,
+            "optimizer_state": self.memory.state,
+        }
+        peak = torch.cuda.max_memory_allocated()
+        return {"total": peak, **kinds, "rest": peak - sum(kinds.values())}
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for the loss of a run that diverged: JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version(), "foam_hf": foam_hf.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write the whole file or leave what was there: a temporary neighbour, then one rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=1, allow_nan=False, ensure_ascii=False)
+            stream.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
