@@ -136,9 +136,8 @@ def _foam_state(
     options.pop("gradient_release", None)
     if "state_dtype" in options:
         options["state_dtype"] = getattr(torch, options["state_dtype"])
-    groups = foam_param_groups(
-        model, target_modules=target_modules, fold_embeddings=options.pop("fold_embeddings", False)
-    )
+    wider = {name: options.pop(name, False) for name in ("fold_embeddings", "fold_head")}
+    groups = foam_param_groups(model, target_modules=target_modules, **wider)
     return expected_state_bytes(FOAM(groups, **options).param_groups)  # a FOAM checks every value
 
 

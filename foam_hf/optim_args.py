@@ -38,6 +38,7 @@ _OPTIM_ARGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "stochastic_rounding": (_one_of(auto="auto", true=True, false=False), "auto, true or false"),
     "state_dtype": (lambda text: _dtype(text.removeprefix("torch.")), "float32 or bfloat16"),
     "fold_embeddings": (_one_of(true=True, false=False), "true or false"),
+    "fold_head": (_one_of(true=True, false=False), "true or false"),
     "gradient_release": (_one_of(true=True, false=False), "true or false"),
     "seed": (lambda text: int(_in_range(int(text), 0, 2**64 - 1)), "an integer from 0 to 2**64 - 1"),
 }
@@ -70,7 +71,7 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
     Returns:
         Only the keys that were given, typed: `level` (int or "row"), `scale` and `residual_scale` (float),
         `second_moment` (str), `stochastic_rounding` ("auto" or bool), `state_dtype` ("float32" or "bfloat16"),
-        `fold_embeddings` and `gradient_release` (bool), `seed` (int).
+        `fold_embeddings`, `fold_head` and `gradient_release` (bool), `seed` (int).
 
     Raises:
         ValueError: unknown or repeated key, missing "=", empty piece, or a value that is ill-typed or out of range.

@@ -29,6 +29,7 @@ def foam_param_groups(
     weight_decay: float = 0.0,
     target_modules: str | list[str] | None = None,
     fold_embeddings: bool = False,
+    fold_head: bool = False,
     decay_parameter_names: Collection[str] | None = None,
     **folded_options: Any,
 ) -> list[dict[str, Any]]:
@@ -47,6 +48,8 @@ def foam_param_groups(
             `nn.Linear` and transformers `Conv1D`. Names are those of `model.named_modules()`. A weight that would not
             fold without it does not fold with it either; a list entry that matches none that folds is warned about.
         fold_embeddings: fold embeddings too, whatever `target_modules` says; `modules_to_save` copies stay plain.
+        fold_head: fold an LM head that is a weight of its own too, likewise; one that is tied is an embedding. A model
+            without such a head is warned about.
         decay_parameter_names: names, as in `model.named_parameters()`, that get weight decay. Default: the rule of
             `Trainer.get_decay_parameter_names`, all but biases and norms.
         **folded_options: fields of the folded groups: `level`, `scale`, `second_moment`, `residual_scale`,
@@ -65,6 +68,7 @@ def foam_param_groups(
         model,
         target_modules=target_modules,
         fold_embeddings=fold_embeddings,
+        fold_head=fold_head,
         decay_parameter_names=decay_parameter_names,
     )
     _check_weight_decay(weight_decay)
@@ -88,6 +92,7 @@ def foam_parameter_names(
     *,
     target_modules: str | list[str] | None = None,
     fold_embeddings: bool = False,
+    fold_head: bool = False,
     decay_parameter_names: Collection[str] | None = None,
 ) -> dict[str, list[str]]:
     """Parameter names by group: "folded/decay", "folded/no_decay", "plain/decay", "plain/no_decay".
@@ -98,8 +103,9 @@ def foam_parameter_names(
         raise TypeError(f"model is not a torch.nn.Module, got {type(model).__name__}; expected the model to train")
     if isinstance(decay_parameter_names, str):
         raise TypeError(f"decay_parameter_names is one string, got {decay_parameter_names!r}; expected a list or set")
-    if not isinstance(fold_embeddings, bool):
-        raise TypeError(f"fold_embeddings is not a bool, got {fold_embeddings!r}; expected True or False")
+    for option, value in (("fold_embeddings", fold_embeddings), ("fold_head", fold_head)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{option} is not a bool, got {value!r}; expected True or False")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         frozen = sum(1 for _ in model.parameters())
@@ -107,11 +113,13 @@ def foam_parameter_names(
             f"the model has no trainable parameter, got {type(model).__name__} with {frozen} frozen ones; "
             "expected at least one with requires_grad=True"
         )
-    folded, embeddings = _foldable(model, trainable)
+    folded, embeddings, heads = _foldable(model, trainable)
+    if fold_head and not heads:
+        logger.warning("fold_head: %s has no trainable LM head of its own, so none folds", type(model).__name__)
+    wider = (embeddings if fold_embeddings else set()) | (heads if fold_head else set())
     if target_modules is not None:
-        folded = _narrow(model, folded, embeddings if fold_embeddings else set(), target_modules)
-    if fold_embeddings:
-        folded = folded | embeddings
+        folded = _narrow(model, folded, wider, target_modules)
+    folded = folded | wider
     decay = set(_decay_parameter_names(model) if decay_parameter_names is None else decay_parameter_names)
     groups: dict[str, list[str]] = {
         f"{kind}/{rule}": [] for kind in ("folded", "plain") for rule in ("decay", "no_decay")
@@ -122,17 +130,17 @@ def foam_parameter_names(
     return {group: members for group, members in groups.items() if members}
 
 
-def _foldable(model: nn.Module, trainable: Mapping[str, Tensor]) -> tuple[set[int], set[int]]:
-    """Ids of the trainable parameters that fold by default, and of the embeddings that fold on request."""
+def _foldable(model: nn.Module, trainable: Mapping[str, Tensor]) -> tuple[set[int], set[int], set[int]]:
+    """Ids of the trainable parameters that fold by default, and of the embeddings and LM heads that do on request."""
     base, heads = _base_model_and_heads(model)
-    inside = {id(p) for p in base.parameters()}
+    inside = {id(p) for p in base.parameters()} | heads
     embeddings = {
         id(p)
         for module in model.modules()
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
         for p in module.parameters()
     }
-    folded, foldable_embeddings = set(), set()
+    folded, foldable_embeddings, foldable_heads = set(), set(), set()
     for name, p in trainable.items():
         parts = name.split(".")
         if p.dim() < 2 or id(p) not in inside or "modules_to_save" in parts:
@@ -140,9 +148,11 @@ def _foldable(model: nn.Module, trainable: Mapping[str, Tensor]) -> tuple[set[in
         # An embedding that also serves as LM head is an embedding.
         if id(p) in embeddings or any(part.startswith(_PEFT_EMBEDDINGS) for part in parts):
             foldable_embeddings.add(id(p))
-        elif id(p) not in heads:
+        elif id(p) in heads:
+            foldable_heads.add(id(p))
+        else:
             folded.add(id(p))
-    return folded, foldable_embeddings
+    return folded, foldable_embeddings, foldable_heads
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -280,7 +290,8 @@ def _check_weight_decay(weight_decay: Any) -> None:
 def _check_folded_options(options: dict[str, Any]) -> None:
     for key in options:
         if key not in FOLDED_OPTIONS:
-            legal = (*FOLDED_OPTIONS, "weight_decay", "target_modules", "fold_embeddings", "decay_parameter_names")
+            own = ("weight_decay", "target_modules", "fold_embeddings", "fold_head", "decay_parameter_names")
+            legal = (*FOLDED_OPTIONS, *own)
             near = difflib.get_close_matches(key, legal, n=1, cutoff=0.0)[0]
             raise TypeError(
                 f"unknown option, got {key}={options[key]!r}; did you mean {near!r}? expected one of "

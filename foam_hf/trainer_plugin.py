@@ -151,6 +151,7 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
         weight_decay=args.weight_decay,
         target_modules=args.optim_target_modules,
         fold_embeddings=options.pop("fold_embeddings", False),
+        fold_head=options.pop("fold_head", False),
         decay_parameter_names=_decay_parameter_names(model, trainer),
     )
     kwargs = {
@@ -280,7 +281,7 @@ def _description(args: Any) -> str:
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     signature = inspect.signature(FOAM).parameters.values()
     effective = {p.name: p.default for p in signature if p.kind is keyword_only}
-    effective |= {"fold_embeddings": False, **_options(args)}
+    effective |= {"fold_embeddings": False, "fold_head": False, **_options(args)}
     if _releases_gradients(args):
         effective["gradient_release"] = True
     if args.optim_target_modules is not None:

@@ -31,6 +31,7 @@ FOAM_ARGS = [
     "level=8,second_moment=factored",
     "level=row,state_dtype=bfloat16",
     "fold_embeddings=true",
+    "fold_head=true,fold_embeddings=true",
     "level=2,second_moment=factored,fold_embeddings=true,state_dtype=bfloat16",
 ]
 

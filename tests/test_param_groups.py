@@ -276,6 +276,15 @@ def test_lm_head_inside_the_base_model_stays_plain_and_a_tied_one_is_an_embeddin
     assert "model.embed_tokens.weight" in folded_names(qwen, fold_embeddings=True)
 
 
+def test_fold_head_widens_by_an_lm_head_of_its_own(kind, caplog):
+    model = tiny_models.BUILDERS[kind]()
+    with caplog.at_level("WARNING", "foam_hf"):
+        more = folded_names(model, fold_head=True) - folded_names(model)
+    assert more == ({"lm_head.weight"} if kind in ("llama", "mixtral", "t5") else set())
+    warned = f"fold_head: {type(model).__name__} has no trainable LM head of its own" in caplog.text
+    assert warned == (not more)
+
+
 def test_fold_embeddings_widens(kind):
     model = tiny_models.BUILDERS[kind]()
     expected = {
@@ -406,6 +415,7 @@ def test_a_list_entry_without_a_match_is_warned_about(caplog):
         ({"target_modules": ["a", 3]}, TypeError, "target_modules is neither"),
         ({"target_modules": "*proj"}, ValueError, r"not a valid regular expression .* got '\*proj'"),
         ({"fold_embeddings": "false"}, TypeError, "fold_embeddings is not a bool, got 'false'"),
+        ({"fold_head": 1}, TypeError, "fold_head is not a bool, got 1"),
         ({"decay_parameter_names": "mixing"}, TypeError, "decay_parameter_names is one string"),
     ],
 )

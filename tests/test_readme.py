@@ -174,7 +174,7 @@ def test_table_of_options_is_that_of_optim_args_and_foam():
             assert parse_optim_args(f"{key}={value}").keys() == {key}
         if key == "seed":
             assert "seed" in default
-        elif key in ("fold_embeddings", "gradient_release"):
+        elif key in ("fold_embeddings", "fold_head", "gradient_release"):
             assert default == "false"
         else:
             assert default == str(defaults[key]).removeprefix("torch.")

@@ -24,7 +24,7 @@ from transformers.training_args import OptimizerNames
 import foam_hf
 from foam_hf import FOAM, trainer_plugin
 from foam_hf.callback import OptimizerMemoryCallback
-from tests.tiny_models import classification_data, tiny_roberta
+from tests.tiny_models import classification_data, tiny_llama, tiny_roberta
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -215,6 +215,8 @@ def test_embeddings_and_target_modules_are_handed_on(tmp_path: Path) -> None:
         return sum(p.numel() for group in kwargs["params"] if group.get("level") != 0 for p in group["params"])
 
     assert folded(optim_args="fold_embeddings=true") > folded() > folded(optim_target_modules=["query"]) > 0
+    _, kwargs = Trainer.get_optimizer_cls_and_kwargs(make_args(tmp_path, optim_args="fold_head=true"), tiny_llama())
+    assert [p.shape for group in kwargs["params"] if group.get("level") != 0 for p in group["params"]][-1] == (64, 32)
     with pytest.raises(ValueError, match="no_such_module"):
         folded(optim_target_modules=["no_such_module"])
 
