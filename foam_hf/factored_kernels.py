@@ -1,8 +1,8 @@
 """The factored rule as Triton kernels: one pass over weights and gradients, and two small ones over the means.
 
 ``V`` of an element needs the mean of its matrix's row means first, and new row and column means afterwards. A program
-of the big pass walks down a stripe of ``S`` rows of one segment of ``C`` columns, and leaves the sums of squares of
-its rows and columns in buffers that the last pass adds up in a fixed order: equal inputs give equal bits.
+of the big pass walks down a stripe of ``S`` rows of ``R`` adjacent segments of ``C`` columns, and leaves the sums of
+squares of its rows and columns in buffers that the last pass adds up in a fixed order: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from foam_hf.kernels import (
-    TILE_ELEMENTS,
     TRITON_DTYPES,
-    WARP_ELEMENTS,
     AddressTable,
     Entry,
     Geometry,
     device_of,
+    numbers,
     owner_table,
     random_bits,
     random_bits_at,
@@ -31,6 +30,9 @@ from foam_hf.kernels import (
 from foam_hf.update import Hyper
 
 STRIPE = 128  # S, rows of a program of the big pass
+ROW_ELEMENTS = 1024  # R * C: a program reads a stretch of a row that is long enough for the memory's pages
+THREAD_ELEMENTS = 8
+REGISTERS = 64  # of a thread: more programs at a time hide more of the memory's latency
 LANES = tl.constexpr(256)  # means of a program of the small passes
 # weight, gradient, first moment, row means, column means; rows, columns, matrices, stream; where its row sums, column
 # sums and means of row means begin in the buffers
@@ -53,6 +55,15 @@ def _mean_kernel(table, owner, means, S_DTYPE: tl.constexpr):
     tl.store(means + tl.load(entry + 11) + matrix, tl.sum(total, 0) / rows)
 
 
+@triton.jit
+def _load_row(base, offset, column, mask, ALIGNED: tl.constexpr):
+    """Columns of the row that begins at ``offset``."""
+    pointers = base + offset + column
+    if ALIGNED:  # the compiler cannot see through a table of addresses that eight columns are one 16-byte access
+        pointers = tl.multiple_of(pointers, (1, 16))
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
 @triton.jit(do_not_specialize=["step", "seed"])
 def _update_kernel(
     table, owner, row_sums, column_sums, means, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho,
@@ -69,66 +80,74 @@ def _update_kernel(
     rows, n = tl.load(entry + 5).to(tl.int32), tl.load(entry + 6).to(tl.int32)
     stream = tl.load(entry + 8).to(tl.int32)
     per_row, stripes = tl.cdiv(n, C), tl.cdiv(rows, S)
-    part = index % per_row
-    stripe = index // per_row % stripes
-    matrix = (index // (per_row * stripes)).to(tl.int64)
+    parts = tl.cdiv(n, R * C)
+    part = index % parts
+    stripe = index // parts % stripes
+    matrix = (index // (parts * stripes)).to(tl.int64)
     scale = 1.0
     if SCALED:
         scale = 1.0 / tl.load(grad_scale)
 
-    column = part * C + tl.arange(0, C)
-    in_row = column < n
+    segment = part * R + tl.arange(0, R)
+    lane = tl.arange(0, C)[None, :]
+    column = segment[:, None] * C + lane
+    mask = column < n
     if ALIGNED:  # in units of 16 columns, so that the compiler sees that a mask never splits an access
-        in_row = part * (C // 16) + tl.arange(0, C) // 16 < n // 16
-    block = tl.arange(0, C // F)
-    first_block = part * (C // F)
-    share = 1.0 / tl.maximum(tl.minimum(n - (first_block + block) * F, F), 1).to(tl.float32)
+        mask = segment[:, None] * (C // 16) + lane // 16 < n // 16
+    blocks = tl.cdiv(n, F)
+    block = segment if F == C else segment[:, None] * (C // F) + tl.arange(0, C // F)[None, :]
+    m_mask = block < blocks
+    share = 1.0 / tl.maximum(tl.minimum(n - block * F, F), 1).to(tl.float32)
     # Where no gradient has ever been, mean(r) is zero, and V must be zero, not 0/0.
     mean = tl.maximum(tl.load(means + tl.load(entry + 11) + matrix), 1.1754943508222875e-38)
-    c = tl.load(column_mean + matrix * n + column, mask=in_row, other=0.0).to(tl.float32) * (b2 * inv_c2)
+    c = tl.load(column_mean + matrix * n + column, mask=mask, other=0.0).to(tl.float32) * (b2 * inv_c2)
+    row_sums += tl.load(entry + 9) + segment
     total = tl.zeros((R, C), tl.float32)
-    for start in range(0, S, R):
-        row = stripe * S + start + tl.arange(0, R)
-        here = row < rows
-        whole_row = matrix * rows + row
-        offset = whole_row[:, None] * n + column[None, :]
-        mask = here[:, None] & in_row[None, :]
-        w_at, g_at = W + offset, G + offset
-        if ALIGNED:
-            w_at, g_at = tl.multiple_of(w_at, (1, 16)), tl.multiple_of(g_at, (1, 16))
-        m_row = whole_row if F == C else whole_row[:, None]
-        m_at = m_row * tl.cdiv(n, F) + (first_block if F == C else (first_block + block)[None, :])
-        m_mask = here if F == C else here[:, None] & ((first_block + block)[None, :] * F < n)
-        w = tl.load(w_at, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(g_at, mask=mask, other=0.0).to(tl.float32) * scale
-        m = tl.load(M + m_at, mask=m_mask, other=0.0).to(tl.float32)
-        r = tl.load(row_mean + whole_row, mask=here, other=0.0).to(tl.float32) / mean
+    first = stripe * S
+    count = tl.minimum(rows - first, S)
+    row = matrix * rows + first
+    # The next row is on its way while one is computed; behind the last, that one again.
+    next_w = _load_row(W, row * n, column, mask, ALIGNED)
+    next_g = _load_row(G, row * n, column, mask, ALIGNED)
+    next_m = tl.load(M + row * blocks + block, mask=m_mask, other=0.0)
+    next_r = tl.load(row_mean + row)
+    i = 0
+    while i < count:  # Triton's interpreter takes no loaded value as the bound of a range
+        w, g = next_w.to(tl.float32), next_g.to(tl.float32) * scale
+        m, r = next_m.to(tl.float32), next_r.to(tl.float32) / mean
+        following = row + tl.minimum(count - 1 - i, 1)
+        next_w = _load_row(W, following * n, column, mask, ALIGNED)
+        next_g = _load_row(G, following * n, column, mask, ALIGNED)
+        next_m = tl.load(M + following * blocks + block, mask=m_mask, other=0.0)
+        next_r = tl.load(row_mean + following)
         gg = g * g
         total += gg
-        tl.store(row_sums + tl.load(entry + 9) + whole_row * per_row + part, tl.sum(gg, 1), mask=here)
+        tl.store(row_sums + row * per_row, tl.sum(gg, 1), mask=segment < per_row)
 
         if F == 1:
             block_mean = g
         elif F == C:
-            block_mean = tl.sum(g, 1) * tl.sum(share, 0)
+            block_mean = tl.sum(g, 1) * share
         else:
-            block_mean = tl.sum(tl.reshape(g, (R, C // F, F)), 2) * share[None, :]
+            block_mean = tl.sum(tl.reshape(g, (R, C // F, F)), 2) * share
         m += (1 - b1) * (block_mean - m)
-        denominator = tl.sqrt(r[:, None] * c[None, :] + (1 - b2) * inv_c2 * gg) + eps
+        denominator = tl.sqrt(r * c + (1 - b2) * inv_c2 * gg) + eps
         numerator = unfold(m * inv_c1 - rho * block_mean, R, C, F) + rho * g
         w = w * decay - step_size * (numerator / denominator)
 
         w_bits, m_bits = 0, 0
         if STOCHASTIC and W_DTYPE is tl.bfloat16:
-            w_bits = random_bits(seed, step, 4 * stream, (whole_row * tl.cdiv(n, 8) + part * (C // 8))[:, None], R, C)
+            w_bits = random_bits(seed, step, 4 * stream, row * tl.cdiv(n, 8) + segment[:, None] * (C // 8), R, C)
         if STOCHASTIC and S_DTYPE is tl.bfloat16:
-            width = tl.cdiv(n, F)
-            m_bits = random_bits_at(seed, step, 4 * stream + 1, m_row, m_at - m_row * width, width)
-        store(w_at, w, w_bits, mask, W_DTYPE, STOCHASTIC)
-        store(M + m_at, m, m_bits, m_mask, S_DTYPE, STOCHASTIC)
-    tl.store(
-        column_sums + tl.load(entry + 10) + (matrix * stripes + stripe) * n + column, tl.sum(total, 0), mask=in_row
-    )
+            m_bits = random_bits_at(seed, step, 4 * stream + 1, row + block * 0, block, blocks)
+        pointers = W + row * n + column
+        if ALIGNED:
+            pointers = tl.multiple_of(pointers, (1, 16))
+        store(pointers, w, w_bits, mask, W_DTYPE, STOCHASTIC)
+        store(M + row * blocks + block, m, m_bits, m_mask, S_DTYPE, STOCHASTIC)
+        row += 1
+        i += 1
+    tl.store(column_sums + tl.load(entry + 10) + (matrix * stripes + stripe) * n + column, total, mask=mask)
 
 
 @triton.jit(do_not_specialize=["step", "seed"])
@@ -178,22 +197,29 @@ class FactoredLaunch(AddressTable):
     """The tables and buffers of the factored rule for tensors of one geometry, and their three launches."""
 
     def __init__(self, geometry: Geometry, entries: list[Entry]) -> None:
-        self.segments = max(1, TILE_ELEMENTS // geometry.columns)  # R
-        self.stripe = max(STRIPE, self.segments)  # S
+        tallest, widest = (max(entry.weight.shape[k] for entry in entries) for k in (-2, -1))
+        width = min(max(ROW_ELEMENTS, geometry.columns), triton.next_power_of_2(widest))
+        self.segments = max(1, width // geometry.columns)  # R
+        self.stripe = min(STRIPE, triton.next_power_of_2(tallest))  # S
         table = numpy.empty((len(entries), _FIELDS.value), dtype=numpy.int64)
         counts: list[tuple[int, int, int]] = []  # programs of the three passes
         sizes = numpy.zeros(3, dtype=numpy.int64)  # of the buffers
         for i, entry in enumerate(entries):
             rows, n = entry.weight.shape[-2:]
             matrices = entry.weight.numel() // (rows * n)
-            parts, stripes = -(-n // geometry.columns), -(-rows // self.stripe)
+            segments, stripes = -(-n // geometry.columns), -(-rows // self.stripe)
+            parts = -(-segments // self.segments)
             table[i] = (*(x.data_ptr() for x in entry.tensors), rows, n, matrices, entry.stream, *sizes)
-            sizes += (matrices * rows * parts, matrices * stripes * n, matrices)
+            sizes += (matrices * rows * segments, matrices * stripes * n, matrices)
             lanes = LANES.value
             counts.append(
                 (matrices, matrices * stripes * parts, -(-matrices * rows // lanes) - (-matrices * n // lanes))
             )
         super().__init__(geometry, entries, table)
+        self.warps = max(1, min(32, self.segments * geometry.columns // (32 * THREAD_ELEMENTS)))
+        # A limit that only NVIDIA's backend knows.
+        limited = geometry.device.type == "cuda" and torch.version.cuda and self.warps <= 8
+        self.options = {"maxnreg": REGISTERS} if limited else {}
         self.owners = [upload(owner_table([count[k] for count in counts]), geometry.device) for k in range(3)]
         self.buffers = [torch.empty(size, dtype=torch.float32, device=geometry.device) for size in sizes.tolist()]
 
@@ -202,25 +228,24 @@ class FactoredLaunch(AddressTable):
         row_sums, column_sums, means = self.buffers
         before, update, after = self.owners
         state, stochastic = TRITON_DTYPES[g.state], h.stochastic
+        scale = self.scale(grad_scale)
         with device_of(g.device):
-            _mean_kernel[(len(before),)](self.table, before, means, state)
-            _update_kernel[(len(update),)](
-                self.table, update, row_sums, column_sums, means, h.step, h.seed, h.lr * h.scale,
-                1 - h.lr * h.weight_decay, h.b1, h.b2, 1 / h.c1, 1 / h.c2, h.eps, h.rho,
-                self.table if grad_scale is None else grad_scale, TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad],
-                state, g.width, self.segments, g.columns, self.stripe, g.aligned, stochastic, grad_scale is not None,
-                num_warps=max(1, min(32, g.columns * self.segments // WARP_ELEMENTS)),
-            )  # fmt: skip
-            _means_kernel[(len(after),)](
-                self.table,
-                after,
-                row_sums,
-                column_sums,
-                h.step,
-                h.seed,
-                h.b2,
-                state,
-                g.columns,
-                self.stripe,
-                stochastic,
+            self.launch(_mean_kernel, len(before), (self.table, before, means), (state,), num_warps=4)
+            self.launch(
+                _update_kernel,
+                len(update),
+                (self.table, update, row_sums, column_sums, means, h.step, h.seed, *numbers(h), scale),
+                (
+                    *(TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments, g.columns),
+                    *(self.stripe, g.aligned, stochastic, grad_scale is not None),
+                ),
+                num_warps=self.warps,
+                **self.options,
+            )
+            self.launch(
+                _means_kernel,
+                len(after),
+                (self.table, after, row_sums, column_sums, h.step, h.seed, float(h.b2)),
+                (state, g.columns, self.stripe, stochastic),
+                num_warps=4,
             )

@@ -11,7 +11,6 @@ every mean is inside a tile. Plain parameters are the block rule at ``F = 1``, w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
 
 MAX_COLUMNS = 32768  # a tile of more columns would not fit the registers of a program
 TILE_ELEMENTS, WARP_ELEMENTS = 2048, 512
+# Since then a compiled kernel takes every argument of its function, the constants too.
+DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 _FIELDS = 7  # weight, gradient, first moment, second moment, rows, columns, stream: one row of the table
 _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 
@@ -238,14 +239,39 @@ class AddressTable:
 
     def __init__(self, geometry: Geometry, entries: list[Entry], table: numpy.ndarray) -> None:
         self.geometry = geometry
-        self._streams = [entry.stream for entry in entries]
-        self._host = table
-        self.table = upload(table, geometry.device)
+        self.streams = numpy.array([entry.stream for entry in entries])
+        self._host = torch.from_numpy(table)
+        self.table = self._host.to(geometry.device)
+        self._compiled: dict[Any, Any] = {}
 
-    def move_gradients(self, addresses: Sequence[int] | Mapping[int, int]) -> None:
-        """Point to gradients of the same kind elsewhere; ``addresses`` has one for each parameter, by its stream."""
-        self._host[:, 1] = [addresses[stream] for stream in self._streams]
-        self.table = upload(self._host, self.geometry.device)
+    def move_gradients(self, addresses: numpy.ndarray) -> None:
+        """Point to gradients of the same kind elsewhere; ``addresses`` has one for each of ``streams``."""
+        self._host[:, 1] = torch.from_numpy(addresses)
+        # The driver has read pageable memory when the call returns: no buffer to keep, and nothing waits for the GPU.
+        self.table.copy_(self._host, non_blocking=True)
+
+    def launch(
+        self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], **options: int
+    ) -> None:
+        """Launch ``kernel``, whose parameters are ``arguments`` (tensors, integers, floats) and ``constants``.
+
+        Triton inspects all of them to find what it has compiled, which takes the host as long as the GPU takes for a
+        small model. After the first time that is left out: nothing that it looks at changes from step to step.
+        """
+        sizes = tuple(x.bit_length() // 32 for x in arguments if type(x) is int)  # seeds are int32, int64 or uint64
+        key = (kernel, constants, sizes)
+        if key in self._compiled:
+            self._compiled[key][programs, 1, 1](*arguments, *constants)
+            return
+        compiled = kernel[programs, 1, 1](*arguments, *constants, **options)
+        if DIRECT_LAUNCH and compiled is not None:  # None from Triton's interpreter
+            self._compiled[key] = compiled
+
+    def scale(self, grad_scale: Tensor | None) -> Tensor:
+        """The loss's scale as a kernel takes it, aligned as a tensor of its own is; without one, any: it is unread."""
+        if grad_scale is None:
+            return self.table
+        return grad_scale.clone() if grad_scale.data_ptr() % 16 else grad_scale
 
 
 class Launch(AddressTable):
@@ -266,37 +292,24 @@ class Launch(AddressTable):
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None) -> None:
         g = self.geometry
+        state = TRITON_DTYPES[g.state]
         with device_of(g.device):
-            self._launch(g, h, grad_scale)
+            self.launch(
+                _update_kernel,
+                self.programs,
+                (self.table, self.owner, h.step, h.seed, *numbers(h), self.scale(grad_scale)),
+                (
+                    *(_FIELDS, TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments),
+                    *(g.columns, g.even, g.aligned, h.stochastic, grad_scale is not None),
+                ),
+                num_warps=max(1, min(32, g.columns * self.segments // WARP_ELEMENTS)),
+            )
 
-    def _launch(self, g: Geometry, h: Hyper, grad_scale: Tensor | None) -> None:
-        _update_kernel[(self.programs,)](
-            self.table,
-            self.owner,
-            h.step,
-            h.seed,
-            h.lr * h.scale,
-            1 - h.lr * h.weight_decay,
-            h.b1,
-            h.b2,
-            1 / h.c1,
-            1 / h.c2,
-            h.eps,
-            h.rho,
-            self.table if grad_scale is None else grad_scale,
-            FIELDS=_FIELDS,
-            W_DTYPE=TRITON_DTYPES[g.weight],
-            G_DTYPE=TRITON_DTYPES[g.grad],
-            S_DTYPE=TRITON_DTYPES[g.state],
-            F=g.width,
-            R=self.segments,
-            C=g.columns,
-            EVEN=g.even,
-            ALIGNED=g.aligned,
-            STOCHASTIC=h.stochastic,
-            SCALED=grad_scale is not None,
-            num_warps=max(1, min(32, g.columns * self.segments // WARP_ELEMENTS)),
-        )
+
+def numbers(h: Hyper) -> tuple[float, ...]:
+    """A step's hyperparameters as the kernels take them, all of them floats whatever the user wrote."""
+    step_size, decay = h.lr * h.scale, 1 - h.lr * h.weight_decay
+    return tuple(map(float, (step_size, decay, h.b1, h.b2, 1 / h.c1, 1 / h.c2, h.eps, h.rho)))
 
 
 def make_launches(members: list[Member]) -> tuple[list[tuple[Member, Launch | FactoredLaunch]], list[Member]]:
@@ -334,6 +347,4 @@ def device_of(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def upload(x: numpy.ndarray, device: torch.device) -> Tensor:
-    host = torch.from_numpy(x)
-    # Pinned memory makes the copy asynchronous; its allocator keeps the buffer until the copy is done.
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    return torch.from_numpy(x).to(device)

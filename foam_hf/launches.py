@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -61,9 +62,10 @@ class StepPlan:
         self._params = [member.p for mine in members for member in mine]
         self._all_params = [p for group in groups for p in group["params"]]
         self._all_states = list(state.values())
-        self._moments = [(known, name) for known in self._states for name in known if isinstance(known[name], Tensor)]
+        moments = [(known, name) for known in self._states for name in known if isinstance(known[name], Tensor)]
+        self._holders, self._names = [known for known, _ in moments], [name for _, name in moments]
         self._rules = _rules(groups)
-        self._grad_addresses, self._grad_kinds = _gradients(groups)
+        self._grad_kinds, self._grads = _gradients(self._all_params)
         self._addresses = self._current_addresses()
 
     def _add(self, group: dict[str, Any], members: list[Member]) -> None:
@@ -81,19 +83,23 @@ class StepPlan:
         """Whether the plan still serves: nothing has moved but gradients, which it then follows."""
         if not self._launches:
             return False
-        addresses, kinds = _gradients(groups)
+        params = [p for group in groups for p in group["params"]]
         if not (
-            _same([p for group in groups for p in group["params"]], self._all_params)
+            _same(params, self._all_params)
             and _same(list(state.values()), self._all_states)
             and _rules(groups) == self._rules
-            and kinds == self._grad_kinds
             and self._current_addresses() == self._addresses
         ):
             return False
-        if addresses != self._grad_addresses:
-            self._grad_addresses = addresses
+        kinds, addresses = _gradients(params)
+        if kinds != self._grad_kinds:
+            return False
+        if not numpy.array_equal(addresses, self._grads):
+            if ((addresses ^ self._grads) % 16).any():  # the kernels were compiled for another alignment
+                return False
+            self._grads = addresses
             for _, _, launch in self._launches:
-                launch.move_gradients(addresses)
+                launch.move_gradients(addresses[launch.streams])
         return True
 
     def run(self, hyper: Callable[[dict[str, Any], Member], Hyper], grad_scale: Tensor | None) -> None:
@@ -104,13 +110,15 @@ class StepPlan:
             state["step"] += 1
         for group, member, launch in self._launches:
             launch.run(hyper(group, member), grad_scale)
+        if self._launches:  # autograd cannot see that a kernel wrote the weights
+            torch.autograd.graph.increment_version(self._params)
         for group, member in self._rest:
             _update_plainly(member, hyper(group, member), grad_scale)
 
     def _current_addresses(self) -> list[int]:
         # What a kernel was told the address of must still be there when it runs again.
-        moments = [known[name].data_ptr() for known, name in self._moments]
-        return [*map(Tensor.data_ptr, self._params), *moments]
+        moments = map(operator.getitem, self._holders, self._names)
+        return [*map(Tensor.data_ptr, self._params), *map(Tensor.data_ptr, moments)]
 
 
 class ParameterPlan:
@@ -139,7 +147,7 @@ class ParameterPlan:
             return False
         if address != self._gradient:
             self._gradient = address
-            self._launch.move_gradients({member.stream: address})
+            self._launch.move_gradients(numpy.array([address]))
         return True
 
     def run(self, hyper: Callable[[Member], Hyper], grad_scale: Tensor | None) -> None:
@@ -167,7 +175,7 @@ def _update_plainly(member: Member, h: Hyper, grad_scale: Tensor | None) -> None
 
 
 def _refuse_capture() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "FOAM's update cannot be captured in a CUDA graph: the learning rate and the step count it was captured "
             "with would never change; expected a capture of forward and backward only, and step() after its replay"
@@ -188,11 +196,22 @@ def _rules(groups: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
     return [(group["level"], group["second_moment"]) for group in groups]
 
 
-def _gradients(groups: list[dict[str, Any]]) -> tuple[list[int], list[Any]]:
-    """Address of every parameter's gradient, 0 for none, and all else of it that a launch depends on."""
-    grads = [p.grad for group in groups for p in group["params"]]
-    kinds = [
-        None if g is None else (g.dtype, g.is_contiguous() if g.layout is torch.strided else g.layout) for g in grads
-    ]
-    addresses = [0 if g is None or g.layout is not torch.strided else g.data_ptr() for g in grads]
-    return addresses, [kinds, [address % 16 for address in addresses]]
+def _gradients(params: list[Tensor]) -> tuple[list[Any], numpy.ndarray]:
+    """Every parameter's gradient: what a launch is compiled for, and its address, 0 for none or a sparse one.
+
+    It runs in every step, over hundreds of small tensors, hence the passes without a line of Python for each.
+    """
+    grads = [p.grad for p in params]
+    missing = [grad is None for grad in grads]
+    present = [grad for grad in grads if grad is not None]
+    dtypes = [grad.dtype for grad in present]
+    try:
+        contiguous = list(map(Tensor.is_contiguous, present))
+        found = list(map(Tensor.data_ptr, present))
+    except RuntimeError:  # a sparse gradient has neither
+        return [missing, dtypes, [grad.layout for grad in present]], numpy.zeros(len(params), dtype=numpy.int64)
+    if len(found) == len(params):
+        return [missing, dtypes, contiguous], numpy.array(found, dtype=numpy.int64)
+    addresses = numpy.zeros(len(params), dtype=numpy.int64)
+    addresses[~numpy.array(missing)] = found
+    return [missing, dtypes, contiguous], addresses
