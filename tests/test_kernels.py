@@ -63,9 +63,10 @@ def test_kernel_follows_the_float64_reference(monkeypatch, dtype, second_moment,
         assert_within(trained[i].detach().cpu().float(), reference.weight, case)
 
 
-def test_a_matrix_of_several_stripes_follows_the_float64_reference(monkeypatch):
+@pytest.mark.parametrize("shape", [(20, 272), (9, 1300), (2, 5, 2064)])
+def test_matrices_of_several_programs_follow_the_float64_reference(monkeypatch, shape):
     monkeypatch.setattr(factored_kernels, "STRIPE", 8)
-    weight, gradients = drawn(torch.float32, steps=2, shapes=[(20, 272)])
+    weight, gradients = drawn(torch.float32, steps=2, shapes=[shape])
     trained, _ = train(monkeypatch, "triton", weight, gradients, level=3, second_moment="factored")
     reference = Reference(weight[0].cpu(), lr=0.01, weight_decay=0.1, level=3, second_moment="factored")
     for step in gradients:
@@ -220,6 +221,29 @@ def test_moved_gradients_keep_the_plan(monkeypatch, second_moment):
     plain, _ = train(monkeypatch, "reference", weights, gradients, level=3, second_moment=second_moment)
     for p, q in zip(params, plain, strict=True):
         assert_within(p, q, "five steps against float64, float32 weights")
+
+
+def test_a_gradient_of_another_alignment_is_followed(monkeypatch):
+    monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
+    weight, (first, second) = drawn(torch.float32, steps=2, shapes=[(3, 512)])
+    p = torch.nn.Parameter(weight[0].clone())
+    optimizer = FOAM([p], lr=0.01, weight_decay=0.1, level=3)
+    room = torch.empty(3 * 512 + 1, device=DEVICE)
+    for grad, offset in ((first[0], 0), (second[0], 1)):
+        p.grad = room[offset : offset + grad.numel()].view_as(grad).copy_(grad)
+        optimizer.step()
+    plain, _ = train(monkeypatch, "reference", weight, [first, second], level=3)
+    assert_within(p, plain[0], "five steps against float64, float32 weights")
+
+
+def test_a_backward_pass_that_needs_the_weight_before_the_step_fails(monkeypatch):
+    monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
+    p = torch.nn.Parameter(torch.ones(2, 16, device=DEVICE))
+    loss = p.square().sum()
+    p.grad = torch.ones_like(p)
+    FOAM([p]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_one_group_of_equal_geometry_is_one_launch():
