@@ -1,15 +1,14 @@
 """How an INT8 weight takes an update: in code space, where a step far below one code is kept on average.
 
-With ``d = delta / scale`` and a dither ``v`` uniform in (-1/2, 1/2), ``code += round(d + v)``: the new code is on
-average the old one plus ``d``, and without an update nothing changes, as ``round(v) = 0``. This is ``code += floor(d +
-u)`` with ``u = v + 1/2``, written so that float32 keeps a small ``d`` exact.
+With ``d = delta / scale`` and ``u`` uniform in (0, 1), ``code += floor(d + u)``: the new code is on average the old
+one plus ``d``, and without an update nothing changes.
 
 * A block whose new codes leave [-127, 127] gets a new scale, which gives its largest element the code 127, and its
-  elements, old values plus delta, are rounded to the new codes by the same ``v``: no code is clamped or wraps.
+  elements, old values plus delta, are rounded to the new codes with the same ``u``: no code is clamped or wraps.
 * A block whose largest new code is below 64 has its codes multiplied by a power of two, and its scale divided: that
   is exact, so keeping the resolution never costs a rounding.
 
-``v`` has 22 random bits (see ``dither``): probabilities are multiples of 2**-22, and an update of less than about
+``u`` has 22 random bits (see ``uniform``): probabilities are multiples of 2**-22, and an update of less than about
 2**-23 of a code is lost. That is no worse than float32: it loses, at half a unit in the last place, what is under
 2**-24 of the weight, which is 2**-24 of a code where the code is 1 and 2**-17 where it is 127.
 """
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from foam_hf.int8_weights import MAX_CODE, MIN_SCALE, Int8Weight, block_scale
-from foam_hf.rounding import random_bits
+from foam_hf.rounding import random_words
 
 if TYPE_CHECKING:
     from foam_hf.update import Hyper
@@ -52,38 +51,36 @@ class Int8Rows:
     def store(self, rows: range, delta: Tensor, h: Hyper) -> None:
         """Add ``delta``, float32 (rows, n)."""
         codes, scales = self.codes[rows.start : rows.stop], self.scales[rows.start : rows.stop]
-        v = dither(rows, delta.shape[-1], h, delta.device).view(codes.shape) if h.stochastic else None
-        new, new_scales = added(codes, scales, delta.view(codes.shape), v)
+        u = uniform(rows, delta.shape[-1], h, delta.device).view(codes.shape) if h.stochastic else 0.5
+        new, new_scales = added(codes, scales, delta.view(codes.shape), u)
         codes.copy_(new)
         scales.copy_(new_scales)
 
 
-def dither(rows: range, n: int, h: Hyper, device: torch.device) -> Tensor:
-    """Float32 numbers uniform in (-1/2, 1/2): odd multiples of 2**-23, minus 1/2; shape (len(rows), n).
+def uniform(rows: range, n: int, h: Hyper, device: torch.device) -> Tensor:
+    """Float32 numbers in (0, 1), odd multiples of 2**-23, for the columns ``0..n`` of ``rows``: shape (len(rows), n).
 
-    An element's 16 random bits are its leading ones, and those of its neighbour, column + 1 or - 1, lend it six more.
-    Each number is uniform by itself; neighbours depend on each other in what is below 2**-16.
+    Two columns share a random word: 22 of its bits are the number of the earlier, and 22 of the word turned by 16 bits
+    that of the later. Each is uniform by itself, and the leading 16 bits of the two are bits of their own.
     """
-    bits = random_bits(rows, n + n % 2, seed=h.seed, step=h.step, stream=4 * h.stream, device=device)
-    neighbour = bits.view(len(rows), -1, 2).flip(-1).flatten(1)
-    odd = (bits << 7).bitwise_or_(neighbour >> 9).bitwise_or_(1)[:, :n]
-    return odd.to(torch.float32).mul_(2.0**-23).sub_(0.5)
+    words = random_words(rows, n, seed=h.seed, step=h.step, stream=4 * h.stream, device=device)
+    turned = (words << 16).bitwise_or_((words >> 16).bitwise_and_(0xFFFF))
+    bits = torch.stack((words, turned), -1).flatten(1)[:, :n]
+    return bits.bitwise_and(0x7FFFFE).bitwise_or_(1).to(torch.float32).mul_(2.0**-23)
 
 
-def added(codes: Tensor, scales: Tensor, delta: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
+def added(codes: Tensor, scales: Tensor, delta: Tensor, u: Tensor | float) -> tuple[Tensor, Tensor]:
     """New codes (rows, blocks, block size), as float32 integers, and scales (rows, blocks, 1).
 
-    ``delta`` is float32, in the units of the weight; without ``v`` it is rounded to nearest.
+    ``delta`` is float32, in the units of the weight; ``u = 0.5`` rounds to nearest.
     """
-    d = delta / scales
-    new = (d if v is None else d + v).round_().add_(codes)
+    new = (delta / scales).add_(u).floor_().add_(codes)
     peak = new.abs().amax(-1, keepdim=True)
     outside = ~(peak <= MAX_CODE)  # NaN too
     if delta.device.type != "cpu" or bool(outside.any()):  # elsewhere, asking would wait for the device
         values = codes * scales + delta
         fresh = block_scale(values.abs().amax(-1, keepdim=True))
-        rounded = values / fresh
-        rounded = (rounded if v is None else rounded + v).round_().clamp_(-MAX_CODE, MAX_CODE).nan_to_num_(0.0)
+        rounded = (values / fresh).add_(u).floor_().clamp_(-MAX_CODE, MAX_CODE).nan_to_num_(0.0)
         new, scales = torch.where(outside, rounded, new), torch.where(outside, fresh, scales)
         peak = torch.where(outside, float(MAX_CODE), peak)
     factor = (1 << (7 - torch.frexp(peak)[1])).float()  # the power of two that brings the peak into [64, 127]

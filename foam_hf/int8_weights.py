@@ -170,7 +170,15 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """``codes * scales``, computed in float32 and rounded to ``dtype`` (to nearest)."""
     if torch.compiler.is_compiling():  # one kernel of the compiler's own
         return (codes.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2).to(dtype)
+    from foam_hf.launches import use_kernels
+
     result = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    if codes.numel() and use_kernels(codes.device):
+        from foam_hf.int8_kernels import dequantize_into, fits_kernels
+
+        if fits_kernels(codes.shape[-1] // scales.shape[-1]):
+            dequantize_into(result, codes, scales)
+            return result
     for some, values, into in _row_chunks(codes, scales, result):
         torch.mul(some, values, out=into)
     return result

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foam_hf.folding import Level, block_width
+from foam_hf.int8_weights import Int8Weight
 from foam_hf.rounding import PHILOX_ROUNDS
 from foam_hf.update import Hyper, Member, moment_names
 
@@ -315,10 +316,13 @@ def numbers(h: Hyper) -> tuple[float, ...]:
 def make_launches(members: list[Member]) -> tuple[list[tuple[Member, Launch | FactoredLaunch]], list[Member]]:
     """Launches for ``members``, each with one of its members, and the members that no kernel takes."""
     from foam_hf.factored_kernels import FactoredLaunch
+    from foam_hf.int8_kernels import make_int8_launches
 
+    int8_launches, unfit = make_int8_launches([member for member in members if isinstance(member.p, Int8Weight)])
     buckets: dict[tuple[str, Geometry, int, bool], list[tuple[Member, Entry]]] = {}
-    unfit = []
     for member in members:
+        if isinstance(member.p, Int8Weight):
+            continue
         moments = tuple(member.state[name] for name in moment_names(member.level, member.second_moment))
         entry = Entry(member.p, cast(Tensor, member.p.grad), moments, member.level, member.stream)
         if entry.fits():
@@ -332,7 +336,7 @@ def make_launches(members: list[Member]) -> tuple[list[tuple[Member, Launch | Fa
         (bucket[0][0], kinds[rule](geometry, [entry for _, entry in bucket]))
         for (rule, geometry, *_), bucket in buckets.items()
     ]
-    return launches, unfit
+    return [*int8_launches, *launches], unfit
 
 
 def owner_table(counts: list[int]) -> numpy.ndarray:

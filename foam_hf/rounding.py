@@ -40,6 +40,13 @@ def random_bits(rows: range, n: int, *, seed: int, step: int, stream: int, devic
 
     ``rows`` are indices in the whole tensor; ``stream`` tells the tensors of one optimizer apart.
     """
+    words = random_words(rows, n, seed=seed, step=step, stream=stream, device=device)
+    # The low half of a word serves the earlier of its two columns: every platform of torch is little-endian.
+    return words.view(torch.int16)[:, :n].to(torch.int32).bitwise_and_(0xFFFF)
+
+
+def random_words(rows: range, n: int, *, seed: int, step: int, stream: int, device: torch.device) -> Tensor:
+    """32 random bits, int32, for every two columns of ``rows``: shape (len(rows), 4 * ceil(n / 8))."""
     draws = -(-n // ELEMENTS_PER_DRAW)
     draw = torch.arange(rows.start * draws, rows.stop * draws, device=device)
     constant = torch.zeros(1, dtype=torch.int64, device=device)
@@ -47,8 +54,7 @@ def random_bits(rows: range, n: int, *, seed: int, step: int, stream: int, devic
     words = torch.empty(len(rows), draws, 4, dtype=torch.int32, device=device)
     for i, word in enumerate(philox_4x32(counter, seed)):
         words[..., i] = word.view(len(rows), draws)
-    # The low half of a word serves the earlier of its two columns: every platform of torch is little-endian.
-    return words.view(torch.int16).flatten(1)[:, :n].to(torch.int32).bitwise_and_(0xFFFF)
+    return words.flatten(1)
 
 
 def stochastic_round_(x: Tensor, bits: Tensor) -> Tensor:

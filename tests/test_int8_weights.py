@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from foam_hf import FOAM
-from foam_hf.int8_update import added, dither
+from foam_hf.int8_update import added, uniform
 from foam_hf.int8_weights import MAX_CODE, MIN_SCALE, Int8Weight
 from foam_hf.memory import summarize
 from foam_hf.storages import storages, total, without
@@ -302,8 +302,8 @@ def test_the_mean_of_many_rounded_updates_is_the_update():
     d = torch.randn(1, 2, 128) * torch.logspace(-3, 0.3, 128)
     trials, total_change = 4096, torch.zeros(1, 2, 128, dtype=torch.float64)
     for step in range(trials):
-        v = dither(range(1), 256, hyper(step=step), torch.device("cpu")).view(1, 2, 128)
-        new, same = added(codes, scales, d * scales, v)
+        u = uniform(range(1), 256, hyper(step=step), torch.device("cpu")).view(1, 2, 128)
+        new, same = added(codes, scales, d * scales, u)
         assert torch.equal(same, scales)
         change = new - codes
         assert bool(((change - d).abs() < 1.0001).all())
@@ -316,16 +316,18 @@ def test_the_mean_of_many_rounded_updates_is_the_update():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_updates_far_below_a_code_and_below_16_bits_are_kept_on_average(size, sign):
     rows, n = 1024, 4096
-    v = dither(range(rows), n, hyper(), torch.device("cpu")).double()
-    found = (v + sign * size).round().sum().item() * sign
+    found = (
+        uniform(range(rows), n, hyper(), torch.device("cpu")).add_(sign * size).floor_().double().sum().item() * sign
+    )
     expected = rows * n * size
     assert abs(found - expected) <= 5 * max(expected, 1) ** 0.5  # a Poisson count
 
 
-def test_an_updates_smallest_kept_size_is_the_documented_one():
-    largest = torch.tensor([(2**23 - 1) * 2.0**-23 - 0.5])
-    assert (largest + 2.0**-23 * 1.26).round().item() == 1 and (largest + 2.0**-23 * 1.24).round().item() == 0
-    assert (-largest).round().item() == largest.round().item() == 0
+def test_the_smallest_update_that_is_kept_is_the_documented_one():
+    smallest, largest = torch.tensor([2.0**-23]), torch.tensor([1 - 2.0**-23])  # that ``uniform`` gives
+    assert (largest + 2.0**-23).floor().item() == 1 and (largest + 2.0**-24).floor().item() == 0
+    assert (smallest - 2.0**-22).floor().item() == -1 and (smallest - 2.0**-24).floor().item() == 0
+    assert smallest.floor().item() == largest.floor().item() == 0
 
 
 @pytest.mark.parametrize("stochastic", [True, False])
@@ -348,10 +350,10 @@ def test_codes_never_wrap_and_stay_near_what_float32_would_hold(size):
     codes, scales = weight.codes.view(16, 2, 128), weight.scales.view(16, 2, 1)
     for step in range(50):
         delta = torch.randn(16, 2, 128) * size * scales * torch.randint(0, 2, (16, 2, 1))
-        v = dither(range(16), 256, hyper(step=step), torch.device("cpu")).view(16, 2, 128)
+        u = uniform(range(16), 256, hyper(step=step), torch.device("cpu")).view(16, 2, 128)
         values = codes * scales + delta
-        new, new_scales = added(codes, scales, delta, v)
-        assert new.abs().max() <= MAX_CODE and torch.equal(new, new.round())
+        new, new_scales = added(codes, scales, delta, u)
+        assert new.abs().max() <= MAX_CODE and torch.equal(new, new.floor())
         assert bool(((new * new_scales - values).abs() <= 1.0001 * new_scales).all())
         assert bool((new.abs().amax(-1) >= 64).all())  # no block loses its resolution
         codes, scales = new.to(torch.int8), new_scales
@@ -362,7 +364,7 @@ def test_only_a_block_whose_codes_leave_the_range_gets_another_scale():
     codes = torch.full((1, 3, 8), 120.0).to(torch.int8)
     scales, delta = torch.full((1, 3, 1), 0.5), torch.zeros(1, 3, 8)
     delta[0, 0, 0], delta[0, 1, 0] = 3.0, 4.0  # to 126, to 128
-    new, new_scales = added(codes, scales, delta, torch.zeros(1, 3, 8))
+    new, new_scales = added(codes, scales, delta, 0.5)
     assert new_scales.flatten().tolist() == [0.5, pytest.approx(64 / 127), 0.5]
     assert new[0, 0].tolist() == [126] + [120] * 7 and new[0, 1].tolist() == [127] + [119] * 7
     assert torch.equal(new[0, 2], codes[0, 2].float())
@@ -371,7 +373,7 @@ def test_only_a_block_whose_codes_leave_the_range_gets_another_scale():
 def test_a_block_that_shrinks_gains_resolution_without_a_rounding():
     codes, scales = torch.tensor([[[100, -3, 2, 0]]], dtype=torch.int8), torch.full((1, 1, 1), 0.7)
     delta = torch.tensor([[[-85 * 0.7, 0, 0, 0]]])
-    new, new_scales = added(codes, scales, delta, torch.zeros(1, 1, 4))
+    new, new_scales = added(codes, scales, delta, 0.5)
     assert new.flatten().tolist() == [120, -24, 16, 0]
     assert new_scales.item() == pytest.approx(0.7 / 8) and torch.equal(
         new * new_scales, torch.tensor([15, -3, 2, 0]) * scales
@@ -381,7 +383,7 @@ def test_a_block_that_shrinks_gains_resolution_without_a_rounding():
 def test_a_block_of_zeros_takes_the_scale_of_its_first_update():
     weight = Int8Weight.from_float(torch.zeros(2, 128))
     delta = torch.randn(2, 1, 128) * 1e-6
-    new, scales = added(weight.codes.view(2, 1, 128), weight.scales.view(2, 1, 1), delta, torch.zeros(2, 1, 128))
+    new, scales = added(weight.codes.view(2, 1, 128), weight.scales.view(2, 1, 1), delta, 0.5)
     assert bool(((new * scales - delta).abs() <= 0.51 * scales).all()) and bool((new.abs().amax(-1) == 127).all())
 
 
