@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from foam_hf import memory
     from foam_hf.callback import OptimizerMemoryCallback
     from foam_hf.gradient_release import enable_gradient_release
+    from foam_hf.int8_quantizer import Int8Config
     from foam_hf.optimizer import FOAM
     from foam_hf.param_groups import foam_param_groups
 
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FOAM",
+    "Int8Config",
     "OptimizerMemoryCallback",
     "__version__",
     "enable_gradient_release",
@@ -32,6 +34,7 @@ __all__ = [
 
 _LAZY_MODULES = {
     "FOAM": "foam_hf.optimizer",
+    "Int8Config": "foam_hf.int8_quantizer",
     "OptimizerMemoryCallback": "foam_hf.callback",
     "enable_gradient_release": "foam_hf.gradient_release",
     "foam_param_groups": "foam_hf.param_groups",
@@ -70,6 +73,11 @@ def _register_modelcard(module: types.ModuleType) -> None:
     register_modelcard(module)
 
 
+def _register_int8(module: types.ModuleType) -> None:
+    importlib.import_module("foam_hf.int8_quantizer")  # which registers itself
+
+
 on_import("transformers.training_args", _register_names)
 on_import("transformers.trainer", _register_trainer)
 on_import("transformers.modelcard", _register_modelcard)
+on_import("transformers.quantizers.auto", _register_int8)

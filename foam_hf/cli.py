@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(command, options.report_memory)
         if command is not None:
             raise CommandError(f"`--` belongs to `foam-hf run`, got it after `foam-hf {options.command}`")
+        if options.command == "export":
+            return _export(options.source, options.destination, options.dtype)
         return _list_recipes() if options.action in (None, "list") else _copy_recipe(options.name, options.dest)
     except CommandError as error:
         print(f"foam-hf {options.command}: {error}", file=sys.stderr)
@@ -61,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="foam-hf", description="FOAM for the Hugging Face Trainer: run any training command with optim=foam."
     )
     parser.add_argument("--version", action="version", version=f"foam-hf {__version__}")
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="{run,recipes}")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="{run,recipes,export}")
 
     run = commands.add_parser(
         "run",
@@ -87,6 +89,19 @@ def _parser() -> argparse.ArgumentParser:
     copy = actions.add_parser("copy", help="copy a recipe into a new folder")
     copy.add_argument("name", help="a name that `foam-hf recipes` lists")
     copy.add_argument("dest", nargs="?", help="the folder to make (default: ./NAME); it must not hold anything yet")
+
+    export = commands.add_parser(
+        "export",
+        help="write a model with INT8 weights as a plain bf16 one",
+        description="Write a saved model or Trainer checkpoint with INT8 weights (foam_hf.Int8Config) as plain "
+        "safetensors, with its tokenizer, for tools that do not know foam_hf.",
+        epilog="example: foam-hf export runs/int8/checkpoint-500 my-model-bf16",
+    )
+    export.add_argument("source", metavar="SRC", help="folder of the INT8 model")
+    export.add_argument("destination", metavar="DEST", help="the folder to make; it must not hold anything yet")
+    export.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the weights (bfloat16)"
+    )
     return parser
 
 
@@ -166,6 +181,22 @@ def _copy_recipe(name: str, dest: str | None) -> int:
         raise CommandError(f"cannot write {target}: {error.strerror or error}", code=1) from None
     files = sum(path.is_file() for path in target.rglob("*"))
     print(f"Copied {name} ({files} files) to {target}. How to run it: {target / 'README.md'}")
+    return 0
+
+
+def _export(source: str, destination: str, dtype: str) -> int:
+    import torch
+
+    from foam_hf.int8_checkpoint import export_checkpoint
+
+    try:
+        count = export_checkpoint(source, destination, getattr(torch, dtype))
+    except ValueError as error:
+        raise CommandError(str(error), code=1) from None
+    except OSError as error:
+        raise CommandError(f"cannot write {destination}: {error.strerror or error}", code=1) from None
+    size = sum(path.stat().st_size for path in Path(destination).glob("*.safetensors"))
+    print(f"Exported {source} to {destination}: {count} INT8 weights as {dtype}, {size / 1e9:.2f} GB of safetensors.")
     return 0
 
 

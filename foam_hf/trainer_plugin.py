@@ -22,6 +22,7 @@ import functools
 import inspect
 import logging
 import os
+import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -123,7 +124,10 @@ def register_trainer(trainer_module: types.ModuleType) -> None:
 def _building_foam(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        return _foam_cls_and_kwargs(args, model) if _is_ours(args) else original(args, model)
+        if _is_ours(args):
+            return _foam_cls_and_kwargs(args, model)
+        _refuse_int8(model, f"optim={_name(args.optim)!r}")
+        return original(args, model)
 
     return staticmethod(get_optimizer_cls_and_kwargs)
 
@@ -190,6 +194,7 @@ def _binding_train(original: Callable[..., Any]) -> Callable[..., Any]:
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _is_ours(self.args):
             _refuse_sharding(self.args, self.model, self)
+        _refuse_foreign_optimizer(self)
         _bind_memory_callbacks(self)
         token = _trainer.set(self)
         try:
@@ -219,6 +224,25 @@ def _bind_memory_callbacks(trainer: Any) -> None:
     for callback in callbacks:
         if isinstance(callback, OptimizerMemoryCallback):
             callback.trainer = weakref.proxy(trainer)
+
+
+def _refuse_int8(model: Any, optimizer: str) -> None:
+    """Raise ValueError where an optimizer that is not FOAM would have to train INT8 weights."""
+    if model is not None and "foam_hf.int8_weights" in sys.modules:  # never imported, there are none
+        from foam_hf.int8_models import refuse_trained_int8
+
+        refuse_trained_int8(model, optimizer)
+
+
+def _refuse_foreign_optimizer(trainer: Any) -> None:
+    """The same for an optimizer that was handed to the Trainer ready-made."""
+    from foam_hf.optimizer import FOAM
+
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+    given = getattr(trainer, "optimizer_cls_and_kwargs", None)
+    cls = type(optimizer) if optimizer is not None else given[0] if given else FOAM
+    if not issubclass(cls, FOAM):
+        _refuse_int8(trainer.model, f"the optimizer {cls.__name__}")
 
 
 def _refuse_sharding(args: Any, model: Any = None, trainer: Any = None) -> None:

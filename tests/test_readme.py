@@ -30,6 +30,7 @@ import sys
 from tests.tiny_models import classification_data, tiny_roberta
 
 readme = sys.argv[1]
+tiny_roberta().save_pretrained("my-model")
 for line, code in BLOCKS:
     user = {"__name__": "__main__", "model": tiny_roberta(), "train_dataset": classification_data(8)}
     exec(compile("\\n" * line + code, readme, "exec"), user)
@@ -78,8 +79,8 @@ def test_every_python_block_runs_for_a_user_with_a_model_and_data(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     trained = re.findall(r"^optimizer of line \d+ (\w+)$", done.stdout, re.MULTILINE)
     assert len(trained) == len(code)
-    # The first block, the two with gradient release, the one without Trainer, and the resumed one.
-    assert trained.count("FOAM") == 5
+    # The first block, the two with gradient release, INT8 weights, the one without Trainer, and the resumed one.
+    assert trained.count("FOAM") == 6
     assert "Optimizer memory: FOAM" in done.stdout + done.stderr  # the callback's table
     assert "instead of AdamW's" in done.stdout
     assert list(tmp_path.glob("out/checkpoint-*/optimizer.pt"))
@@ -98,7 +99,7 @@ def test_every_fence_is_of_a_kind_that_is_tested():
 
 def test_every_foam_hf_command_exists():
     uses = [words[1:] for words in shell_lines() if words[0] == "foam-hf"]
-    assert {words[0] for words in uses} == {"run", "recipes"}
+    assert {words[0] for words in uses} == {"run", "recipes", "export"}
     for words in uses:
         ours = words[: words.index("--")] if "--" in words else words
         assert ours[0] != "run" or len(ours) == len(words) or len(words) > len(ours) + 1, words
