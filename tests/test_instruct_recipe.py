@@ -435,8 +435,47 @@ def test_results_are_written_whole_or_not_at_all(tmp_path):
 
 # ---- the READMEs ----
 
+sys.path.insert(0, str(ROOT / "recipes" / "quantized"))
 
-@pytest.mark.parametrize("readme", [RECIPE / "README.md", ROOT / "recipes" / "quantized" / "README.md"], ids=str)
+import method_bytes  # noqa: E402
+
+QUANTIZED_README = ROOT / "recipes" / "quantized" / "README.md"
+
+
+@pytest.mark.parametrize(
+    ("method", "optim"),
+    [("full", "AdamW"), ("full", method_bytes.LEAN), ("lora", "FOAM"), ("lora8bit", "AdamW"), ("qlora", "FOAM")],
+)
+def test_counted_bytes_are_those_of_a_run(method, optim, models, data, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    options = {
+        "AdamW": ["--optim", "adamw_torch_fused"],
+        "FOAM": ["--optim", "foam"],
+        method_bytes.LEAN: ["--optim_args", "fold_embeddings=true,fold_head=true,gradient_release=true"],
+    }[optim]
+    meters = []
+    monkeypatch.setattr(train, "Meter", lambda: meters.append(measuring.Meter()) or meters[0])
+    train.main(flags(models["llama"], data, tmp_path, "--method", method, *options))
+    found = meters[0].memory
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(chat_models.AutoConfig.from_pretrained(models["llama"])).bfloat16()
+    rows = sum(module.out_features for module in model.model.modules() if isinstance(module, torch.nn.Linear))
+    model.model.rotary_emb.float()  # as when a model is loaded
+    counted = method_bytes.count(model, method)
+    # bitsandbytes keeps the scales of 8-bit weights where no count of parameters and buffers sees them.
+    unseen = 4 * rows if method == "lora8bit" else 0
+    assert (found.weights, found.state) == (counted["weights"] - unseen, counted[optim])
+    assert found.gradients == (0 if optim == method_bytes.LEAN else counted["gradients"])
+
+
+def test_the_table_of_bytes_is_what_the_code_counts():
+    text = QUANTIZED_README.read_text(encoding="utf-8")
+    table = text.split(method_bytes.START)[1].split(method_bytes.END)[0].strip()
+    assert table == method_bytes.table()
+
+
+@pytest.mark.parametrize("readme", [RECIPE / "README.md", QUANTIZED_README], ids=str)
 def test_commands_of_the_readmes_name_scripts_configs_and_flags_that_exist(readme, tmp_path):
     text = readme.read_text(encoding="utf-8")
     commands = [

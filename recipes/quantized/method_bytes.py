@@ -1,0 +1,113 @@
+"""Bytes of weights, gradients and optimizer state of each method, from shapes: makes the README's table.
+
+python recipes/quantized/method_bytes.py --readme recipes/quantized/README.md
+
+Models exist on the meta device only; nothing is downloaded or allocated. Without --readme the table is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from foam_hf import foam_param_groups
+from foam_hf.memory import adamw_state_bytes, expected_state_bytes
+from foam_hf.meta_models import meta_model, with_adapters
+from foam_hf.model_configs import load_config
+
+START, END = "<!-- table: made by recipes/quantized/method_bytes.py -->", "<!-- end of table -->"
+MODELS = {"Qwen2.5-0.5B": "qwen2.5-0.5b", "Qwen2.5-7B": "qwen2.5-7b", "LLaMA-3.1-8B": "llama-3.1-8b"}
+RANK = 16
+LEAN = "FOAM, lean"  # fold_embeddings, fold_head and gradient_release: one gradient at a time
+METHODS = {  # method -> how it is described
+    "full": "every weight, bf16",
+    "lora": "adapters on bf16",
+    "lora8bit": "adapters on 8 bits",
+    "qlora": "adapters on 4 bits",
+}
+
+
+def quantized_bytes(weight: torch.Tensor, method: str) -> int:
+    """What bitsandbytes keeps for one linear layer's weight, as chat_models.py asks for it."""
+    count = weight.numel()
+    if method == "lora8bit":
+        return count + 4 * weight.shape[0]  # a code a weight, an fp32 scale a row
+    blocks = -(-count // 64)
+    scales = blocks + 4 * -(-blocks // 256)  # an 8-bit scale a block of 64, an fp32 scale for 256 of them
+    return -(-count // 2) + scales + 4 * (16 + 256 + 1)  # both codes and the scales' mean
+
+
+def with_method(model: nn.Module, method: str) -> nn.Module:
+    """`model` with what the method trains: all of it, or adapters in the dtype that they are trained in."""
+    if method == "full":
+        return model
+    model = with_adapters(model, RANK)
+    for p in model.parameters():
+        if p.requires_grad:  # PEFT makes adapters fp32, TRL makes them bf16 again on quantized weights
+            p.data = p.data.to(torch.float32 if method == "lora" else torch.bfloat16)
+    return model
+
+
+def count(model: nn.Module, method: str) -> dict[str, int]:
+    """Bytes of weights (buffers too), gradients and each optimizer's state; of a model in bf16, which changes."""
+    model = with_method(model, method)
+    # The layers under adapters are those that are quantized.
+    linear = {id(module.base_layer.weight) for module in model.modules() if hasattr(module, "base_layer")}
+    weights = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    for p in model.parameters():
+        quantized = method in ("lora8bit", "qlora") and id(p) in linear
+        weights += quantized_bytes(p, method) if quantized else p.numel() * p.element_size()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = [p.numel() * p.element_size() for p in trained]
+    found = {
+        "weights": weights,
+        "gradients": sum(gradients),
+        "AdamW": adamw_state_bytes(trained),
+        "FOAM": expected_state_bytes(foam_param_groups(model)),
+    }
+    if method == "full":
+        head = not model.config.tie_word_embeddings
+        found[LEAN] = expected_state_bytes(foam_param_groups(model, fold_embeddings=True, fold_head=head))
+        found["largest gradient"] = max(gradients)
+    return found
+
+
+def cell(weights: int, gradients: int, state: int) -> str:
+    parts = [weights, gradients, state]
+    return " + ".join(f"{part / 1e9:.2f}" for part in parts) + f" = **{sum(parts) / 1e9:.2f}**"
+
+
+def table() -> str:
+    lines = [
+        f"| method | | optimizer | {' | '.join(MODELS)} |",
+        f"| --- | --- | --- |{' ---: |' * len(MODELS)}",
+    ]
+    for method, what in METHODS.items():
+        counts = [count(meta_model(load_config(name), dtype=torch.bfloat16), method) for name in MODELS.values()]
+        for optimizer in ("AdamW", "FOAM", LEAN) if method == "full" else ("AdamW", "FOAM"):
+            gradients = "largest gradient" if optimizer == LEAN else "gradients"
+            cells = [cell(found["weights"], found[gradients], found[optimizer]) for found in counts]
+            lines.append(f"| `{method}` | {what} | {optimizer} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--readme", type=Path, help="put the table between its marks in this file")
+    options = parser.parse_args()
+    text = table()
+    if options.readme is None:
+        print(text)
+        return
+    before, _, rest = options.readme.read_text(encoding="utf-8").partition(START)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        parser.error(f"{options.readme} lacks the marks {START} and {END}")
+    options.readme.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
