@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foam_hf.int8_weights import MAX_CODE, MIN_SCALE, Int8Weight
+from foam_hf.int8_codes import MAX_CODE, MIN_SCALE
+from foam_hf.int8_weights import Int8Weight
 from foam_hf.kernels import (
     DIRECT_LAUNCH,
     MAX_COLUMNS,

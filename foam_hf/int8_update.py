@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from foam_hf.int8_weights import MAX_CODE, MIN_SCALE, Int8Weight, block_scale
+from foam_hf.int8_codes import MAX_CODE, MIN_SCALE, block_scale
+from foam_hf.int8_weights import Int8Weight
 from foam_hf.rounding import random_words
 
 if TYPE_CHECKING:

@@ -13,19 +13,15 @@ views, but as copies that refuse to be written to. Only whole values can be writ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-BLOCK_SIZE = 128
-MAX_CODE = 127
-# Of a block of zeros: its first update leaves the codes, and so finds a scale of its own.
-MIN_SCALE = 2.0**-100
-# Elements that are float32 at a time: small enough for a core's cache, or to bound the temporaries on a GPU.
-CHUNK_CPU, CHUNK_GPU = 1 << 17, 1 << 24
+from foam_hf import __version__
+from foam_hf.int8_codes import BLOCK_SIZE, dequantize, quantize, row_chunks
+from foam_hf.int8_linear import linear
 
 _aten = torch.ops.aten
 _SAME = (_aten.detach.default, _aten.alias.default)
@@ -102,6 +98,15 @@ class Int8Weight(Tensor):
         """``codes * scales`` as a plain tensor of ``dtype``, by default the outer one; autograd does not see it."""
         return dequantize(self.codes, self.scales, self.dtype if dtype is None else dtype)
 
+    def _take(self, data: Tensor) -> None:
+        """Hold the codes and scales of ``data``: what ``weight.data = data`` leaves to Python."""
+        if not isinstance(data, Int8Weight):
+            raise TypeError(
+                f"cannot make a {type(data).__name__} the data of an INT8 weight; expected weight.copy_(new), which "
+                "quantizes it, or module.weight = torch.nn.Parameter(new)"
+            )
+        self.codes, self.scales = data.codes, data.scales
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape, dtype = tuple(self.shape), str(self.dtype).removeprefix("torch.")
         return f"Int8Weight(shape={shape}, dtype={dtype}, block_size={self.block_size}, device='{self.device}')"
@@ -115,6 +120,11 @@ class Int8Weight(Tensor):
     ) -> Int8Weight:
         return cls(inner["codes"], inner["scales"], meta["dtype"])
 
+    def _stable_hash_for_caching(self) -> str:
+        """What torch.compile's cache on disk must tell apart; the version stands for the code of this file."""
+        where = str(self.device), self.requires_grad
+        return repr((__version__, tuple(self.shape), self.dtype, self.block_size, *where))
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         hidden = {key: value for key, value in self.__dict__.items() if key not in ("codes", "scales")}
         return _rebuild, (self.codes, self.scales, self.dtype, self.requires_grad, hidden)
@@ -124,12 +134,14 @@ class Int8Weight(Tensor):
         if func is torch.nn.functional.linear:
             return _linear(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
-            if func in (Tensor.data_ptr, Tensor.untyped_storage):  # two weights must not look like one
+            if func is Tensor.data_ptr:
                 return func(args[0].codes)
             if func is Tensor.__setitem__ and isinstance(args[0], Int8Weight):
                 raise NotImplementedError(
                     "cannot write a part of an INT8 weight; expected weight.copy_(new) for the whole weight"
                 )
+            if func == _SET_DATA:
+                args[0]._take(args[1])
             result = func(*args, **(kwargs or {}))
             return result if torch.compiler.is_compiling() else _read_only(result)
 
@@ -163,50 +175,8 @@ class Int8Weight(Tensor):
         return func(*args, **kwargs)
 
 
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """``codes * scales``, computed in float32 and rounded to ``dtype`` (to nearest)."""
-    if torch.compiler.is_compiling():  # one kernel of the compiler's own
-        return (codes.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2).to(dtype)
-    from foam_hf.launches import use_kernels
-
-    result = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    if codes.numel() and use_kernels(codes.device):
-        from foam_hf.int8_kernels import dequantize_into, fits_kernels
-
-        if fits_kernels(codes.shape[-1] // scales.shape[-1]):
-            dequantize_into(result, codes, scales)
-            return result
-    for some, values, into in _row_chunks(codes, scales, result):
-        torch.mul(some, values, out=into)
-    return result
-
-
-def quantize(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Codes (..., n) and scales (..., n / block_size) of ``x`` (..., n), to nearest, all as float32."""
-    blocks = x.float().unflatten(-1, (-1, block_size))
-    scales = block_scale(blocks.abs().amax(-1, keepdim=True))
-    codes = (blocks / scales).round_().clamp_(-MAX_CODE, MAX_CODE).nan_to_num_(0.0)
-    return codes.flatten(-2), scales.squeeze(-1)
-
-
-def block_scale(absmax: Tensor) -> Tensor:
-    """The scale that gives the largest element of a block the largest code; NaN and infinity make a block NaN."""
-    return (absmax / MAX_CODE).clamp_min_(MIN_SCALE)
-
-
-def _row_chunks(codes: Tensor, scales: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of a bounded number of rows as (rows, blocks, block size), those of ``scales`` as (rows, blocks, 1)."""
-    if codes.numel() == 0:
-        return
-    n, blocks = codes.shape[-1], scales.shape[-1]
-    flat, flat_scales = codes.view(-1, blocks, n // blocks), scales.view(-1, blocks, 1)
-    flat_others = [x.reshape(-1, blocks, n // blocks) for x in others]
-    rows = max(1, (CHUNK_CPU if codes.device.type == "cpu" else CHUNK_GPU) // n)
-    for i in range(0, flat.shape[0], rows):
-        yield (flat[i : i + rows], flat_scales[i : i + rows], *(x[i : i + rows] for x in flat_others))
 
 
 def _quantize_into(weight: Int8Weight, source: Tensor, keep: bool = True) -> None:
@@ -214,7 +184,7 @@ def _quantize_into(weight: Int8Weight, source: Tensor, keep: bool = True) -> Non
 
     So copying a weight's own values into it changes nothing, though training may have left its largest code below 127.
     """
-    for codes, scales, values in _row_chunks(weight.codes, weight.scales, source.to(weight.device)):
+    for codes, scales, values in row_chunks(weight.codes, weight.scales, source.to(weight.device)):
         new, new_scales = (
             x.view(y.shape)
             for x, y in zip(quantize(values.flatten(1), weight.block_size), (codes, scales), strict=True)
@@ -248,7 +218,8 @@ def _refuse_writing(func: Any, args: Any, kwargs: Any) -> None:
         if any(isinstance(x, Int8Weight) for x in (value if isinstance(value, list | tuple) else [value])):
             raise NotImplementedError(
                 f"{func} in place on INT8 weights would lose what is smaller than a code; expected foam_hf.FOAM to "
-                "train them, or weight.copy_(new) to write values to the nearest codes"
+                "train them, a dequantized model to merge adapters into, or weight.copy_(new) to write whole values "
+                "to the nearest codes"
             )
 
 
@@ -282,36 +253,11 @@ def _read_only(result: Any) -> Any:
     return result
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not isinstance(weight, Int8Weight):  # an INT8 weight as input or bias
-        with torch._C.DisableTorchFunctionSubclass():
-            return torch.nn.functional.linear(x, weight, bias)
-    device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)  # torch refuses to answer for meta
-    if autocast and x.is_floating_point() and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    else:
-        dtype = weight.dtype
-    return _Linear.apply(x, weight, bias, dtype)
-
-
-class _Linear(torch.autograd.Function):
-    """``x @ weight.T + bias``. The floating copy of the weight is gone when forward or backward returns."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return torch.nn.functional.linear(x, weight.dequantize(dtype), bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        of_x = grad @ weight.dequantize(grad.dtype) if ctx.needs_input_grad[0] else None
-        of_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None, None
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if isinstance(weight, Int8Weight):
+        return linear(input, weight, bias)
+    with torch._C.DisableTorchFunctionSubclass():  # an INT8 weight in another place
+        return torch.nn.functional.linear(input, weight, bias)
 
 
 def _rebuild(codes: Tensor, scales: Tensor, dtype: torch.dtype, requires_grad: bool, hidden: dict[str, Any]) -> Tensor:

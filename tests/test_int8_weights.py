@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from foam_hf import FOAM
+from foam_hf.int8_codes import MAX_CODE, MIN_SCALE
 from foam_hf.int8_update import added, uniform
-from foam_hf.int8_weights import MAX_CODE, MIN_SCALE, Int8Weight
+from foam_hf.int8_weights import Int8Weight
 from foam_hf.memory import summarize
 from foam_hf.storages import storages, total, without
 from foam_hf.update import Hyper
@@ -164,7 +165,6 @@ def test_it_is_named_counted_clipped_and_frozen_as_any_parameter():
     assert not layer.requires_grad_(False).weight.requires_grad
     other = int8_linear()
     assert weight.data_ptr() == weight.codes.data_ptr() != other.weight.data_ptr()
-    assert weight.untyped_storage().data_ptr() != other.weight.untyped_storage().data_ptr()
     assert total(storages([weight])) == 24 * 256 + 24 * 2 * 4
 
 
@@ -292,6 +292,16 @@ def test_a_module_moves_and_changes_dtype_with_its_codes():
         assert isinstance(layer.weight, nn.Parameter) and layer.weight.dtype == dtype
         assert torch.equal(layer.weight.codes, codes) and torch.equal(layer.weight.scales, scales)
     assert layer.to("meta").weight.codes.device.type == "meta"
+
+
+def test_assigning_data_takes_the_codes_along():
+    weight, other = int8_linear().weight, Int8Weight.from_float(torch.randn(24, 256), 64).to(torch.bfloat16)
+    weight.data = other
+    assert same_bits(weight, other) and weight.dtype == torch.bfloat16 and weight.block_size == 64
+    assert isinstance(weight, nn.Parameter) and weight.requires_grad
+    with pytest.raises(TypeError, match=r"cannot make a Tensor the data of an INT8 weight; expected weight.copy_"):
+        weight.data = torch.randn(24, 256)
+    assert same_bits(weight, other)
 
 
 # The update

@@ -1,0 +1,58 @@
+"""``linear`` with an INT8 weight: its floating copy is gone when forward, or backward, returns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from foam_hf.int8_codes import dequantize
+
+if TYPE_CHECKING:
+    from foam_hf.int8_weights import Int8Weight
+
+
+def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``, autocast and its errors included; gradients are of the outer dtype."""
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # torch refuses to answer for meta
+    if autocast and x.is_floating_point() and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    else:
+        dtype = weight.dtype
+    return _Linear.apply(x, weight, bias, dtype)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return torch.nn.functional.linear(x, weight.dequantize(dtype), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        of_x = grad @ _dequantize_after(grad, weight) if ctx.needs_input_grad[0] else None
+        of_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+def _dequantize_after(grad: Tensor, weight: Int8Weight) -> Tensor:
+    if torch.compiler.is_compiling():
+        return dequantize_in_backward(weight.codes, weight.scales, grad)
+    return weight.dequantize(grad.dtype)
+
+
+@torch.library.custom_op("foam_hf::dequantize_in_backward", mutates_args=())
+def dequantize_in_backward(codes: Tensor, scales: Tensor, grad: Tensor) -> Tensor:
+    """The weight in the dtype of ``grad``, which it seems to need: else a compiler keeps the one of the forward."""
+    return dequantize(codes, scales, grad.dtype)
+
+
+@dequantize_in_backward.register_fake
+def _(codes: Tensor, scales: Tensor, grad: Tensor) -> Tensor:
+    return grad.new_empty(codes.shape)
