@@ -1,0 +1,120 @@
+"""Runs of recipes/instruct/train.py as forks of one process that has imported everything: none pays for imports.
+
+A fork works on a GPU only while its parent has not touched CUDA, so the parent asks NVML where a package asks CUDA
+at its import. Where that does not work out, `warm` returns None and runs are started as processes of their own.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parent.parent / "instruct" / "train.py"
+
+
+def warm():
+    """The module of train.py, imported with all it needs and tried on the GPU by a fork; None if a fork failed."""
+    os.environ |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    with _capability_from_nvml():
+        spec = importlib.util.spec_from_file_location("instruct_train", SCRIPT)
+        train = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(train)
+    pid = os.fork()
+    if pid == 0:
+        _exit_after(_touch_gpu)
+    return train if os.waitpid(pid, 0)[1] == 0 else None
+
+
+@contextlib.contextmanager
+def _capability_from_nvml():
+    """bitsandbytes asks for the GPU's compute capability when peft imports it."""
+    import torch
+
+    original = torch.cuda.get_device_capability
+
+    def capability(device=None) -> tuple[int, int]:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return tuple(pynvml.nvmlDeviceGetCudaComputeCapability(pynvml.nvmlDeviceGetHandleByIndex(0)))
+
+    torch.cuda.get_device_capability = capability
+    try:
+        yield
+    finally:
+        torch.cuda.get_device_capability = original
+
+
+def _touch_gpu() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.ones(1, device="cuda").item()
+
+
+def _exit_after(function, *arguments) -> None:
+    """Call it and end this process, without what the parent has registered for its own end."""
+    code = 1
+    try:
+        function(*arguments)
+        code = 0
+    except SystemExit as error:
+        print(error.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+class Run:
+    """One run of train.py, forked from here if `train` is its module; its output goes to `log`."""
+
+    def __init__(self, train, words: list[str], log: Path, threads: int):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.code: int | None = None
+        self.process = None
+        with open(log, "w", encoding="utf-8") as stream:
+            if train is None:
+                environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+                command = [sys.executable, str(SCRIPT), *words]
+                self.process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+                self.pid = self.process.pid
+                return
+            sys.stdout.flush()
+            sys.stderr.flush()
+            self.pid = os.fork()
+            if self.pid == 0:
+                os.dup2(stream.fileno(), 1)
+                os.dup2(stream.fileno(), 2)
+                _exit_after(_train, train, words, threads)
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        if self.process is not None:
+            return self.process.poll()
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def terminate(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, 9)
+            os.waitpid(self.pid, 0) if self.process is None else self.process.wait()
+
+
+def _train(train, words: list[str], threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("foam_hf").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast in every layer of every step
+    train.main(words)

@@ -1,0 +1,282 @@
+"""Ways to tune a chat model, compared on one GPU: a learning-rate search on a seed of its own, then the seeds.
+
+A study (instruct_study.yaml) names arms and data sets. Each run is recipes/instruct/train.py; `--jobs` of them share
+the GPU. Speed and memory are measured apart (`alone`), one run at a time. Rerun the same command to go on: finished
+runs are lines of OUT/runs.jsonl. The JSON is rewritten after every run, whole or not at all; the tables of
+recipes/instruct/instruct_table.py come from it. Sample answers, which quote the data, stay out of it.
+
+    python recipes/instruct/gguf_models.py smollm2-135m smollm2
+    python recipes/benchmarks/instruct_gpu.py --model smollm2 --data folder --out runs --json results.json --jobs 7
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "glue")]
+
+from forked import Run, warm  # noqa: E402
+from table import write_json  # noqa: E402
+
+PARTS = ("alone", "search", "final")
+KEPT = (  # of a run's results.json; what is not here names folders or quotes the data
+    "method",
+    "dtype",
+    "optim",
+    "optim_args",
+    "train_loss",
+    "steps",
+    "train_seconds",
+    "trained_parameters",
+    "optimizer_state_bytes",
+    "peak_bytes",
+    "data",
+    "device",
+    "versions",
+)
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Our options, and the rest for train.py."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--study", type=Path, default=HERE / "instruct_study.yaml")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the study's files")
+    parser.add_argument("--model", required=True, help="folder or hub name of the chat model")
+    parser.add_argument("--label", help="the model's name in the results (default: --model)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--json", type=Path, help="the results (default: OUT/results.json)")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}; final needs search")
+    parser.add_argument("--arms", help="numbers of the study's arms, from 1 (default: all)")
+    parser.add_argument("--datasets", help="some of the study's (default: all)")
+    parser.add_argument("--jobs", type=int, default=4, help="runs at a time")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="stop after so many seconds")
+    options, rest = parser.parse_known_args(argv)
+    options.json = options.json or options.out / "results.json"
+    options.study = yaml.safe_load(options.study.read_text(encoding="utf-8"))
+    arms, datasets = options.study["arms"], options.study["datasets"]
+    options.parts = options.parts.split(",")
+    options.datasets = options.datasets.split(",") if options.datasets else list(datasets)
+    numbers = [int(word) for word in options.arms.split(",")] if options.arms else range(1, len(arms) + 1)
+    for what, given, legal in (
+        ("part", options.parts, PARTS),
+        ("data set", options.datasets, datasets),
+        ("arm", numbers, range(1, len(arms) + 1)),
+    ):
+        if unknown := [str(word) for word in given if word not in legal]:
+            parser.error(f"unknown {what} {', '.join(unknown)}; expected some of {', '.join(map(str, legal))}")
+    if "final" in options.parts and "search" not in options.parts:
+        parser.error("the part final needs search, which chooses its learning rates")
+    missing = [name for name in options.datasets if not (options.data / datasets[name]["file"]).is_file()]
+    if missing:
+        parser.error(f"--data: no file {options.data / datasets[missing[0]]['file']}")
+    options.arms = [arms[number - 1] for number in numbers]
+    return options, rest
+
+
+class Job:
+    """One run: its settings, its place in the queue, its record once it is finished."""
+
+    def __init__(self, options: argparse.Namespace, rest: list[str], part: str, dataset: str, arm: dict, rate, seed):
+        study = options.study
+        self.part, self.dataset, self.arm, self.rate, self.seed = part, dataset, arm["name"], rate, seed
+        settings = {**study["settings"], **study["datasets"][dataset]["settings"], **arm["settings"]}
+        settings |= {
+            "alone": study["alone"]["settings"],
+            "search": study["datasets"][dataset].get("search", {}),
+            "final": {},
+        }[part]
+        settings |= {"learning_rate": rate, "seed": seed}
+        first = arm is study["arms"][0] and seed == study["seeds"][0]
+        if part == "final" and first:
+            settings["eval_before"] = True  # the untrained model's scores, once a data set
+        self.key = json.dumps([part, dataset, self.arm, settings, rest], sort_keys=True)
+        number = study["arms"].index(arm)
+        stage = study["seeds"].index(seed) + 1 if part == "final" else 0
+        self.order = (part != "alone", arm.get("last", False), options.datasets.index(dataset), stage, number)
+        self.folder = options.out / part / dataset / f"arm-{number + 1}-lr-{rate:g}-seed-{seed}"
+        words = {
+            **settings,
+            "model_name_or_path": options.model,
+            "dataset_path": options.data / study["datasets"][dataset]["file"],
+            "output_dir": self.folder,
+            "disable_tqdm": True,
+        }
+        self.words = [word for name, value in words.items() for word in (f"--{name}", str(value))] + rest
+        self.run: Run | None = None
+        self.record: dict | None = None
+        self.tries = 0
+
+    def start(self, train, threads: int) -> None:
+        self.began, self.tries = time.monotonic(), self.tries + 1
+        self.run = Run(train, self.words, self.folder / "log.txt", threads)
+
+    def finish(self) -> None:
+        """Take the record from results.json, if there is one, and leave only the log: saved models fill a disk."""
+        file = self.folder / "results.json"
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            record = {"dataset": self.dataset, "arm": self.arm, "learning_rate": self.rate, "seed": self.seed}
+            record |= {name: found[name] for name in KEPT}
+            for when in ("before", "after"):
+                scores = found[when] or {}
+                record[when] = {name: value for name, value in scores.items() if name != "samples"} or None
+            if self.part == "alone":  # among other runs it would say nothing
+                record["tokens_per_second"] = found["tokens_per_second"]
+            self.record = record | {"seconds": round(time.monotonic() - self.began, 1)}
+        for path in self.folder.iterdir():
+            if path.name != "log.txt":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def failure(self) -> dict:
+        log = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+        return {"part": self.part, "dataset": self.dataset, "arm": self.arm, "rate": self.rate, "log": log[-1500:]}
+
+
+def best_rate(jobs: list[Job]) -> float | None:
+    """The learning rate of the lowest held-out loss among a search's finished runs; a diverged one has none."""
+    losses = [(job.record["after"]["eval_loss"], job.rate) for job in jobs if job.record]
+    return min((pair for pair in losses if pair[0] is not None), default=(None, None))[1]
+
+
+class Study:
+    """All jobs: waiting, running, finished; a final run joins once the search has chosen its learning rate."""
+
+    def __init__(self, options: argparse.Namespace, rest: list[str]):
+        self.options, self.rest = options, rest
+        study = options.study
+        self.lines = options.out / "runs.jsonl"
+        text = self.lines.read_text(encoding="utf-8") if self.lines.is_file() else ""
+        self.earlier = {entry["key"]: entry["record"] for entry in map(json.loads, text.splitlines())}
+        self.running: list[Job] = []
+        self.finished: list[Job] = []
+        self.waiting: list[Job] = []
+        self.chosen: dict[tuple[str, str], float | None] = {}
+        self.searches: dict[tuple[str, str], list[Job]] = {}
+        self.started = time.monotonic()
+        if "alone" in options.parts:
+            dataset, seed = study["alone"]["dataset"], study["search_seed"]
+            self.add(Job(options, rest, "alone", dataset, arm, arm["rates"][1], seed) for arm in options.arms)
+        self.searches = {
+            (dataset, arm["name"]): [
+                Job(options, rest, "search", dataset, arm, rate, study["search_seed"]) for rate in arm["rates"]
+            ]
+            for dataset in options.datasets
+            for arm in options.arms
+            if "search" in options.parts
+        }
+        for jobs in self.searches.values():
+            self.add(jobs)
+
+    def add(self, jobs) -> None:
+        """Put jobs into the queue; those that an earlier call finished are done."""
+        for job in jobs:
+            job.record = self.earlier.get(job.key)
+            (self.finished if job.record else self.waiting).append(job)
+        self.waiting.sort(key=lambda job: job.order)
+        self.choose()
+
+    def choose(self) -> None:
+        for (dataset, name), jobs in self.searches.items():
+            if (dataset, name) in self.chosen or not all(job in self.finished for job in jobs):
+                continue
+            self.chosen[dataset, name] = rate = best_rate(jobs)
+            if rate is not None and "final" in self.options.parts:
+                arm = next(arm for arm in self.options.arms if arm["name"] == name)
+                seeds = self.options.study["seeds"]
+                self.add([Job(self.options, self.rest, "final", dataset, arm, rate, seed) for seed in seeds])
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    def collect(self) -> None:
+        """Take in the runs that have ended."""
+        for job in [job for job in self.running if job.run.poll() is not None]:
+            self.running.remove(job)
+            job.finish()
+            if not job.record and job.tries == 1 and "out of memory" in job.failure()["log"]:
+                job.order = (True, True, *job.order)  # once more, when the GPU has emptied
+                self.waiting.append(job)
+                print(f"{self.elapsed():6.0f} s  out of memory, put off: {job.folder}", flush=True)
+                continue
+            self.finished.append(job)
+            said = f"FAILED, see {job.folder / 'log.txt'}"
+            if job.record:
+                with open(self.lines, "a", encoding="utf-8") as stream:
+                    stream.write(json.dumps({"key": job.key, "record": job.record}) + "\n")
+                after = job.record["after"]
+                loss, match = after["eval_loss"], after.get("exact_match")
+                said = "diverged" if loss is None else f"loss {loss:.4f}"
+                said += "" if match is None else f", exact match {100 * match:.1f}%"
+                said += f", {job.record['seconds']:.0f} s"
+            self.choose()
+            left = len(self.waiting) + len(self.running)
+            what = f"{job.part} {job.dataset} | {job.arm} | lr {job.rate:g} seed {job.seed}"
+            print(f"{self.elapsed():6.0f} s  {what}  {said}  ({left} left)", flush=True)
+            self.report()
+
+    def fill(self, train, threads: int) -> None:
+        """Start what there is room for; a run that is measured alone waits for the others, and they for it."""
+        while self.waiting and len(self.running) < self.options.jobs:
+            alone = self.waiting[0].part == "alone" or any(job.part == "alone" for job in self.running)
+            if alone and self.running:
+                break
+            job = self.waiting.pop(0)
+            self.running.append(job)
+            job.start(train, threads)
+
+    def report(self) -> dict:
+        records = {part: [job.record for job in self.finished if job.part == part and job.record] for part in PARTS}
+        content = {
+            "model": self.options.label or self.options.model,
+            "study": self.options.study,
+            "extra": self.rest,
+            "chosen": [
+                {"dataset": dataset, "arm": name, "learning_rate": rate}
+                for (dataset, name), rate in self.chosen.items()
+            ],
+            "alone": records["alone"],
+            "search": records["search"],
+            "runs": records["final"],
+            "failed": [job.failure() for job in self.finished if not job.record],
+            "unfinished": len(self.waiting) + len(self.running),
+            "seconds": round(self.elapsed(), 1),
+        }
+        write_json(self.options.json, content)
+        return content
+
+
+def main(argv: list[str] | None = None) -> dict:
+    options, rest = parse(argv)
+    started = time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
+    study = Study(options, rest)
+    if study.waiting:
+        train = warm()
+        kind = "forks" if train else "fresh processes"
+        print(f"Imported in {time.monotonic() - started:.0f} s; runs are {kind}.", flush=True)
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    try:
+        while study.waiting or study.running:
+            study.collect()
+            if study.elapsed() > options.budget_s:
+                break
+            study.fill(train, threads)
+            time.sleep(0.1)
+    finally:
+        for job in study.running:  # out of time, or interrupted: leave no process behind
+            job.run.terminate()
+    content = study.report()
+    counts = ", ".join(f"{len(content[name])} {name}" for name in ("alone", "search", "runs", "failed"))
+    print(f"{counts}, {content['unfinished']} unfinished: {options.json}")
+    return content
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The study of the instruct recipe: its YAML, the launcher on a tiny model, the tables in the READMEs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.instruct_runs import RECIPE, ROOT, load_script, save_model, sums, write_jsonl
+
+load_script()
+sys.path.append(str(ROOT / "recipes" / "benchmarks"))
+
+import instruct_arguments  # noqa: E402
+import instruct_gpu  # noqa: E402
+import instruct_table  # noqa: E402
+
+STUDY = ROOT / "recipes" / "benchmarks" / "instruct_study.yaml"
+TINY = {
+    "settings": {
+        "per_device_train_batch_size": 2,
+        "max_length": 64,
+        "eval_samples": 3,
+        "train_samples": 4,
+        "max_new_tokens": 2,
+        "num_train_epochs": 1,
+        "eval_before": False,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "use_cpu": True,
+    },
+    "search_seed": 9,
+    "seeds": [1, 2],
+    "datasets": {"sums": {"file": "sums.jsonl", "settings": {"eval_exact_match": True}}},
+    "alone": {"dataset": "sums", "settings": {"train_samples": 6}},
+    "arms": [
+        {"name": "LoRA", "rates": [0.001, 0.01], "last": True, "settings": {"method": "lora", "optim": "adamw_torch"}},
+        {"name": "FOAM", "rates": [0.001, -1], "settings": {"optim": "foam", "optim_args": "level=3"}},
+    ],
+}
+
+
+def study(tmp_path: Path, *words: str) -> tuple[str, dict]:
+    """What instruct_gpu.py prints and writes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    places = ["--study", "tiny.yaml", "--data", ".", "--model", "model", "--label", "tiny", "--out", "runs"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "benchmarks" / "instruct_gpu.py"), *places, "--jobs", "2", *words],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((tmp_path / "runs" / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict]:
+    folder = tmp_path_factory.mktemp("study")
+    save_model(folder / "model")
+    write_jsonl(folder / "sums.jsonl", sums())
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    return folder, *study(folder)
+
+
+def test_a_study_searches_then_runs_its_seeds_and_says_what_failed(finished) -> None:
+    folder, said, content = finished
+    assert "runs are forks" in said
+    assert {run["arm"] for run in content["alone"]} == {"LoRA"}  # FOAM's second rate, -1, is none
+    assert [(run["arm"], run["learning_rate"], run["seed"]) for run in content["search"]] == [
+        ("FOAM", 0.001, 9),
+        ("LoRA", 0.001, 9),
+        ("LoRA", 0.01, 9),
+    ]
+    failed = [(run["part"], run["arm"], run["rate"]) for run in content["failed"]]
+    assert failed == [("alone", "FOAM", -1), ("search", "FOAM", -1)]
+    assert "-1" in content["failed"][0]["log"] and content["unfinished"] == 0
+    best = min(content["search"][1:], key=lambda run: run["after"]["eval_loss"])
+    chosen = {entry["arm"]: entry["learning_rate"] for entry in content["chosen"]}
+    assert chosen == {"FOAM": 0.001, "LoRA": best["learning_rate"]}
+    runs = {(run["arm"], run["seed"]): run for run in content["runs"]}
+    assert list(runs) == [("FOAM", 1), ("FOAM", 2), ("LoRA", 1), ("LoRA", 2)]  # the arm marked last is last
+    assert [run["learning_rate"] for run in content["runs"]] == [0.001, 0.001, *[best["learning_rate"]] * 2]
+    assert [run["before"] is not None for run in content["runs"]] == [False, False, True, False]  # of the first arm
+    assert runs["LoRA", 1]["after"]["count"] == 3
+    assert content["alone"][0]["tokens_per_second"] > 0 and "tokens_per_second" not in runs["FOAM", 1]
+    text = json.dumps(content)
+    assert 'samples": [' not in text and str(folder) not in text and "Add 1" not in text
+    left = [path.name for path in (folder / "runs").rglob("*") if path.is_file()]
+    assert set(left) == {"log.txt", "results.json", "runs.jsonl"}
+
+
+def test_a_study_goes_on_where_it_was_cut_off(finished) -> None:
+    folder, _, before = finished
+    lines = (folder / "runs" / "runs.jsonl").read_text().splitlines()
+    kept = [line for line in lines if '"final' not in json.loads(line)["key"][:10]]
+    (folder / "runs" / "runs.jsonl").write_text("\n".join(kept[:-1]) + "\n")  # one search run and all final ones lost
+    said, cut = study(folder, "--parts", "search", "--budget-s", "0")
+    assert len(cut["search"]) == 2 and cut["unfinished"] > 0 and not cut["runs"]
+    said, content = study(folder, "--parts", "search,final", "--arms", "1")
+    assert said.count("search sums") == 1 and said.count("final sums") == 2
+    losses = [run["after"]["eval_loss"] for run in before["search"] if run["arm"] == "LoRA"]
+    assert [run["after"]["eval_loss"] for run in content["search"]] == losses
+
+
+def test_every_setting_of_the_study_is_one_that_the_recipe_knows(tmp_path: Path) -> None:
+    content = yaml.safe_load(STUDY.read_text())
+    for dataset in content["datasets"].values():
+        write_jsonl(tmp_path / dataset["file"], sums())
+    options, rest = instruct_gpu.parse(["--data", str(tmp_path), "--model", "model", "--out", str(tmp_path / "out")])
+    jobs = instruct_gpu.Study(options, rest).waiting
+    assert len(jobs) == 10 * (1 + 2 * 3)  # alone, and three rates on two data sets
+    jobs += [instruct_gpu.Job(options, rest, "final", "gsm8k", arm, 1e-4, 1) for arm in options.arms]
+    for job in jobs:
+        recipe, args, _ = instruct_arguments.parse(job.words)
+        arm = next(arm for arm in content["arms"] if arm["name"] == job.arm)
+        assert (recipe.method, str(args.optim.value), args.learning_rate, args.seed) == (
+            arm["settings"]["method"],
+            arm["settings"]["optim"],
+            job.rate,
+            job.seed,
+        )
+        assert args.optim_args == arm["settings"].get("optim_args") and recipe.dtype == arm["settings"]["dtype"]
+        assert recipe.eval_exact_match == (job.part == "final" and job.dataset == "gsm8k")
+        assert recipe.eval_before == (job.part == "final" and job.arm == options.arms[0]["name"])
+
+
+def test_tables_have_means_standard_errors_and_rates(finished, tmp_path: Path) -> None:
+    _, _, content = finished
+    content = json.loads(json.dumps(content))
+    for run, loss, match in zip(content["runs"], (1.0, 2.0, 0.5, None), (0.25, 0.75, 0.5, 0.5), strict=True):
+        run["after"] |= {"eval_loss": loss, "exact_match": match}
+    content["alone"][0]["peak_bytes"] = {
+        "total": 5e9, "weights": 1e9, "gradients": 1e9, "optimizer_state": 2e9, "rest": 1e9
+    }  # fmt: skip
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{instruct_table.START}\nold\n{instruct_table.END}\nafter\n")
+    instruct_table.main([str(tmp_path / "r.json"), "--readme", str(readme)])
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| FOAM | 0.001, the highest tried | 1.5000 ± 0.5000 | 50.0 ± 25.0 | 2 |" in text
+    assert "| LoRA | " in text and "| diverged | 50.0 ± 0.0 | 2 |" in text
+    assert "| untrained |  | " in text
+    assert re.search(r"\| LoRA \| [\d,]+ \| 5.00 \| 1.00 \| 1.00 \| 2.00 \| 1.00 \|", text)
+    instruct_table.main([str(tmp_path / "r.json"), "--arms", "2", "--readme", str(readme)])
+    assert "LoRA" not in readme.read_text()
+
+
+@pytest.mark.parametrize("recipe", ["instruct", "quantized"])
+def test_tables_in_the_readmes_are_those_of_the_results(recipe: str, tmp_path: Path) -> None:
+    commands = re.findall(
+        r"^python (recipes/instruct/instruct_table\.py .*)$", (RECIPE / "README.md").read_text(), re.M
+    )
+    (words,) = [shlex.split(line) for line in commands if f"recipes/{recipe}/README.md" in line]
+    results = sorted((RECIPE / "results").glob("*.json"))
+    arms = words[words.index("--arms") : words.index("--arms") + 2] if "--arms" in words else []
+    readme = ROOT / "recipes" / recipe / "README.md"
+    copy = tmp_path / "README.md"
+    copy.write_text(readme.read_text())
+    instruct_table.main([*map(str, results), *arms, "--readme", str(copy)])
+    assert copy.read_text() == readme.read_text()
