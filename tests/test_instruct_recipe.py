@@ -322,6 +322,8 @@ def test_batched_answers_are_those_of_one_prompt_at_a_time_and_end_where_they_sh
     one_by_one = [answers.generate(model, tokenizer, [p], batch_size=1, **settings)[0] for p in prompts]
     assert answers.generate(model, tokenizer, prompts, batch_size=3, **settings) == one_by_one
     assert len(set(one_by_one)) > 1
+    model.generation_config.repetition_penalty = 9.0  # Qwen's models have one, and greedy answers do not
+    assert answers.generate(model, tokenizer, prompts, batch_size=2, **settings) == one_by_one
     # Whatever comes third in the first answer ends it from now on.
     text = answers.prompt_text(prompts[0], tokenizer, {})
     ids = tokenizer(text, return_tensors="pt")

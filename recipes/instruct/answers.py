@@ -63,8 +63,16 @@ def generate(model, tokenizer, prompts: list, *, template_kwargs: dict, max_new_
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # neighbours of equal length: little padding
     stops = stop_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    # What is not said here comes from the model's own config; Qwen's has a penalty on what the prompt says.
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=pad, use_cache=True
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=stops,
+        pad_token_id=pad,
+        use_cache=True,
     )
     training, answers = model.training, [""] * len(ids)
     model.eval()

@@ -83,9 +83,9 @@ def count_cuts(recipe: InstructArguments, data: Instructions, trainer: SFTTraine
         ("train", data.train, trainer.train_dataset),
         ("held_out", data.held_out, trainer.eval_dataset),
     ):
-        max_length = trainer.args.max_length
-        lengths = count_lengths(rows, trainer.processing_class, max_length, recipe.template_kwargs)
-        packed = trainer.args.packing if split == "train" or trainer.args.eval_packing is None else False
+        args = trainer.args
+        lengths = count_lengths(rows, trainer.processing_class, args.max_length, recipe.template_kwargs)
+        packed = args.packing if split == "train" or args.eval_packing is None else args.eval_packing
         lengths["dropped_without_answer"] = None if packed else len(rows) - len(prepared)
         data.counts[split] = {**data.counts.get(split, {}), "used": len(rows), **lengths}
     say(describe(data.counts, trainer.args.max_length))
@@ -98,7 +98,7 @@ def evaluate(recipe: InstructArguments, trainer: SFTTrainer, data: Instructions)
     wanted = recipe.exact_match_samples or len(data.held_out) if recipe.eval_exact_match else SAMPLES
     rows = data.held_out.select(range(min(max(wanted, SAMPLES), len(data.held_out)))).to_list()
     prompts, references = zip(*map(question_and_answer, rows), strict=True)
-    args, started, generated = trainer.args, time.perf_counter(), []
+    args, started = trainer.args, time.perf_counter()
     with (
         trainer.accelerator.split_between_processes(list(prompts)) as share,
         torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16),
