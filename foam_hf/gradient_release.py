@@ -176,7 +176,7 @@ class GradientRelease:
         return ((norm + 1e-6) / self.max_grad_norm).clamp_min(1.0)  # 1e-6 as in torch's clip_grad_norm_
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if getattr(optimizer, "grad_scale", None) is not None:
+        if hasattr(optimizer, "grad_scale"):  # which a GradScaler sets for the time of the step
             raise RuntimeError(
                 "gradient release cannot be combined with a GradScaler: the weights were updated with gradients of "
                 "the scaled loss; expected bfloat16 or float32 without a scaler, or training without gradient release"

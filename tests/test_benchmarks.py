@@ -89,6 +89,7 @@ def test_unknown_names_are_errors_that_list_the_known() -> None:
     for script, option, known in [
         ("step_speed.py", "shapes", "llama-7b"),
         ("training_speed.py", "models", "llama-7b"),
+        ("memory_peak.py", "cases", "8b-int8-release"),
     ]:
         done = run(script, f"--{option}", "llama-8b", check=False)
         assert done.returncode != 0 and "unknown llama-8b" in done.stderr and known in done.stderr
@@ -212,6 +213,63 @@ def test_training_speed_runs_a_trainer(tmp_path: Path) -> None:
     assert foam["tokens_per_s"] == pytest.approx(4 * 16 * 1000 / foam["ms"])
     assert 0 < foam["optimizer_share"] < 1
     assert f"| {foam['label']} | {foam['tokens_per_s']:.0f} |" in printed
+
+
+def test_memory_peak_runs_a_trainer_for_every_kind_of_case(tmp_path: Path) -> None:
+    cases = "ladder-adamw-mixed,ladder-release,glue-release"
+    words = ["--device", "cpu", "--tiny", "--steps", "1", "--results", str(tmp_path), "--cases", cases]
+    printed = run("memory_peak.py", *words).stdout
+    (path,) = tmp_path.iterdir()
+    rows = {row["case"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == cases.split(",") and {row["status"] for row in rows.values()} == {"ok"}, printed
+    for name, weights, gradients, state in [
+        ("ladder-adamw-mixed", 4, 4, 8),
+        ("ladder-release", 2, 0, 16 / 64),  # its widest block has 64 columns here
+        ("glue-release", 4, 0, 16 / 64),
+    ]:
+        row = rows[name]
+        held = [row[f"{part}_bytes"] / row["parameters"] for part in ("weights", "gradients", "state")]
+        assert held == pytest.approx([weights, gradients, state], rel=0.05, abs=0.35), name
+        assert f"| {row['label']} | {held[0]:.2f} | {held[1]:.2f} | {held[2]:.2f} | {sum(held):.2f} |" in printed
+        assert row["peak_bytes"] is None and row["tokens_per_s"] > 0
+
+
+def test_the_report_judges_peaks_and_draws_them(tmp_path: Path) -> None:
+    gib = 2**30
+
+    def row(case: str, model: str, peak: float, speed: float = 100.0, **sizes: float) -> dict:
+        held = {f"{part}_bytes": int(sizes.get(part, 1) * gib) for part in ("weights", "gradients", "state")}
+        peaks = {f"{kind}_bytes": int(peak * gib) for kind in ("loading_peak", "peak", "peak_reserved")}
+        key = {"case": case, "model": model, "sequence": 512, "batch": 1, "label": case, "status": "ok"}
+        return {**key, **held, **peaks, "limit_bytes": 12 * gib, "parameters": gib, "tokens_per_s": speed}
+
+    failed = {"case": "8b-int8-release-liger", "model": "llama-3.1-8b", "sequence": 512, "batch": 1, "label": "Liger"}
+    content = {
+        "benchmark": "memory_peak",
+        "machine": {"name": "Abacus", "date": "today"},
+        "rows": [
+            row("8b-int8-release", "llama-3.1-8b", 10.5),
+            {**failed, "status": "missing", "reason": "no liger_kernel"},
+            row("7b-bf16-release", "llama-7b", 15.5, weights=13),
+            row("speed-adamw", "llama-3.1-8b", 70),
+            row("speed-int8-release", "llama-3.1-8b", 11, speed=80),
+            row("ladder-release", "llama-1.1b", 3.5, gradients=0),
+            row("ladder-adamw", "llama-1.1b", 9.5, state=4),
+        ],
+    }
+    text = report.section([content])
+    assert "results/memory_peak.png" in text and "Liger: missing. no liger_kernel" in text
+    assert text.splitlines()[-4:] == [
+        "| --- | ---: | ---: | ---: |",
+        "| llama-3.1-8b, 8b-int8-release: peak, loading included, GiB; no more could be allocated "
+        "| <= 12.00 | 10.50 | yes |",
+        "| llama-7b, 7b-bf16-release: peak above the weights, GiB | <= 2 | 2.50 | no |",
+        "| llama-3.1-8b, speed-int8-release: tokens a second / those of speed-adamw | >= 0.85 | 0.80 | no |",
+    ]
+    assert "| ladder-adamw | 1.00 | 1.00 | 4.00 | 6.00 | 9.50 | 9.50 | 9.50 | 100 |" in text
+    assert report.memory_picture([content], tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert not report.memory_picture([{**content, "rows": content["rows"][:3]}], tmp_path / "none.png")
 
 
 def test_report_writes_the_tables_between_its_markers(steps, tmp_path: Path) -> None:

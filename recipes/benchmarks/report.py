@@ -6,9 +6,16 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE)]
+
+from memory_report import MEMORY_PICTURE, memory_picture, memory_tables  # noqa: E402
+from memory_report import pictured as pictured_memory  # noqa: E402
+from report_parts import heading, not_measured, number, split, table  # noqa: E402
+
 START, END = "<!-- results: made by report.py from results/*.json -->", "<!-- end of results -->"
 NONE = "*Not yet measured: no JSON in results/.*"
 PICTURE = "step_speed.png"
+BENCHMARKS = ("step_speed", "training_speed", "memory_peak")
 
 # What a step must reach: shapes, dtype, optimizer, a field of its row or the optimizer to divide by, limit.
 BUDGET = [
@@ -26,36 +33,6 @@ SAID = {
     "temporary_bytes_per_param": "temporary bytes a parameter",
     "first_step_s": "seconds of the first step, caches empty",
 }
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def number(value: float | None, form: str = ".2f") -> str:
-    return "" if value is None else format(value, form)
-
-
-def heading(machine: dict) -> str:
-    software = [
-        f"{name} {machine[name]}" for name in ("torch", "triton", "transformers", "driver") if machine.get(name)
-    ]
-    copy = f"; a large copy moves {machine['copy_GBps']:.0f} GB/s, read and written" if "copy_GBps" in machine else ""
-    return f"{machine['name']}, {', '.join(software)}, {machine['date']}{copy}."
-
-
-def not_measured(rows: list[dict]) -> str:
-    """The rows without numbers, and why: nothing that was tried is left out."""
-    lines = [f"* {row['label']}: {row['status']}. {row['reason']}" for row in rows if row["status"] != "ok"]
-    return "\n".join(lines)
-
-
-def split(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
-    found: dict[tuple, list[dict]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return found
 
 
 def step_tables(content: dict) -> str:
@@ -123,9 +100,9 @@ def training_tables(content: dict) -> str:
 
 
 def read(folder: Path) -> list[dict]:
-    """The step_speed and training_speed results of a folder, by file name; other files there are not ours."""
+    """The results of a folder, by file name; other files there are not ours."""
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [content for content in contents if content.get("benchmark") in ("step_speed", "training_speed")]
+    return [content for content in contents if content.get("benchmark") in BENCHMARKS]
 
 
 def section(contents: list[dict]) -> str:
@@ -139,6 +116,10 @@ def section(contents: list[dict]) -> str:
         parts += ["### One step", step_tables(content), budget(content)]
     for content in trainings:
         parts += ["### Whole training steps", training_tables(content)]
+    memory = [content for content in contents if content["benchmark"] == "memory_peak"]
+    for content in memory:
+        shown = f"![What the peak of training holds, by optimizer](results/{MEMORY_PICTURE})"
+        parts += ["### Peak memory", shown if pictured_memory(content) else "", memory_tables(content)]
     return "\n\n".join(part for part in parts if part) or NONE
 
 
@@ -207,8 +188,12 @@ def main(argv: list[str] | None = None) -> None:
     if options.check:
         sys.exit(f"{options.readme} differs from {options.results}: run report.py" if new != old else 0)
     options.readme.write_text(new, encoding="utf-8")
-    drawn = picture(contents, options.results / PICTURE)
-    files = f"{options.readme}" + (f" and {options.results / PICTURE}" if drawn else "")
+    drawn = [
+        str(options.results / name)
+        for name, draw in ((PICTURE, picture), (MEMORY_PICTURE, memory_picture))
+        if draw(contents, options.results / name)
+    ]
+    files = ", ".join([str(options.readme), *drawn])
     print(f"{files}, from {len(contents)} JSON file{'s' * (len(contents) != 1)} in {options.results}")
 
 
