@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from foam_hf import FOAM, enable_gradient_release, foam_param_groups
+from foam_hf.int8_weights import Int8Weight
 from tests.tiny_models import BUILDERS, classification_data, language_data, quantized, tiny_llama, tiny_mlp, tiny_qwen2
 from tests.tolerances import assert_within
 
@@ -99,17 +100,25 @@ def test_weights_and_state_have_the_bits_of_the_ordinary_loop(
 
 @pytest.mark.parametrize(
     "options",
-    [{"second_moment": "factored"}, {"level": "row", "state_dtype": torch.bfloat16}, {"level": 0, "scale": 1.0}],
-    ids=["factored", "row, bfloat16 state", "level 0"],
+    [
+        {"second_moment": "factored"},
+        {"level": "row", "state_dtype": torch.bfloat16},
+        {"level": 0, "scale": 1.0},
+        {"int8": True},
+    ],
+    ids=["factored", "row, bfloat16 state", "level 0", "INT8"],
 )
 @pytest.mark.parametrize("kernel", ["reference", "triton"])
 def test_every_rule_and_the_kernels_give_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, kernel: str, options: dict[str, Any]
 ) -> None:
     monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
+    int8, options = "int8" in options, {name: value for name, value in options.items() if name != "int8"}
     runs = []
     for released in (False, True):
         model = tiny_mlp().to(DEVICE, torch.bfloat16)
+        if int8:
+            model.input.weight = nn.Parameter(Int8Weight.from_float(model.input.weight, 16))
         optimizer = FOAM(model.parameters(), **{"lr": 1e-2, "level": 3, **options})
         if released:
             enable_gradient_release(model, optimizer)
@@ -426,11 +435,14 @@ def test_sparse_gradients_are_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*GradScaler")
-def test_a_grad_scaler_is_refused_at_its_first_step() -> None:
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_grad_scaler_is_refused_at_its_first_step(unscaled: bool) -> None:
     model, optimizer = make(tiny_mlp)
     enable_gradient_release(model, optimizer)
     scaler = torch.amp.GradScaler(DEVICE)
     scaler.scale(model(**next(batches(model)))["loss"]).backward()
+    if unscaled:
+        scaler.unscale_(optimizer)
     with pytest.raises(RuntimeError, match="cannot be combined with a GradScaler"):
         scaler.step(optimizer)
 
