@@ -28,10 +28,11 @@ def enable_gradient_release(
 ) -> GradientRelease:
     """Let ``loss.backward()`` update the weights of ``model``, each once its gradient is whole, and free the gradient.
 
-    The training loop stays as it is, with one ``optimizer.step()`` after each backward pass: it counts the step and
-    updates what got its gradient in another way. The weights get the bits that they would get without release. The
-    learning rate that counts is the one during the backward pass. Weights used in several places (tied embeddings)
-    wait for all of them, so their gradients live longer. A model compiled as a whole returns all gradients at once.
+    The training loop stays as it is, with one ``optimizer.step()`` after each backward pass: it ends the step, and
+    updates what got its gradient in another way. Without clipping, the weights get the bits that they would get
+    without release. The learning rate that counts is the one during the backward pass. Weights used in several places
+    (tied embeddings) wait for all of them, so their gradients live longer. A model compiled as a whole returns all
+    gradients at once.
 
     Call it when the model is on its device: ``model.to()`` drops the hooks of quantized weights.
 
@@ -173,7 +174,7 @@ class GradientRelease:
         """What to divide ``grad`` by; nothing is read back from the device."""
         norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
         self._norms.append(norm)
-        return ((norm + 1e-6) / self.max_grad_norm).clamp_min(1.0)  # 1e-6 as in torch's clip_grad_norm_
+        return norm.add(1e-6).div_(self.max_grad_norm).clamp_min_(1.0)  # 1e-6 as in torch's clip_grad_norm_
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if hasattr(optimizer, "grad_scale"):  # which a GradScaler sets for the time of the step

@@ -143,6 +143,21 @@ def test_few_gradients_live_at_any_time() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="counts what a GPU allocates")
+def test_the_peak_of_a_backward_pass_holds_few_gradients() -> None:
+    model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(16)]).to(DEVICE, torch.bfloat16)
+    optimizer = FOAM(model.parameters(), lr=1e-3)
+    enable_gradient_release(model, optimizer, max_grad_norm=1.0)
+    x = torch.randn(8, 2048, device=DEVICE, dtype=torch.bfloat16)
+    for _ in range(2):
+        loss = model(x).sum()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        loss.backward()
+        optimizer.step()
+    assert torch.cuda.max_memory_allocated() - before < 3 * 2 * 2048**2
+
+
 def test_a_kept_plan_follows_gradients_that_move(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels' tables are made once, not at every step."""
     from foam_hf import kernels
