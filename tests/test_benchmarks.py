@@ -216,7 +216,7 @@ def test_training_speed_runs_a_trainer(tmp_path: Path) -> None:
 
 
 def test_memory_peak_runs_a_trainer_for_every_kind_of_case(tmp_path: Path) -> None:
-    cases = "ladder-adamw-mixed,ladder-release,glue-release"
+    cases = "ladder-adamw-mixed,ladder-release,8b-int8-loaded,glue-release"
     words = ["--device", "cpu", "--tiny", "--steps", "1", "--results", str(tmp_path), "--cases", cases]
     printed = run("memory_peak.py", *words).stdout
     (path,) = tmp_path.iterdir()
@@ -225,6 +225,7 @@ def test_memory_peak_runs_a_trainer_for_every_kind_of_case(tmp_path: Path) -> No
     for name, weights, gradients, state in [
         ("ladder-adamw-mixed", 4, 4, 8),
         ("ladder-release", 2, 0, 16 / 64),  # its widest block has 64 columns here
+        ("8b-int8-loaded", 1.1, 0, 16 / 64),  # its embedding and LM head are in bf16
         ("glue-release", 4, 0, 16 / 64),
     ]:
         row = rows[name]

@@ -103,10 +103,12 @@ def test_training_follows_the_float32_model(dtype: torch.dtype, plain: Path, tmp
     assert all(math.isfinite(entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry)
 
 
-@pytest.mark.parametrize("files", ["one", "codes apart from scales", "many"])
+@pytest.mark.parametrize("files", ["one", "codes apart from scales", "many", "one, gradients released"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_resumed_run_is_bit_identical(files: str, dtype: torch.dtype, plain: Path, tmp_path: Path) -> None:
-    whole = make_trainer(tmp_path / "whole", int8_model(plain, dtype), save_strategy="steps", save_steps=5)
+    optim_args = f"level=3,gradient_release={files == 'one, gradients released'}"
+    settings = {"optim_args": optim_args, "save_strategy": "steps", "save_steps": 5}
+    whole = make_trainer(tmp_path / "whole", int8_model(plain, dtype), **settings)
     whole.train()
     checkpoint = tmp_path / "whole/checkpoint-5"
     if files == "codes apart from scales":
@@ -114,7 +116,7 @@ def test_a_resumed_run_is_bit_identical(files: str, dtype: torch.dtype, plain: P
     elif files == "many":
         AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(checkpoint, max_shard_size="8KB")
         (checkpoint / "model.safetensors").unlink()
-    resumed = make_trainer(tmp_path / "resumed", int8_model(plain, dtype))
+    resumed = make_trainer(tmp_path / "resumed", int8_model(plain, dtype), optim_args=optim_args)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert losses(resumed)[-5:] == losses(whole)[-5:]
     assert_same_bits(bits(resumed.model), bits(whole.model))
