@@ -232,7 +232,8 @@ class Study:
             job.start(train, threads)
 
     def report(self) -> dict:
-        records = {part: [job.record for job in self.finished if job.part == part and job.record] for part in PARTS}
+        finished = sorted(self.finished, key=lambda job: (job.order, job.rate))  # whichever ended first
+        records = {part: [job.record for job in finished if job.part == part and job.record] for part in PARTS}
         content = {
             "model": self.options.label or self.options.model,
             "study": self.options.study,
@@ -244,7 +245,7 @@ class Study:
             "alone": records["alone"],
             "search": records["search"],
             "runs": records["final"],
-            "failed": [job.failure() for job in self.finished if not job.record],
+            "failed": [job.failure() for job in finished if not job.record],
             "unfinished": len(self.waiting) + len(self.running),
             "seconds": round(self.elapsed(), 1),
         }
