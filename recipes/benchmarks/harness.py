@@ -105,7 +105,7 @@ def run_cases(results: Results, cases: list[dict], measure: Callable[[dict], dic
             break
         row = measure(case)
         results.put(case, row)
-        said = row.get("reason") or f"{row['ms']:.3f} ms"
+        said = row.get("reason") or ("done" if row["ms"] is None else f"{row['ms']:.3f} ms")
         print(
             f"{time.monotonic() - started:6.0f} s  {' '.join(map(str, case.values()))}: {row['status']}, {said}",
             flush=True,

@@ -239,6 +239,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--cases", default=",".join(CASES), help="of the default, all")
     parser.add_argument("--steps", type=int, default=4, help=f"timed, after {WARM_UP} that are not")
+    parser.add_argument("--peaks-only", action="store_true", help="no times: for a GPU that other work shares")
     parser.add_argument("--tiny", action="store_true", help="tiny models and 16 tokens in place of the true shapes")
     add_options(parser)
     options = parser.parse_args(argv)
@@ -253,7 +254,10 @@ def main(argv: list[str] | None = None) -> dict:
     results = Results(options.results, "memory_peak", machine)
 
     def one(key: dict) -> dict:
-        return {"label": CASES[key["case"]].label, **run_alone(measure, *key.values(), options.steps, options.device)}
+        row = {"label": CASES[key["case"]].label, **run_alone(measure, *key.values(), options.steps, options.device)}
+        if options.peaks_only and row["status"] == "ok":
+            row["ms"] = row["tokens_per_s"] = None
+        return row
 
     keys = [
         {

@@ -39,7 +39,7 @@ def _line(row: dict) -> list[str]:
         gib(row["loading_peak_bytes"]),
         gib(row["peak_bytes"]),
         gib(row["peak_reserved_bytes"]),
-        f"{row['tokens_per_s']:.0f}",
+        number(row["tokens_per_s"], ".0f"),
     ]
 
 
