@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from foam_hf.int8_quantizer import Int8Config
     from foam_hf.optimizer import FOAM
     from foam_hf.param_groups import foam_param_groups
+    from foam_hf.planner import estimate_memory
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "OptimizerMemoryCallback",
     "__version__",
     "enable_gradient_release",
+    "estimate_memory",
     "foam_param_groups",
     "memory",
 ]
@@ -37,6 +39,7 @@ _LAZY_MODULES = {
     "Int8Config": "foam_hf.int8_quantizer",
     "OptimizerMemoryCallback": "foam_hf.callback",
     "enable_gradient_release": "foam_hf.gradient_release",
+    "estimate_memory": "foam_hf.planner",
     "foam_param_groups": "foam_hf.param_groups",
 }
 

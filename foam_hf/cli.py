@@ -1,4 +1,4 @@
-"""The `foam-hf` command: `run` for scripts that do not know foam_hf, `recipes` for the bundled recipes."""
+"""The `foam-hf` command: `run` for scripts that do not know foam_hf; `estimate`, `recipes` and `export`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from foam_hf import __version__
+from foam_hf import __version__, estimate_command
 
 _PACKAGE = Path(__file__).resolve().parent
 _SITECUSTOMIZE = _PACKAGE / "_sitecustomize"
@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise CommandError(f"`--` belongs to `foam-hf run`, got it after `foam-hf {options.command}`")
         if options.command == "export":
             return _export(options.source, options.destination, options.dtype)
+        if options.command == "estimate":
+            return _estimate(options)
         return _list_recipes() if options.action in (None, "list") else _copy_recipe(options.name, options.dest)
     except CommandError as error:
         print(f"foam-hf {options.command}: {error}", file=sys.stderr)
@@ -63,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="foam-hf", description="FOAM for the Hugging Face Trainer: run any training command with optim=foam."
     )
     parser.add_argument("--version", action="version", version=f"foam-hf {__version__}")
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="{run,recipes,export}")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="{run,estimate,recipes,export}")
 
     run = commands.add_parser(
         "run",
@@ -78,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="add OptimizerMemoryCallback: measure and log the optimizer's bytes",
     )
+
+    estimate_command.add_parser(commands)
 
     recipes = commands.add_parser(
         "recipes",
@@ -139,6 +143,16 @@ def _replace_process(command: list[str], environment: dict[str, str]) -> NoRetur
     sys.stdout.flush()
     sys.stderr.flush()
     os.execvpe(command[0], command, environment)
+
+
+def _estimate(options: argparse.Namespace) -> int:
+    try:
+        return estimate_command.run(options)
+    except BrokenPipeError:  # `| head` has seen enough; nor must Python complain when it closes the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, ImportError, OSError) as error:
+        raise CommandError(str(error)) from error
 
 
 def _recipes() -> dict[str, Path]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from foam_hf import peer_state
 from foam_hf.memory import expected_state_bytes
-from foam_hf.optim_args import FOAM_NAMES, foam_options, split_optim_args
+from foam_hf.optim_args import FOAM_KEYS, FOAM_NAMES, foam_options, split_optim_args
 from foam_hf.optimizer import FOAM
 from foam_hf.param_groups import foam_param_groups, foam_parameter_names
 from foam_hf.storages import storages, total
@@ -47,6 +47,13 @@ _PROJECTED_KEYS: dict[str, dict[str, tuple[str, ...] | None]] = {
 }
 # Trainer's names, and two that Trainer does not have: torch.optim.Muon, and Adam-mini of the adam-mini package.
 OPTIMIZERS = (*FOAM_NAMES, *_PEERS, *_PROJECTED, "muon", "adam_mini")
+
+
+def option_keys(optim: str) -> tuple[str, ...]:
+    """The keys that `optim`, one of `OPTIMIZERS`, reads from `optim_args`."""
+    if optim in FOAM_NAMES:
+        return tuple(key for key in FOAM_KEYS if key not in FOAM_NAMES[optim])
+    return tuple(_PROJECTED_KEYS.get(optim, ()))
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,20 @@ from torch import nn
 from foam_hf.model_configs import ModelError, first_line
 
 
-def meta_model(config: Any, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> nn.Module:
-    """The model of `config` on the meta device: shapes and dtypes, no memory. Its class is the first that `config`
-    names; without one that transformers has, the causal language model of this kind of config.
+def meta_model(
+    config: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    architecture: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model of `config` on the meta device: shapes and dtypes, no memory.
 
     Args:
         config: of transformers; `trust_remote_code` as for `load_config`.
         dtype: of the weights; default: the config's own, else float32.
+        architecture: name of the class in transformers; default: the first that `config` names, or if transformers has
+            none of them, its causal language model for this kind of config.
 
     Raises:
         ModelError: the config contradicts itself, or transformers has no model for it.
@@ -27,6 +34,8 @@ def meta_model(config: Any, *, dtype: torch.dtype | None = None, trust_remote_co
     torch.set_default_dtype(dtype)  # not model.to(dtype): some buffers stay float32, as when a model is loaded
     try:
         with torch.device("meta"):
+            if architecture is not None:
+                return _class(architecture, config)(config)
             return _build(config, trust_remote_code)
     except ModelError:
         raise
@@ -88,14 +97,27 @@ def positions(model: nn.Module) -> int | None:
     return min(found, default=None)
 
 
+def _class(name: str, config: Any) -> Any:
+    """The class of transformers for models of `config`."""
+    import transformers
+
+    known = getattr(transformers, name, None)
+    if not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)):
+        raise ModelError(f"transformers has no model class {name!r}; expected one like LlamaForCausalLM")
+    if not isinstance(config, known.config_class or ()):
+        raise ModelError(f"{name} does not take a {type(config).__name__}; expected a class of the same family")
+    return known
+
+
 def _build(config: Any, trust_remote_code: bool) -> nn.Module:
     import transformers
 
     for name in getattr(config, "architectures", None) or ():
-        known = getattr(transformers, name, None)
-        known = known if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel) else None
-        if known is not None and isinstance(config, known.config_class or ()):
-            return known(config)
+        try:
+            known = _class(name, config)
+        except ModelError:  # of the model's own code, or misspelt, as LLaMAForCausalLM in GaLore's configs
+            continue
+        return known(config)
     own_code = getattr(config, "auto_map", None) or {}
     for name, mapping in (
         ("AutoModelForCausalLM", transformers.MODEL_FOR_CAUSAL_LM_MAPPING),

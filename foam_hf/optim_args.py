@@ -42,6 +42,7 @@ _OPTIM_ARGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "gradient_release": (_one_of(true=True, false=False), "true or false"),
     "seed": (lambda text: int(_in_range(int(text), 0, 2**64 - 1)), "an integer from 0 to 2**64 - 1"),
 }
+FOAM_KEYS = tuple(_OPTIM_ARGS)
 # Names of `optim` -> the options that they stand for.
 FOAM_NAMES: dict[str, dict[str, Any]] = {"foam": {}, "foam_mini": {"level": "row"}}
 

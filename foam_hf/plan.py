@@ -27,6 +27,9 @@ class Plan:
     Attributes:
         optim: the optimizer, by the name that Trainer's `optim` takes.
         options: what was chosen of the optimizer's options, as in `optim_args`; "" for its defaults.
+        batch, sequence: sequences on the device at a time, and tokens in each.
+        gradient_release: the update runs inside the backward pass.
+        int8_weights: the weights that fold are INT8.
         parameters: of the model, tied ones once.
         trainable: how many of them are trained.
         weights: parameters and buffers.
@@ -39,6 +42,10 @@ class Plan:
 
     optim: str
     options: str
+    batch: int
+    sequence: int
+    gradient_release: bool
+    int8_weights: bool
     parameters: int
     trainable: int
     weights: int
@@ -46,6 +53,14 @@ class Plan:
     state: int
     activations: int
     activations_note: str
+
+    @property
+    def label(self) -> str:
+        """The optimizer with all that was chosen, as a row of a table starts."""
+        chosen = [self.options] if self.options else []
+        chosen += ["gradient release"] if self.gradient_release else []
+        chosen += ["INT8 weights"] if self.int8_weights else []
+        return f"{self.optim} ({', '.join(chosen)})" if chosen else self.optim
 
     @property
     def total(self) -> int:

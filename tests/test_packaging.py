@@ -73,8 +73,8 @@ def test_the_metadata_asks_for_what_the_package_needs(metadata):
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
     needed = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
-    assert {r.name for r in needed if r.marker is None} == {"torch", "transformers", "accelerate"}
-    assert {"demo", "glue", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    assert {r.name for r in needed if r.marker is None} == {"torch", "transformers", "accelerate", "rich"}
+    assert {"demo", "glue", "plot", "dev"} <= set(metadata.get_all("Provides-Extra"))
 
 
 def test_the_installed_command_lists_and_copies_the_recipes(installed, tmp_path):

@@ -82,7 +82,7 @@ def test_every_python_block_runs_for_a_user_with_a_model_and_data(tmp_path):
     # The first block, the two with gradient release, INT8 weights, the one without Trainer, and the resumed one.
     assert trained.count("FOAM") == 6
     assert "Optimizer memory: FOAM" in done.stdout + done.stderr  # the callback's table
-    assert "instead of AdamW's" in done.stdout
+    assert "at the peak, of which" in done.stdout
     assert list(tmp_path.glob("out/checkpoint-*/optimizer.pt"))
 
 
@@ -94,12 +94,12 @@ def test_every_shell_block_parses(block):
 
 def test_every_fence_is_of_a_kind_that_is_tested():
     kinds = re.findall(r"^```(\w*)$", TEXT, re.MULTILINE)
-    assert set(kinds[::2]) <= {"python", "bash", "console", "sh"} and set(kinds[1::2]) == {""}
+    assert set(kinds[::2]) <= {"python", "bash", "console", "sh", "text"} and set(kinds[1::2]) == {""}
 
 
 def test_every_foam_hf_command_exists():
     uses = [words[1:] for words in shell_lines() if words[0] == "foam-hf"]
-    assert {words[0] for words in uses} == {"run", "recipes", "export"}
+    assert {words[0] for words in uses} == {"run", "estimate", "recipes", "export"}
     for words in uses:
         ours = words[: words.index("--")] if "--" in words else words
         assert ours[0] != "run" or len(ours) == len(words) or len(words) > len(ours) + 1, words
@@ -111,6 +111,26 @@ def test_every_foam_hf_command_exists():
             assert re.search(rf"{flag}(?![\w-])", done.stdout), f"foam-hf {' '.join(actions)} has no {flag}"
         if actions == ["recipes", "copy"]:
             assert (REPO / "recipes" / names[2] / "README.md").is_file(), names
+
+
+def test_shown_output_is_what_the_command_prints():
+    """Each block of text stands under the command that prints these lines, among others."""
+    shown = re.findall(r"^```bash\n(foam-hf [^\n]+)\n```\n\n```text\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    assert len(shown) == TEXT.count("```text\n") > 0
+    for command, text in shown:
+        done = run(sys.executable, "-m", "foam_hf.cli", *shlex.split(command)[1:])
+        printed = [line.rstrip() for line in done.stdout.splitlines()]
+        for line in text.splitlines():
+            assert line in printed, done.stdout + done.stderr
+
+
+def test_figure_of_pretraining_is_what_the_planner_counts():
+    done = run(sys.executable, FIGURES / "pretraining_state.py")
+    assert done.returncode == 0, done.stderr
+    assert "FOAM-Mini" in done.stdout
+    # The figure carries the numbers that it was drawn from.
+    assert done.stdout.rstrip().encode("latin-1") in (FIGURES / "pretraining_state.png").read_bytes()
+    assert 'src="recipes/figures/pretraining_state.png"' in TEXT
 
 
 def test_every_make_target_exists():

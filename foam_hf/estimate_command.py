@@ -1,0 +1,309 @@
+"""`foam-hf estimate`: the memory planner on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+import logging
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foam_hf.plan import Plan
+    from foam_hf.plan_report import Row
+    from foam_hf.planner import Planner
+
+COMPARED = "foam, foam_mini, adamw_torch_fused, adamw_8bit, adafactor, galore_adamw, apollo_adamw"
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def add_parser(commands: Any) -> None:
+    """Add `estimate` to the subparsers of `foam-hf`."""
+    parser = commands.add_parser(
+        "estimate",
+        help="say what training a model takes, before anything but its config is read",
+        usage="foam-hf estimate MODEL [--gpu 24GB] [--batch N] [--seq N] [option ...]",
+        description="What a training step takes at its peak, for several optimizers side by side: weights, gradients "
+        "and optimizer state counted to the byte, activations estimated. Nothing but a config is read.",
+        epilog="exit codes: 0; 1 if nothing fits on --gpu; 2 for a model, an option or a size that cannot be used",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a name on the model hub, a local folder, a config.json, or one of the built-in models, which need no "
+        "network: llama-60m, -130m, -350m, -1b, -3b, -7b, -13b, llama-3.1-8b, qwen2.5-0.5b, qwen2.5-7b, "
+        "roberta-base, roberta-large",
+    )
+    parser.add_argument(
+        "--gpu",
+        metavar="SIZE",
+        help="memory of the card, as 24GB: say what fits, and with which batch. GB are decimal, which leaves 7%% of a "
+        "card sold as 24GB to CUDA itself; 24GiB plans with all of it",
+    )
+    parser.add_argument("--batch", default="1", metavar="N", help="sequences at a time (default: 1)")
+    parser.add_argument("--seq", metavar="N", help="tokens in each (default: 512)")
+    parser.add_argument(
+        "--optim",
+        action="append",
+        metavar="NAME,...",
+        help=f"optimizers to compare, by Trainer's names, and muon, adam_mini (default: {COMPARED})",
+    )
+    parser.add_argument("--level", metavar="N,...", help="FOAM's level, 0 to 16 or row; several make several rows")
+    parser.add_argument(
+        "--optim-args", metavar="KEY=VALUE,...", help="as Trainer's; each optimizer takes the keys that it has"
+    )
+    parser.add_argument(
+        "--architecture",
+        metavar="CLASS",
+        help="the class of transformers to train, as BertForSequenceClassification (default: the config's first)",
+    )
+    parser.add_argument(
+        "--dtype", choices=[*_DTYPES, *_DTYPES.values()], help="of the weights (default: the config's)"
+    )
+    mixed = parser.add_mutually_exclusive_group()
+    mixed.add_argument("--bf16", action="store_true", help="Trainer's bf16: compute float32 weights in bfloat16")
+    mixed.add_argument("--fp16", action="store_true", help="Trainer's fp16: compute float32 weights in float16")
+    parser.add_argument("--attention", choices=["sdpa", "eager"], help="default: the model's own, mostly sdpa")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations layer by layer")
+    parser.add_argument("--gradient-accumulation", action="store_true", help="keep gradients from batch to batch")
+    parser.add_argument("--gradient-release", action="store_true", help="update inside the backward pass (FOAM alone)")
+    parser.add_argument("--int8-weights", action="store_true", help="train INT8 weights (FOAM alone)")
+    parser.add_argument("--lora-rank", metavar="N", help="train LoRA adapters on all linear layers instead")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table; sizes in bytes")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the table as stacked bars (extra: plot)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plans; 1 if none fits on the card, else 0.
+
+    Raises:
+        ValueError: a model, an optimizer or an option that cannot be used, in one line.
+        ImportError: --plot without matplotlib.
+        OSError: --plot cannot write its file.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # other packages' news on what they could not load
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _run(options)
+    finally:
+        logging.disable(before)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from foam_hf.plan_report import draw, print_table, to_json
+    from foam_hf.planner import Planner
+
+    # Here and not by argparse, whose errors come with a usage: one clear line is enough.
+    options.gpu = None if options.gpu is None else size_in_bytes(options.gpu)
+    for name in ("batch", "seq", "lora_rank"):
+        setattr(options, name, _count(name, getattr(options, name)))
+    choices = chosen_optimizers(options.optim, options.level, options.optim_args)
+    foam_only = [flag for flag in ("gradient_release", "int8_weights") if getattr(options, flag)]
+    if foam_only and not any(_is_foam(name) for name, _ in choices):
+        flag = foam_only[0].replace("_", "-")
+        raise ValueError(
+            f"--{flag} is FOAM's, and it is not among the optimizers; expected foam or foam_mini in --optim"
+        )
+    if options.plot:
+        _check_plot(options.plot)
+    planner = Planner(options.model, **workload(options))
+    rows = [_row(planner, name, arguments, options, foam_only) for name, arguments in choices]
+    rows.sort(key=lambda row: row.plan.total)
+    about = _about(planner, options)
+    if options.plot:
+        draw(rows, options.plot, title=f"{options.model}, {about['size']}", subtitle=about["step"], gpu=options.gpu)
+    if options.json:
+        print(to_json(rows, model=options.model, **about, gpu=options.gpu))
+    else:
+        print(f"{options.model}: {about['architecture']}, {about['size']}")
+        print(f"The peak of a training step of {about['step']}:\n")
+        print_table(rows, gpu=options.gpu)
+        print("\n" + "\n".join(_notes(rows, options, foam_only)))
+    if options.gpu is None or any(row.fits for row in rows):
+        return 0
+    if not options.json:
+        print("\n" + "\n".join(_verdict(planner, rows, options)))
+    return 1
+
+
+def size_in_bytes(text: str) -> int:
+    """The bytes of "24GB", "24G" or "24 GiB"; decimal units, unless there is an i in them.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip(), re.IGNORECASE)
+    if not match or (match[3] and not match[2]):
+        raise ValueError(f"--gpu: not a size, {text!r}; expected something like 24GB or 16GiB")
+    if not match[2] and not text.strip().lower().endswith("b"):
+        raise ValueError(f"--gpu: no unit in {text!r}; expected something like {text.strip()}GB")
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].upper()])
+    if size == 0:
+        raise ValueError(f"--gpu: no memory at all, {text!r}; expected something like 24GB")
+    return size
+
+
+def chosen_optimizers(
+    names: list[str] | None, levels: str | None, optim_args: str | None
+) -> list[tuple[str, dict[str, str]]]:
+    """(name, its options) of each row: a comma list of names, times the levels for FOAM, each with the keys it takes.
+
+    Raises:
+        ValueError: an unknown or repeated name, or an option that none of them takes.
+    """
+    from foam_hf.counted import OPTIMIZERS, option_keys
+    from foam_hf.optim_args import split_optim_args
+
+    chosen = [name.strip() for entry in names or [COMPARED] for name in entry.split(",")]
+    for name in chosen:
+        if name not in OPTIMIZERS:
+            near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown optimizer {name!r}; {hint}expected one of {', '.join(OPTIMIZERS)}")
+        if chosen.count(name) > 1:
+            raise ValueError(f"--optim has {name!r} twice; for several levels of FOAM: --level 2,8")
+    pairs = split_optim_args(optim_args)
+    for key, _ in pairs:
+        if not any(key in option_keys(name) for name in chosen):
+            known = sorted({key for name in chosen for key in option_keys(name)})
+            raise ValueError(f"--optim-args: none of {', '.join(chosen)} has {key!r}; they have {', '.join(known)}")
+    rows = []
+    for name in chosen:
+        arguments = {key: value for key, value in pairs if key in option_keys(name)}
+        if levels is None or name != "foam":
+            rows.append((name, arguments))
+            continue
+        if "level" in arguments:
+            raise ValueError(f"the level is given twice, --level {levels} and --optim-args {optim_args}; expected one")
+        rows += [(name, {"level": level.strip(), **arguments}) for level in levels.split(",")]
+    if levels is not None and "foam" not in chosen:
+        raise ValueError(f"--level is FOAM's, and none of {', '.join(chosen)} has it; expected foam in --optim")
+    return rows
+
+
+def workload(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `Planner` that the command line gives."""
+    import torch
+
+    return {
+        "batch": options.batch,
+        "sequence": options.seq,
+        "dtype": getattr(torch, _DTYPES.get(options.dtype, options.dtype)) if options.dtype else None,
+        "autocast": "bfloat16" if options.bf16 else "float16" if options.fp16 else None,
+        "attention": options.attention,
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "accumulation": options.gradient_accumulation,
+        "lora_rank": options.lora_rank,
+        "architecture": options.architecture,
+        "trust_remote_code": options.trust_remote_code,
+    }
+
+
+def _row(planner: Planner, name: str, arguments: dict[str, str], options: Any, foam_only: list[str]) -> Row:
+    from foam_hf.plan_report import Row
+
+    release, int8 = ((flag in foam_only and _is_foam(name)) for flag in ("gradient_release", "int8_weights"))
+    plan = planner.plan(name, arguments, gradient_release=release, int8_weights=int8)
+    if options.gpu is None:
+        return Row(plan)
+    return Row(plan, plan.total <= options.gpu, planner.largest_batch(plan, options.gpu))
+
+
+def _about(planner: Planner, options: Any) -> dict[str, str]:
+    """What is planned: a line on the model, and one on the step."""
+    step = [f"{planner.batch} x {planner.sequence} tokens"]
+    step += [f"LoRA of rank {options.lora_rank} on all linear layers"] if options.lora_rank else []
+    step += [f"{mode} autocast" for mode in ("bf16", "fp16") if getattr(options, mode)]
+    step += [f"{options.attention} attention"] if options.attention else []
+    step += ["gradient checkpointing"] if options.gradient_checkpointing else []
+    step += ["gradients accumulated"] if options.gradient_accumulation else []
+    dtype = str(planner.dtype).removeprefix("torch.")
+    count = planner.parameters
+    size = f"{f'{count / 1e6:,.0f} M' if count >= 1e6 else f'{count:,}'} parameters in {dtype}"
+    return {"architecture": planner.architecture, "size": size, "step": ", ".join(step)}
+
+
+def _notes(rows: list[Row], options: Any, foam_only: list[str]) -> list[str]:
+    """What a reader of the table has to know."""
+    notes = [
+        "Weights, gradients and state are counted to the byte. Activations are what the peak holds on top of them",
+        f"(logits and temporary memory too), an estimate: {rows[0].plan.activations_note}.",
+    ]
+    if foam_only and not all(_is_foam(row.plan.optim) for row in rows):
+        flags = " and ".join(flag.replace("_", " ").replace("int8", "INT8") for flag in foam_only)
+        notes.append(f"Only FOAM has {flags}: the other optimizers are planned without.")
+    return notes
+
+
+def _verdict(planner: Planner, rows: list[Row], options: Any) -> list[str]:
+    """Nothing fits: what is nearest, and what would."""
+    from foam_hf.memory import format_bytes
+
+    least = rows[0].plan
+    lines = [f"Nothing fits in {format_bytes(options.gpu)}: {least.label} comes nearest, {format_bytes(least.total)}."]
+    batches = [row for row in rows if row.largest_batch]
+    if batches:
+        most = max(row.largest_batch or 0 for row in batches)
+        fit = [row.plan.label for row in batches if row.largest_batch == most]
+        return [*lines, f"With --batch {most} would fit: {', '.join(fit)}."]
+    asked, plan = _way_out(planner, options)
+    if plan is not None:
+        would = "would take" if plan.total <= options.gpu else "would still take"
+        flags = " ".join("--" + flag.replace("_", "-") for flag in asked)
+        lines.append(f"foam with {flags} and a batch of 1 {would} {format_bytes(plan.total)}.")
+    return lines
+
+
+def _way_out(planner: Planner, options: Any) -> tuple[tuple[str, ...], Plan | None]:
+    """The fewest switches, beyond those that are on, that make FOAM fit with one sequence; else all there are."""
+    adapters, accumulation = options.lora_rank is not None, options.gradient_accumulation
+    excluded = {
+        "gradient_checkpointing": False,
+        "gradient_release": adapters or accumulation,
+        "int8_weights": adapters,
+    }
+    missing = [flag for flag in excluded if not excluded[flag] and not getattr(options, flag)]
+    last: tuple[tuple[str, ...], Plan | None] = ((), None)
+    for asked in itertools.chain(*(itertools.combinations(missing, n + 1) for n in range(len(missing)))):
+        on = {flag: getattr(options, flag) or flag in asked for flag in excluded}
+        variant = planner.variant(batch=1, gradient_checkpointing=on["gradient_checkpointing"])
+        try:
+            plan = variant.count("foam", gradient_release=on["gradient_release"], int8_weights=on["int8_weights"])
+        except (ValueError, ImportError):  # no weight of this model can become INT8, or not with this transformers
+            continue
+        if plan.total <= options.gpu or len(asked) == len(missing):  # else no need to ask for activations
+            last = asked, variant.with_batch(plan, 1)
+            if last[1] is not None and last[1].total <= options.gpu:
+                break
+    return last
+
+
+def _is_foam(name: str) -> bool:
+    return name.startswith("foam")
+
+
+def _check_plot(path: Path) -> None:
+    """Before the work: that matplotlib is there, and the folder, and that it can write such files."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise ImportError('--plot needs matplotlib: pip install "foam-hf[plot]"') from None
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--plot: no folder {path.parent}; expected a file in a folder that exists")
+    if path.suffix.lstrip(".").lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise ValueError(f"--plot: cannot draw {path.name!r}; expected a name that ends in .png, .pdf or .svg")
+
+
+def _count(name: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise ValueError(f"--{name.replace('_', '-')}: not a count, {text!r}; expected an integer of 1 or more")
+    return int(text)
