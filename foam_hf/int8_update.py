@@ -34,7 +34,7 @@ class Int8Rows:
     """An INT8 weight as ``update.update_parameter`` sees it: rows that load as a change, and take it."""
 
     def __init__(self, weight: Int8Weight) -> None:
-        self.block_size = weight.block_size
+        self.weight, self.block_size = weight, weight.block_size
         n, blocks = weight.codes.shape[-1], weight.scales.shape[-1]
         self.codes = weight.codes.view(-1, n).unflatten(1, (blocks, self.block_size))
         self.scales = weight.scales.view(-1, blocks, 1)
@@ -56,6 +56,9 @@ class Int8Rows:
         new, new_scales = added(codes, scales, delta.view(codes.shape), u)
         codes.copy_(new)
         scales.copy_(new_scales)
+
+    def finish(self) -> None:
+        torch.autograd.graph.increment_version(self.weight)  # autograd sees the outer tensor alone
 
 
 def uniform(rows: range, n: int, h: Hyper, device: torch.device) -> Tensor:

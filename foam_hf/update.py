@@ -202,8 +202,7 @@ def update_parameter(
             _store(moment, rows, value, h, kind)
     if factored is not None:
         factored.store(h)
-    if isinstance(weight, PlainRows):
-        weight.finish()
+    weight.finish()
 
 
 def _as_rows(x: Tensor, n: int) -> Tensor:

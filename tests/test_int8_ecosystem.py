@@ -113,6 +113,38 @@ def _one_rank(folder: Path, rank: int) -> None:
     torch.distributed.destroy_process_group()
 
 
+def test_gradient_release_gives_the_bits_of_the_ordinary_step() -> None:
+    from foam_hf import enable_gradient_release
+
+    model = small(torch.bfloat16)
+    released = copy.deepcopy(model)
+    optimizers = [FOAM(m.parameters(), lr=1e-3, level=3) for m in (model, released)]
+    enable_gradient_release(released, optimizers[1])
+    for _ in range(3):
+        x = torch.randn(4, 64, dtype=torch.bfloat16)
+        for m, optimizer in zip((model, released), optimizers, strict=True):
+            optimizer.zero_grad()
+            m(x).square().sum().backward()
+            assert m is model or all(p.grad is None for p in m.parameters())
+            optimizer.step()
+    for p, q in zip(weights(model), weights(released), strict=True):
+        assert torch.equal(p.codes, q.codes) and torch.equal(p.scales, q.scales)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+def test_a_backward_pass_through_weights_of_before_a_step_is_an_error(kernel, monkeypatch) -> None:
+    if kernel == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
+    model, x = small(), torch.randn(4, 64, requires_grad=True)
+    optimizer = FOAM(model.parameters(), lr=1e-3, level=3)
+    loss = model(x).square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_activations_give_the_same_gradients(reentrant: bool) -> None:
     from torch.utils.checkpoint import checkpoint
