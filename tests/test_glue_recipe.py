@@ -593,6 +593,23 @@ def test_other_optimizers_run_through_the_same_script(optim, more, flags):
         assert results["optimizer_state_bytes"] == results["adamw_state_bytes"]
 
 
+def test_int8_weights_train_are_saved_and_loaded_again(flags, tmp_path, capsys):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForSequenceClassification
+
+    results = train.main(["--task_name", "cola", *flags, "--int8_weights", "true", "--bf16", "true"])
+    assert results["settings"]["int8_weights"] and results["steps"] == 2
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    codes = {name for name in held if name.endswith("weight_codes")}
+    assert len(codes) == 2 * 6 + 1 and "classifier.weight" in held  # the layers' and the pooler's
+    assert "import foam_hf; AutoModelForSequenceClassification.from_pretrained" in capsys.readouterr().out
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.bert.pooler.dense.weight.codes.equal(held["bert.pooler.dense.weight_codes"])
+    assert "on INT8 weights" in table.text_table([results])
+    again = ["--task_name", "cola", *flags, "--int8_weights", "true", "--optim", "adamw_torch"]
+    assert "cannot train INT8 weights" in error_of(again)
+
+
 def test_tasks_and_seeds_in_one_command_and_again(flags, tmp_path, capsys, monkeypatch):
     command = ["--task_name", "cola,stsb", "--seeds", "1,2", *flags]
     results = train.main(command)
@@ -866,6 +883,17 @@ def test_the_launcher_searches_then_reports_and_goes_on(grid, tmp_path):
     again = glue_gpu.main(grid)
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*/results.json")}
     assert again["runs"] and len(again["runs"]) == 12
+
+
+def test_the_launcher_compares_int8_weights_with_others(grid, tmp_path):
+    optimizers = ["--optimizer", "foam", "2e-5", "level=8", "--optimizer", "foam", "2e-5", "level=8", "int8"]
+    start, end = grid.index("--optimizer"), grid.index("--jobs")
+    content = glue_gpu.main([*grid[:start], *optimizers, *grid[end:], "--seeds", "1", "--tasks", "cola"])
+    assert sorted(run["settings"].get("int8_weights", "") for run in content["runs"]) == ["", "true"]
+    assert {tuple(chosen["of"]) for chosen in content["chosen"]} == {
+        ("cola", "foam", "level=8"),
+        ("cola", "foam", "level=8", "int8"),
+    }
 
 
 def test_the_launcher_refuses_unknown_tasks(grid, capsys):

@@ -85,7 +85,7 @@ def test_a_run_writes_down_what_it_did(method, models, data, tmp_path, capsys):
     assert results["versions"]["trl"] and results["versions"]["torch"] == torch.__version__
     printed = capsys.readouterr().out
     assert "exact match" in printed and "from_pretrained" in printed
-    assert ("one value a row" in printed) == (method != "full")
+    assert ("one value a row" in printed) == (method not in instruct_arguments.WHOLE)
 
 
 def test_fully_trained_weights_load_in_plain_transformers(models, data, tmp_path):
@@ -151,6 +151,23 @@ def test_bytes_by_kind_add_up_to_the_peak(method, models, data, tmp_path):
     peak = train.main(command)["peak_bytes"]
     assert peak["total"] == sum(size for kind, size in peak.items() if kind != "total")
     assert all(size > 0 for size in peak.values())
+
+
+def test_int8_weights_are_trained_saved_and_resumed_on(models, data, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    from foam_hf.int8_weights import Int8Weight
+
+    more = ["--method", "int8", "--int8_head", "true", "--optim_args", "level=3,gradient_release=true"]
+    first = train.main(flags(models["llama"], data, tmp_path / "a", *more))
+    assert "import foam_hf; transformers.AutoModelForCausalLM" in capsys.readouterr().out
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    names = {name for name, p in trained.named_parameters() if isinstance(p, Int8Weight)}
+    assert len(names) == 15 and "lm_head.weight" in names
+    again = train.main(flags(tmp_path / "a", data, tmp_path / "b", *more))
+    assert again["before"]["eval_loss"] == pytest.approx(first["after"]["eval_loss"], abs=1e-3)
+    assert "cannot train INT8" in error_of(flags(models["llama"], data, tmp_path / "c", *more[:4], "--optim", "sgd"))
+    assert "--int8_head is of --method int8" in error_of(flags(models["llama"], data, tmp_path / "c", *more[2:4]))
 
 
 # ---- the loss ----
@@ -446,7 +463,15 @@ QUANTIZED_README = ROOT / "recipes" / "quantized" / "README.md"
 
 @pytest.mark.parametrize(
     ("method", "optim"),
-    [("full", "AdamW"), ("full", method_bytes.LEAN), ("lora", "FOAM"), ("lora8bit", "AdamW"), ("qlora", "FOAM")],
+    [
+        ("full", "AdamW"),
+        ("full", method_bytes.LEAN),
+        ("int8", "FOAM"),
+        ("int8", method_bytes.LEAN),
+        ("lora", "FOAM"),
+        ("lora8bit", "AdamW"),
+        ("qlora", "FOAM"),
+    ],
 )
 def test_counted_bytes_are_those_of_a_run(method, optim, models, data, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM

@@ -172,7 +172,7 @@ def test_weights_are_unpacked_as_they_were_packed(dtype, small):
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("method", ["full", "int8", "lora", "qlora"])
 def test_a_model_from_a_gguf_file_trains_and_reloads(method, small, tmp_path):
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -180,12 +180,13 @@ def test_a_model_from_a_gguf_file_trains_and_reloads(method, small, tmp_path):
     data = write_jsonl(tmp_path / "sums.jsonl", sums())
     results = train.main(flags(small[1], data, tmp_path / "out", "--method", method))
     assert results["steps"] == 2
-    loader = AutoModelForCausalLM if method == "full" else AutoPeftModelForCausalLM
+    whole = method in ("full", "int8")
+    loader = AutoModelForCausalLM if whole else AutoPeftModelForCausalLM
     model = loader.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.tokenize("ab 12") == ["ab", "Ġ", "1", "2"]
     assert model(**tokenizer("ab", return_tensors="pt")).logits.isfinite().all()
-    assert (tmp_path / "out" / "base_model").is_dir() == (method != "full")
+    assert (tmp_path / "out" / "base_model").is_dir() == (not whole)
 
 
 def test_the_unpacked_model_is_saved_by_a_command(small, tmp_path, capsys):

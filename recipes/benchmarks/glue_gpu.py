@@ -42,7 +42,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         nargs="+",
         action="append",
         metavar=("NAME", "RATES"),
-        help="name, learning rates to try, and optim_args if any; repeat for each optimizer",
+        help="name, learning rates to try, optim_args if any, and int8 for INT8 weights; repeat for each optimizer",
     )
     parser.add_argument("--search-seed", type=int, default=100, help="of the search alone; never reported")
     parser.add_argument("--seeds", default="1,2,3")
@@ -57,8 +57,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     unknown = ({*options.tasks} | options.limits.keys()) - TASKS.keys()
     if unknown:
         parser.error(f"unknown task {', '.join(sorted(unknown))}; expected some of {', '.join(TASKS)}")
-    if any(len(words) not in (2, 3) for words in options.optimizer):
-        parser.error("--optimizer takes a name, learning rates and perhaps optim_args: foam 1e-4,2e-4 level=8")
+    if any(not 2 <= len(words) <= 4 or words[3:] not in ([], ["int8"]) for words in options.optimizer):
+        parser.error(
+            "--optimizer takes a name, learning rates, perhaps optim_args, perhaps int8: foam 1e-4 level=8 int8"
+        )
     return options, rest
 
 
@@ -68,9 +70,9 @@ class Job:
     def __init__(
         self, options: argparse.Namespace, rest: list[str], stage: str, task: str, optimizer, rate: str, seed
     ):
-        name, _, *optim_args = optimizer
-        self.key, self.stage, self.rate = (task, name, *optim_args), stage, rate
-        self.folder = options.out / stage / task / "-".join([name, *optim_args]) / f"lr-{rate}-seed-{seed}"
+        name, _, *more = optimizer
+        self.key, self.stage, self.rate = (task, name, *more), stage, rate
+        self.folder = options.out / stage / task / "-".join([name, *more]) / f"lr-{rate}-seed-{seed}"
         flags = {
             "task_name": task,
             "model_name_or_path": options.model,
@@ -83,8 +85,10 @@ class Job:
             "eval_strategy": "no",
             "disable_tqdm": "true",
         }
-        if optim_args:
-            flags["optim_args"] = optim_args[0]
+        if more:
+            flags["optim_args"] = more[0]
+        if more[1:]:
+            flags["int8_weights"] = "true"
         if stage == "search" and task in options.limits:
             flags["max_train_samples"] = options.limits[task]
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]

@@ -35,6 +35,9 @@ class GlueArguments:
     max_train_samples: int | None = dataclasses.field(default=None, metadata={"help": "use the first rows only"})
     max_eval_samples: int | None = dataclasses.field(default=None, metadata={"help": "use the first rows only"})
     dtype: str = dataclasses.field(default="float32", metadata={"help": "of the weights: float32, bfloat16, float16"})
+    int8_weights: bool = dataclasses.field(
+        default=False, metadata={"help": "train INT8 weights (foam_hf.Int8Config); --dtype is that of the others"}
+    )
     eval_untrained: bool = dataclasses.field(default=False, metadata={"help": "also evaluate before training"})
     ignore_mismatched_sizes: bool = dataclasses.field(
         default=False, metadata={"help": "start a classifier of other labels anew, as in RTE from an MNLI model"}

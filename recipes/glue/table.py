@@ -50,6 +50,7 @@ def groups(runs: list[dict]) -> dict[tuple, list[dict]]:
     found: dict[tuple, list[dict]] = {}
     for run in runs:
         optim = run["optim"] + (f" ({run['optim_args']})" if run["optim_args"] else "")
+        optim += " on INT8 weights" if run.get("settings", {}).get("int8_weights") else ""
         found.setdefault((run["task"], run["model"], optim, run["learning_rate"]), []).append(run)
     return found
 

@@ -76,8 +76,9 @@ def load_model(recipe: GlueArguments, task_name: str):
             dtype=getattr(torch, recipe.dtype),
             local_files_only=local_only,
             ignore_mismatched_sizes=recipe.ignore_mismatched_sizes,
+            **({"quantization_config": foam_hf.Int8Config()} if recipe.int8_weights else {}),
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         hint = " A classifier of other labels needs --ignore_mismatched_sizes." if "mismatch" in str(error) else ""
         raise SystemExit(f"Cannot load the model {name} for {task_name}: {one_line(error)}{hint}") from None
     # A classifier's loss is a mean already: without this, Trainer multiplies it by processes and accumulation steps.
@@ -262,7 +263,8 @@ def main(argv: list[str] | None = None) -> dict:
         table.write_json(root / "results.json", merged)
     where = root / "TASK" / "seed-N" if grid else root
     say(f"\nSaved in {where}: the model, its tokenizer and results.json. To use the model:")
-    say(f"  AutoModelForSequenceClassification.from_pretrained({str(where)!r})\n")
+    before = "import foam_hf; " if recipe.int8_weights else ""
+    say(f"  {before}AutoModelForSequenceClassification.from_pretrained({str(where)!r})\n")
     say(table.text_table(results))
     return merged
 

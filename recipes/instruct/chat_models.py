@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from gguf_models import gguf_file, load_gguf
-from instruct_arguments import InstructArguments, say
+from instruct_arguments import WHOLE, InstructArguments, say
 from instruct_data import one_line
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from foam_hf import foam_param_groups
+from foam_hf import Int8Config, foam_param_groups
+from foam_hf.int8_quantizer import quantize_model_
 from foam_hf.memory import adamw_state_bytes, expected_state_bytes, format_bytes
 
 
@@ -22,8 +23,11 @@ def load(recipe: InstructArguments, output_dir: Path):
     if not path and not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".") or name.count("/") > 1):
         raise SystemExit(f"--model_name_or_path: no folder {name}.")
     try:
-        if path and recipe.method == "full":
-            return load_gguf(path, dtype)
+        if path and recipe.method in WHOLE:
+            model, tokenizer = load_gguf(path, dtype)
+            if recipe.method == "int8":
+                quantize_model_(model, quantization_of("int8", dtype, recipe.int8_head))
+            return model, tokenizer
         if path:  # adapters name the folder of the model under them, and bitsandbytes loads no GGUF
             name = str((output_dir / "base_model").resolve())
             state = PartialState()
@@ -33,15 +37,17 @@ def load(recipe: InstructArguments, output_dir: Path):
             say(f"{path.name}, unpacked, is saved in {name}: the model under the adapters.")
         config = AutoConfig.from_pretrained(name)
         quantized = getattr(config, "quantization_config", None)
-        if quantized and recipe.method == "full" and quantization_kind(quantized) != "foam_int8":
-            raise SystemExit(refusal(name, quantization_kind(quantized)))
-        if quantized and recipe.method != "full":
+        if quantized and recipe.method in WHOLE and quantization_kind(quantized) != "foam_int8":
+            raise SystemExit(refusal(recipe.method, name, quantization_kind(quantized)))
+        if quantized and recipe.method not in WHOLE:
             say(f"{name} is quantized already ({quantization_kind(quantized)}): the adapters go on it as it is.")
         tokenizer = AutoTokenizer.from_pretrained(name)
-        quantization = None if quantized else quantization_of(recipe.method, dtype)
+        quantization = None if quantized else quantization_of(recipe.method, dtype, recipe.int8_head)
         model = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
+            # A weight is quantized where it will be, and exists only there.
+            **({"device_map": {"": PartialState().device}} if recipe.method == "int8" else {}),
             **({"quantization_config": quantization} if quantization else {}),
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -56,7 +62,10 @@ def load(recipe: InstructArguments, output_dir: Path):
     return model, tokenizer
 
 
-def quantization_of(method: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def quantization_of(method: str, dtype: torch.dtype, int8_head: bool = False):
+    """`from_pretrained`'s quantization_config, or None."""
+    if method == "int8":
+        return Int8Config(head=int8_head)
     if method == "lora8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     if method == "qlora":
@@ -75,18 +84,18 @@ def quantization_kind(quantized) -> str:
     return str(getattr(kind, "value", kind))
 
 
-def refusal(name: str, kind: str) -> str:
+def refusal(method: str, name: str, kind: str) -> str:
     """Why a quantized checkpoint is not trained whole, and both ways that are."""
     return (
-        f"--method full: {name} is quantized ({kind}), and its weights cannot be trained directly. What works: "
-        "adapters on it (--method lora); or the unquantized model with quantization_config=foam_hf.Int8Config(), "
-        "which trains every weight in INT8."
+        f"--method {method}: {name} is quantized ({kind}), and its weights cannot be trained directly. What works: "
+        "adapters on it (--method lora); or the unquantized model with --method int8, which trains every weight in "
+        "INT8 (quantization_config=foam_hf.Int8Config())."
     )
 
 
 def lora_config(recipe: InstructArguments):
     """PEFT's configuration of the adapters; None for full-parameter training."""
-    if recipe.method == "full":
+    if recipe.method in WHOLE:
         return None
     from peft import LoraConfig
 

@@ -14,7 +14,8 @@ from transformers import HfArgumentParser
 from trl import SFTConfig
 
 HERE = Path(__file__).resolve().parent
-METHODS = ("full", "lora", "lora8bit", "qlora")
+WHOLE = ("full", "int8")  # every weight is trained
+METHODS = (*WHOLE, "lora", "lora8bit", "qlora")
 DTYPES = ("bfloat16", "float32")
 
 
@@ -27,6 +28,9 @@ class InstructArguments:
     )
     method: str = dataclasses.field(default="full", metadata={"help": f"what to train: {', '.join(METHODS)}"})
     dtype: str = dataclasses.field(default="bfloat16", metadata={"help": f"of the weights: {', '.join(DTYPES)}"})
+    int8_head: bool = dataclasses.field(
+        default=False, metadata={"help": "method int8: an LM head that is not the embedding becomes INT8 too"}
+    )
     lora_r: int = dataclasses.field(default=16, metadata={"help": "rank of the adapters"})
     lora_alpha: int = dataclasses.field(default=32, metadata={"help": "adapters are scaled by lora_alpha / lora_r"})
     lora_dropout: float = dataclasses.field(default=0.0, metadata={"help": "dropout before the adapters"})
@@ -166,6 +170,8 @@ def check(recipe: InstructArguments, args: SFTConfig) -> None:
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise SystemExit(f"--{name}: got {value}; expected at least 1.")
+    if recipe.int8_head and recipe.method != "int8":
+        raise SystemExit(f"--int8_head is of --method int8, got --method {recipe.method}.")
     try:
         if not isinstance(recipe.template_kwargs, dict):
             raise ValueError("not a mapping")

@@ -22,7 +22,7 @@ sys.path[:0] = [] if str(HERE) in sys.path else [str(HERE)]  # the siblings, als
 
 import answers  # noqa: E402
 import chat_models  # noqa: E402
-from instruct_arguments import InstructArguments, parse, say  # noqa: E402
+from instruct_arguments import WHOLE, InstructArguments, parse, say  # noqa: E402
 from instruct_data import Instructions, count_lengths, describe, load_instructions, one_line  # noqa: E402
 from measuring import Meter, finite, versions, write_json  # noqa: E402
 
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> dict:
     meter = Meter()
     trainer = build_trainer(recipe, args, data, meter)
     count_cuts(recipe, data, trainer)
-    if recipe.method != "full":
+    if recipe.method not in WHOLE:
         say(chat_models.adapter_saving(trainer.model))
     before = evaluate(recipe, trainer, data) if recipe.eval_before else None
     checkpoint = args.resume_from_checkpoint
@@ -194,7 +194,9 @@ def summary(results: dict, output_dir: Path) -> str:
             loss = "not finite" if scores["eval_loss"] is None else f"{scores['eval_loss']:.4f}"
             lines.append(f"{name + ' training:':17} held-out loss {loss}{exact}")
     kind, loader = "model", "transformers.AutoModelForCausalLM"
-    if results["method"] != "full":
+    if results["method"] == "int8":
+        kind, loader = "INT8 model (`foam-hf export` makes it bf16)", f"import foam_hf; {loader}"
+    elif results["method"] != "full":
         kind, loader = "adapter", "peft.AutoPeftModelForCausalLM"
     lines.append(f"Saved in {output_dir}: the {kind}, its tokenizer and results.json. To use it:")
     lines.append(f"  {loader}.from_pretrained({str(output_dir)!r})")

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from foam_hf import foam_param_groups
+from foam_hf.int8_models import plan_int8
 from foam_hf.memory import adamw_state_bytes, expected_state_bytes
 from foam_hf.meta_models import meta_model, with_adapters
 from foam_hf.model_configs import load_config
@@ -21,9 +22,12 @@ from foam_hf.model_configs import load_config
 START, END = "<!-- table: made by recipes/quantized/method_bytes.py -->", "<!-- end of table -->"
 MODELS = {"Qwen2.5-0.5B": "qwen2.5-0.5b", "Qwen2.5-7B": "qwen2.5-7b", "LLaMA-3.1-8B": "llama-3.1-8b"}
 RANK = 16
+WHOLE = ("full", "int8")
 LEAN = "FOAM, lean"  # fold_embeddings, fold_head and gradient_release: one gradient at a time
+OPTIMIZERS = {"full": ("AdamW", "FOAM", LEAN), "int8": ("FOAM", LEAN)}  # AdamW does not train INT8 weights
 METHODS = {  # method -> how it is described
     "full": "every weight, bf16",
+    "int8": "every weight, INT8",
     "lora": "adapters on bf16",
     "lora8bit": "adapters on 8 bits",
     "qlora": "adapters on 4 bits",
@@ -42,7 +46,7 @@ def quantized_bytes(weight: torch.Tensor, method: str) -> int:
 
 def with_method(model: nn.Module, method: str) -> nn.Module:
     """`model` with what the method trains: all of it, or adapters in the dtype that they are trained in."""
-    if method == "full":
+    if method in WHOLE:
         return model
     model = with_adapters(model, RANK)
     for p in model.parameters():
@@ -57,9 +61,13 @@ def count(model: nn.Module, method: str) -> dict[str, int]:
     # The layers under adapters are those that are quantized.
     linear = {id(module.base_layer.weight) for module in model.modules() if hasattr(module, "base_layer")}
     weights = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    for p in model.parameters():
-        quantized = method in ("lora8bit", "qlora") and id(p) in linear
-        weights += quantized_bytes(p, method) if quantized else p.numel() * p.element_size()
+    blocks = plan_int8(model).blocks if method == "int8" else {}
+    for name, p in model.named_parameters():
+        if name in blocks:
+            weights += p.numel() + 4 * p.numel() // blocks[name]  # a code a weight, an fp32 scale a block
+        else:
+            quantized = method in ("lora8bit", "qlora") and id(p) in linear
+            weights += quantized_bytes(p, method) if quantized else p.numel() * p.element_size()
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = [p.numel() * p.element_size() for p in trained]
     found = {
@@ -68,7 +76,7 @@ def count(model: nn.Module, method: str) -> dict[str, int]:
         "AdamW": adamw_state_bytes(trained),
         "FOAM": expected_state_bytes(foam_param_groups(model)),
     }
-    if method == "full":
+    if method in WHOLE:
         head = not model.config.tie_word_embeddings
         found[LEAN] = expected_state_bytes(foam_param_groups(model, fold_embeddings=True, fold_head=head))
         found["largest gradient"] = max(gradients)
@@ -87,7 +95,7 @@ def table() -> str:
     ]
     for method, what in METHODS.items():
         counts = [count(meta_model(load_config(name), dtype=torch.bfloat16), method) for name in MODELS.values()]
-        for optimizer in ("AdamW", "FOAM", LEAN) if method == "full" else ("AdamW", "FOAM"):
+        for optimizer in OPTIMIZERS.get(method, ("AdamW", "FOAM")):
             gradients = "largest gradient" if optimizer == LEAN else "gradients"
             cells = [cell(found["weights"], found[gradients], found[optimizer]) for found in counts]
             lines.append(f"| `{method}` | {what} | {optimizer} | {' | '.join(cells)} |")
