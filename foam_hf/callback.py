@@ -5,16 +5,21 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from foam_hf.memory import UNAVAILABLE, MemoryBreakdown, breakdown, format_bytes, state_bytes
+from foam_hf.memory import MemoryBreakdown, breakdown, state_bytes
+from foam_hf.run_report import BatchWatch, Predicted, predict, row, table
+from foam_hf.step_profile import PICTURES, StepRecorder, draw, missing_for_pictures
 
 logger = logging.getLogger(__name__)
+
+_ENDINGS = ", ".join(PICTURES)
 
 
 def _never_raising(event: Callable[..., None]) -> Callable[..., None]:
@@ -44,25 +49,40 @@ class OptimizerMemoryCallback(TrainerCallback):
       and `optim/rest_share`: the fractions of that peak that are weights, gradients (before they are zeroed), state
       on the GPU, and the rest.
 
-    At the end of training it prints a table on the main process. With several processes it shows their sum and the
+    At the end of training it prints a table on the main process: what was measured, beside what `foam-hf estimate`
+    predicts of the model, the arguments and the largest batch. With several processes it shows their sum and the
     largest of them; every process must have the callback then, as they exchange their numbers. What cannot be
     measured is left out of the logs, and "unavailable" in the table. No counter is reset.
 
     It warns when training resumes without the optimizer's state. It never raises into training.
 
+    Args:
+        plot: a file that ends in .png, .pdf or .svg: draw memory through the second step into it, by kind, as
+            measured on the GPU. It needs matplotlib. The main process draws its own.
+
+    Raises:
+        ValueError: `plot` has another ending.
+
     Attributes:
         trainer: the Trainer, or a weak proxy of it; `import foam_hf` binds it when training starts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, plot: str | os.PathLike[str] | None = None) -> None:
+        if plot is not None and Path(plot).suffix.lower() not in PICTURES:
+            raise ValueError(f"plot is no picture, got {os.fspath(plot)!r}; expected a file ending in {_ENDINGS}")
+        self.plot = None if plot is None else Path(plot)
         self.trainer: Any = None
+        self._watch: BatchWatch | None = None
+        self._recorder: StepRecorder | None = None
+        self._to_record = False
         self._first: MemoryBreakdown | None = None
         self._to_measure = self._to_log = False
         self._resumed_without_state = False
         self._warnings: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "trainer": None}  # a weak proxy cannot be pickled
+        # a weak proxy cannot be pickled, nor the hooks of a model that is in training
+        return {**self.__dict__, "trainer": None, "_watch": None, "_recorder": None}
 
     @_never_raising
     def on_train_begin(
@@ -70,11 +90,16 @@ class OptimizerMemoryCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: Any = None,
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         """Start afresh; warn if training resumes from a checkpoint that has no optimizer."""
+        self._take_hooks_off()
         self._first, self._to_measure, self._to_log = None, True, False
+        if model is not None:
+            self._watch = BatchWatch(model)
+            self._to_record = self.plot is not None and state.is_world_process_zero and self._can_draw(model)
         # Whatever the files are called, what was restored is there.
         resumed = state.global_step > 0 and optimizer is not None
         self._resumed_without_state = resumed and state_bytes(optimizer) == 0
@@ -84,6 +109,30 @@ class OptimizerMemoryCallback(TrainerCallback):
         if self._resumed_without_state and folder and not saved:
             self._resumed_without_state = False
             self._warn_of_lost_state(state, f"from {folder}, which has no optimizer.pt")
+
+    @_never_raising
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Record the step after the first one: from then on there is state."""
+        if self._to_record and self._first is not None and model is not None and optimizer is not None:
+            self._to_record = False
+            self._recorder = StepRecorder(model, optimizer, _gpus(model))
+            self._recorder.start()
+
+    @_never_raising
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Backward is over, and gradients are clipped."""
+        if self._recorder is not None:
+            self._recorder.before_optimizer()
 
     @_never_raising
     def on_optimizer_step(
@@ -96,6 +145,8 @@ class OptimizerMemoryCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Measure after the first step that was taken: state exists by now, and gradients exist still."""
+        if self._recorder is not None:
+            self._recorder.after_optimizer()
         skipped = getattr(optimizer, "step_was_skipped", False)  # accelerate, when a loss scale overflowed
         if self._to_measure and not skipped and model is not None and optimizer is not None:
             self._to_measure = False  # also if it fails: a second try would fail too
@@ -107,9 +158,20 @@ class OptimizerMemoryCallback(TrainerCallback):
 
     @_never_raising
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
-        """Log the first measurement, now that the step counts."""
+        """Log the first measurement, now that the step counts; draw the step that was recorded."""
+        if self._recorder is not None and self.plot is not None:
+            recorder, self._recorder = self._recorder, None
+            title = f"{type(model).__name__}, {_name(optimizer)}: GPU memory through step {state.global_step}"
+            draw(recorder.stop(), self.plot, title=title)
+            tqdm.write(f"Memory through step {state.global_step} is drawn in {self.plot}")
         if self._to_log and self._first is not None:
             self._to_log = False
             should_log = control.should_log
@@ -129,28 +191,44 @@ class OptimizerMemoryCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Print the table on the main process."""
-        row = None
+        if self._to_record:
+            self._warn_once(f"{self.plot} is not drawn: training had no second step, the first one with all memory")
+        own = None
         try:
-            row = self._last_row(model, optimizer)
+            own = self._row(model, optimizer)
         finally:
-            rows = _gather(row)  # even if this process has nothing to tell: the others wait for it
-        measured = [row for row in rows if row is not None]
+            rows = _gather(own)  # even if this process has nothing to tell: the others wait for it
+        measured = [found for found in rows if found is not None]
         if state.is_world_process_zero and measured:
-            tqdm.write("\n" + _table(measured, _name(optimizer)))  # write: a progress bar may be open
+            printed = table(measured, _name(optimizer), self._predicted(args, model, optimizer))
+            tqdm.write("\n" + printed)  # write: a progress bar may be open
 
-    def _last_row(self, model: Any, optimizer: Any) -> dict[str, Any] | None:
-        if self._first is None:
+    def _row(self, model: Any, optimizer: Any) -> dict[str, int | None] | None:
+        return None if self._first is None else row(self._first, breakdown(model, optimizer))
+
+    def _predicted(self, args: TrainingArguments, model: Any, optimizer: Any) -> Predicted | None:
+        watch = self._watch
+        self._take_hooks_off()  # or the model's copy would have them
+        try:
+            return None if watch is None else predict(model, _inner(optimizer), args, watch, on_gpu=bool(_gpus(model)))
+        except Exception as error:  # what was measured is told all the same
+            self._warn_once(f"the report lacks what was predicted ({type(error).__name__}: {error})")
             return None
-        last = breakdown(model, optimizer)
-        peaks = [peak for peak in (self._first.peak, last.peak) if peak is not None]
-        return {
-            "parameters": last.parameters,
-            "adamw": last.adamw,
-            "state": last.state,
-            "weights": last.weights,
-            "gradients": self._first.gradients,  # by now they are zeroed
-            "peak": max(peaks) if peaks else None,
-        }
+
+    def _take_hooks_off(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+        if self._recorder is not None:
+            self._recorder.stop()
+        self._watch = self._recorder = None
+
+    def _can_draw(self, model: Any) -> bool:
+        missing = missing_for_pictures()
+        if not _gpus(model):
+            missing = "the model is not on a CUDA device, so there is no GPU memory to draw; expected a run on a GPU"
+        if missing is not None:
+            self._warn_once(f"{self.plot} will not be drawn: {missing}")
+        return missing is None
 
     def _log(self, metrics: dict[str, float], state: TrainerState) -> None:
         try:
@@ -199,10 +277,18 @@ def _metrics(measured: MemoryBreakdown) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def _name(optimizer: Any) -> str:
+def _gpus(model: Any) -> set[torch.device]:
+    return {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.device.type == "cuda"}
+
+
+def _inner(optimizer: Any) -> Any:
     while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
         optimizer = optimizer.optimizer
-    return type(optimizer).__name__
+    return optimizer
+
+
+def _name(optimizer: Any) -> str:
+    return type(_inner(optimizer)).__name__
 
 
 def _gather(row: dict[str, Any] | None) -> list[dict[str, Any] | None]:
@@ -213,43 +299,3 @@ def _gather(row: dict[str, Any] | None) -> list[dict[str, Any] | None]:
     rows: list[dict[str, Any] | None] = [None] * distributed.get_world_size()
     distributed.all_gather_object(rows, row)
     return rows
-
-
-def _table(rows: Sequence[dict[str, Any]], name: str) -> str:
-    """An aligned table; a column of sums over processes, and one of the largest of them if there are several."""
-
-    def combine(key: str, how: Callable[[list[int]], int]) -> int | None:
-        values = [row[key] for row in rows]
-        return None if None in values else how(values)
-
-    def column(how: Callable[[list[int]], int]) -> list[str]:
-        state, adamw, parameters = combine("state", how), combine("adamw", how), combine("parameters", how)
-        return [
-            format_bytes(state),
-            format_bytes(adamw),
-            _quotient(state, adamw, "{:.3g}"),
-            _quotient(state, parameters, "{:.3g} B"),
-            format_bytes(combine("weights", how)),
-            format_bytes(combine("gradients", how)),
-            format_bytes(combine("peak", how)),
-        ]
-
-    labels = ["optimizer state, measured", "AdamW would keep", "ratio", "state per trainable parameter"]
-    labels += ["weights", "gradients", "peak allocated on GPU"]
-    columns = [labels, column(sum)]
-    header = ["", f"sum of {len(rows)} processes"]
-    if len(rows) > 1:
-        columns.append(column(max))
-        header.append("largest process")
-        columns = [[title, *cells] for title, cells in zip(header, columns, strict=True)]
-    widths = [max(map(len, cells)) for cells in columns]
-    where = " in the largest process" if len(rows) > 1 else ""
-    lines = [f"Optimizer memory: {name}, {max(row['parameters'] for row in rows):,} trainable parameters{where}"]
-    for label, *cells in zip(*columns, strict=True):
-        values = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append(f"  {label.ljust(widths[0])}  {values}")
-    return "\n".join(lines)
-
-
-def _quotient(part: int | None, whole: int | None, form: str) -> str:
-    return form.format(part / whole) if part is not None and whole else UNAVAILABLE

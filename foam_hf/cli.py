@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import os
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from typing import NoReturn
 
 from foam_hf import __version__, estimate_command
 
+_PICTURES = (".png", ".pdf", ".svg")
 _PACKAGE = Path(__file__).resolve().parent
 _SITECUSTOMIZE = _PACKAGE / "_sitecustomize"
 
@@ -45,9 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         if options.command == "run":
+            report = options.report_memory
+            if command is None and report in ours and not report.lower().endswith(_PICTURES):
+                stray = [report, *stray]  # the command, its "--" forgotten
             if stray:
                 raise CommandError(_stray_message(ours, stray, command))
-            return _run(command, options.report_memory)
+            return _run(command, _picture(report))
         if command is not None:
             raise CommandError(f"`--` belongs to `foam-hf run`, got it after `foam-hf {options.command}`")
         if options.command == "export":
@@ -72,13 +77,16 @@ def _parser() -> argparse.ArgumentParser:
         help="run a training command with optim=foam and foam_mini registered in it",
         description="Run an unmodified training command (python, torchrun, accelerate launch, trl, ...) with "
         "--optim foam and --optim foam_mini available in it and in every python it starts.",
-        usage="foam-hf run [--report-memory] -- COMMAND ...",
+        usage="foam-hf run [--report-memory [PICTURE]] -- COMMAND ...",
         epilog="example: foam-hf run --report-memory -- python train.py --optim foam --optim_args level=8,scale=0.25",
     )
     run.add_argument(
         "--report-memory",
-        action="store_true",
-        help="add OptimizerMemoryCallback: measure and log the optimizer's bytes",
+        nargs="?",
+        const="1",
+        metavar="PICTURE",
+        help="add OptimizerMemoryCallback: measure and log the optimizer's bytes; with a file name that ends in .png, "
+        ".pdf or .svg, also draw the GPU's memory through a training step into it (needs matplotlib)",
     )
 
     estimate_command.add_parser(commands)
@@ -111,13 +119,32 @@ def _parser() -> argparse.ArgumentParser:
 
 def _stray_message(ours: list[str], stray: list[str], command: list[str] | None) -> str:
     if command is not None or stray[0].startswith("-"):
-        return f"unknown argument {stray[0]}; expected: foam-hf run [--report-memory] -- COMMAND ..."
+        return f"unknown argument {stray[0]}; expected: foam-hf run [--report-memory [PICTURE]] -- COMMAND ..."
     start = ours.index(stray[0], 1)
     right = ["foam-hf", *ours[:start], "--", *ours[start:]]
     return f"put -- before the command, got {shlex.join(ours[start:])}; expected: {shlex.join(right)}"
 
 
-def _run(command: list[str] | None, report_memory: bool) -> int:
+def _picture(report: str | None) -> str | None:
+    """What the callback is told: "1", or a path that holds wherever the command goes. Checked before the training."""
+    if report in (None, "1"):
+        return report
+    path = Path(report).absolute()
+    if path.suffix.lower() not in _PICTURES:
+        raise CommandError(
+            f"--report-memory draws into a file that ends in {', '.join(_PICTURES)}, got {report!r}; "
+            "expected: foam-hf run --report-memory memory.png -- COMMAND ..."
+        )
+    if not path.parent.is_dir():
+        raise CommandError(f"no folder {path.parent} for {path.name}; expected one that exists")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CommandError(
+            f"drawing {path.name} needs matplotlib; expected: pip install 'foam-hf[plot]', or --report-memory alone"
+        )
+    return str(path)
+
+
+def _run(command: list[str] | None, report_memory: str | None) -> int:
     if not command:
         raise CommandError("no command given; expected: foam-hf run -- python train.py --optim foam ...")
     environment = dict(os.environ)
@@ -125,8 +152,8 @@ def _run(command: list[str] | None, report_memory: bool) -> int:
     if str(_SITECUSTOMIZE) not in (inherited or "").split(os.pathsep):
         environment["PYTHONPATH"] = os.pathsep.join([str(_SITECUSTOMIZE), *([inherited] if inherited else [])])
     environment["FOAM_HF_RUN_PREFIX"] = sys.prefix  # children of this interpreter may import foam_hf from a checkout
-    if report_memory:
-        environment["FOAM_HF_REPORT_MEMORY"] = "1"
+    if report_memory is not None:
+        environment["FOAM_HF_REPORT_MEMORY"] = report_memory
     try:
         if os.name == "posix":
             _replace_process(command, environment)

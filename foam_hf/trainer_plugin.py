@@ -28,6 +28,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from foam_hf.optim_args import FOAM_NAMES, foam_options
@@ -218,12 +219,14 @@ def _bind_memory_callbacks(trainer: Any) -> None:
     from foam_hf.callback import OptimizerMemoryCallback
 
     callbacks = trainer.callback_handler.callbacks
-    wanted = os.environ.get("FOAM_HF_REPORT_MEMORY") == "1"  # foam-hf run --report-memory
+    wanted = os.environ.get("FOAM_HF_REPORT_MEMORY")  # foam-hf run --report-memory: "1", or a picture's path
     if wanted and not any(isinstance(callback, OptimizerMemoryCallback) for callback in callbacks):
         trainer.add_callback(OptimizerMemoryCallback())
     for callback in callbacks:
         if isinstance(callback, OptimizerMemoryCallback):
             callback.trainer = weakref.proxy(trainer)
+            if callback.plot is None and wanted not in (None, "", "1"):
+                callback.plot = Path(wanted)
 
 
 def _refuse_int8(model: Any, optimizer: str) -> None:

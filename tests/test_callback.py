@@ -127,17 +127,47 @@ def test_prints_a_table_at_the_end(tmp_path, capsys):
     assert f"Optimizer memory: FOAM, {count:,} trainable parameters\n" in printed
     measured, adamw = state_bytes(trainer.optimizer), adamw_state_bytes(trainer.model.parameters())
     weights = 4 * count + sum(b.numel() * b.element_size() for b in trainer.model.buffers())
-    assert table_rows(printed) == {
-        "optimizer state, measured": [f"{measured / 1000:.2f} kB"],
-        "AdamW would keep": [f"{adamw / 1000:.2f} kB"],
-        "ratio": [f"{measured / adamw:.3g}"],
-        "state per trainable parameter": [f"{measured / count:.3g} B"],
-        "weights": [f"{weights / 1000:.2f} kB"],
-        "gradients": [f"{4 * count / 1000:.2f} kB"],  # as they were at the step, before they were zeroed
-        "peak allocated on GPU": ["unavailable"],
+    twice = {  # measured, and predicted
+        "weights": f"{weights / 1000:.2f} kB",
+        "gradients": f"{4 * count / 1000:.2f} kB",  # as they were at the step, before they were zeroed
+        "optimizer state": f"{measured / 1000:.2f} kB",
+        "activations, at the peak": "unavailable",
+        "peak allocated on GPU": "unavailable",
     }
-    lines = printed[printed.index("Optimizer memory") :].splitlines()[1:8]
+    assert table_rows(printed) == {
+        "measured": ["predicted"],
+        **{label: [cell, cell] for label, cell in twice.items()},
+        "AdamW would keep": [f"{adamw / 1000:.2f} kB"],
+        "state / AdamW's": [f"{measured / adamw:.3g}"],
+        "state per trainable parameter": [f"{measured / count:.3g} B"],
+    }
+    lines = printed[printed.index("Optimizer memory") :].splitlines()[1:10]
     assert len({len(line) for line in lines}) == 1, "columns are aligned"
+
+
+@pytest.mark.parametrize(
+    ("optim", "arguments"),
+    [
+        ("foam_mini", {}),
+        ("adafactor", {}),
+        ("adamw_bnb_8bit", {}),
+        ("galore_adamw", {"optim_target_modules": ["attention"], "optim_args": "rank=4"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_predicts_what_it_measures(optim, arguments, tmp_path, capsys):
+    make_trainer(tmp_path, optim=optim, **arguments).train()
+    rows = table_rows(capsys.readouterr().out)
+    for label in ("weights", "gradients", "optimizer state"):
+        measured, predicted = rows[label]
+        assert measured == predicted
+
+
+def test_predicts_no_state_for_an_optimizer_of_the_script(tmp_path, capsys):
+    """Whose arguments still name Trainer's default."""
+    model = tiny_models.tiny_roberta()
+    make_trainer(tmp_path, model=model, optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None)).train()
+    assert table_rows(capsys.readouterr().out)["optimizer state"] == ["0 B", "unavailable"]
 
 
 def test_prints_below_an_open_progress_bar(tmp_path, capsys):
@@ -167,7 +197,9 @@ def test_gpu_numbers_are_logged_and_the_highest_peak_is_printed(tmp_path, monkey
         0.3,
         0.4,
     ]
-    assert table_rows(capsys.readouterr().out)["peak allocated on GPU"] == ["40.00 kB"]
+    rows = table_rows(capsys.readouterr().out)
+    assert rows["peak allocated on GPU"][0] == "40.00 kB"
+    assert rows["activations, at the peak"][0] == "30.00 kB"  # the peak without the rest that is known
 
 
 @pytest.mark.gpu
@@ -415,9 +447,9 @@ def test_two_processes_are_summed_and_the_largest_is_shown(tmp_path):
     states = [int(re.search(r"state of this process (\d+)", out).group(1)) for out, _ in outputs]
     assert states[1] == states[0] + 4000
     rows = table_rows(outputs[0][0])
-    assert rows["sum of 2 processes"] == ["largest process"]
+    assert rows["sum of 2 processes"] == ["largest process", "predicted for one"]
     sum_and_largest = [f"{sum(states) / 1000:.2f} kB", f"{states[1] / 1000:.2f} kB"]
-    assert rows["optimizer state, measured"] == sum_and_largest
+    assert rows["optimizer state"][:2] == sum_and_largest
     assert "Optimizer memory" not in outputs[1][0], "only the main process prints"
 
 
