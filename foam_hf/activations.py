@@ -182,8 +182,8 @@ class _Step:
         tokens, each = torch.zeros(batch, self._sequence, dtype=torch.long), torch.zeros(batch, dtype=torch.long)
         inputs = {name: tokens if of_tokens else each for name, of_tokens in self._labels.items()}
         inputs["input_ids"] = tokens
+        inputs["attention_mask"] = torch.ones_like(tokens)  # as collators give it
         if self._padding:
-            inputs["attention_mask"] = torch.ones_like(tokens)
             inputs["attention_mask"][0, -1] = 0
         return {name: with_value(value) for name, value in inputs.items()}
 

@@ -77,6 +77,26 @@ class CudaRules(TorchFunctionMode):
         return found
 
 
+class _Autocast(torch.autocast):
+    """`torch.autocast`, which knows no meta device: there it does nothing, and models that turn it off are content."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        if device_type == "meta":
+            device_type, args, kwargs = "cpu", (), {"enabled": False}
+        super().__init__(device_type, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def autocast_on_meta() -> Iterator[None]:
+    """Inside it, `torch.autocast(device_type="meta")` is no error."""
+    original = torch.autocast
+    torch.autocast = _Autocast  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        torch.autocast = original  # type: ignore[misc]
+
+
 def _raise(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _HALF else tensor
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from foam_hf.cuda_rules import CudaRules
+from foam_hf.cuda_rules import CudaRules, autocast_on_meta
 
 _ALIGNMENT = 512  # the caching allocator rounds up to it
 _LARGEST_VALUE = 2**20  # elements
@@ -61,7 +61,8 @@ def trace_step(
     """
     ledger = _Ledger([*model.parameters(), *model.buffers()])
     rules = CudaRules(autocast)
-    with ledger, rules, _released(model) if releases_gradients else contextlib.nullcontext():
+    releasing = _released(model) if releases_gradients else contextlib.nullcontext()
+    with ledger, rules, autocast_on_meta(), releasing:
         ledger.count(inputs.values())
         if keeps_gradients:
             for parameter in model.parameters():

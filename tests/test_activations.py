@@ -63,7 +63,8 @@ def allocated_peak(run) -> int:
 def step_inputs(model: nn.Module, batch: int = 8, sequence: int = 32) -> dict[str, Tensor]:
     tokens = torch.randint(3, 60, (batch, sequence))
     classifies = "Classification" in type(model).__name__
-    return {"input_ids": tokens, "labels": torch.zeros(batch, dtype=torch.long) if classifies else tokens}
+    labels = torch.zeros(batch, dtype=torch.long) if classifies else tokens
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -140,11 +140,10 @@ def train(case: Case, device: str, tiny: bool) -> dict[str, Any]:
     rows = []
     for index in range(STEPS * passes * batch):
         tokens = torch.randint(3, 900, (sequence,))
-        row = {"input_ids": tokens, "labels": 0 if classifies else tokens}
+        mask = torch.ones_like(tokens)
         if step.get("padding"):
-            row["attention_mask"] = torch.ones_like(tokens)
-            row["attention_mask"][sequence - index % 4 :] = 0
-            row["attention_mask"][-1] = 0
+            mask[sequence - 1 - index % 4 :] = 0
+        row = {"input_ids": tokens, "attention_mask": mask, "labels": 0 if classifies else tokens}
         rows.append(row)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
