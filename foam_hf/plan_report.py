@@ -14,8 +14,8 @@ from foam_hf.plan import Plan
 
 KINDS = ("weights", "gradients", "state", "activations")
 # Told apart in grey print and by people who see fewer colours: dark to light, and blue beside orange.
-_COLORS = {"weights": "#3d4450", "gradients": "#a3aab4", "state": "#e08a1e", "activations": "#7db4e0"}
-_INK, _RED = "#202124", "#c5221f"
+KIND_COLORS = {"weights": "#3d4450", "gradients": "#a3aab4", "state": "#e08a1e", "activations": "#7db4e0"}
+INK, _RED = "#202124", "#c5221f"
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ def draw(rows: Sequence[Row], path: Path, *, title: str, subtitle: str, gpu: int
 
     largest = max([row.plan.total for row in rows] + [gpu or 0])
     unit, name = (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
-    with plt.rc_context({"font.size": 7.5, "text.color": _INK, "axes.labelcolor": _INK}):
+    with plt.rc_context({"font.size": 7.5, "text.color": INK, "axes.labelcolor": INK}):
         # White, not transparent: the same on light and dark pages.
         figure, axes = plt.subplots(figsize=(3.5, 1.25 + 0.32 * len(rows)), facecolor="white", layout="constrained")
         for y, row in enumerate(rows):
             left = 0.0
             for kind in KINDS:
                 width = getattr(row.plan, kind) / unit
-                axes.barh(y, width, left=left, height=0.44, color=_COLORS[kind], label=kind if y == 0 else None)
+                axes.barh(y, width, left=left, height=0.44, color=KIND_COLORS[kind], label=kind if y == 0 else None)
                 left += width
             label = axes.text(0, y - 0.27, row.plan.label, va="bottom", zorder=3)
             size = axes.text(left + 0.012 * largest / unit, y, format_bytes(row.plan.total), va="center", zorder=3)
@@ -97,7 +97,7 @@ def draw(rows: Sequence[Row], path: Path, *, title: str, subtitle: str, gpu: int
         axes.set_ylim(len(rows) - 0.6, -0.85 if gpu is None else -1.25)
         axes.set_xlim(0, 1.2 * largest / unit)
         axes.set_xlabel(f"{name} at the peak of a step")
-        axes.tick_params(colors=_INK)
+        axes.tick_params(colors=INK)
         axes.spines[["top", "right", "left"]].set_visible(False)
         if gpu is not None:
             axes.vlines(gpu / unit, -0.85, len(rows) - 0.6, color=_RED, linewidth=1, linestyle=(0, (4, 2)), zorder=2)

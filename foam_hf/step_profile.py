@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from foam_hf.memory import format_bytes
+from foam_hf.plan_report import INK, KIND_COLORS
 from foam_hf.storages import state_storages, storages, total
 
 PICTURES = (".png", ".pdf", ".svg")
 FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer step"
 
-# From the bottom of the picture to its top; dark to light, so that grey print tells them apart too.
-_COLORS = {"weights": "#3d4450", "state": "#e08a1e", "gradients": "#a3aab4", "activations": "#7db4e0"}
-_INK = "#202124"
+_BOTTOM_TO_TOP = ("weights", "state", "gradients", "activations")
 
 # () -> (bytes allocated now, most bytes ever allocated), on the devices of a model.
 Counter = Callable[[], tuple[int, int]]
@@ -157,14 +156,15 @@ def draw(samples: Sequence[Sample], path: Path, *, title: str) -> None:
     samples = _thinned(samples)
     highest = max(samples, key=lambda sample: sample.total)
     unit, name = (1e9, "GB") if highest.total >= 1e9 else (1e6, "MB")
-    with plt.rc_context({"font.size": 8, "text.color": _INK, "axes.labelcolor": _INK}):
+    with plt.rc_context({"font.size": 8, "text.color": INK, "axes.labelcolor": INK}):
         # White, not transparent: the same on light and dark pages.
         figure, axes = plt.subplots(figsize=(6, 3.4), facecolor="white", layout="constrained")
-        layers = [[getattr(sample, kind) / unit for sample in samples] for kind in _COLORS]
-        axes.stackplot(range(len(samples)), layers, labels=list(_COLORS), colors=list(_COLORS.values()), linewidth=0)
+        layers = [[getattr(sample, kind) / unit for sample in samples] for kind in _BOTTOM_TO_TOP]
+        colors = [KIND_COLORS[kind] for kind in _BOTTOM_TO_TOP]
+        axes.stackplot(range(len(samples)), layers, labels=_BOTTOM_TO_TOP, colors=colors, linewidth=0)
         _mark_phases(axes, samples)
         at = samples.index(highest)
-        axes.plot(at, highest.total / unit, "o", color=_INK, markersize=3)
+        axes.plot(at, highest.total / unit, "o", color=INK, markersize=3)
         right = at < len(samples) / 2
         axes.annotate(
             f"peak {format_bytes(highest.total)}",
@@ -177,7 +177,7 @@ def draw(samples: Sequence[Sample], path: Path, *, title: str) -> None:
         axes.set_ylim(0, 1.28 * highest.total / unit)
         axes.set_xticks([])
         axes.set_ylabel(f"{name} allocated")
-        axes.tick_params(colors=_INK)
+        axes.tick_params(colors=INK)
         axes.spines[["top", "right"]].set_visible(False)
         figure.suptitle(title, x=0.02, ha="left", fontsize=9)
         handles, labels = axes.get_legend_handles_labels()
@@ -195,7 +195,7 @@ def _mark_phases(axes: Any, samples: Sequence[Sample]) -> None:
     for start, end in zip(starts, [*starts[1:], len(samples)], strict=True):
         phase = samples[start].phase
         if start:
-            axes.axvline(start, color=_INK, linewidth=0.6, linestyle=(0, (4, 3)))
+            axes.axvline(start, color=INK, linewidth=0.6, linestyle=(0, (4, 3)))
         if end - start > 0.12 * len(samples):
             axes.text((start + end - 1) / 2, 0.99, phase, transform=above, va="top", ha="center")
         elif phase == OPTIMIZER:  # no room: beside it, below the other names
