@@ -84,7 +84,7 @@ def test_a_run_writes_down_what_it_did(method, models, data, tmp_path, capsys):
     assert results["settings"]["max_new_tokens"] == 4 and results["settings"]["optim_args"] == "level=8,scale=0.25"
     assert results["versions"]["trl"] and results["versions"]["torch"] == torch.__version__
     printed = capsys.readouterr().out
-    assert "exact match" in printed and "from_pretrained" in printed
+    assert "exact match" in printed and "from_pretrained" in printed and printed.count("before: ") == 3
     assert ("one value a row" in printed) == (method not in instruct_arguments.WHOLE)
 
 

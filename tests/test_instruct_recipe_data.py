@@ -141,6 +141,7 @@ def test_what_is_held_out_depends_on_the_split_seed_alone(tmp_path):
     assert held_out(eval_samples=8) == held_out(eval_samples=8, train_samples=3) == held_out(eval_samples=0.2)
     assert held_out(eval_samples=8) != held_out(eval_samples=8, split_seed=1)
     found = load(path, eval_samples=8, train_samples=5)
+    assert len(load(path, eval_samples=0.001).held_out) == 1
     assert len(found.train) == 5 and not {str(r) for r in found.train} & {str(r) for r in found.held_out}
 
 

@@ -45,7 +45,7 @@ def load_instructions(recipe, whole_conversations: bool = False) -> Instructions
     wanted = recipe.eval_samples
     if "held_out" not in rows:
         total = len(rows["train"])
-        share = round(wanted * total) if wanted < 1 else int(wanted)
+        share = max(1, round(wanted * total)) if wanted < 1 else int(wanted)
         if not 1 <= share < total:
             raise SystemExit(f"--eval_samples: {wanted:g} of {total} examples leaves none on one side.")
         divided = rows["train"].train_test_split(test_size=share, seed=recipe.split_seed)

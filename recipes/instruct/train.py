@@ -187,8 +187,13 @@ def main(argv: list[str] | None = None) -> dict:
 
 def summary(results: dict, output_dir: Path) -> str:
     """What the run came to, for the screen."""
+    before, after = results["before"], results["after"]
     lines = []
-    for name, scores in (("before", results["before"]), ("after", results["after"])):
+    for number, sample in enumerate(after["samples"]):
+        lines.append(f"Question: {clip(sample['prompt'])}")
+        lines += [f"  before: {clip(before['samples'][number]['answer'])}"] if before else []
+        lines.append(f"  after:  {clip(sample['answer'])}")
+    for name, scores in (("before", before), ("after", after)):
         if scores:
             exact = f", exact match {scores['correct']} of {scores['count']}" if "count" in scores else ""
             loss = "not finite" if scores["eval_loss"] is None else f"{scores['eval_loss']:.4f}"
@@ -201,6 +206,12 @@ def summary(results: dict, output_dir: Path) -> str:
     lines.append(f"Saved in {output_dir}: the {kind}, its tokenizer and results.json. To use it:")
     lines.append(f"  {loader}.from_pretrained({str(output_dir)!r})")
     return "\n".join(lines)
+
+
+def clip(answer: str) -> str:
+    """An answer in one line; the whole of it is in results.json."""
+    line = " ".join(answer.split())
+    return line if len(line) <= 100 else line[:100] + " ..."
 
 
 if __name__ == "__main__":
