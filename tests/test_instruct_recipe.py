@@ -396,7 +396,7 @@ def test_a_model_without_a_chat_template_needs_one(models, data, tmp_path):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--method", "dora"], ["--method: got dora", "full, lora, lora8bit, qlora"]),
+        (["--method", "dora"], ["--method: got dora", ", ".join(METHODS)]),
         (["--dtype", "float16"], ["--dtype: got float16", "bfloat16, float32"]),
         (["--eval_samples", "1.5"], ["--eval_samples: got 1.5"]),
         (["--eval_samples", "-1"], ["--eval_samples: got -1"]),
