@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from foam_hf import FOAM, OptimizerMemoryCallback, callback, cli, foam_param_groups, step_profile
 from foam_hf.memory import MemoryBreakdown
@@ -245,7 +246,7 @@ def test_plot_of_another_kind_is_refused():
 SCRIPT = """
 import sys
 from tests import tiny_models
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 args = TrainingArguments(output_dir="out", max_steps=3, use_cpu=True, report_to="none", save_strategy="no",
                          optim="foam", disable_tqdm=True)
 Trainer(tiny_models.tiny_roberta(), args, train_dataset=tiny_models.classification_data(16)).train()
@@ -308,11 +309,28 @@ def test_command_learns_the_picture(given, told, tmp_path, monkeypatch):
 @pytest.mark.parametrize("already_there", [False, True])
 def test_environment_names_the_picture(tmp_path, monkeypatch, pretended_gpu, already_there):
     monkeypatch.setenv("FOAM_HF_REPORT_MEMORY", str(tmp_path / "step.png"))
-    from transformers import TrainerCallback
-
     trainer = make_trainer(tmp_path, OptimizerMemoryCallback() if already_there else TrainerCallback())
     with pretended_gpu:
         trainer.train()
     assert (tmp_path / "step.png").is_file()
     reports = [found for found in trainer.callback_handler.callbacks if isinstance(found, OptimizerMemoryCallback)]
     assert len(reports) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_step_is_drawn_and_the_predicted_peak_is_near(tmp_path, capsys):
+    config = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "vocab_size": 32000}
+    model = tiny_models.tiny_llama(**config, max_position_embeddings=512).to("cuda", torch.bfloat16)
+    tokens = torch.randint(3, 32000, (48, 512))
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in tokens]
+    settings = {"max_steps": 3, "per_device_train_batch_size": 16, "report_to": "none", "save_strategy": "no"}
+    args = TrainingArguments(output_dir=str(tmp_path), optim="foam", disable_tqdm=True, **settings)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    report = OptimizerMemoryCallback(plot=tmp_path / "step.png")
+    Trainer(model=model, args=args, train_dataset=rows, callbacks=[report]).train()
+    printed = capsys.readouterr().out
+    assert (tmp_path / "step.png").stat().st_size > 5000
+    measured, predicted = (float(cell.split()[0]) for cell in table_rows(printed)["peak allocated on GPU"])
+    assert predicted == pytest.approx(measured, rel=0.10), printed
