@@ -171,10 +171,11 @@ class _Step:
         if _size("batch", batch) not in self._traces:
             try:
                 self._traces[batch] = trace_step(self._model, self._inputs(batch), **self._settings)
-            except (RuntimeError, NotImplementedError) as error:
+            except Exception as error:  # whatever a model's code does not bear
+                reason = (str(error).strip().splitlines() or [""])[0]
                 raise ValueError(
-                    f"a training step of {type(self._model).__name__} cannot be followed without its values: "
-                    f"{str(error).strip().splitlines()[0]}"
+                    f"a training step of {type(self._model).__name__} cannot be followed on the meta device: "
+                    f"{type(error).__name__}: {reason}"
                 ) from error
         return self._traces[batch]
 

@@ -115,8 +115,8 @@ def _released(model: nn.Module) -> Iterator[None]:
 class _Ledger(TorchDispatchMode):
     """Counts each storage on the meta device from the operation that makes it to its end; `known` ones not at all.
 
-    Integers and booleans that come from the inputs alone (positions, masks) are computed on the CPU as well: code
-    that branches on their values goes the way it goes in training.
+    Small tensors that follow from the inputs alone (positions, masks) are computed on the CPU as well: code that
+    branches on their values goes the way it goes in training.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
@@ -134,7 +134,7 @@ class _Ledger(TorchDispatchMode):
             return NotImplemented  # a subclass takes it apart, and its parts come back here
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return _value(args[0]).item()
-        result = func(*args, **kwargs)
+        result = _run(func, args, kwargs)
         self.count(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         self._live += (extra := _workspace(func, args))
         self.levels.append(self._live)
@@ -170,19 +170,30 @@ def _value(tensor: Tensor) -> Tensor:
     return value
 
 
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """`func` on the meta device; where the shape of its result depends on values, as on a device that has them."""
+    try:
+        return func(*args, **kwargs)
+    except NotImplementedError:
+        return tree_map_only(Tensor, with_value, _on_cpu(func, args, kwargs))
+
+
 def _follow(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-    """Compute on the CPU what `func` did, if it is about small integers or booleans whose values are known."""
-    if not isinstance(result, Tensor) or not result.is_meta or result.is_floating_point():
-        return
-    if result.numel() > _LARGEST_VALUE or result.is_complex():
+    """Compute on the CPU as well what `func` did, if it is small and all that it is made of is known."""
+    if not isinstance(result, Tensor) or not result.is_meta or result.numel() > _LARGEST_VALUE:
         return
     try:
-        args, kwargs = tree_map_only(Tensor, _value, (args, kwargs))
+        result._foam_value = _on_cpu(func, args, kwargs)  # type: ignore[attr-defined]
     except DataDependentError:
-        return
+        if hasattr(result, "_foam_value"):  # overwritten in place
+            del result._foam_value
+
+
+def _on_cpu(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    args, kwargs = tree_map_only(Tensor, _value, (args, kwargs))
     if "device" in kwargs:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    result._foam_value = func(*args, **kwargs)  # type: ignore[attr-defined]
+    return func(*args, **kwargs)
 
 
 def _plain(tensors: Iterable[Tensor]) -> Iterator[Tensor]:

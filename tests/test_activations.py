@@ -214,9 +214,29 @@ def test_the_curve_is_the_estimate_of_every_batch(settings):
     assert curve(64).bytes > curve(32).bytes
 
 
+def test_code_that_branches_on_its_inputs_takes_the_way_of_training():
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.large, self.small = nn.Linear(64, 1024), nn.Linear(64, 8)
+
+        def forward(self, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+            count = torch.zeros((), dtype=torch.long, device=mask.device)
+            count += mask.sum()
+            rows = mask.nonzero().squeeze(1)  # as many as are not masked
+            chosen = self.large if count == mask.numel() else self.small
+            return {"loss": chosen(x[rows]).sum()}
+
+    def peak(mask: list[int]) -> int:
+        inputs = {"x": torch.empty(4, 64, device="meta"), "mask": with_value(torch.tensor(mask))}
+        return trace_step(Branching().to("meta"), inputs).peak
+
+    assert peak([1, 1, 1, 1]) > 4 * 64 * 1024 > peak([1, 1, 0, 1])
+
+
 @pytest.mark.parametrize(
     ("name", "error"),
-    [("mixtral", "cannot be followed without its values"), ("mlp", "loss of TinyMLP is not known; .*ForCausalLM")],
+    [("mixtral", "cannot be followed on the meta device"), ("mlp", "loss of TinyMLP is not known; .*ForCausalLM")],
 )
 def test_models_that_cannot_be_traced_say_so(name, error):
     model = tiny_models.BUILDERS[name]().to("meta")
