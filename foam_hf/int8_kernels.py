@@ -26,10 +26,10 @@ from foam_hf.kernels import (
     Entry,
     Geometry,
     Launch,
-    _philox,
     device_of,
     numbers,
     owner_table,
+    philox,
     random_bits_at,
     store,
     unfold,
@@ -38,20 +38,19 @@ from foam_hf.kernels import (
 from foam_hf.update import Hyper, Member, moment_names
 
 # Elements of a program of the update and of a warp of it, and registers of a thread.
-TILE, WARP, REGISTERS = 4096, 1024, 96
-DEQUANTIZED = 4096  # elements of a program of the dequantization
+TILE, WARP, REGISTERS = 4096, 1024, 128
+DEQUANTIZED = 2048  # elements of half a program of the dequantization, eight for each of its threads
 _FIELDS = tl.constexpr(8)  # codes, gradient, first moment, second moment, rows, columns, stream, scales
 _MAX = tl.constexpr(MAX_CODE)
 _MIN_SCALE = tl.constexpr(MIN_SCALE)
-_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: what is below 2**22 and added to it loses its fraction ...
-_MAGIC_BITS = tl.constexpr(0x4B400000)  # ... and stands in the low bits of the pattern, above this one
+_MAGIC_BITS = tl.constexpr(0x4B400000)  # of the float32 1.5 * 2**23: a smaller number added to it loses its fraction
 
 
 @triton.jit
 def one_to_two(seed, step, stream, draw, R: tl.constexpr, C: tl.constexpr, NVIDIA: tl.constexpr):
     """1 plus the numbers of ``int8_update.uniform`` for (R, C) elements; ``draw`` (R, 1) is each segment's first."""
-    a, b, c, d = _philox(seed, draw + tl.arange(0, C // 8)[None, :], step, stream)
-    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (R, C // 2))
+    a, b, c, d = philox(seed, draw + tl.arange(0, C // 8)[None, :], step // 2, stream)
+    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (R, C // 2)) ^ (0 - step % 2).to(tl.uint32)
     bits = tl.reshape(tl.join(words, (words << 16) | (words >> 16)), (R, C))
     if NVIDIA:  # (bits & a) | b in one instruction
         return tl.inline_asm_elementwise(
@@ -206,6 +205,7 @@ def _update_kernel(
         u = one_to_two(seed, step, 4 * stream, draw, R, C, NVIDIA) if STOCHASTIC else 1.5
         x = moved(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, u, R, C, F, B, DECAYS, NVIDIA)
         new = (q + below(x, NVIDIA) - 1) << unfold(bits, R, C, B)
+        new = tl.minimum(tl.maximum(new, -_MAX), _MAX)  # the compiler may have rounded another last bit than above
         d = moved(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, 0.0, R, C, F, B, DECAYS, NVIDIA)
         x = (q.to(tl.float32) + d) * unfold(s / new_s, R, C, B)
         rounded = tl.where(x == x, tl.minimum(tl.maximum(below(x + (u - 1.0), NVIDIA), -_MAX), _MAX), 0)
@@ -261,17 +261,28 @@ def blocks_of(segment, row, column, rows, n, per_row, C: tl.constexpr, F: tl.con
 def _dequantize_kernel(
     codes, scales, out, numel, B: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr
 ):
-    start = tl.program_id(0).to(tl.int64) * C
+    # Two stretches: a thread reads eight codes of each, as many as it can write at a time, and both before it writes.
+    first = tl.program_id(0).to(tl.int64) * (2 * C)
+    q, s = codes_and_scales(codes, scales, first, numel, B, C)
+    next_q, next_s = codes_and_scales(codes, scales, first + C, numel, B, C)
+    put(out, first, numel, q, s, B, C, DTYPE, NVIDIA)
+    put(out, first + C, numel, next_q, next_s, B, C, DTYPE, NVIDIA)
+
+
+@triton.jit
+def codes_and_scales(codes, scales, start, numel, B: tl.constexpr, C: tl.constexpr):
+    at, block = start + tl.arange(0, C), start // B + tl.arange(0, C // B)
+    return tl.load(codes + at, mask=at < numel, other=0), tl.load(scales + block, mask=block * B < numel, other=0.0)
+
+
+@triton.jit
+def put(out, start, numel, q, s, B: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr):
     at = start + tl.arange(0, C)
-    mask = at < numel
-    block = start // B + tl.arange(0, C // B)
-    q = tl.load(codes + at, mask=mask, other=0).to(tl.float32)
-    s = tl.load(scales + block, mask=block * B < numel, other=0.0)
-    x = q * tl.reshape(tl.broadcast_to(s[:, None], (C // B, B)), (C,))
+    x = q.to(tl.float32) * tl.reshape(tl.broadcast_to(s[:, None], (C // B, B)), (C,))
     if NVIDIA:
-        tl.store(out + at, x.to(DTYPE), mask=mask)
+        tl.store(out + at, x.to(DTYPE), mask=at < numel)
     else:
-        store(out + at, x, 0, mask, DTYPE, False)
+        store(out + at, x, 0, at < numel, DTYPE, False)
 
 
 _compiled: dict[Any, Any] = {}
@@ -281,15 +292,16 @@ def dequantize_into(out: Tensor, codes: Tensor, scales: Tensor) -> None:
     """``out`` (of any dtype a weight has) becomes ``codes * scales``; all are contiguous, blocks a power of two."""
     numel, block = codes.numel(), codes.numel() // scales.numel()
     columns = max(DEQUANTIZED, block)
+    programs = -(-numel // (2 * columns))
     constants = block, columns, TRITON_DTYPES[out.dtype], _nvidia(codes.device)
     # As in AddressTable.launch: what Triton compiled is called directly wherever it would find the same again.
     whole = numel % 16 == 0 and numel < 2**31 and (codes.data_ptr() | scales.data_ptr() | out.data_ptr()) % 16 == 0
     key = (codes.device, *constants)
     with device_of(codes.device):
         if whole and key in _compiled:
-            _compiled[key][-(-numel // columns), 1, 1](codes, scales, out, numel, *constants)
+            _compiled[key][programs, 1, 1](codes, scales, out, numel, *constants)
             return
-        compiled = _dequantize_kernel[-(-numel // columns), 1, 1](codes, scales, out, numel, *constants, num_warps=8)
+        compiled = _dequantize_kernel[programs, 1, 1](codes, scales, out, numel, *constants, num_warps=8)
     if DIRECT_LAUNCH and whole and compiled is not None:  # None from Triton's interpreter
         _compiled[key] = compiled
 

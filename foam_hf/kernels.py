@@ -38,7 +38,7 @@ _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 
 
 @triton.jit
-def _philox(seed, draw, step, stream):
+def philox(seed, draw, step, stream):
     """The four words of each 64-bit ``draw``, as ``rounding.philox_4x32`` gives them."""
     zero = draw * 0
     low, high = draw.to(tl.uint32), (draw >> 32).to(tl.uint32)
@@ -48,7 +48,7 @@ def _philox(seed, draw, step, stream):
 @triton.jit
 def random_bits(seed, step, stream, draw, R: tl.constexpr, C: tl.constexpr):
     """16 random bits for each of (R, C) elements; ``draw`` (R, 1) is the first of each segment."""
-    a, b, c, d = _philox(seed, draw + tl.arange(0, C // 8)[None, :], step, stream)
+    a, b, c, d = philox(seed, draw + tl.arange(0, C // 8)[None, :], step, stream)
     words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (R, C // 2))
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (R, C))
 
@@ -56,7 +56,7 @@ def random_bits(seed, step, stream, draw, R: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def random_bits_at(seed, step, stream, row, column, n):
     """The same bits, a whole draw for each element: for the few elements of a folded moment with rows of ``n``."""
-    a, b, c, d = _philox(seed, row.to(tl.int64) * tl.cdiv(n, 8) + column // 8, step, stream)
+    a, b, c, d = philox(seed, row.to(tl.int64) * tl.cdiv(n, 8) + column // 8, step, stream)
     lane = column % 8
     word = tl.where(lane < 4, tl.where(lane < 2, a, b), tl.where(lane < 6, c, d))
     return tl.where(lane % 2 == 0, word & 0xFFFF, word >> 16)

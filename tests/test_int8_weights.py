@@ -333,6 +333,15 @@ def test_updates_far_below_a_code_and_below_16_bits_are_kept_on_average(size, si
     assert abs(found - expected) <= 5 * max(expected, 1) ** 0.5  # a Poisson count
 
 
+def test_a_step_back_undoes_a_step_of_the_same_pair_exactly():
+    d = torch.randn(8, 256) * torch.logspace(-4, 0, 256)
+    there, back = (uniform(range(8), 256, hyper(step=step), torch.device("cpu")) for step in (6, 7))
+    assert torch.equal(there + back, torch.ones(8, 256))
+    moved = (d + there).floor()
+    assert 0.05 < (moved != 0).float().mean().item() < 0.5
+    assert torch.equal(moved + (back - d).floor(), torch.zeros(8, 256))
+
+
 def test_the_smallest_update_that_is_kept_is_the_documented_one():
     smallest, largest = torch.tensor([2.0**-23]), torch.tensor([1 - 2.0**-23])  # that ``uniform`` gives
     assert (largest + 2.0**-23).floor().item() == 1 and (largest + 2.0**-24).floor().item() == 0
