@@ -105,7 +105,7 @@ def write_small(path: Path, suffix: str = ""):
     from tests.tiny_models import tiny_llama
 
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokens = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    tokens = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "cd"]
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     model = tiny_llama(vocab_size=len(tokens), hidden_size=64, intermediate_size=96, tie_word_embeddings=True, **ids)
     config = model.config
@@ -123,7 +123,7 @@ def write_small(path: Path, suffix: str = ""):
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
