@@ -51,9 +51,9 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-def trained(model: nn.Module, folder, optim: str, **arguments) -> torch.optim.Optimizer:
+def trained(model: nn.Module, folder, optim: str, use_cpu: bool = True, **arguments) -> torch.optim.Optimizer:
     """The optimizer that Trainer builds, after one step."""
-    arguments = TrainingArguments(str(folder), optim=optim, use_cpu=True, report_to="none", **arguments)
+    arguments = TrainingArguments(str(folder), optim=optim, use_cpu=use_cpu, report_to="none", **arguments)
     trainer = Trainer(model, arguments)
     optimizer = trainer.create_optimizer()
     take_step(model, optimizer)
@@ -160,3 +160,32 @@ def test_adam_mini(dtype):
     optimizer = Adam_mini(model.named_parameters(), dim=32, n_heads=4, verbose=False)
     take_step(model, optimizer)
     assert plan.state == state_bytes(optimizer)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("optim", "optim_args"),
+    [
+        ("adamw_torch", None),
+        ("adamw_torch_fused", None),
+        ("adamw_8bit", None),
+        ("paged_adamw_8bit", None),
+        ("adafactor", None),
+        ("galore_adamw", "rank=8"),
+        ("apollo_adamw", "rank=8"),
+        ("foam", None),
+        ("foam", "level=2,second_moment=factored,state_dtype=bfloat16"),
+        ("foam_mini", "fold_embeddings=true"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated")
+def test_the_same_on_a_gpu(optim, optim_args, dtype, tmp_path):
+    """Where kernels, drivers of the SVD and paged memory are others."""
+    model = tiny_models.tiny_llama(**WIDE).to("cuda", dtype)
+    arguments = {"optim_args": optim_args, "use_cpu": False}
+    if optim in ("galore_adamw", "apollo_adamw"):
+        arguments["optim_target_modules"] = ["self_attn", "mlp"]
+    plan = count(model, optim, optim_args)
+    assert_counted(model, trained(model, tmp_path, optim, **arguments), plan)
