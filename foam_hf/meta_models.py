@@ -27,8 +27,15 @@ def meta_model(
             none of them, its causal language model for this kind of config.
 
     Raises:
-        ModelError: the config contradicts itself, or transformers has no model for it.
+        ModelError: the config contradicts itself, is that of a quantized checkpoint, or transformers has no model for
+            it.
     """
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        method = getattr(settings.get("quant_method"), "value", settings.get("quant_method"))
+        option = ", with --int8-weights (int8_weights=True)" if method == "foam_int8" else ""
+        raise ModelError(f"a checkpoint quantized by {method}; expected the plain model that it was made from{option}")
     dtype = dtype or config_dtype(config)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # not model.to(dtype): some buffers stay float32, as when a model is loaded

@@ -147,6 +147,17 @@ def test_a_config_that_contradicts_itself(tmp_path):
     assert torch.get_default_dtype() == torch.float32
 
 
+@pytest.mark.parametrize(("method", "option"), [("foam_int8", ", with --int8-weights .*"), ("gptq", "")])
+def test_a_quantized_checkpoint_is_not_taken_for_a_plain_one(tmp_path, method, option):
+    config = tiny_models.tiny_llama().config
+    config.quantization_config = {"quant_method": method}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=f"quantized by {method}; expected the plain model that it was made from{option}$"
+    ):
+        meta_model(load_config(str(tmp_path)))
+
+
 def test_missing_files(tmp_path):
     with pytest.raises(ModelError, match="no config.json in the folder"):
         load_config(str(tmp_path))
