@@ -211,16 +211,6 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     return count
 
 
-def refuse_trained_int8(model: nn.Module, optimizer: str) -> None:
-    """Raise ValueError if `optimizer`, which is not FOAM, would have to train INT8 weights of `model`."""
-    trained = [name for name, p in model.named_parameters() if isinstance(p, Int8Weight) and p.requires_grad]
-    if trained:
-        raise ValueError(
-            f"{optimizer} cannot train INT8 weights, and {len(trained)} of {type(model).__name__} are to be trained, "
-            f"{trained[0]} the first; expected optim='foam' or 'foam_mini', or LoRA on frozen INT8 weights"
-        )
-
-
 def check_files(plan: Int8Plan, checkpoint_files: list[str], block_size: int) -> None:
     """Raise ValueError if the safetensors files do not hold sound codes and scales of every weight of `plan`."""
     held = TensorFiles(checkpoint_files).int8_weights(block_size)

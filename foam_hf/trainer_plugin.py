@@ -11,6 +11,7 @@ What this file relies on, in transformers 4.57 to 5.x, and what it is for:
 * `Trainer.train`: wrapped, to refuse sharded training, to hand the trainer to `OptimizerMemoryCallback` and to release
   gradients, for which `trainer_release` says what it needs. It reads
   `trainer.callback_handler.callbacks`, `is_deepspeed_enabled`, `is_fsdp_enabled` and `accelerator.parallelism_config`.
+* `Trainer._load_from_checkpoint`: wrapped where it is, so that INT8 checkpoints meet models that hold the same.
 * `transformers.modelcard.extract_hyperparameters_from_trainer`: wrapped, so that model cards name the optimizer.
 
 If something that is to be wrapped moves, importing transformers raises an ImportError that names it.
@@ -22,7 +23,6 @@ import functools
 import inspect
 import logging
 import os
-import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from foam_hf.optim_args import FOAM_NAMES, foam_options
+from foam_hf.trainer_int8 import refuse_other_optimizer, refuse_ready_made_optimizer, refusing_other_checkpoints
 
 logger = logging.getLogger("foam_hf")
 
@@ -120,6 +121,8 @@ def register_trainer(trainer_module: types.ModuleType) -> None:
     trainer_class = _require(trainer_module, "Trainer")
     _wrap(trainer_class, "get_optimizer_cls_and_kwargs", _building_foam)
     _wrap(trainer_class, "train", _binding_train)
+    if hasattr(trainer_class, "_load_from_checkpoint"):  # a help to users, not what training rests on
+        _wrap(trainer_class, "_load_from_checkpoint", refusing_other_checkpoints)
 
 
 def _building_foam(original: Callable[..., Any]) -> Any:
@@ -127,7 +130,7 @@ def _building_foam(original: Callable[..., Any]) -> Any:
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
         if _is_ours(args):
             return _foam_cls_and_kwargs(args, model)
-        _refuse_int8(model, f"optim={_name(args.optim)!r}")
+        refuse_other_optimizer(model, f"optim={_name(args.optim)!r}")
         return original(args, model)
 
     return staticmethod(get_optimizer_cls_and_kwargs)
@@ -195,7 +198,7 @@ def _binding_train(original: Callable[..., Any]) -> Callable[..., Any]:
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _is_ours(self.args):
             _refuse_sharding(self.args, self.model, self)
-        _refuse_foreign_optimizer(self)
+        refuse_ready_made_optimizer(self)
         _bind_memory_callbacks(self)
         token = _trainer.set(self)
         try:
@@ -227,25 +230,6 @@ def _bind_memory_callbacks(trainer: Any) -> None:
             callback.trainer = weakref.proxy(trainer)
             if callback.plot is None and wanted not in (None, "", "1"):
                 callback.plot = Path(wanted)
-
-
-def _refuse_int8(model: Any, optimizer: str) -> None:
-    """Raise ValueError where an optimizer that is not FOAM would have to train INT8 weights."""
-    if model is not None and "foam_hf.int8_weights" in sys.modules:  # never imported, there are none
-        from foam_hf.int8_models import refuse_trained_int8
-
-        refuse_trained_int8(model, optimizer)
-
-
-def _refuse_foreign_optimizer(trainer: Any) -> None:
-    """The same for an optimizer that was handed to the Trainer ready-made."""
-    from foam_hf.optimizer import FOAM
-
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
-    given = getattr(trainer, "optimizer_cls_and_kwargs", None)
-    cls = type(optimizer) if optimizer is not None else given[0] if given else FOAM
-    if not issubclass(cls, FOAM):
-        _refuse_int8(trainer.model, f"the optimizer {cls.__name__}")
 
 
 def _refuse_sharding(args: Any, model: Any = None, trainer: Any = None) -> None:

@@ -183,6 +183,27 @@ def test_gradients_released_change_no_bit(plain: Path, tmp_path: Path) -> None:
     assert_same_bits(bits(released.model), bits(ordinary.model))
 
 
+def test_a_checkpoint_goes_on_only_with_weights_of_its_kind(plain: Path, tmp_path: Path) -> None:
+    for name, model in (("int8", int8_model(plain)), ("plain", tiny_llama())):
+        make_trainer(tmp_path / name, model, save_strategy="steps", max_steps=2, save_steps=2).train()
+    checkpoint = str(tmp_path / "int8/checkpoint-2")
+    with pytest.raises(ValueError, match=r"checkpoint-2 holds INT8 weights, and the LlamaForCausalLM .* has none"):
+        make_trainer(tmp_path, tiny_llama()).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="Int8Config with head=False, not True as in this run; expected the same"):
+        make_trainer(tmp_path, int8_model(plain, head=True)).train(resume_from_checkpoint=checkpoint)
+    trainer = make_trainer(tmp_path, int8_model(plain))  # a run in floating point goes on in INT8
+    trainer.train(resume_from_checkpoint=str(tmp_path / "plain/checkpoint-2"))
+    assert trainer.state.global_step == 10 and isinstance(trainer.model.model.layers[0].mlp.up_proj.weight, Int8Weight)
+
+
+def test_a_compiled_model_trains_to_the_same_losses(plain: Path, tmp_path: Path) -> None:
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    runs = [make_trainer(tmp_path, int8_model(plain), max_steps=3, **settings) for settings in (compiled, {})]
+    for trainer in runs:
+        trainer.train()
+    assert_within(torch.tensor(losses(runs[0])), torch.tensor(losses(runs[1])), "compiled losses against eager ones")
+
+
 # ---- adapters ----
 
 

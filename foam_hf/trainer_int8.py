@@ -1,0 +1,71 @@
+"""INT8 weights in the Trainer: which optimizers may train them, and which checkpoints they may go on from."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def refuse_other_optimizer(model: Any, optimizer: str) -> None:
+    """Raise ValueError where `optimizer`, which is not FOAM, would have to train INT8 weights."""
+    int8_weights = sys.modules.get("foam_hf.int8_weights")  # never imported, there are none
+    if model is None or int8_weights is None:
+        return
+    trained = [
+        name for name, p in model.named_parameters() if isinstance(p, int8_weights.Int8Weight) and p.requires_grad
+    ]
+    if trained:
+        raise ValueError(
+            f"{optimizer} cannot train INT8 weights, and {len(trained)} of {type(model).__name__} are to be trained, "
+            f"{trained[0]} the first; expected optim='foam' or 'foam_mini', or LoRA on frozen INT8 weights"
+        )
+
+
+def refuse_ready_made_optimizer(trainer: Any) -> None:
+    """The same for an optimizer that was handed to the Trainer."""
+    from foam_hf.optimizer import FOAM
+
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+    given = getattr(trainer, "optimizer_cls_and_kwargs", None)
+    cls = type(optimizer) if optimizer is not None else given[0] if given else FOAM
+    if not issubclass(cls, FOAM):
+        refuse_other_optimizer(trainer.model, f"the optimizer {cls.__name__}")
+
+
+def refusing_other_checkpoints(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`Trainer._load_from_checkpoint`, which only warns about weights that it does not find, with a check before."""
+
+    @functools.wraps(original)
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_other_checkpoint(self.model, Path(resume_from_checkpoint))
+        return original(self, resume_from_checkpoint, *args, **kwargs)
+
+    return _load_from_checkpoint
+
+
+def _refuse_other_checkpoint(model: Any, folder: Path) -> None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # adapters have none; whatever else is wrong is Trainer's to say
+        return
+    from foam_hf.int8_checkpoint import METHOD
+
+    held = config.get("quantization_config") or {}
+    if held.get("quant_method") != METHOD:  # plain weights are quantized as they are loaded
+        return
+    mine = getattr(model.config, "quantization_config", None) or {}
+    mine = mine if isinstance(mine, dict) else mine.to_dict()
+    if mine.get("quant_method") != METHOD:
+        raise ValueError(
+            f"{folder} holds INT8 weights, and the {type(model).__name__} to load them into has none; expected "
+            "from_pretrained(..., quantization_config=foam_hf.Int8Config())"
+        )
+    other = [f"{name}={held[name]!r}, not {mine.get(name)!r}" for name in held if held[name] != mine.get(name)]
+    if other:
+        raise ValueError(
+            f"{folder} holds INT8 weights of Int8Config with {', '.join(other)} as in this run; expected the same"
+        )
