@@ -41,8 +41,13 @@ TINY = {
     "datasets": {"sums": {"file": "sums.jsonl", "settings": {"eval_exact_match": True}}},
     "alone": {"dataset": "sums", "settings": {"train_samples": 6}},
     "arms": [
-        {"name": "LoRA", "rates": [0.001, 0.01], "last": True, "settings": {"method": "lora", "optim": "adamw_torch"}},
-        {"name": "FOAM", "rates": [0.001, -1], "settings": {"optim": "foam", "optim_args": "level=3"}},
+        {
+            "name": "LoRA",
+            "rates": {"sums": [0.001, 0.01]},
+            "last": True,
+            "settings": {"method": "lora", "optim": "adamw_torch"},
+        },
+        {"name": "FOAM", "rates": {"sums": [0.001, -1]}, "settings": {"optim": "foam", "optim_args": "level=3"}},
     ],
 }
 

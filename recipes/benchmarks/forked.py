@@ -19,6 +19,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "instruct" / "train.py"
 def warm():
     """The module of train.py, imported with all it needs and tried on the GPU by a fork; None if a fork failed."""
     os.environ |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    sys.modules.setdefault("torchao", None)  # peft imports it if it can, it starts CUDA, and no run needs it
     with _capability_from_nvml():
         spec = importlib.util.spec_from_file_location("instruct_train", SCRIPT)
         train = importlib.util.module_from_spec(spec)
@@ -74,9 +75,12 @@ def _exit_after(function, *arguments) -> None:
 
 
 class Run:
-    """One run of train.py, forked from here if `train` is its module; its output goes to `log`."""
+    """One run of train.py, forked from here if `train` is its module; its output goes to `log`.
 
-    def __init__(self, train, words: list[str], log: Path, threads: int):
+    A fork takes at most the `share` of the GPU's memory, so that what one has cached does not starve the others.
+    """
+
+    def __init__(self, train, words: list[str], log: Path, threads: int, share: float):
         log.parent.mkdir(parents=True, exist_ok=True)
         self.code: int | None = None
         self.process = None
@@ -93,7 +97,7 @@ class Run:
             if self.pid == 0:
                 os.dup2(stream.fileno(), 1)
                 os.dup2(stream.fileno(), 2)
-                _exit_after(_train, train, words, threads)
+                _exit_after(_train, train, words, threads, share)
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs."""
@@ -110,10 +114,12 @@ class Run:
             os.waitpid(self.pid, 0) if self.process is None else self.process.wait()
 
 
-def _train(train, words: list[str], threads: int) -> None:
+def _train(train, words: list[str], threads: int, share: float) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    if torch.cuda.is_available() and share < 1:
+        torch.cuda.set_per_process_memory_fraction(share)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("foam_hf").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast in every layer of every step

@@ -6,7 +6,7 @@ runs are lines of OUT/runs.jsonl. The JSON is rewritten after every run, whole o
 recipes/instruct/instruct_table.py come from it. Sample answers, which quote the data, stay out of it.
 
     python recipes/instruct/gguf_models.py smollm2-135m smollm2
-    python recipes/benchmarks/instruct_gpu.py --model smollm2 --data folder --out runs --json results.json --jobs 7
+    python recipes/benchmarks/instruct_gpu.py --model smollm2 --data folder --out runs --json results.json --jobs 8
 """
 
 import argparse
@@ -26,6 +26,8 @@ from forked import Run, warm  # noqa: E402
 from table import write_json  # noqa: E402
 
 PARTS = ("alone", "search", "final")
+CONTEXT = 0.01  # of the GPU's memory, for each process beside its tensors
+NO_MEMORY = ("out of memory", "ALLOC_FAILED", "mha_graph")  # the last is cuDNN's way to say so
 KEPT = (  # of a run's results.json; what is not here names folders or quotes the data
     "method",
     "dtype",
@@ -113,9 +115,11 @@ class Job:
         self.record: dict | None = None
         self.tries = 0
 
-    def start(self, train, threads: int) -> None:
+    def start(self, train, jobs: int) -> None:
+        """Run beside as many others as `jobs` allows; what runs alone, or a second time, may take all memory."""
         self.began, self.tries = time.monotonic(), self.tries + 1
-        self.run = Run(train, self.words, self.folder / "log.txt", threads)
+        share = 1.0 if self.part == "alone" or self.tries > 1 else 1 / jobs - CONTEXT
+        self.run = Run(train, self.words, self.folder / "log.txt", max(1, (os.cpu_count() or 1) // jobs), share)
 
     def finish(self) -> None:
         """Take the record from results.json, if there is one, and leave only the log: saved models fill a disk."""
@@ -162,10 +166,11 @@ class Study:
         self.started = time.monotonic()
         if "alone" in options.parts:
             dataset, seed = study["alone"]["dataset"], study["search_seed"]
-            self.add(Job(options, rest, "alone", dataset, arm, arm["rates"][1], seed) for arm in options.arms)
+            self.add(Job(options, rest, "alone", dataset, arm, arm["rates"][dataset][1], seed) for arm in options.arms)
         self.searches = {
             (dataset, arm["name"]): [
-                Job(options, rest, "search", dataset, arm, rate, study["search_seed"]) for rate in arm["rates"]
+                Job(options, rest, "search", dataset, arm, rate, study["search_seed"])
+                for rate in arm["rates"][dataset]
             ]
             for dataset in options.datasets
             for arm in options.arms
@@ -200,7 +205,7 @@ class Study:
         for job in [job for job in self.running if job.run.poll() is not None]:
             self.running.remove(job)
             job.finish()
-            if not job.record and job.tries == 1 and "out of memory" in job.failure()["log"]:
+            if not job.record and job.tries == 1 and any(words in job.failure()["log"] for words in NO_MEMORY):
                 job.order = (True, True, *job.order)  # once more, when the GPU has emptied
                 self.waiting.append(job)
                 print(f"{self.elapsed():6.0f} s  out of memory, put off: {job.folder}", flush=True)
@@ -221,7 +226,7 @@ class Study:
             print(f"{self.elapsed():6.0f} s  {what}  {said}  ({left} left)", flush=True)
             self.report()
 
-    def fill(self, train, threads: int) -> None:
+    def fill(self, train) -> None:
         """Start what there is room for; a run that is measured alone waits for the others, and they for it."""
         while self.waiting and len(self.running) < self.options.jobs:
             alone = self.waiting[0].part == "alone" or any(job.part == "alone" for job in self.running)
@@ -229,7 +234,7 @@ class Study:
                 break
             job = self.waiting.pop(0)
             self.running.append(job)
-            job.start(train, threads)
+            job.start(train, self.options.jobs)
 
     def report(self) -> dict:
         finished = sorted(self.finished, key=lambda job: (job.order, job.rate))  # whichever ended first
@@ -262,13 +267,12 @@ def main(argv: list[str] | None = None) -> dict:
         train = warm()
         kind = "forks" if train else "fresh processes"
         print(f"Imported in {time.monotonic() - started:.0f} s; runs are {kind}.", flush=True)
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
     try:
         while study.waiting or study.running:
             study.collect()
             if study.elapsed() > options.budget_s:
                 break
-            study.fill(train, threads)
+            study.fill(train)
             time.sleep(0.1)
     finally:
         for job in study.running:  # out of time, or interrupted: leave no process behind

@@ -30,7 +30,7 @@ def rate(chosen: float, tried: list[float]) -> str:
 def quality(content: dict, dataset: str, names: list[str]) -> list[str]:
     """Rows of one data set: the untrained model, then each arm's seeds at its best learning rate."""
     runs = [run for run in content["runs"] if run["dataset"] == dataset]
-    tried = {arm["name"]: arm["rates"] for arm in content["study"]["arms"]}
+    tried = {arm["name"]: arm["rates"][dataset] for arm in content["study"]["arms"]}
     matched = any("exact_match" in run["after"] for run in runs)
     rows = [["", "learning rate", "held-out loss", *(["exact match, %"] if matched else []), "seeds"]]
     before = next((run["before"] for run in runs if run["before"]), None)
@@ -78,8 +78,8 @@ def tables(content: dict, numbers: list[int] | None = None) -> str:
         used = run["data"]["train"]["used"], run["data"]["held_out"]["used"]
         parts.append(
             f"{content['model']} on {dataset}, {used[0]} examples, {run['steps']} steps; {used[1]} held out; on "
-            f"{devices}. Mean ± standard error over seeds, at the best of {len(arms[0]['rates'])} learning rates:"
-            f"\n\n{markdown(rows)}"
+            f"{devices}. Mean ± standard error over seeds, at the best of {len(arms[0]['rates'][dataset])} learning "
+            f"rates:\n\n{markdown(rows)}"
         )
     rows = cost(content, names)
     if rows:
