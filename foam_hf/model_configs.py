@@ -192,7 +192,9 @@ def _from_hub(name: str, trust_remote_code: bool) -> Any:
 
 
 def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name.lower().rsplit("/", 1)[-1], BUILTIN, n=1, cutoff=0.75)
+    own = name.lower().rsplit("/", 1)[-1]
+    # Qwen2.5-7B-Instruct has the shapes of qwen2.5-7b; Llama-3.2-1B looks like llama-3.1-8b, and has not.
+    near = [known for known in BUILTIN if own.startswith(known)] or difflib.get_close_matches(own, BUILTIN, 1, 0.9)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

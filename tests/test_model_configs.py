@@ -216,6 +216,18 @@ def test_the_hubs_errors_become_one_line(hub, error, message, monkeypatch, tmp_p
     assert "\n" not in str(caught.value)
 
 
+def test_only_a_name_of_the_same_shapes_is_suggested(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: None)
+    hub(ConnectionError())
+    suggestions = {"Qwen/Qwen2.5-7B-Instruct": "'qwen2.5-7b'", "me/roberta-bsae": "'roberta-base'"}
+    suggestions |= {"meta-llama/Llama-3.2-1B": None, "FacebookAI/xlm-roberta-large-and-more": None}
+    for name, suggested in suggestions.items():
+        with pytest.raises(ModelError) as caught:
+            load_config(name)
+        assert ("did you mean" in str(caught.value)) == (suggested is not None)
+        assert suggested is None or f"did you mean {suggested}?" in str(caught.value)
+
+
 def test_a_name_that_no_model_can_have():
     with pytest.raises(ModelError, match="no model 'qwen 7b'"):
         load_config("qwen 7b")
