@@ -1,6 +1,7 @@
 """What README.md says: its code runs, its commands exist, its links lead somewhere, its numbers are the code's."""
 
 import inspect
+import json
 import os
 import re
 import shlex
@@ -122,6 +123,13 @@ def test_shown_output_is_what_the_command_prints():
         printed = [line.rstrip() for line in done.stdout.splitlines()]
         for line in text.splitlines():
             assert line in printed, done.stdout + done.stderr
+
+
+def test_quoted_reserves_are_those_of_the_measured_runs():
+    path = REPO / "recipes" / "benchmarks" / "results" / "activation_peaks-nvidia-h100-80gb-hbm3.json"
+    measured = [row["measured"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    more = [100 * (row["reserved"] / row["total"] - 1) for row in measured]
+    assert f"reserved {min(more):.0f}% to {max(more):.0f}% more" in TEXT.replace("\n", " ")
 
 
 def test_figure_of_pretraining_is_what_the_planner_counts():
