@@ -206,6 +206,22 @@ def test_the_model_never_exists_in_floating_point(tmp_path: Path, monkeypatch: p
     assert max(alive) - before <= rest + 3 * largest < layers / 2
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_no_more_is_allocated_than_the_int8_weights_and_one_of_them_in_floating_point(tmp_path: Path) -> None:
+    model = tiny_llama(hidden_size=1024, intermediate_size=4096, num_hidden_layers=16).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    whole = 2 * sum(p.numel() for p in model.parameters())
+    del model
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=Int8Config(), dtype=torch.bfloat16, device_map="cuda"
+    )
+    assert {p.codes.device.type for p in model.parameters() if isinstance(p, Int8Weight)} == {"cuda"}
+    assert torch.cuda.memory_allocated() - before < 0.55 * whole
+    assert torch.cuda.max_memory_allocated() - before < 0.8 * whole
+
+
 def floating_bytes() -> int:
     """Bytes of all floating tensors alive."""
     tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and type(o) is not Int8Weight]
