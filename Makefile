@@ -25,8 +25,8 @@ help:  ## show this list
 demo: $(VENV)/.installed-demo  ## fine-tune a pretrained encoder with optim="foam" on this machine (minutes)
 	@$(RUN) recipes/demo/demo.py
 
-test: $(VENV)/.installed-dev  ## all tests but those that need a GPU
-	@$(PYTEST) $(RUN) -m pytest -m "not gpu" --timeout 600 $(PYTEST_ARGS)
+test: $(VENV)/.installed-dev  ## all tests but those that need a GPU, two files at a time
+	@$(PYTEST) $(RUN) -m pytest -m "not gpu" -n 2 --dist loadfile --timeout 600 $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.installed-dev  ## the tests that need a GPU
 	@$(RUN) -m pytest -m gpu $(PYTEST_ARGS)
