@@ -34,6 +34,8 @@ trainer = Trainer(model=model, args=args, train_dataset=data)
 trainer.train()
 optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
 print(f"TRAINED by {type(optimizer).__name__} for {trainer.state.global_step} steps, rank {args.process_index}")
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # else gloo's threads may abort the interpreter's end
 """
 TRAINING = "--output_dir out --optim foam --max_steps 2 --per_device_train_batch_size 4 --use_cpu --report_to none"
 TRAINING_ARGUMENTS = [*TRAINING.split(), "--save_strategy", "no", "--disable_tqdm", "true"]
