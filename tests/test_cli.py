@@ -17,6 +17,7 @@ from foam_hf import cli
 ROOT = Path(__file__).resolve().parent.parent
 
 UNAWARE_SCRIPT = """
+import os
 import sys
 import torch
 from transformers import HfArgumentParser, RobertaConfig, RobertaForSequenceClassification, Trainer, TrainingArguments
@@ -34,8 +35,9 @@ trainer = Trainer(model=model, args=args, train_dataset=data)
 trainer.train()
 optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
 print(f"TRAINED by {type(optimizer).__name__} for {trainer.state.global_step} steps, rank {args.process_index}")
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()  # else gloo's threads may abort the interpreter's end
+if torch.distributed.is_initialized():  # gloo's threads may abort the interpreter's end (pytorch pull request 179291)
+    sys.stdout.flush()
+    os._exit(0)
 """
 TRAINING = "--output_dir out --optim foam --max_steps 2 --per_device_train_batch_size 4 --use_cpu --report_to none"
 TRAINING_ARGUMENTS = [*TRAINING.split(), "--save_strategy", "no", "--disable_tqdm", "true"]

@@ -309,7 +309,7 @@ def _train_as_one_rank(folder: Path) -> None:
         trainer.train()
         found[str(dtype).removeprefix("torch.")] = weights(trainer)
     torch.save(found, folder / f"rank{trainer.args.process_index}.pt")
-    torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort the interpreter's end (pytorch pull request 179291)
 
 
 if __name__ == "__main__":  # one of the two processes that torchrun starts
