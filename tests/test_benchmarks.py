@@ -203,6 +203,18 @@ def test_the_refresh_of_a_projection_is_measured() -> None:
     assert refresh_ms("galore", weights, "cpu") > 0
 
 
+def test_optimizers_take_turns_on_a_cpu(tmp_path: Path) -> None:
+    words = ["--shapes", "tiny", "--optimizers", "foam,adamw-foreach", "--rounds", "3", "--threads", "1"]
+    printed = run("cpu_step.py", *words, "--results", str(tmp_path)).stdout
+    (path,) = tmp_path.iterdir()
+    content = json.loads(path.read_text())
+    rows = {row["optimizer"]: row for row in content["rows"]}
+    assert content["machine"]["name"].endswith("1 threads") and list(rows) == ["foam", "adamw-foreach"]
+    assert all(0 < row["ms_least"] <= row["ms"] and row["rounds"] == 3 for row in rows.values())
+    assert all(row["label"] in printed and row["label"] in report.section([content]) for row in rows.values())
+    assert "expected at least 1" in run("cpu_step.py", "--rounds", "0", check=False).stderr
+
+
 def test_training_speed_runs_a_trainer(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--models", "tiny", "--sequences", "16", "--steps", "2", "--results", str(tmp_path)]
     printed = run("training_speed.py", *words, "--optimizers", "foam,adamw-fused").stdout
