@@ -162,7 +162,7 @@ class FactoredMoment:
 
 
 # Elements of a pass: small enough to stay in a core's cache, or to bound the temporaries on a GPU.
-CHUNK_CPU, CHUNK_GPU = 1 << 17, 1 << 24
+CHUNK_CPU, CHUNK_GPU = 1 << 18, 1 << 24
 
 
 def update_parameter(

@@ -203,6 +203,18 @@ def test_the_refresh_of_a_projection_is_measured() -> None:
     assert refresh_ms("galore", weights, "cpu") > 0
 
 
+def test_optimizers_take_turns_on_a_cpu(tmp_path: Path) -> None:
+    words = ["--shapes", "tiny", "--optimizers", "foam,adamw-foreach", "--rounds", "3", "--threads", "1"]
+    printed = run("cpu_step.py", *words, "--results", str(tmp_path)).stdout
+    (path,) = tmp_path.iterdir()
+    content = json.loads(path.read_text())
+    rows = {row["optimizer"]: row for row in content["rows"]}
+    assert content["machine"]["name"].endswith("1 threads") and list(rows) == ["foam", "adamw-foreach"]
+    assert all(0 < row["ms_least"] <= row["ms"] and row["rounds"] == 3 for row in rows.values())
+    assert all(row["label"] in printed and row["label"] in report.section([content]) for row in rows.values())
+    assert "expected at least 1" in run("cpu_step.py", "--rounds", "0", check=False).stderr
+
+
 def test_training_speed_runs_a_trainer(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--models", "tiny", "--sequences", "16", "--steps", "2", "--results", str(tmp_path)]
     printed = run("training_speed.py", *words, "--optimizers", "foam,adamw-fused").stdout
@@ -254,18 +266,22 @@ def test_the_report_judges_peaks_and_draws_them(tmp_path: Path) -> None:
             row("7b-bf16-release", "llama-7b", 15.5, weights=13),
             row("speed-adamw", "llama-3.1-8b", 70),
             row("speed-int8-release", "llama-3.1-8b", 11, speed=80),
+            {**row("speed4-adamw", "llama-3.1-8b", 72), "batch": 4},
+            {**row("speed4-int8-release", "llama-3.1-8b", 13, speed=90), "batch": 4},
             row("ladder-release", "llama-1.1b", 3.5, gradients=0),
             row("ladder-adamw", "llama-1.1b", 9.5, state=4),
         ],
     }
     text = report.section([content])
     assert "results/memory_peak.png" in text and "Liger: missing. no liger_kernel" in text
-    assert text.splitlines()[-4:] == [
+    assert text.splitlines()[-5:] == [
         "| --- | ---: | ---: | ---: |",
         "| llama-3.1-8b, 8b-int8-release: peak, loading included, GiB; no more could be allocated "
         "| <= 12.00 | 10.50 | yes |",
         "| llama-7b, 7b-bf16-release: peak above the weights, GiB | <= 2 | 2.50 | no |",
         "| llama-3.1-8b, speed-int8-release: tokens a second / those of speed-adamw | >= 0.85 | 0.80 | no |",
+        "| llama-3.1-8b, speed4-int8-release: tokens a second / those of speed4-adamw, 4 sequences a step "
+        "| >= 0.85 | 0.90 | yes |",
     ]
     assert "| ladder-adamw | 1.00 | 1.00 | 4.00 | 6.00 | 9.50 | 9.50 | 9.50 | 100 |" in text
     assert report.memory_picture([content], tmp_path / "picture.png")

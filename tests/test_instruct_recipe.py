@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -441,6 +443,31 @@ def test_flags_win_over_the_config_and_foams_arguments_stay_with_foam(tmp_path, 
     assert args.optim_args is None and args.learning_rate == 2e-4
     printed = capsys.readouterr().out
     assert "level=4,scale=0.5" in printed and "dropped for adamw_torch" in printed and "kept" in printed
+
+
+def test_a_configs_checkpointing_gives_way_to_a_flag_of_either_name(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("gradient_checkpointing: true\n")
+    base = ["--config", str(config), "--dataset_path", "x", "--output_dir", "y"]
+    names = {field.name for field in dataclasses.fields(instruct_arguments.SFTConfig)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # the config's old name warns nobody
+        assert instruct_arguments.parse(base)[1].gradient_checkpointing is True
+        if "activation_checkpointing" in names:
+            args = instruct_arguments.parse([*base, "--activation_checkpointing", "false"])[1]
+            assert args.gradient_checkpointing is False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        assert (
+            instruct_arguments.parse([*base, "--gradient_checkpointing", "false"])[1].gradient_checkpointing is False
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_bfloat16_on_a_cpu_is_said_to_be_slow(tmp_path, capsys):
+    for dtype, said in (("bfloat16", True), ("float32", False)):
+        error_of(["--dtype", dtype, "--dataset_path", "nowhere.jsonl", "--output_dir", str(tmp_path)])
+        assert ("--dtype float32" in capsys.readouterr().out) is said
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path):

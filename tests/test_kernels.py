@@ -262,7 +262,7 @@ def test_one_group_of_equal_geometry_is_one_launch():
 def test_the_environment_chooses_the_path(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.delenv("FOAM_HF_KERNEL", raising=False)
-    assert not use_kernels(cpu) and use_kernels(cuda)
+    assert not use_kernels(cpu) and use_kernels(cuda) and use_kernels(torch.device("xpu"))  # ROCm is "cuda" in torch
     monkeypatch.setenv("FOAM_HF_KERNEL", "reference")
     assert not use_kernels(cuda)
     monkeypatch.setenv("FOAM_HF_KERNEL", "fast")

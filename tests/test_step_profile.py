@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
+import runpy
 import subprocess
 import sys
 import weakref
@@ -315,6 +317,17 @@ def test_environment_names_the_picture(tmp_path, monkeypatch, pretended_gpu, alr
     assert (tmp_path / "step.png").is_file()
     reports = [found for found in trainer.callback_handler.callbacks if isinstance(found, OptimizerMemoryCallback)]
     assert len(reports) == 1
+
+
+def test_the_script_of_the_figure_draws_its_step(tmp_path, pretended_gpu):
+    path = Path(__file__).resolve().parent.parent / "recipes" / "figures" / "step_memory.py"
+    script = runpy.run_path(str(path))
+    tiny_models.tiny_llama().config.save_pretrained(tmp_path / "model")
+    sizes = {"model": str(tmp_path / "model"), "batch": 1, "seq": 8, "gradient_checkpointing": False}
+    options = argparse.Namespace(figure=tmp_path / "step.png", optim="foam", optim_args="level=2", **sizes)
+    with pretended_gpu:
+        script["train"](options, use_cpu=True)
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.gpu

@@ -112,6 +112,10 @@ CASES = {
     "speed-adamw": Case("bf16, AdamW", EIGHT, "bfloat16", "adamw_torch_fused", sequence=2048),
     "speed-bf16-release": Case("bf16, foam, gradient release", EIGHT, "bfloat16", "foam", RELEASED, sequence=2048),
     "speed-int8-release": Case("INT8, foam, gradient release", EIGHT, "int8", "foam", RELEASED, sequence=2048),
+    "speed4-adamw": Case("bf16, AdamW", EIGHT, "bfloat16", "adamw_torch_fused", sequence=2048, batch=4),
+    "speed4-int8-release": Case(
+        "INT8, foam, gradient release", EIGHT, "int8", "foam", RELEASED, sequence=2048, batch=4
+    ),
 }
 
 

@@ -15,7 +15,7 @@ from report_parts import heading, not_measured, number, split, table  # noqa: E4
 START, END = "<!-- results: made by report.py from results/*.json -->", "<!-- end of results -->"
 NONE = "*Not yet measured: no JSON in results/.*"
 PICTURE = "step_speed.png"
-BENCHMARKS = ("step_speed", "training_speed", "memory_peak")
+BENCHMARKS = ("step_speed", "training_speed", "memory_peak", "cpu_step")
 
 # What a step must reach: shapes, dtype, optimizer, a field of its row or the optimizer to divide by, limit.
 BUDGET = [
@@ -99,6 +99,21 @@ def training_tables(content: dict) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def cpu_tables(content: dict) -> str:
+    """Least and median of each optimizer, and the least of FOAM's against that of each."""
+    parts = [heading(content["machine"])]
+    for (shapes,), rows in split(content["rows"], "shapes").items():
+        foam = next((row["ms_least"] for row in rows if row["optimizer"] == "foam"), None)
+        lines = [
+            [row["label"], *(number(row[name], ".0f") for name in ("ms_least", "ms"))]
+            + [number(foam and row["ms_least"] / foam), str(row["rounds"])]
+            for row in sorted(rows, key=lambda row: row["ms_least"])
+        ]
+        header = ["optimizer", "least ms", "median ms", "least x FOAM's", "rounds"]
+        parts += [f"**{shapes}, fp32**", table(header, lines)]
+    return "\n\n".join(parts)
+
+
 def read(folder: Path) -> list[dict]:
     """The results of a folder, by file name; other files there are not ours."""
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
@@ -109,11 +124,14 @@ def section(contents: list[dict]) -> str:
     """All that stands between the markers of README.md."""
     parts = []
     steps = [content for content in contents if content["benchmark"] == "step_speed"]
+    processors = [content for content in contents if content["benchmark"] == "cpu_step"]
     trainings = [content for content in contents if content["benchmark"] == "training_speed"]
     if any(pictured(content) for content in steps):
         parts.append(f"![Milliseconds a step against bytes of state a parameter](results/{PICTURE})")
     for content in steps:
         parts += ["### One step", step_tables(content), budget(content)]
+    for content in processors:
+        parts += ["### One step on a CPU", cpu_tables(content)]
     for content in trainings:
         parts += ["### Whole training steps", training_tables(content)]
     memory = [content for content in contents if content["benchmark"] == "memory_peak"]

@@ -96,6 +96,7 @@ def parse(argv: list[str]) -> tuple[InstructArguments, SFTConfig, dict]:
             nearest = difflib.get_close_matches(unknown[0], actions, 1, 0.0)[0]
             raise SystemExit(f"{source}: unknown key {unknown[0]!r}; nearest: {nearest!r}.")
     drop_foreign_optimizer_settings(config, given, flags, path.name)
+    use_new_names(config, given, actions)
     if "dataset_path" in given or "dataset_name" in given:  # either replaces the config's
         for name in ("dataset_path", "dataset_name", "dataset_config"):
             config.pop(name, None)
@@ -157,6 +158,16 @@ def drop_foreign_optimizer_settings(config: dict, given: set[str], flags: list[s
         say(f"optim_args {dropped} of {name} are for {config.get('optim')}: dropped for {optim}.")
     if "learning_rate" in config and "learning_rate" not in given:
         say(f"learning_rate {config['learning_rate']} of {name} is for {config.get('optim')}: kept.")
+
+
+def use_new_names(config: dict, given: set[str], actions: dict) -> None:
+    """Newer releases of transformers warn of the old name, and then let the new one win over a flag of the old."""
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        new = old.replace("gradient", "activation")
+        if new in actions and old in config:
+            value = config.pop(old)
+            if old not in given:
+                config.setdefault(new, value)
 
 
 def check(recipe: InstructArguments, args: SFTConfig) -> None:

@@ -138,6 +138,8 @@ def main(argv: list[str] | None = None) -> dict:
     output_dir, optim = Path(args.output_dir), getattr(args.optim, "value", args.optim)
     options = f" ({args.optim_args})" if args.optim_args else ""
     say(f"{recipe.method} | {recipe.model_name_or_path} in {recipe.dtype} | {optim}{options}, lr {args.learning_rate}")
+    if args.device.type == "cpu" and recipe.dtype == "bfloat16":
+        say("No GPU: most CPUs are slow in bfloat16; --dtype float32 is often several times as fast.")
     data = load_instructions(recipe, whole_conversations=args.assistant_only_loss)
     args.include_num_input_tokens_seen = "non_padding"  # for tokens a second
     meter = Meter()
