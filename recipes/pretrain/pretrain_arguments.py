@@ -213,6 +213,6 @@ def build_training_arguments(recipe: PretrainArguments, training: dict, optim: s
         if recipe.total_batch_size != together:
             args = TrainingArguments(**{**values, "gradient_accumulation_steps": recipe.total_batch_size // together})
     except (ValueError, TypeError, ImportError) as error:
-        also = f" (or {', '.join(OTHERS)}, of this recipe)" if optim in str(error) and "optim" in str(error) else ""
+        also = f" (or {', '.join(OTHERS)}, of this recipe)" if "OptimizerNames" in str(error) else ""
         raise SystemExit(f"train.py: {one_line(error)}{also}") from None
     return args

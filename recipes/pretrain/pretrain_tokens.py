@@ -128,8 +128,8 @@ def prepare(recipe: PretrainArguments, vocab_size: int, every: int, rank: int = 
         train = PackedTokens(folder / "train.bin", meta["dtype"], length)
         if len(train) < recipe.total_batch_size:
             raise SystemExit(
-                f"{meta['counts']['train']['tokens']} tokens to train on make {len(train)} sequences of {length}, "
-                f"fewer than the {recipe.total_batch_size} of a step; expected more text or a smaller --total_batch_size."
+                f"{meta['counts']['train']['tokens']} tokens to train on are {len(train)} sequences of {length}, "
+                f"fewer than a step's {recipe.total_batch_size}; expected more text, or a smaller --total_batch_size."
             )
     description = {
         "streamed": meta["streamed"],
