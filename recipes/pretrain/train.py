@@ -269,7 +269,8 @@ def main(argv: list[str] | None = None) -> dict:
     trained = trainer.train(resume_from_checkpoint=checkpoint)
     peak = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else None
     last = trainer.state.log_history[-2] if len(trainer.state.log_history) > 1 else {}
-    final = last if "eval_loss" in last and last.get("step") == trained.global_step else trainer.evaluate()
+    current = last.get("step") == trained.global_step and not args.load_best_model_at_end
+    final = last if "eval_loss" in last and current else trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
     curve = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
