@@ -183,6 +183,12 @@ def test_a_trained_tokenizer_gives_every_text_back(tokens: Path) -> None:
     assert len(tokenizer(TEXTS[0])["input_ids"]) < len(TEXTS[0])
 
 
+def test_without_a_hub_the_tokenizer_is_trained_on_the_data_and_the_user_is_told(capsys) -> None:
+    tokenizer = pretrain_tokens.get_tokenizer("google-t5/t5-base", VOCAB, lambda: TEXTS)
+    assert "No tokenizer google-t5/t5-base (offline mode" in capsys.readouterr().out
+    assert tokenizer.decode(tokenizer(TEXTS[0])["input_ids"]) == TEXTS[0]
+
+
 class Source:
     """A stream of documents that counts what was read."""
 
@@ -316,13 +322,13 @@ def test_results_say_what_the_run_was_and_what_its_state_costs(finished) -> None
     assert results["data"]["train"]["documents"] > 0 and results["tokens_per_second"] > 0
 
 
-def test_the_schedule_warms_up_for_a_tenth_and_ends_at_a_tenth_of_the_peak(tokens: Path, tmp_path: Path) -> None:
-    run(tmp_path, tokens, "--max_steps", "20", "--save_strategy", "steps", "--save_steps", "20")
-    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+def test_the_schedule_warms_up_for_a_tenth_and_ends_at_a_tenth_of_the_peak(finished) -> None:
+    folder, _ = finished
+    state = json.loads((folder / "out" / "trainer_state.json").read_text())
     rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
-    assert max(rates) == pytest.approx(1e-2)
-    assert rates.index(max(rates)) in (1, 2)  # 2 of 20 steps
-    after = torch.load(tmp_path / "out" / "checkpoint-20" / "scheduler.pt", weights_only=True)["_last_lr"]
+    assert len(rates) == 12 and rates[:3] == pytest.approx([0, 5e-3, 1e-2])  # a tenth of 12 steps, rounded up
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    after = torch.load(folder / "out" / "checkpoint-12" / "scheduler.pt", weights_only=True)["_last_lr"]
     assert after == pytest.approx([1e-3] * len(after))
 
 
@@ -351,18 +357,19 @@ def test_a_checkpoint_of_other_data_or_settings_is_refused(finished, tokens: Pat
 
 
 def test_a_streamed_run_resumes_with_the_bits_of_the_uninterrupted_one(hub, tmp_path: Path, capsys) -> None:
-    steps = ["--max_steps", "8", "--save_strategy", "steps", "--save_steps", "4"]
+    steps = ["--max_steps", "8", "--save_strategy", "steps", "--save_steps", "4", "--tokenizer", "train"]
     results = run(tmp_path, None, *steps)
     said = capsys.readouterr().out
-    assert "No tokenizer google-t5/t5-base" in said and "trained on the data" in said
     assert "21 documents" in said and "of the validation split" in said
     assert results["data"]["streamed"] and results["data"]["tokenizer"].startswith("trained")
     checkpoint = tmp_path / "out" / "checkpoint-4"
     assert json.loads((checkpoint / "pretrain-0.json").read_text())["position"]["state"]
-    again = resume(tmp_path, checkpoint, None, "--max_steps", "8", "--tokens_path", str(tmp_path / "out" / "tokens"))
+    again = resume(
+        tmp_path, checkpoint, None, *steps[:2], *steps[6:], "--tokens_path", str(tmp_path / "out" / "tokens")
+    )
     assert_equal_weights(tmp_path / "out", tmp_path / "resumed")
     assert again["eval_loss"] == results["eval_loss"]
-    words = ["--output_dir", str(tmp_path / "out"), *QUICK.split()]
+    words = ["--output_dir", str(tmp_path / "out"), *QUICK.split(), "--tokenizer", "train"]
     assert "--max_steps" in error_of([*words, "--num_train_epochs", "1"])
     assert "--dataloader_num_workers" in error_of([*words, "--dataloader_num_workers", "2"])
     assert "made with another vocab_size" in error_of(
@@ -452,7 +459,7 @@ REFUSED = {
     "an unknown optimizer": ("--dataset_path CORPUS --optim foamy", "muon, adam_mini"),
     "options of another": ("--dataset_path TOKENS --optim adam_mini --optim_args level=2", "adam_mini has none"),
     "an unknown FOAM option": ("--dataset_path TOKENS --optim foam --optim_args levle=2", "Did you mean 'level'"),
-    "an unknown model": ("--dataset_path TOKENS --model llama-61m", "did you mean 'llama-60m'"),
+    "an unknown model": ("--dataset_path TOKENS --model llama-61m", "or a built-in name: llama-60m"),
     "an unknown override": ("--dataset_path TOKENS --config_overrides hiden_size=2", "hidden_size"),
     "an override's type": ("--dataset_path TOKENS --config_overrides hidden_size=big", "hidden_size is now"),
     "a share": ("--dataset_path TOKENS --eval_share 1.5", "--eval_share: got 1.5"),

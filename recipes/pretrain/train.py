@@ -43,17 +43,23 @@ def model_config(recipe: PretrainArguments) -> PretrainedConfig:
         config = load_config(os.path.expanduser(recipe.model))
     except ModelError as error:
         raise SystemExit(f"--model: {error}") from None
-    for pair in (recipe.config_overrides or "").split(","):
+    overrides = {}
+    for pair in filter(str.strip, (recipe.config_overrides or "").split(",")):
         key, equals, text = (part.strip() for part in pair.partition("="))
-        if not pair.strip():
-            continue
         if not equals or not hasattr(config, key):
             near = difflib.get_close_matches(key, config.to_dict(), 1, 0.0)[0]
             raise SystemExit(f"--config_overrides: got {pair!r}; expected key=value of the config, as {near!r}.")
-        value = yaml.safe_load(text)
-        if type(value) is not type(getattr(config, key)) and getattr(config, key) is not None:
-            raise SystemExit(f"--config_overrides: {key} is now {getattr(config, key)!r}, got {text!r}.")
-        setattr(config, key, value)
+        overrides[key], now = yaml.safe_load(text), getattr(config, key)
+        if now is not None and type(overrides[key]) is not type(now):
+            raise SystemExit(f"--config_overrides: {key} is now {now!r}, got {text!r}; expected {type(now).__name__}.")
+    if overrides:
+        settings = config.to_dict()
+        # What the config has worked out from others is worked out again.
+        if settings.get("head_dim") == config.hidden_size // config.num_attention_heads:
+            del settings["head_dim"]
+        if "num_hidden_layers" in overrides:
+            settings.pop("layer_types", None)
+        config = type(config).from_dict({**settings, **overrides})
     if recipe.sequence_length > config.max_position_embeddings:
         say(f"max_position_embeddings: {recipe.sequence_length} instead of {config.max_position_embeddings}.")
         config.max_position_embeddings = recipe.sequence_length
