@@ -360,7 +360,7 @@ def test_a_streamed_run_resumes_with_the_bits_of_the_uninterrupted_one(hub, tmp_
     steps = ["--max_steps", "8", "--save_strategy", "steps", "--save_steps", "4", "--tokenizer", "train"]
     results = run(tmp_path, None, *steps)
     said = capsys.readouterr().out
-    assert "21 documents" in said and "of the validation split" in said
+    assert "held_out: 5 documents" in said and "of the validation split" in said
     assert results["data"]["streamed"] and results["data"]["tokenizer"].startswith("trained")
     checkpoint = tmp_path / "out" / "checkpoint-4"
     assert json.loads((checkpoint / "pretrain-0.json").read_text())["position"]["state"]

@@ -21,7 +21,8 @@ from foam_hf.memory import format_bytes  # noqa: E402
 START, END = "<!-- tables: made by recipes/benchmarks/pretrain_report.py -->", "<!-- end of tables -->"
 NONE = "Not measured yet."
 PICTURES = {"tokens": "perplexity_tokens", "state": "perplexity_state"}
-OURS, PEERS = ("#e08a1e", "#b8620c", "#f0b05c", "#8a4a08", "#d96b4a", "#a83c28", "#f28f6b"), "#4c6a92"
+OURS = ("#e08a1e", "#b8620c", "#f0b05c", "#8a4a08", "#d96b4a", "#a83c28", "#f28f6b")
+PEERS = ("#1f3b63", "#2a7f7f", "#7f97b8", "#777777", "#5aa9a9", "#44546a", "#a9b8cc", "#999966")
 
 
 class Arm:
@@ -148,12 +149,13 @@ def _alt(kind: str) -> str:
 def draw(content: dict, folder: Path) -> list[Path]:
     """Two pictures a model: perplexity against tokens, and against bytes of state."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import ScalarFormatter
 
     drawn = []
     for model in models(content):
         found = [arm for arm in arms(content, model) if arm.perplexity is not None]
-        ours, peers = iter(OURS * len(found)), iter(range(len(found)))
+        colors = {True: iter(OURS * len(found)), False: iter(PEERS * len(found))}
+        shades = {arm.name: next(colors[arm.name.startswith("FOAM")]) for arm in found}
         for kind, name in PICTURES.items():
             figure = Figure(figsize=(8, 5), facecolor="white", layout="constrained")
             axes = figure.subplots()
@@ -166,14 +168,12 @@ def draw(content: dict, folder: Path) -> list[Path]:
                 axes.set(xlabel="million tokens")
                 for arm in found:
                     foam = arm.name.startswith("FOAM")
-                    style = "-" if foam else ("--", ":", "-.")[next(peers) % 3]
                     curve = [(tokens / 1e6, math.exp(loss)) for tokens, loss in arm.curve()]
                     axes.plot(
                         *zip(*curve, strict=True),
-                        style,
+                        "-" if foam else "--",
                         marker=".",
-                        color=next(ours) if foam else PEERS,
-                        alpha=1 if foam else 0.75,
+                        color=shades[arm.name],
                         label=f"{arm.name}: {arm.perplexity:.1f}",
                     )
                 # The first evaluations are far above all that tells the arms apart.
@@ -182,11 +182,12 @@ def draw(content: dict, folder: Path) -> list[Path]:
                     axes.set_ylim(min(tail) * 0.97, max(tail) * 1.03)
                 figure.legend(loc="outside right upper", fontsize=7, frameon=False)
             else:
-                axes.set(xlabel="bytes of optimizer state", xscale="log")
-                axes.xaxis.set_minor_formatter(NullFormatter())
-                points = [(arm.state, arm.perplexity) for arm in found]
+                axes.set(xlabel="MB of optimizer state", xscale="log")
+                axes.xaxis.set_major_formatter(ScalarFormatter())
+                axes.xaxis.set_minor_formatter(ScalarFormatter())
+                points = [(arm.state / 1e6, arm.perplexity) for arm in found]
                 for arm, point in zip(found, points, strict=True):
-                    axes.plot(*point, "o", color=OURS[0] if arm.name.startswith("FOAM") else PEERS)
+                    axes.plot(*point, "o", color=shades[arm.name])
                 axes.margins(x=0.2, y=0.15)
                 label_points(axes, points, [arm.name for arm in found])
             path = folder / f"{name}-{model}.png"

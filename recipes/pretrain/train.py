@@ -256,6 +256,9 @@ def main(argv: list[str] | None = None) -> dict:
         if args.dataloader_num_workers:
             raise SystemExit("--dataloader_num_workers: a stream is read by the process that trains; expected 0.")
         args.ignore_data_skip = True  # it goes on where it stood, and needs no skipping
+    if args.world_size > 1:  # or a last batch that does not go round would count some sequences twice
+        together = args.eval_batch_size * args.world_size
+        data.held_out.count -= data.held_out.count % together if data.held_out.count > together else 0
     trainer = build_trainer(recipe, args, optim, config, data)
     position, clock = Position(recipe, args, data), Clock()
     trainer.add_callback(position)
