@@ -23,16 +23,8 @@ from pathlib import Path
 PACKAGES = (
     *("linux-doc-6.1", "rust-doc", "openjdk-17-doc", "cppreference-doc-en-html", "erlang-doc", "libboost1.74-doc"),
     *("python3.11-doc", "python-django-doc", "python-scipy-doc", "python-pandas-doc", "python-sympy-doc", "ghc-doc"),
-    *(
-        "lilypond-doc-html",
-        "apache2-doc",
-        "vim-doc",
-        "sqlite3-doc",
-        "postgresql-doc-15",
-        "perl-doc",
-        "debian-handbook",
-    ),
-    *("anarchism", "dict-gcide", "dict-wn", "dict-foldoc", "jargon-text", "fortunes", "gnome-user-docs"),
+    *("lilypond-doc-html", "apache2-doc", "sqlite3-doc", "postgresql-doc-15", "perl-doc", "debian-handbook"),
+    *("anarchism", "dict-gcide", "dict-wn", "dict-foldoc", "jargon-text", "fortunes"),
     *("libreoffice-help-en-us", "installation-guide-amd64", "qtbase5-doc-html", "racket-doc", "octave-doc"),
     *("maxima-doc", "git-doc", "postgis-doc", "debian-policy", "developers-reference", "harden-doc", "exim4-doc-html"),
     *("debian-reference-en", "aptitude-doc-en", "debian-faq", "manpages", "manpages-dev"),
@@ -67,6 +59,8 @@ def paragraphs(path: str, text: str) -> Iterator[str]:
         text = "\n\n".join(POD_MARK.sub(r"\1", POD_MARK.sub(r"\1", block)) for block in blocks)
     elif re.search(r"/man/man\d/", path):
         text = _without_roff(text)
+    elif path.endswith(".dict.dz"):
+        text = re.sub(r"\n(?=\S)", "\n\n", text)  # an entry starts at the margin
     elif "/fortunes/" in path:
         text = re.sub(r"^%$", "", text, flags=re.M)
     for block in re.split(r"\n\s*\n", text):
@@ -128,18 +122,20 @@ def documents(folder: Path, seen: set[bytes]) -> Iterator[dict]:
                 kept.append(paragraph)
         joined = "\n\n".join(kept)
         if len(joined) >= SHORTEST:
-            # A dictionary is one file, and no one document.
-            for part in _parts(kept) if source.endswith(".dz") else [joined]:
+            # A file of short entries is no one document.
+            for part in _parts(kept) if re.search(r"\.dz$|/fortunes/|jargon\.txt", source) else [joined]:
                 yield {"source": source, "text": part}
 
 
 def _parts(kept: list[str], size: int = 4000) -> Iterator[str]:
     part: list[str] = []
+    length = 0
     for paragraph in kept:
         part.append(paragraph)
-        if sum(map(len, part)) >= size:
+        length += len(paragraph)
+        if length >= size:
             yield "\n\n".join(part)
-            part = []
+            part, length = [], 0
     if part:
         yield "\n\n".join(part)
 
