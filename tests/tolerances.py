@@ -34,6 +34,8 @@ TOLERANCES = {
     "temporary bytes of an optimizer": Tolerance(0.15, 5e-2),
     "compiled losses against eager ones": Tolerance(1e-6, 0.0),
     "adapters merged into dequantized weights": Tolerance(1e-6, 0.0),
+    # Equal in what was measured; matrix products of another size may round otherwise.
+    "evaluation against one batch, bfloat16 weights": Tolerance(1e-3, 0.0),
     "two processes against one, 10 steps": Tolerance(1.2e-6, 3.5e-7),
 }
 

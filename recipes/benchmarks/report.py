@@ -10,7 +10,7 @@ sys.path[:0] = [str(HERE)]
 
 from memory_report import MEMORY_PICTURE, memory_picture, memory_tables  # noqa: E402
 from memory_report import pictured as pictured_memory  # noqa: E402
-from report_parts import heading, not_measured, number, split, table  # noqa: E402
+from report_parts import heading, label_points, not_measured, number, split, table  # noqa: E402
 
 START, END = "<!-- results: made by report.py from results/*.json -->", "<!-- end of results -->"
 NONE = "*Not yet measured: no JSON in results/.*"
@@ -153,7 +153,6 @@ def picture(contents: list[dict], path: Path) -> bool:
     if content is None:
         return False
     from matplotlib.figure import Figure
-    from matplotlib.transforms import Bbox
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
@@ -165,20 +164,7 @@ def picture(contents: list[dict], path: Path) -> bool:
     for row, point in zip(pictured(content), points, strict=True):
         axes.plot(*point, "o", color="C3" if row["optimizer"].startswith("foam") else "C0")
     axes.margins(x=0.15, y=0.12)
-    figure.draw_without_rendering()
-    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform(points)]
-    for row, point in zip(pictured(content), points, strict=True):
-        # The first side of the point where the label covers nothing.
-        for x, y in ((7, -3), (-7, -3), (0, 7), (0, -13), (7, 6), (7, -13), (-7, 6), (-7, -13)):
-            side = {0: "center", 7: "left", -7: "right"}[x]
-            label = axes.annotate(row["label"], point, (x, y), textcoords="offset points", fontsize=7, ha=side)
-            box = label.get_window_extent()
-            if not box.count_overlaps(taken) and axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1):
-                break
-            label.remove()
-        else:
-            label = axes.annotate(row["label"], point, (7, -3), textcoords="offset points", fontsize=7)
-        taken.append(label.get_window_extent())
+    label_points(axes, points, [row["label"] for row in pictured(content)])
     figure.savefig(path, dpi=130, metadata={"Software": None})
     return True
 

@@ -1,4 +1,4 @@
-"""What every report of the benchmarks is made of: Markdown tables, and a line on the machine."""
+"""What every report of the benchmarks is made of: Markdown tables, a line on the machine, labels in a picture."""
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -29,3 +29,22 @@ def split(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
     for row in rows:
         found.setdefault(tuple(row[key] for key in keys), []).append(row)
     return found
+
+
+def label_points(axes, points: list[tuple[float, float]], labels: list[str]) -> None:
+    """Write each label on the first side of its point where it covers no point and no label."""
+    from matplotlib.transforms import Bbox
+
+    axes.figure.draw_without_rendering()
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform(points)]
+    for point, text in zip(points, labels, strict=True):
+        for x, y in ((7, -3), (-7, -3), (0, 7), (0, -13), (7, 6), (7, -13), (-7, 6), (-7, -13)):
+            side = {0: "center", 7: "left", -7: "right"}[x]
+            label = axes.annotate(text, point, (x, y), textcoords="offset points", fontsize=7, ha=side)
+            box = label.get_window_extent()
+            if not box.count_overlaps(taken) and axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1):
+                break
+            label.remove()
+        else:
+            label = axes.annotate(text, point, (7, -3), textcoords="offset points", fontsize=7)
+        taken.append(label.get_window_extent())

@@ -1,0 +1,218 @@
+"""The recipe's arguments beside TrainingArguments, read from a YAML config and the command line over it."""
+
+import dataclasses
+import difflib
+import os
+import typing
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+import yaml
+from other_optimizers import OTHERS
+from pretrain_data import HUB_DATASET, one_line
+from transformers import HfArgumentParser, TrainingArguments
+
+HERE = Path(__file__).resolve().parent
+PROJECTED = ("galore", "apollo")
+LAYERS = r".*\.(self_attn|mlp)\..*"  # what GaLore and APOLLO project in their papers; all-linear has the LM head too
+
+
+@dataclasses.dataclass
+class PretrainArguments:
+    """What this recipe adds to TrainingArguments."""
+
+    model: str = dataclasses.field(
+        default="llama-60m", metadata={"help": "a name of `foam-hf estimate`, a config.json, a folder, or a hub name"}
+    )
+    config_overrides: str | None = dataclasses.field(
+        default=None, metadata={"help": "over the model's config: hidden_size=256,num_hidden_layers=4"}
+    )
+    dtype: str = dataclasses.field(default="bfloat16", metadata={"help": "of the weights: bfloat16 or float32"})
+    sequence_length: int = dataclasses.field(default=256, metadata={"help": "tokens of a sequence"})
+    total_batch_size: int = dataclasses.field(
+        default=512, metadata={"help": "sequences of a step, of all processes together"}
+    )
+    tokenizer: str = dataclasses.field(
+        default="google-t5/t5-base", metadata={"help": "hub name or folder; train: a BPE trained on the data"}
+    )
+    dataset_path: str | None = dataclasses.field(
+        default=None, metadata={"help": ".txt, .jsonl or .parquet file, folder of them, or of tokens made before"}
+    )
+    dataset_name: str = dataclasses.field(default=HUB_DATASET, metadata={"help": "streamed from the hub"})
+    dataset_config: str | None = dataclasses.field(default=None, metadata={"help": "its configuration"})
+    text_column: str = dataclasses.field(default="text", metadata={"help": "of .jsonl, .parquet and hub data"})
+    eval_share: float = dataclasses.field(
+        default=0.005, metadata={"help": "share of the documents that is held out, where there is no validation split"}
+    )
+    train_share: float = dataclasses.field(default=1.0, metadata={"help": "share of the others that is used"})
+    eval_tokens: int = dataclasses.field(default=10_000_000, metadata={"help": "evaluate on so many tokens at most"})
+    split_seed: int = dataclasses.field(default=0, metadata={"help": "chooses these documents, whatever the seed"})
+    tokens_path: str | None = dataclasses.field(
+        default=None, metadata={"help": "folder for tokens and tokenizer (default: tokens in --output_dir)"}
+    )
+    prepare_only: bool = dataclasses.field(default=False, metadata={"help": "make --tokens_path, then stop"})
+
+
+def say(*words: object) -> None:
+    """Print on the first process only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(*words, flush=True)
+
+
+def parse(argv: list[str]) -> tuple[PretrainArguments, dict, str, list[str]]:
+    """This recipe's arguments, those for TrainingArguments, the optimizer's name, and what to tell the user.
+
+    Raises SystemExit for a config that cannot be read, an unknown flag or key, and a value that cannot be right.
+    """
+    parser = build_parser()
+    has_config = bool(argv) and not argv[0].startswith("-")
+    path = Path(argv[0]).expanduser() if has_config else HERE / "llama-60m.yaml"
+    from_config = read_config(path, parser)
+    from_user = parse_flags(parser, argv[has_config:], "train.py")
+    notes = []
+    optim, config_optim = from_user.get("optim"), from_config.get("optim")
+    if optim not in (None, config_optim):
+        dropped = from_config.pop("optim_args", None)  # they belong to the optimizer beside which they are written
+        if dropped and "optim_args" not in from_user:
+            notes.append(f"optim_args {dropped} of {path.name} are for {config_optim}: dropped for {optim}.")
+        if "learning_rate" in from_config and "learning_rate" not in from_user:
+            notes.append(f"learning_rate {from_config['learning_rate']} of {path.name} is for {config_optim}: kept.")
+    for pair in (
+        ("warmup_steps", "warmup_ratio"),
+        ("max_steps", "num_train_epochs"),
+        ("dataset_path", "dataset_name"),
+    ):
+        for source, where in ((from_user, "train.py"), (from_config, path)):
+            if set(pair) <= source.keys():
+                raise SystemExit(f"{where}: got both {pair[0]} and {pair[1]}; expected one of them.")
+        if set(pair) & from_user.keys():  # either wins over both of the config
+            for name in pair:
+                from_config.pop(name, None)
+    if "dataset_name" in from_user:  # another data set's configuration is not this one's
+        from_config.pop("dataset_config", None)
+    cuda = torch.cuda.is_available() and str(from_user.get("use_cpu", "")).lower() != "true"
+    values: dict = {"report_to": "none", "dataloader_pin_memory": cuda, **from_config, **from_user}
+    own = {field.name for field in dataclasses.fields(PretrainArguments)}
+    recipe = PretrainArguments(**{name: values.pop(name) for name in own & values.keys()})
+    if recipe.dtype == "float32":
+        values.setdefault("bf16", cuda and torch.cuda.is_bf16_supported())
+    optim = str(values.get("optim", TrainingArguments.optim))
+    if optim.startswith(PROJECTED) and "optim_target_modules" not in values:
+        values["optim_target_modules"] = LAYERS
+        notes.append(f"{optim} projects what {LAYERS} matches; --optim_target_modules takes others.")
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    if "warmup_ratio" in values and "warmup_ratio" not in names:
+        values["warmup_steps"] = values.pop("warmup_ratio")  # newer releases read a value below 1 as a ratio
+    check(recipe, values)
+    return recipe, values, optim, notes
+
+
+def build_parser() -> HfArgumentParser:
+    """A parser of both dataclasses; it knows `warmup_ratio` in any release, and leaves --optim to what follows."""
+    parser = HfArgumentParser((PretrainArguments, TrainingArguments), allow_abbrev=False)
+    actions = {action.dest: action for action in parser._actions}
+    if "warmup_ratio" not in actions:
+        parser.add_argument("--warmup_ratio", type=float)
+    actions["optim"].type, actions["optim"].choices = str, None
+    return parser
+
+
+def parse_flags(parser: HfArgumentParser, flags: list[str], source: str) -> dict:
+    """The flags that are given, without defaults: argparse adds none to a namespace that already holds None."""
+
+    def fail(message: str) -> None:
+        raise SystemExit(f"{source}: {message}")
+
+    parser.error = fail  # one line, instead of a page of usage
+    names = {action.dest for action in parser._actions} - {"help"}
+    found, unknown = parser.parse_known_args(flags, Namespace(**dict.fromkeys(names)))
+    if unknown:
+        name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
+        fail(f"unknown argument {unknown[0]}; nearest: --{difflib.get_close_matches(name, names, 1, 0.0)[0]}.")
+    return {name: value for name, value in vars(found).items() if value is not None}
+
+
+def read_config(path: Path, parser: HfArgumentParser) -> dict:
+    """A YAML config's values, checked and converted as the flags of the same names."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise SystemExit(f"Cannot read the config {path}: {one_line(error)}") from None
+    if not isinstance(config, dict):
+        raise SystemExit(f"{path}: expected lines of 'key: value', got {type(config).__name__}.")
+    names = {action.dest for action in parser._actions} - {"help"}
+    own = {field.name for field in dataclasses.fields(PretrainArguments)}
+    structured = {
+        a.dest for a in parser._actions if a.type is str or a.nargs == "+" or typing.get_origin(a.type)
+    } - own
+    flags, unconverted = [], {}
+    for key, value in config.items():
+        if key not in names:
+            nearest = difflib.get_close_matches(str(key), names, 1, 0.0)[0]
+            raise SystemExit(f"{path}: unknown key {key!r}; nearest: {nearest!r}.")
+        if key in ("optim_args", "config_overrides") and isinstance(value, dict):
+            value = ",".join(f"{name}={setting}" for name, setting in value.items())
+        if isinstance(value, (dict, list)):
+            if key not in structured:
+                raise SystemExit(f"{path}: {key}: got {value}; expected one value.")
+            unconverted[key] = value  # as lr_scheduler_kwargs: TrainingArguments takes it as it is
+        elif value is not None:
+            flags += [f"--{key}={value}"]
+    return {**parse_flags(parser, flags, str(path)), **unconverted}
+
+
+def check(recipe: PretrainArguments, training: dict) -> None:
+    """SystemExit for what cannot work; resolves --output_dir and --tokens_path in place."""
+    if recipe.dtype not in ("bfloat16", "float32"):
+        raise SystemExit(f"--dtype: got {recipe.dtype}; expected bfloat16 or float32.")
+    for name in ("sequence_length", "total_batch_size", "eval_tokens"):
+        if getattr(recipe, name) < (2 if name == "sequence_length" else 1):
+            raise SystemExit(
+                f"--{name}: got {getattr(recipe, name)}; expected a whole number, 1 or more (2: a length)."
+            )
+    if not 0 < recipe.eval_share < 1:
+        raise SystemExit(f"--eval_share: got {recipe.eval_share:g}; expected a number between 0 and 1.")
+    if not 0 < recipe.train_share <= 1:
+        raise SystemExit(f"--train_share: got {recipe.train_share:g}; expected a number above 0, at most 1.")
+    if training.get("gradient_accumulation_steps") not in (None, 1):
+        raise SystemExit(
+            f"--gradient_accumulation_steps: got {training['gradient_accumulation_steps']}; this recipe computes it "
+            f"from --total_batch_size ({recipe.total_batch_size}) and --per_device_train_batch_size."
+        )
+    if recipe.prepare_only:
+        if not (recipe.tokens_path and recipe.dataset_path):
+            raise SystemExit("--prepare_only needs --dataset_path to read from and --tokens_path to write to.")
+        training.setdefault("output_dir", recipe.tokens_path)
+    if not training.get("output_dir"):
+        raise SystemExit("--output_dir is missing; expected a folder for the model, checkpoints and results.json.")
+    training["output_dir"] = os.path.expanduser(training["output_dir"])
+    if Path(training["output_dir"]).is_file():
+        raise SystemExit(f"--output_dir: {training['output_dir']} is a file; expected a folder.")
+    recipe.tokens_path = os.path.expanduser(recipe.tokens_path or os.path.join(training["output_dir"], "tokens"))
+    if str(training.get("resume_from_checkpoint")).lower() in ("false", "0", "no"):
+        del training["resume_from_checkpoint"]
+    for name in ("do_train", "do_eval"):
+        if not training.get(name, True):
+            raise SystemExit(f"--{name} false: this recipe always trains, then evaluates.")
+
+
+def build_training_arguments(recipe: PretrainArguments, training: dict, optim: str) -> TrainingArguments:
+    """TrainingArguments whose accumulation makes --total_batch_size of what the processes take at a time."""
+    values = {**training, "optim": OTHERS.get(optim, optim), "gradient_accumulation_steps": 1}
+    try:
+        args = TrainingArguments(**values)
+        together = args.train_batch_size * args.world_size
+        if recipe.total_batch_size % together:
+            near = [size for size in range(1, args.train_batch_size + 1) if not recipe.total_batch_size % size]
+            raise SystemExit(
+                f"--total_batch_size: {recipe.total_batch_size} is no multiple of {together}: {args.world_size} "
+                f"processes of {args.train_batch_size} at a time; expected, for example, "
+                f"--per_device_train_batch_size {near[-1]}, or another number of processes."
+            )
+        if recipe.total_batch_size != together:
+            args = TrainingArguments(**{**values, "gradient_accumulation_steps": recipe.total_batch_size // together})
+    except (ValueError, TypeError, ImportError) as error:
+        also = f" (or {', '.join(OTHERS)}, of this recipe)" if "OptimizerNames" in str(error) else ""
+        raise SystemExit(f"train.py: {one_line(error)}{also}") from None
+    return args

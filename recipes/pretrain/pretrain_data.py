@@ -1,0 +1,330 @@
+"""Text as sequences of tokens without padding: from files, tokenized once, or streamed from the hub.
+
+Documents are joined end to end, each closed by the tokenizer's end of sequence, and cut into sequences of one length.
+What is held out is chosen by document, from its text alone, so that a copy of it is never trained on.
+"""
+
+import functools
+import gzip
+import hashlib
+import json
+import os
+import re
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+HUB_DATASET = "allenai/c4"
+HUB_CONFIGS = {HUB_DATASET: "en"}
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".txt.gz", ".jsonl.gz", ".json.gz")
+EXPECTED = "a .txt, .jsonl or .parquet file or a folder of them"
+BATCH = 512  # documents tokenized together
+CHUNK = 64  # the same while training waits for them
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text for a message of one line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else text[:400] + " ..."
+
+
+@functools.cache
+def hub_problem() -> str | None:
+    """Why the hub cannot be used, or None where it answers; one request, given up after 4 seconds.
+
+    After a failed request the Hugging Face libraries of this process are switched to offline mode, so that none of
+    them spends minutes on retries.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "offline mode is set (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)"
+    problems = [f"{constants.ENDPOINT} does not answer within 4 seconds"]
+
+    def ask() -> None:
+        try:
+            status = get_session().head(constants.ENDPOINT, timeout=3).status_code
+        except Exception as error:  # the session is of requests or of httpx, by version: no common class of errors
+            problems.append(f"{constants.ENDPOINT} does not answer ({type(error).__name__})")
+        else:
+            bad = status >= 500 or status == 407  # 407: a proxy that wants a password
+            problems.append(f"{constants.ENDPOINT} answers with HTTP status {status}" if bad else "")
+
+    # A thread, because no timeout covers a name server that keeps silent.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout=4)
+    if problems[-1]:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True
+    return problems[-1] or None
+
+
+# ---- documents ----
+
+
+def text_files(path: Path) -> list[Path]:
+    """The files that --dataset_path names, in order; SystemExit if there is none."""
+    if not path.exists():
+        raise SystemExit(f"--dataset_path: no file or folder {path}; expected {EXPECTED}.")
+    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    found = [file for file in found if file.name.endswith(SUFFIXES)]
+    if not found:
+        raise SystemExit(f"--dataset_path: {path} is not, and does not hold, {', '.join(SUFFIXES)} files.")
+    return found
+
+
+def local_documents(path: Path, column: str) -> Iterator[str]:
+    """The texts below `path`, empty ones left out; SystemExit for a file without the column, or that cannot be read.
+
+    A .txt file in a folder is a document; in a single .txt file, blank lines divide documents.
+    """
+    for file in text_files(path):
+        try:
+            if file.name.endswith(".parquet"):
+                found = _parquet(file, column)
+            elif ".json" in file.name:
+                found = _json_lines(file, column)
+            else:
+                found = re.split(r"\n\s*\n", _text(file)) if file == path else [_text(file)]
+            yield from filter(str.strip, found)
+        except (OSError, ValueError, ImportError, EOFError) as error:
+            raise SystemExit(f"Cannot read {file}: {type(error).__name__}: {one_line(error)}") from None
+
+
+def _text(file: Path) -> str:
+    data = file.read_bytes()
+    return (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8")
+
+
+def _json_lines(file: Path, column: str) -> Iterator[str]:
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise SystemExit(f"{file}, line {number}: expected an object with {column!r}, as in .jsonl files.")
+            yield text_of(row, column, f"{file}, line {number}")
+
+
+def _parquet(file: Path, column: str) -> Iterator[str]:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(file)
+    if column not in table.schema_arrow.names:
+        text_of(dict.fromkeys(table.schema_arrow.names), column, str(file))
+    for batch in table.iter_batches(batch_size=1000, columns=[column]):
+        yield from (text_of({column: text}, column, str(file)) for text in batch.column(0).to_pylist())
+
+
+def text_of(row: dict, column: str, where: str) -> str:
+    """A row's text, "" for none; SystemExit where there is no such column, or no text in it."""
+    if column not in row:
+        raise SystemExit(f"{where}: no column {column!r}; expected --text_column to be one of {', '.join(row)}.")
+    if not isinstance(row[column], str | None):
+        raise SystemExit(f"{where}: {column!r} holds {type(row[column]).__name__}, expected text.")
+    return row[column] or ""
+
+
+def place(text: str, seed: int) -> float:
+    """A number from 0 to 1 that the text alone decides, another one for each seed."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, salt=seed.to_bytes(16, "little"))
+    return int.from_bytes(digest.digest(), "little") / 2**64
+
+
+# ---- tokens ----
+
+
+class Encoder:
+    """Texts to one array of ids, each text closed by the end of sequence; SystemExit for ids beyond the model's."""
+
+    def __init__(self, tokenizer, vocab_size: int) -> None:
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+        if tokenizer.eos_token_id is None:
+            raise SystemExit("The tokenizer has no end-of-sequence token to divide documents; expected another one.")
+        tokenizer.model_max_length = 10**30  # documents are longer, and cut later
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        if not texts:
+            return np.zeros(0, self.dtype)
+        rows = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        eos = [self.tokenizer.eos_token_id]
+        flat = np.concatenate([np.asarray(row + eos, dtype=np.int64) for row in rows])
+        if flat.max() >= self.vocab_size:
+            raise SystemExit(
+                f"The tokenizer gives the token {flat.max()}, and the model has {self.vocab_size}; expected "
+                f"--config_overrides vocab_size={len(self.tokenizer)}, another --tokenizer, or --tokenizer train."
+            )
+        return flat.astype(self.dtype)
+
+
+def write_tokens(folder: Path, documents: Iterable[str], encode: Encoder, shares: tuple[float, float, int]) -> dict:
+    """Write train.bin and held_out.bin into `folder`; the counts. `shares`: held out, of the others used, seed."""
+    held_share, train_share, seed = shares
+    used = held_share + train_share * (1 - held_share)
+    counts = {split: {"documents": 0, "tokens": 0, "characters": 0} for split in ("train", "held_out")}
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as scratch,
+        open(Path(scratch, "train"), "wb") as train,
+        open(Path(scratch, "held_out"), "wb") as held_out,
+    ):
+        files = {"train": train, "held_out": held_out}
+        waiting: dict[str, list[str]] = {"train": [], "held_out": []}
+
+        def flush(split: str) -> None:
+            tokens, texts = encode(waiting[split]), waiting[split]
+            tokens.tofile(files[split])
+            for name, more in (
+                ("documents", len(texts)),
+                ("tokens", len(tokens)),
+                ("characters", sum(map(len, texts))),
+            ):
+                counts[split][name] += more
+            waiting[split] = []
+
+        for text in documents:
+            where = place(text, seed)
+            if where >= used:
+                continue
+            split = "held_out" if where < held_share else "train"
+            waiting[split].append(text)
+            if len(waiting[split]) == BATCH:
+                flush(split)
+        for split, file in files.items():
+            flush(split)
+            file.close()
+            os.replace(Path(scratch, split), folder / f"{split}.bin")
+    return counts
+
+
+def _item(tokens: np.ndarray) -> dict[str, torch.Tensor]:
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+class PackedTokens(Dataset):
+    """The sequences of a file of tokens, what is left at its end dropped; at most `limit`, spread over the file."""
+
+    def __init__(self, file: Path, dtype: str, sequence_length: int, limit: int | None = None) -> None:
+        self.file, self.dtype, self.length = Path(file), np.dtype(dtype), sequence_length
+        whole = self.file.stat().st_size // self.dtype.itemsize // sequence_length
+        self.count = whole if limit is None else min(whole, max(1, limit))
+        self.whole = whole
+        self._tokens: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        if self._tokens is None:
+            self._tokens = np.memmap(self.file, self.dtype, mode="r")
+        start = index * self.whole // self.count * self.length
+        return _item(self._tokens[start : start + self.length])
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_tokens": None}  # a worker maps the file itself
+
+
+# ---- streams ----
+
+
+class HubStream:
+    """The texts of one split on the hub, for the process `rank` of `world`; `state()` may be restored elsewhere."""
+
+    def __init__(self, name: str, config: str | None, split: str, column: str, rank: int = 0, world: int = 1) -> None:
+        import datasets
+        from datasets.distributed import split_dataset_by_node
+
+        self.where, self.column = f"{name}, {split}", column
+        self.rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        if world > 1:
+            self.rows = split_dataset_by_node(self.rows, rank=rank, world_size=world)
+
+    def state(self) -> dict | None:
+        return self.rows.state_dict()
+
+    def restore(self, state: dict) -> None:
+        self.rows.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[str]:
+        for row in self.rows:
+            yield text_of(row, self.column, self.where)
+
+
+class PackedStream(IterableDataset):
+    """Sequences from a stream that starts again at its end, and where in it they end, to go on from.
+
+    `opened` gives a stream from its beginning: iterable, with `state()` and `restore(state)`. `every` is the number of
+    sequences after which a position may be asked for: those of one optimizer step of this process.
+    """
+
+    def __init__(
+        self, opened: Callable, encode: Encoder, sequence_length: int, every: int, keep: Callable[[str], bool]
+    ) -> None:
+        self.opened, self.encode, self.length, self.every, self.keep = opened, encode, sequence_length, every, keep
+        self.start: tuple[int, dict | None] = (0, None)
+        self._positions: deque[tuple[int, dict | None]] = deque()
+
+    def go_on(self, sequences: int, position: dict) -> None:
+        """Start behind that many sequences, at a position that `position` gave for them."""
+        self.start = (sequences, position)
+
+    def position(self, sequences: int) -> dict | None:
+        """Where the stream stands after so many sequences, whatever was read ahead; forgets earlier positions."""
+        while len(self._positions) > 1 and self._positions[1][0] <= sequences:
+            self._positions.popleft()
+        if not self._positions or self._positions[0][0] != sequences:
+            raise RuntimeError(f"no position after {sequences} sequences; expected a multiple of {self.every}")
+        return self._positions[0][1]
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        given, position = self.start
+        self._positions = deque([self.start])
+        source, at = self.opened(), 0  # `at`: index of the next token, counted from the start of the first chunk
+        if position:
+            at = position["offset"]
+            if position["state"] is not None:
+                source.restore(position["state"])
+        chunks: deque[tuple[int, dict | None]] = deque()
+        buffer, end = np.zeros(0, self.encode.dtype), 0
+        for state, tokens in self._chunks(source):
+            chunks.append((end, state))
+            buffer = np.concatenate([buffer, tokens[max(0, at - end) :]])  # on going on, without what was used
+            end += len(tokens)
+            while len(buffer) >= self.length:
+                piece, buffer = buffer[: self.length], buffer[self.length :]
+                at, given = at + self.length, given + 1
+                if given % self.every == 0:
+                    while len(chunks) > 1 and chunks[1][0] <= at:
+                        chunks.popleft()
+                    self._positions.append((given, {"state": chunks[0][1], "offset": at - chunks[0][0]}))
+                yield _item(piece)
+
+    def _chunks(self, source) -> Iterator[tuple[dict | None, np.ndarray]]:
+        """Tokens of a few documents, and the stream's state before them."""
+        passes = 0
+        while True:
+            texts_of_pass, iterator = 0, iter(source)
+            while True:
+                state = source.state()
+                texts = list(islice(iterator, CHUNK))
+                if not texts:
+                    break
+                kept = [text for text in texts if text.strip() and self.keep(text)]
+                texts_of_pass += len(kept)
+                yield state, self.encode(kept)
+            if passes and not texts_of_pass:
+                raise SystemExit("The stream has no text to train on; expected another data set or --text_column.")
+            passes += 1
+            source = self.opened()

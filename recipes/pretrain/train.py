@@ -1,0 +1,329 @@
+"""Pretrain a language model: `python train.py [CONFIG.yaml] --output_dir DIR [--dataset_path TEXT] [--flags ...]`.
+
+Flags are the fields of PretrainArguments (pretrain_arguments.py) and of transformers' TrainingArguments. The command
+line wins over the YAML config (llama-60m.yaml beside this script if none is named), and that over the defaults.
+"""
+
+import dataclasses
+import difflib
+import json
+import logging
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PretrainedConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import foam_hf  # registers optim="foam" and its companions
+from foam_hf.counted import folded_names
+from foam_hf.memory import adamw_state_bytes, state_bytes
+from foam_hf.model_configs import ModelError, load_config
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [] if str(HERE) in sys.path else [str(HERE)]  # the siblings, also when this file is imported
+
+import other_optimizers  # noqa: E402
+from pretrain_arguments import PretrainArguments, build_training_arguments, parse, say  # noqa: E402
+from pretrain_data import PackedStream, one_line  # noqa: E402
+from pretrain_tokens import Data, prepare  # noqa: E402
+
+
+def model_config(recipe: PretrainArguments) -> PretrainedConfig:
+    """The model's config with --config_overrides, and positions for the sequence length; SystemExit if wrong."""
+    try:
+        config = load_config(os.path.expanduser(recipe.model))
+    except ModelError as error:
+        raise SystemExit(f"--model: {error}") from None
+    overrides = {}
+    for pair in filter(str.strip, (recipe.config_overrides or "").split(",")):
+        key, equals, text = (part.strip() for part in pair.partition("="))
+        if not equals or not hasattr(config, key):
+            near = difflib.get_close_matches(key, config.to_dict(), 1, 0.0)[0]
+            raise SystemExit(f"--config_overrides: got {pair!r}; expected key=value of the config, as {near!r}.")
+        overrides[key], now = yaml.safe_load(text), getattr(config, key)
+        if now is not None and type(overrides[key]) is not type(now):
+            raise SystemExit(f"--config_overrides: {key} is now {now!r}, got {text!r}; expected {type(now).__name__}.")
+    if overrides:
+        settings = config.to_dict()
+        # What the config has worked out from others is worked out again.
+        if settings.get("head_dim") == config.hidden_size // config.num_attention_heads:
+            del settings["head_dim"]
+        if "num_hidden_layers" in overrides:
+            settings.pop("layer_types", None)
+        config = type(config).from_dict({**settings, **overrides})
+    if recipe.sequence_length > config.max_position_embeddings:
+        say(f"max_position_embeddings: {recipe.sequence_length} instead of {config.max_position_embeddings}.")
+        config.max_position_embeddings = recipe.sequence_length
+    return config
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats; infinite where a float is too small for it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class PretrainTrainer(Trainer):
+    """Trainer with perplexity beside every evaluation loss, streams it does not touch, and two more optimizers."""
+
+    def __init__(self, *args, optimizer_name: str, **kwargs) -> None:
+        self.optimizer_name = optimizer_name
+        super().__init__(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if not isinstance(self.train_dataset, PackedStream):
+            return super().get_train_dataloader()
+        # Each process has its own stream already, and its position is this process's: nobody else may read it.
+        return DataLoader(
+            self.train_dataset, batch_size=self._train_batch_size, pin_memory=self.args.dataloader_pin_memory
+        )
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss = output.metrics.get(f"{metric_key_prefix}_loss")
+        if loss is not None:
+            output.metrics[f"{metric_key_prefix}_perplexity"] = perplexity(loss)
+        return output
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None and self.optimizer_name in other_optimizers.OTHERS:
+            model = self.model if model is None else model
+            decaying = set(self.get_decay_parameter_names(model))
+            self.optimizer = other_optimizers.build(self.optimizer_name, model, self.args, decaying)
+            return self.optimizer
+        return super().create_optimizer() if model is None else super().create_optimizer(model)
+
+
+class Position(TrainerCallback):
+    """Writes into every checkpoint where this process's data stand, and what they are; reads and checks it."""
+
+    def __init__(self, recipe: PretrainArguments, args: TrainingArguments, data: Data) -> None:
+        self.stream = data.train if isinstance(data.train, PackedStream) else None
+        self.per_step = recipe.total_batch_size // args.world_size
+        self.settings = {
+            "data": data.made_from,
+            "sequence_length": recipe.sequence_length,
+            "total_batch_size": recipe.total_batch_size,
+        }
+        if self.stream is None:
+            self.settings["seed"] = args.data_seed if args.data_seed is not None else args.seed
+        else:
+            self.settings["processes"] = args.world_size
+        self.name = f"pretrain-{0 if self.stream is None else args.process_index}.json"
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if self.stream is None and not state.is_world_process_zero:
+            return
+        position = None if self.stream is None else self.stream.position(state.global_step * self.per_step)
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        write_json(folder / self.name, {**self.settings, "position": position})
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on from what a checkpoint says; SystemExit where it is of other data or settings."""
+        file = checkpoint / self.name
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            steps = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        except (OSError, ValueError, KeyError) as error:
+            raise SystemExit(
+                f"Cannot resume from {checkpoint}: {one_line(error)}; expected a whole checkpoint of this recipe, of "
+                "as many processes where data are streamed."
+            ) from None
+        position = found.pop("position")
+        changed = [key for key, value in self.settings.items() if found.get(key) != value]
+        if changed:
+            key = changed[0]
+            raise SystemExit(f"{checkpoint} is of another {key}: {found.get(key)}; this run has {self.settings[key]}.")
+        if self.stream is not None:
+            self.stream.go_on(steps * self.per_step, position)
+
+
+class Clock(TrainerCallback):
+    """Seconds of the steps after the first two, evaluations and checkpoints left out."""
+
+    def __init__(self) -> None:
+        self.seconds, self.steps, self.seen = 0.0, 0, 0
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.seen += 1
+        if self.seen > 2:  # they compile kernels and allocate
+            self.seconds, self.steps = self.seconds + time.perf_counter() - self.began, self.steps + 1
+
+
+def build_trainer(
+    recipe: PretrainArguments, args: TrainingArguments, optim: str, config: PretrainedConfig, data: Data
+) -> PretrainTrainer:
+    """Trainer with a fresh model; SystemExit for an optimizer's wrong setting."""
+    set_seed(args.seed)  # before the weights are drawn
+    tokenizer = data.tokenizer
+    tokenizer.model_max_length = config.max_position_embeddings
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    config.use_cache = False
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, recipe.dtype))
+    trainer = PretrainTrainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        processing_class=tokenizer,
+        data_collator=transformers.default_data_collator,
+        callbacks=[foam_hf.OptimizerMemoryCallback()],
+        optimizer_name=optim,
+    )
+    foam_log = logging.getLogger("foam_hf")
+    foam_log.disabled = True  # its summary comes when train() builds the optimizer
+    try:
+        if optim in other_optimizers.OTHERS:
+            other_optimizers.build(optim, model, args, set())
+        else:
+            trainer.get_optimizer_cls_and_kwargs(args, model)  # a wrong setting ends here, not in train()
+    except (ValueError, TypeError, ImportError) as error:
+        raise SystemExit(f"train.py: {one_line(error)}") from None
+    finally:
+        foam_log.disabled = False
+    return trainer
+
+
+def layers_state_bytes(model, optimizer) -> int:
+    """Bytes of the state of the weights that FOAM folds by default, whatever the optimizer."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's
+    inside = folded_names(model)
+    taken = {id(p) for name, p in model.named_parameters() if name in inside}
+
+    class Part:
+        param_groups = optimizer.param_groups
+        state = {p: state for p, state in optimizer.state.items() if id(p) in taken}
+
+    return state_bytes(Part())
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for what a diverged run has: JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write the whole file or leave what was there: a temporary neighbour, then one rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=1, allow_nan=False)
+        stream.write("\n")
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint that --resume_from_checkpoint asks for; None to start anew."""
+    wanted = args.resume_from_checkpoint
+    if str(wanted).lower() in ("true", "1", "yes"):
+        found = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        say(f"Resuming from {found}." if found else f"No checkpoint in {args.output_dir}: starting anew.")
+        return found
+    if wanted and not os.path.isdir(wanted):
+        raise SystemExit(f"--resume_from_checkpoint: no folder {wanted}; expected a checkpoint, or true.")
+    return wanted
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run what the arguments ask for; the results, as in the results.json written."""
+    recipe, training, optim, notes = parse(sys.argv[1:] if argv is None else argv)
+    config = model_config(recipe)
+    args = build_training_arguments(recipe, training, optim)
+    for note in notes:
+        say(note)
+    per_process = recipe.total_batch_size // args.world_size
+    with args.main_process_first(desc="tokens"):  # the others find what it has made
+        data = prepare(recipe, config.vocab_size, per_process, args.process_index, args.world_size)
+    if recipe.prepare_only:
+        say(f"Tokens and tokenizer are in {recipe.tokens_path}: give it as --dataset_path.")
+        return data.description
+    if isinstance(data.train, PackedStream):
+        if args.max_steps < 1:
+            raise SystemExit("--max_steps: a stream has no end that is known before; expected a number of steps.")
+        if args.dataloader_num_workers:
+            raise SystemExit("--dataloader_num_workers: a stream is read by the process that trains; expected 0.")
+        args.ignore_data_skip = True  # it goes on where it stood, and needs no skipping
+    if args.world_size > 1:  # or a last batch that does not go round would count some sequences twice
+        together = args.eval_batch_size * args.world_size
+        data.held_out.count -= data.held_out.count % together if data.held_out.count > together else 0
+    trainer = build_trainer(recipe, args, optim, config, data)
+    position, clock = Position(recipe, args, data), Clock()
+    trainer.add_callback(position)
+    trainer.add_callback(clock)
+    tokens_of_step = recipe.total_batch_size * recipe.sequence_length
+    options = f" ({args.optim_args})" if args.optim_args else ""
+    say(
+        f"{recipe.model}, {trainer.model.num_parameters() / 1e6:.1f} M parameters, {recipe.dtype} | {optim}{options}, "
+        f"lr {args.learning_rate} | {tokens_of_step:,} tokens a step: {args.world_size} x {args.train_batch_size} "
+        f"sequences of {recipe.sequence_length}, {args.gradient_accumulation_steps} times"
+    )
+    checkpoint = find_checkpoint(args)
+    if checkpoint:
+        position.restore(Path(checkpoint))
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trained = trainer.train(resume_from_checkpoint=checkpoint)
+    peak = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else None
+    last = trainer.state.log_history[-2] if len(trainer.state.log_history) > 1 else {}
+    current = last.get("step") == trained.global_step and not args.load_best_model_at_end
+    final = last if "eval_loss" in last and current else trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    curve = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    results = {
+        "model": recipe.model,
+        "parameters": trainer.model.num_parameters(),
+        "optim": optim,
+        "optim_args": args.optim_args,
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+        "eval_loss": finite(final["eval_loss"]),
+        "perplexity": finite(perplexity(final["eval_loss"])),
+        "curve": [
+            {"step": step, "tokens": step * tokens_of_step, "eval_loss": finite(loss)} for step, loss in curve.items()
+        ],
+        "train_loss": finite(trained.training_loss),
+        "steps": trained.global_step,
+        "tokens": trained.global_step * tokens_of_step,
+        "tokens_per_second": clock.steps * tokens_of_step / clock.seconds if clock.seconds else None,
+        "seconds": trained.metrics["train_runtime"],
+        "optimizer_state_bytes": state_bytes(trainer.optimizer),
+        "layers_state_bytes": layers_state_bytes(trainer.model, trainer.optimizer),
+        "adamw_state_bytes": adamw_state_bytes(trainer.model.parameters()),
+        "peak_cuda_bytes": peak,
+        "resumed_from": checkpoint,
+        "data": data.description,
+        "settings": json.loads(json.dumps({**dataclasses.asdict(recipe), **training}, default=str)),
+        "versions": {
+            "foam_hf": foam_hf.__version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type,
+    }
+    if trainer.is_world_process_zero():
+        write_json(Path(args.output_dir) / "results.json", results)
+    shown = "not finite" if results["perplexity"] is None else f"{results['perplexity']:.3f}"
+    say(f"Perplexity {shown} after {results['tokens']:,} tokens. Saved in {args.output_dir}: model, tokenizer and")
+    say(f"results.json. To use it: AutoModelForCausalLM.from_pretrained({args.output_dir!r})")
+    return results
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("foam_hf").setLevel(logging.INFO)  # what folds, what does not, and what that costs
+    main()
