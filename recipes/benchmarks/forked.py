@@ -1,4 +1,4 @@
-"""Runs of recipes/instruct/train.py as forks of one process that has imported everything: none pays for imports.
+"""Runs of a script, recipes/instruct/train.py by default, as forks of one process that has imported everything.
 
 A fork works on a GPU only while its parent has not touched CUDA, so the parent asks NVML where a package asks CUDA
 at its import. Where that does not work out, `warm` returns None and runs are started as processes of their own.
@@ -16,12 +16,12 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve().parent.parent / "instruct" / "train.py"
 
 
-def warm():
-    """The module of train.py, imported with all it needs and tried on the GPU by a fork; None if a fork failed."""
+def warm(script: Path = SCRIPT):
+    """The module of `script`, imported with all it needs and tried on the GPU by a fork; None if a fork failed."""
     os.environ |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     sys.modules.setdefault("torchao", None)  # peft imports it if it can, it starts CUDA, and no run needs it
     with _capability_from_nvml():
-        spec = importlib.util.spec_from_file_location("instruct_train", SCRIPT)
+        spec = importlib.util.spec_from_file_location(f"forked_{script.stem}", script)
         train = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(train)
     pid = os.fork()
@@ -75,19 +75,19 @@ def _exit_after(function, *arguments) -> None:
 
 
 class Run:
-    """One run of train.py, forked from here if `train` is its module; its output goes to `log`.
+    """One run of a script, forked from here if `train` is its module; its output goes to `log`.
 
     A fork takes at most the `share` of the GPU's memory, so that what one has cached does not starve the others.
     """
 
-    def __init__(self, train, words: list[str], log: Path, threads: int, share: float):
+    def __init__(self, train, words: list[str], log: Path, threads: int, share: float, script: Path = SCRIPT):
         log.parent.mkdir(parents=True, exist_ok=True)
         self.code: int | None = None
         self.process = None
         with open(log, "w", encoding="utf-8") as stream:
             if train is None:
                 environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-                command = [sys.executable, str(SCRIPT), *words]
+                command = [sys.executable, str(script), *words]
                 self.process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
                 self.pid = self.process.pid
                 return
