@@ -1,11 +1,11 @@
 """A study of quality: optimizers x settings x tasks x seeds, as many runs side by side as `--jobs` says, on one GPU.
 
-A plan (quality_main.yaml and the other quality_*.yaml) names tasks, seeds and arms. Every arm's learning rate is chosen
-on the plan's tuning seeds; the runs that are reported use other seeds. Arms and tasks take turns, a seed at a time, so
-what a time limit cuts off is the last seeds of all. A finished run is a line of --runs; the same command goes on from
-there. The table compares each arm with the base arm, seed by seed.
+A plan (quality_main.yaml and the other quality_*.yaml) names tasks, seeds and arms. Every arm's learning rate is
+chosen on the plan's tuning seeds; the runs that are reported use other seeds. Arms and tasks take turns, a seed at a
+time, so what a time limit cuts off is the last seeds of all. A finished run is a line of --runs; the same command goes
+on from there. The table compares each arm with the base arm, seed by seed.
 
-    python recipes/benchmarks/quality.py --plan quality_main.yaml --data glue --model MiniLM --runs main.jsonl --jobs 15
+    python recipes/benchmarks/quality.py --plan quality_main.yaml --data glue --model MiniLM --runs m.jsonl --jobs 15
     python recipes/benchmarks/quality.py --plan quality_screen.yaml --runs screen.jsonl        # no data, no GPU
 """
 

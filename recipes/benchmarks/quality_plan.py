@@ -34,7 +34,7 @@ ARM = {
     "rates": "learning rates to try, a list or one for each task",
     "times": "instead of rates: so many times the base arm's chosen rate",
     "tasks": "some of the plan's (default: all)",
-    "grid": "option -> values, into optim_args; 'settings.NAME' into settings",
+    "grid": "option -> values, into optim_args; 'settings.NAME' into settings, 'times' where it belongs",
 }
 RUNNERS = ("glue", "pydoc")
 
@@ -103,6 +103,7 @@ def _expanded(arm: dict) -> list[dict]:
         one = {**arm, "optim_args": dict(arm.get("optim_args") or {}), "settings": dict(arm.get("settings") or {})}
         for option, value in zip(grid, values, strict=True):
             where = one["settings"] if option.startswith("settings.") else one["optim_args"]
+            where = one if option == "times" else where
             where[option.removeprefix("settings.")] = value
         labels = {option.split(".")[-1]: value for option, value in zip(grid, values, strict=True)}
         one["name"] = str(arm["name"]).format(**labels)

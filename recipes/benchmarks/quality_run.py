@@ -126,7 +126,7 @@ def build_optimizer(arm: dict, trainer):
     from adam_mini import Adam_mini
 
     config = model.config
-    return Adam_mini(
+    optimizer = Adam_mini(
         model.named_parameters(),
         **common,
         weight_decay=args.weight_decay,
@@ -135,6 +135,8 @@ def build_optimizer(arm: dict, trainer):
         verbose=False,
         **options,
     )
+    optimizer.adam_block_names |= {"norm"}  # it takes BERT's attention.output.LayerNorm for a matrix
+    return optimizer
 
 
 def folded_share(model, optimizer) -> float | None:

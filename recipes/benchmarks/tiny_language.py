@@ -1,7 +1,7 @@
 """A language model small enough to train on one CPU core in a minute, from scratch, on Python's own manual.
 
-The text is `pydoc_data.topics` of the standard library, half a megabyte of English, read as bytes; every sixteenth piece
-of 2,048 bytes is held out. The seed draws the weights and the batches.
+The text is `pydoc_data.topics` of the standard library, half a megabyte of English, read as bytes; every sixteenth
+piece of 2,048 bytes is held out. The seed draws the weights and the batches.
 """
 
 import math
@@ -18,18 +18,18 @@ from foam_hf.memory import state_bytes
 
 PIECE = 2048
 DEFAULTS = {
-    "hidden_size": 128,
+    "hidden_size": 64,
     "num_hidden_layers": 2,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "sequence": 128,
-    "batch": 4,
-    "max_steps": 200,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "sequence": 64,
+    "batch": 8,
+    "max_steps": 150,
     "warmup": 0.1,
     "max_grad_norm": 1.0,
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
-    "eval_sequences": 96,
+    "eval_sequences": 192,
 }
 
 
