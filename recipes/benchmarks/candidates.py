@@ -81,42 +81,65 @@ class Candidate(torch.optim.Optimizer):
 
     def folded_update(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """U of one matrix, whose state moves on."""
-        (b1, b2), t, n, level = group["betas"], state["step"], G.shape[-1], group["level"]
+        (b1, b2), t, n, level, first = group["betas"], state["step"], G.shape[-1], group["level"], self.first(group)
         c1, c2 = 1 - b1**t, 1 - b2**t
-        first = level if self.switches["first_moment_level"] is None else self.switches["first_moment_level"]
-        if first == "none":
-            folded_g = folded_m = fold(G, level)
-            c1 = 1.0  # a mean over this step alone has no bias
-        else:
-            folded_g = fold(G, first)
-            folded_m = average(state, "folded_exp_avg", folded_g, b1)
-        R = G - unfold(folded_g, level if first == "none" else first, n)
-        M = unfold(folded_m, level if first == "none" else first, n) / c1
-        if self.switches["two_way"]:
-            folded_columns = fold(R.T, level)
-            kept = unfold(average(state, "column_exp_avg", folded_columns, b1), level, G.shape[0]).T / c1
-            R, M = R - unfold(folded_columns, level, G.shape[0]).T, M + kept
-
-        rho = group["residual_scale"] * self.weight(folded_g, folded_m / c1, R, state, b2, c2)
         factored = group["second_moment"] == "factored"
+        before = factored_moment(G, state) if factored else None  # of the steps before this one
+        self.advance(G, state, group)
+        folded_g = fold(G, first)
+        folded_m = state["folded_exp_avg"] / c1 if self.keeps_first() else folded_g
+        M, R = unfold(folded_m, first, n), G - unfold(folded_g, first, n)
+        if self.switches["two_way"]:
+            rows = G.shape[0]
+            M = M + unfold(state["column_exp_avg"], level, rows).T / c1
+            R = R - unfold(fold(R.T, level), level, rows).T
+
+        rho = group["residual_scale"] * self.weight(folded_m, R, state, c2)
         corrected = self.switches["residual_in_correction"]
         corrected = not factored if corrected is None else corrected
-        own = 0.0 if self.switches["own_square"] is False else 1.0
-        if factored:
-            before = factored_before(G, state, b2)  # means of the steps before; this step's own square is added
-            V = (b2 * before + (1 - b2) * own * G.square()) / c2 if own else before_or_own(before, G, b2, t)
+        own = self.switches["own_square"] is not False
+        if before is not None:
+            V = (b2 * before + (1 - b2) * G.square()) / c2
+            if not own:  # at the first step there is no other
+                V = before / (1 - b2 ** (t - 1)) if t > 1 else G.square()
         else:
-            v = unfold(average(state, "folded_exp_avg_sq", fold(G.square(), level), b2), level, n)
-            V = v / c2 + own * (rho * R).square() / (c2 if corrected else 1.0)
+            V = unfold(state["folded_exp_avg_sq"], level, n) / c2
+            V = V + own * (rho * R).square() / (c2 if corrected else 1.0)
         return (M + rho * R / (c1 if corrected else 1.0)) / (V.sqrt() + group["eps"])
 
-    def weight(self, g: Tensor, m: Tensor, R: Tensor, state: dict[str, Any], b2: float, c2: float) -> Tensor | float:
-        """What multiplies residual_scale, from block means `g`, their corrected average `m` and the residual."""
+    def first(self, group: dict[str, Any]) -> int | str:
+        """The level that parts a gradient into block means and residual."""
+        given = self.switches["first_moment_level"]
+        return group["level"] if given in (None, "none") else given
+
+    def keeps_first(self) -> bool:
+        return self.switches["first_moment_level"] != "none"
+
+    def advance(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Take a gradient into the averages."""
+        (b1, b2), level, first = group["betas"], group["level"], self.first(group)
+        squares = G.square()
+        folded_g = fold(G, first)
+        if self.keeps_first():
+            average(state, "folded_exp_avg", folded_g, b1)
+        if self.switches["two_way"]:
+            R = G - unfold(folded_g, first, G.shape[-1])
+            average(state, "column_exp_avg", fold(R.T, level), b1)
+        if group["second_moment"] == "factored":
+            average(state, "row_exp_avg_sq", squares.mean(1), b2)
+            average(state, "col_exp_avg_sq", squares.mean(0), b2)
+        else:
+            average(state, "folded_exp_avg_sq", fold(squares, level), b2)
+        if self.switches["agreement"] is not None:
+            average(state, "mean_square", folded_g.square().mean(), b2)
+
+    def weight(self, m: Tensor, R: Tensor, state: dict[str, Any], c2: float) -> Tensor | float:
+        """What multiplies residual_scale, from the corrected folded moment, the residual and the state."""
         weight: Tensor | float = 1.0
         tiny = torch.finfo(torch.float32).tiny
         if (power := self.switches["agreement"]) is not None:
             # Gradients that agree over the steps have m as large as g; noise leaves sqrt((1 - b1) / (1 + b1)) of it.
-            square = average(state, "mean_square", g.square().mean(), b2) / c2
+            square = state["mean_square"] / c2
             weight = weight * (m.square().mean() / square.clamp_min(tiny)).clamp(max=1.0) ** (power / 2)
         if (start := self.switches["residual_start"]) is not None:
             done = min(1.0, state["step"] / self.switches["total_steps"])
@@ -137,20 +160,12 @@ def average(state: dict[str, Any], name: str, new: Tensor, beta: float) -> Tenso
     return old.lerp_(new, 1 - beta)
 
 
-def factored_before(G: Tensor, state: dict[str, Any], b2: float) -> Tensor:
-    """outer(r, c) / mean(r) of the steps before this one, whose squares are averaged in for the next."""
-    squares = G.square()
-    r = state.setdefault("row_exp_avg_sq", torch.zeros_like(squares[:, 0]))
-    c = state.setdefault("col_exp_avg_sq", torch.zeros_like(squares[0]))
-    before = torch.outer(r / r.mean().clamp_min(torch.finfo(torch.float32).tiny), c)
-    r.lerp_(squares.mean(1), 1 - b2)
-    c.lerp_(squares.mean(0), 1 - b2)
-    return before
-
-
-def before_or_own(before: Tensor, G: Tensor, b2: float, t: int) -> Tensor:
-    """The corrected second moment of the steps before; at the first there is none but the gradient's own."""
-    return before / (1 - b2 ** (t - 1)) if t > 1 else G.square()
+def factored_moment(G: Tensor, state: dict[str, Any]) -> Tensor:
+    """outer(r, c) / mean(r) of the row and column means in the state; zero before the first step."""
+    if "row_exp_avg_sq" not in state:
+        return torch.zeros_like(G)
+    r, c = state["row_exp_avg_sq"], state["col_exp_avg_sq"]
+    return torch.outer(r / r.mean().clamp_min(torch.finfo(torch.float32).tiny), c)
 
 
 def adam_update(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:

@@ -228,6 +228,13 @@ class Study:
                 job.run.terminate()
 
 
+def mend(runs: Path) -> None:
+    """Take off a last line that was cut off, so that the next one stands alone."""
+    content = runs.read_bytes() if runs.is_file() else b""
+    if content and not content.endswith(b"\n"):
+        runs.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
 def count(options: argparse.Namespace) -> dict[str, int]:
     """How many runs of each part a plan has."""
     pairs = [(arm, task) for arm in options.arms for task in options.tasks if task in arm["tasks"]]
@@ -245,6 +252,7 @@ def main(argv: list[str] | None = None) -> Study | None:
         print(f"{options.plan_name}: {numbers['tuning']} + {numbers['result']} runs, {len(options.arms)} arms")
         return None
     options.runs.parent.mkdir(parents=True, exist_ok=True)
+    mend(options.runs)
     study = Study(options)
     module = None
     if study.waiting:

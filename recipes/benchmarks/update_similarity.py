@@ -56,7 +56,7 @@ def variants(levels: list, extras: bool = True) -> dict[str, dict]:
 
 
 class Shadow:
-    """One variant's state of the watched weights; `updates` advances it and gives what it would subtract."""
+    """One variant's state of the watched weights."""
 
     def __init__(self, weights: dict[str, Tensor], options: dict):
         copies = {name: p.detach().clone() for name, p in weights.items()}  # their values are never used
@@ -64,14 +64,18 @@ class Shadow:
         self.copies, self.group = copies, self.optimizer.param_groups[0]
 
     @torch.no_grad()
-    def updates(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    def take(self, gradients: dict[str, Tensor], wanted: bool) -> dict[str, Tensor]:
+        """Advance the state; where they are `wanted`, the updates that it would subtract, else nothing."""
         found = {}
         for name, p in self.copies.items():
             state = self.optimizer.state[p]
             state["step"] = state.get("step", 0) + 1
-            folds = self.group["level"] != 0 or self.group["second_moment"] != "block"
-            update = self.optimizer.folded_update if folds else adam_update
-            found[name] = update(gradients[name], state, self.group)
+            if self.group["level"] == 0 and self.group["second_moment"] == "block":
+                found[name] = adam_update(gradients[name], state, self.group)
+            elif wanted:
+                found[name] = self.optimizer.folded_update(gradients[name], state, self.group)
+            else:
+                self.optimizer.advance(gradients[name], state, self.group)
         return found
 
 
@@ -92,16 +96,16 @@ def similarities(model: nn.Module, loss_of, watched: list[str], named: dict[str,
         losses.append(loss.item())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         gradients = {name: p.grad for name, p in weights.items()}
-        wanted = reference.updates(gradients)
+        measured = (step + 1) % options.every == 0
+        adamw = reference.take(gradients, measured)
         for name, shadow in shadows.items():
-            updates = shadow.updates(gradients)
-            if (step + 1) % options.every == 0:
-                for weight, update in updates.items():
-                    cosine = nn.functional.cosine_similarity(update.flatten(), wanted[weight].flatten(), dim=0)
-                    found[name][weight].append(round(cosine.item(), 4))
+            updates = shadow.take(gradients, measured)
+            for weight, update in updates.items() if measured else ():
+                cosine = nn.functional.cosine_similarity(update.flatten(), adamw[weight].flatten(), dim=0)
+                found[name][weight].append(round(cosine.item(), 4))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % options.every == 0:
+        if measured:
             print(f"step {step + 1}, loss {loss.item():.4f}", flush=True)
     return {"cosines": found, "losses": [round(loss, 4) for loss in losses]}
 
