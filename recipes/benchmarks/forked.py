@@ -1,4 +1,4 @@
-"""Runs of a recipe's train.py as forks of one process that has imported everything: none pays for imports.
+"""Runs of a script, recipes/instruct/train.py by default, as forks of one process that has imported everything.
 
 A fork works on a GPU only while its parent has not touched CUDA, so the parent asks NVML where a package asks CUDA
 at its import. Where that does not work out, `warm` returns None and runs are started as processes of their own.
@@ -21,7 +21,7 @@ def warm(script: Path = SCRIPT):
     os.environ |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     sys.modules.setdefault("torchao", None)  # peft imports it if it can, it starts CUDA, and no run needs it
     with _capability_from_nvml():
-        spec = importlib.util.spec_from_file_location(f"{script.parent.name}_train", script)
+        spec = importlib.util.spec_from_file_location(f"forked_{script.stem}", script)
         train = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(train)
     pid = os.fork()
@@ -75,7 +75,7 @@ def _exit_after(function, *arguments) -> None:
 
 
 class Run:
-    """One run of `script`, forked from here if `train` is its module; its output goes to `log`.
+    """One run of a script, forked from here if `train` is its module; its output goes to `log`.
 
     A fork takes at most the `share` of the GPU's memory, so that what one has cached does not starve the others.
     """
