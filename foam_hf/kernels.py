@@ -94,7 +94,7 @@ def _update_kernel(
     table, owner, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho, grad_scale,
     FIELDS: tl.constexpr, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr,
     F: tl.constexpr, R: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
-    STOCHASTIC: tl.constexpr, SCALED: tl.constexpr,
+    STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     entry = tl.load(owner + 2 * tl.program_id(0))
     tile = tl.load(owner + 2 * tl.program_id(0) + 1)
@@ -175,7 +175,12 @@ def _update_kernel(
 
     w_bits, m_bits, v_bits = 0, 0, 0
     if STOCHASTIC and W_DTYPE is tl.bfloat16:
-        w_bits = random_bits(seed, step, 4 * stream, draw, R, C)
+        if SHIFTED:
+            w_row = offset // n
+            w_column = offset - w_row * n + first_column
+            w_bits = random_bits_at(seed, step, 4 * stream, w_row + first_row, w_column, whole_n)
+        else:
+            w_bits = random_bits(seed, step, 4 * stream, draw, R, C)
     if STOCHASTIC and S_DTYPE is tl.bfloat16:
         width, whole_width = tl.cdiv(n, F), tl.cdiv(whole_n, F)  # a moment's row
         m_row = m_offset // width
@@ -220,9 +225,13 @@ class Entry:
     def fits(self) -> bool:
         """Whether the kernel takes it; what does not fit goes through ``update.update_parameter``."""
         contiguous = self.weight.is_contiguous() and self.grad.is_contiguous()
-        if not contiguous or self.weight.numel() == 0 or not {x.dtype for x in self.tensors} <= TRITON_DTYPES.keys():
+        if not contiguous or not {x.dtype for x in self.tensors} <= TRITON_DTYPES.keys():
             return False
-        if self.place.first_column % 8:  # a random draw is of eight columns
+        factored = len(self.moments) == 3
+        if factored and self.place.column_groups:  # no kernel for row means of which other ranks have a part
+            return False
+        # A rank without rows has means of columns all the same.
+        if self.weight.numel() == 0 and not (factored and self.place.row_groups and self.moments[2].numel()):
             return False
         geometry = Geometry.of(self)
         segments = self.weight.numel() // self.columns * -(-self.columns // geometry.columns)
@@ -241,6 +250,7 @@ class Geometry:
     columns: int  # C, a power of two
     even: bool  # every row is whole segments
     aligned: bool  # every row starts on 16 bytes
+    shifted: bool  # columns begin inside of a random draw of eight
 
     @classmethod
     def of(cls, entry: Entry) -> Geometry:
@@ -251,7 +261,8 @@ class Geometry:
         aligned = n % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in entry.tensors)
         dtypes = (entry.weight.dtype, entry.grad.dtype, entry.moments[0].dtype)
         even = n % columns == 0 and (n == entry.place.columns or entry.weight.numel() == n)
-        return cls(entry.weight.device, *dtypes, width, columns, even, aligned)
+        shifted = entry.place.first_column % 8 != 0 and entry.weight.dtype == torch.bfloat16
+        return cls(entry.weight.device, *dtypes, width, columns, even, aligned, shifted)
 
 
 def _power_of_two(n: int) -> int:
@@ -327,7 +338,7 @@ class Launch(AddressTable):
                 (self.table, self.owner, h.step, h.seed, *numbers(h), self.scale(grad_scale)),
                 (
                     *(_FIELDS, TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments),
-                    *(g.columns, g.even, g.aligned, h.stochastic, grad_scale is not None),
+                    *(g.columns, g.even, g.aligned, h.stochastic, grad_scale is not None, g.shifted),
                 ),
                 num_warps=max(1, min(32, g.columns * self.segments // WARP_ELEMENTS)),
             )
@@ -345,14 +356,15 @@ def make_launches(members: list[Member]) -> tuple[list[tuple[Member, Launch | Fa
     from foam_hf.int8_kernels import make_int8_launches
 
     int8_launches, unfit = make_int8_launches([member for member in members if isinstance(member.p, Int8Weight)])
-    buckets: dict[tuple[str, Geometry, int, bool], list[tuple[Member, Entry]]] = {}
+    buckets: dict[tuple[str, Geometry, int, bool, bool], list[tuple[Member, Entry]]] = {}
     for member in members:
         if isinstance(member.p, Int8Weight):
             continue
         entry = Entry.of(member)
         if entry.fits():
             # Parameters that missed steps have bias corrections of their own, vectors a scale of their own.
-            key = (member.second_moment, Geometry.of(entry), member.state["step"], member.p.dim() > 1)
+            shared = bool(entry.place.row_groups)
+            key = (member.second_moment, Geometry.of(entry), member.state["step"], member.p.dim() > 1, shared)
             buckets.setdefault(key, []).append((member, entry))
         else:
             unfit.append(member)

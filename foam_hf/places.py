@@ -45,12 +45,12 @@ class Piece(NamedTuple):
     """A part of a shard whose rows follow each other in the whole tensor too."""
 
     place: Place
-    index: tuple[int, ...] = ()  # into the leading dimensions of the shard
+    at: tuple[int, ...] = ()  # an index into the leading dimensions of the shard
 
     def of(self, x: Tensor) -> Tensor:
         """The piece of a DTensor with this rank's shard, a view; nothing is communicated."""
         x = local(x)
-        return x[self.index] if self.index else x
+        return x[self.at] if self.at else x
 
 
 def is_sharded(x: Any) -> bool:
