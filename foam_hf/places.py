@@ -8,11 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 
-class Group(NamedTuple):
-    """Ranks that add up, and the kind of device on which they can."""
-
-    device_type: str
-    process_group: Any
+Group = Any  # a torch.distributed.ProcessGroup, which not every build of torch has
 
 
 class Place(NamedTuple):

@@ -33,8 +33,8 @@ def pieces_of(p: Any, level: Level, second_moment: str) -> list[Piece]:
 
     Raises:
         TypeError: INT8 weights.
-        ValueError: a placement that is not whole rows or whole blocks of a known part of the weight, or both rows and
-            columns of a factored matrix are split.
+        ValueError: a placement that is not whole rows or whole blocks of a known part of the weight, both rows and
+            columns of a factored matrix are split, or weights are offloaded to the CPU.
     """
     if isinstance(local(p), Int8Weight):
         raise TypeError(
@@ -42,6 +42,11 @@ def pieces_of(p: Any, level: Level, second_moment: str) -> list[Piece]:
             "expected bfloat16 or float32 weights under FSDP2, or INT8 weights with DDP"
         )
     mesh = p.device_mesh
+    if local(p).device.type not in (mesh.device_type, "meta"):
+        raise ValueError(
+            f"FSDP2's CPU offload is not supported: got a weight on {local(p).device} of a mesh on {mesh.device_type}; "
+            "expected OffloadPolicy(), in accelerate fsdp_offload_params: false, as FOAM's state is small"
+        )
     cuts = [_cuts(p, dim) for dim in range(p.dim())]
     where = [_range(size, cut, mesh.get_coordinate()) for size, cut in zip(p.shape, cuts, strict=True)]
     mine = tuple(len(span) for span in where)
@@ -54,7 +59,7 @@ def pieces_of(p: Any, level: Level, second_moment: str) -> list[Piece]:
         return [Piece(whole(p))]
     _check_columns(p, cuts[-1], level)
     last = max((dim for dim in range(p.dim() - 1) if cuts[dim]), default=0)
-    groups = [tuple(Group(mesh.device_type, mesh.get_group(cut.mesh_dim)) for cut in some) for some in cuts]
+    groups = [tuple(mesh.get_group(cut.mesh_dim) for cut in some) for some in cuts]
     row_groups = groups[-2] if p.dim() > 1 else ()
     if second_moment == "factored" and row_groups and groups[-1]:
         raise ValueError(
@@ -218,7 +223,6 @@ def add_over_ranks(parts: Sequence[tuple[tuple[Group, ...], Tensor]]) -> None:
         mine = [tensor for groups, tensor in parts if group in groups and tensor.numel()]
         if mine:
             wire = torch.cat([tensor.reshape(-1) for tensor in mine])
-            sums = wire.to(group.device_type)  # weights that are offloaded to the CPU may have NCCL alone
-            torch.distributed.all_reduce(sums, group=group.process_group)
-            split = sums.to(wire.device).split([tensor.numel() for tensor in mine])
+            torch.distributed.all_reduce(wire, group=group)
+            split = wire.split([tensor.numel() for tensor in mine])
             torch._foreach_copy_(mine, [part.view_as(tensor) for part, tensor in zip(split, mine, strict=True)])

@@ -48,8 +48,15 @@ def unsupported_fsdp(args: Any, trainer: Any) -> str | None:
     return None
 
 
-def refuse_with_fsdp(args: Any, model: Any, releases_gradients: bool) -> None:
+def refuse_with_fsdp(model: Any, trainer: Any, releases_gradients: bool) -> None:
     """Raise ValueError for what FSDP2 cannot be combined with."""
+    plugin = getattr(getattr(getattr(trainer, "accelerator", None), "state", None), "fsdp_plugin", None)
+    offload = getattr(plugin, "cpu_offload", None)
+    if offload is True or type(offload).__name__ == "CPUOffloadPolicy":
+        raise ValueError(
+            "FSDP2's CPU offload is not supported by FOAM: got fsdp_offload_params: true (fsdp_config's cpu_offload); "
+            "expected false, as FOAM's state is small"
+        )
     if releases_gradients:
         raise ValueError(
             "gradient_release=true updates each weight inside the backward pass, before FSDP2 has added up its "
