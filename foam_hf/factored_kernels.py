@@ -7,6 +7,8 @@ squares of its rows and columns in buffers that the last pass adds up in a fixed
 
 from __future__ import annotations
 
+import math
+
 import numpy
 import torch
 import triton
@@ -27,6 +29,7 @@ from foam_hf.kernels import (
     unfold,
     upload,
 )
+from foam_hf.places import Group
 from foam_hf.update import Hyper
 
 STRIPE = 128  # S, rows of a program of the big pass
@@ -35,24 +38,44 @@ THREAD_ELEMENTS = 8
 REGISTERS = 64  # of a thread: more programs at a time hide more of the memory's latency
 LANES = tl.constexpr(256)  # means of a program of the small passes
 # weight, gradient, first moment, row means, column means; rows, columns, matrices, stream; where its row sums, column
-# sums and means of row means begin in the buffers
-_FIELDS = tl.constexpr(12)
+# sums and means of row means begin in the buffers; where a shard's first row is in the whole tensor, the rows of a
+# whole matrix and of all of them; where its column sums for other ranks begin
+_FIELDS = tl.constexpr(16)
 
 
 @triton.jit
-def _mean_kernel(table, owner, means, S_DTYPE: tl.constexpr):
-    """mean(r) of one matrix."""
+def _mean_kernel(table, owner, means, S_DTYPE: tl.constexpr, SHARED: tl.constexpr):
+    """mean(r) of one matrix; where other ranks have some of its rows, mean(c), which is the same number."""
     entry = table + tl.load(owner + 2 * tl.program_id(0)).to(tl.int64) * _FIELDS
     matrix = tl.load(owner + 2 * tl.program_id(0) + 1)
-    rows = tl.load(entry + 5).to(tl.int32)
-    r = tl.load(entry + 3).to(tl.pointer_type(S_DTYPE)) + matrix.to(tl.int64) * rows
+    count = tl.load(entry + 6 if SHARED else entry + 5).to(tl.int32)
+    values = tl.load(entry + 4 if SHARED else entry + 3).to(tl.pointer_type(S_DTYPE)) + matrix.to(tl.int64) * count
     total = tl.zeros((LANES,), tl.float32)
     start = 0
-    while start < rows:  # Triton's interpreter takes no loaded value as the bound of a range
-        row = start + tl.arange(0, LANES)
-        total += tl.load(r + row, mask=row < rows, other=0.0).to(tl.float32)
+    while start < count:  # Triton's interpreter takes no loaded value as the bound of a range
+        at = start + tl.arange(0, LANES)
+        total += tl.load(values + at, mask=at < count, other=0.0).to(tl.float32)
         start += LANES
-    tl.store(means + tl.load(entry + 11) + matrix, tl.sum(total, 0) / rows)
+    tl.store(means + tl.load(entry + 11) + matrix, tl.sum(total, 0) / count)
+
+
+@triton.jit
+def _sums_kernel(table, owner, column_sums, shared_sums, S: tl.constexpr):
+    """The sums of ``LANES`` columns over this rank's rows, for other ranks."""
+    entry = table + tl.load(owner + 2 * tl.program_id(0)).to(tl.int64) * _FIELDS
+    index = tl.load(owner + 2 * tl.program_id(0) + 1)
+    rows, n = tl.load(entry + 5).to(tl.int32), tl.load(entry + 6).to(tl.int32)
+    stripes = tl.cdiv(rows, S)
+    at = index.to(tl.int64) * LANES + tl.arange(0, LANES)
+    mask = at < tl.load(entry + 7) * n
+    matrix = at // n
+    sums = column_sums + tl.load(entry + 10) + matrix * stripes * n + at - matrix * n
+    total = tl.zeros((LANES,), tl.float32)
+    i = 0
+    while i < stripes:
+        total += tl.load(sums + i * n, mask=mask, other=0.0)
+        i += 1
+    tl.store(shared_sums + tl.load(entry + 15) + at, total, mask=mask)
 
 
 @triton.jit
@@ -106,6 +129,7 @@ def _update_kernel(
     first = stripe * S
     count = tl.minimum(rows - first, S)
     row = matrix * rows + first
+    first_row = tl.load(entry + 12)
     # The next row is on its way while one is computed; behind the last, that one again.
     next_w = _load_row(W, row * n, column, mask, ALIGNED)
     next_g = _load_row(G, row * n, column, mask, ALIGNED)
@@ -137,9 +161,11 @@ def _update_kernel(
 
         w_bits, m_bits = 0, 0
         if STOCHASTIC and W_DTYPE is tl.bfloat16:
-            w_bits = random_bits(seed, step, 4 * stream, row * tl.cdiv(n, 8) + segment[:, None] * (C // 8), R, C)
+            w_bits = random_bits(
+                seed, step, 4 * stream, (first_row + row) * tl.cdiv(n, 8) + segment[:, None] * (C // 8), R, C
+            )
         if STOCHASTIC and S_DTYPE is tl.bfloat16:
-            m_bits = random_bits_at(seed, step, 4 * stream + 1, row + block * 0, block, blocks)
+            m_bits = random_bits_at(seed, step, 4 * stream + 1, first_row + row + block * 0, block, blocks)
         pointers = W + row * n + column
         if ALIGNED:
             pointers = tl.multiple_of(pointers, (1, 16))
@@ -153,7 +179,7 @@ def _update_kernel(
 @triton.jit(do_not_specialize=["step", "seed"])
 def _means_kernel(
     table, owner, row_sums, column_sums, step, seed, b2, S_DTYPE: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
+    STOCHASTIC: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """The new row means, or behind them the new column means, of ``LANES`` rows or columns."""
     entry = table + tl.load(owner + 2 * tl.program_id(0)).to(tl.int64) * _FIELDS
@@ -161,6 +187,7 @@ def _means_kernel(
     rows, n = tl.load(entry + 5).to(tl.int32), tl.load(entry + 6).to(tl.int32)
     matrices, stream = tl.load(entry + 7), tl.load(entry + 8).to(tl.int32)
     row_programs = tl.cdiv(matrices * rows, LANES)
+    first_row, whole_rows, all_rows = tl.load(entry + 12), tl.load(entry + 13), tl.load(entry + 14)
     total = tl.zeros((LANES,), tl.float32)
     i = 0
     if index < row_programs:
@@ -172,20 +199,21 @@ def _means_kernel(
             total += tl.load(sums + i, mask=mask, other=0.0)
             i += 1
         target = tl.load(entry + 3).to(tl.pointer_type(S_DTYPE)) + at
-        row, width, kind, total = at * 0, matrices * rows, 2, total / n
-        column = at
+        row, width, kind, total = at * 0, all_rows, 2, total / n
+        column = first_row + at
     else:
         at = (index - row_programs).to(tl.int64) * LANES + tl.arange(0, LANES)
         mask = at < matrices * n
-        stripes = tl.cdiv(rows, S)
+        stripes = 1 if SHARED else tl.cdiv(rows, S)
         row = at // n
         column = at - row * n
-        sums = column_sums + tl.load(entry + 10) + row * stripes * n + column
+        sums = column_sums + tl.load(entry + 15 if SHARED else entry + 10) + row * stripes * n + column
+        row += first_row // whole_rows
         while i < stripes:
             total += tl.load(sums + i * n, mask=mask, other=0.0)
             i += 1
         target = tl.load(entry + 4).to(tl.pointer_type(S_DTYPE)) + at
-        width, kind, total = n.to(tl.int64), 3, total / rows
+        width, kind, total = n.to(tl.int64), 3, total / whole_rows
     old = tl.load(target, mask=mask, other=0.0).to(tl.float32)
     bits = 0
     if STOCHASTIC and S_DTYPE is tl.bfloat16:
@@ -200,52 +228,77 @@ class FactoredLaunch(AddressTable):
         tallest, widest = (max(entry.weight.shape[k] for entry in entries) for k in (-2, -1))
         width = min(max(ROW_ELEMENTS, geometry.columns), triton.next_power_of_2(widest))
         self.segments = max(1, width // geometry.columns)  # R
-        self.stripe = min(STRIPE, triton.next_power_of_2(tallest))  # S
+        self.stripe = min(STRIPE, triton.next_power_of_2(max(1, tallest)))  # S
+        self.shared = bool(entries[0].place.row_groups)  # other ranks have rows of these matrices
         table = numpy.empty((len(entries), _FIELDS.value), dtype=numpy.int64)
-        counts: list[tuple[int, int, int]] = []  # programs of the three passes
-        sizes = numpy.zeros(3, dtype=numpy.int64)  # of the buffers
+        counts: list[tuple[int, int, int, int]] = []  # programs of the passes
+        sizes = numpy.zeros(4, dtype=numpy.int64)  # of the buffers
+        parts_of_sums = []
         for i, entry in enumerate(entries):
             rows, n = entry.weight.shape[-2:]
-            matrices = entry.weight.numel() // (rows * n)
+            matrices, place = math.prod(entry.weight.shape[:-2]), entry.place
             segments, stripes = -(-n // geometry.columns), -(-rows // self.stripe)
             parts = -(-segments // self.segments)
-            table[i] = (*(x.data_ptr() for x in entry.tensors), rows, n, matrices, entry.stream, *sizes)
-            sizes += (matrices * rows * segments, matrices * stripes * n, matrices)
+            addresses = (x.data_ptr() for x in entry.tensors)
+            whole = (place.first_row, place.rows, place.all_rows)
+            table[i] = (*addresses, rows, n, matrices, entry.stream, *sizes[:3], *whole, sizes[3])
+            parts_of_sums.append((int(sizes[3]), matrices * n))
+            shared = matrices * n if self.shared else 0
+            sizes += (matrices * rows * segments, matrices * stripes * n, matrices, shared)
             lanes = LANES.value
-            counts.append(
-                (matrices, matrices * stripes * parts, -(-matrices * rows // lanes) - (-matrices * n // lanes))
-            )
+            row_programs, column_programs = -(-matrices * rows // lanes), -(-matrices * n // lanes)
+            counts.append((matrices, matrices * stripes * parts, row_programs + column_programs, column_programs))
         super().__init__(geometry, entries, table)
         self.warps = max(1, min(32, self.segments * geometry.columns // (32 * THREAD_ELEMENTS)))
         # A limit that only NVIDIA's backend knows.
         limited = geometry.device.type == "cuda" and torch.version.cuda and self.warps <= 8
         self.options = {"maxnreg": REGISTERS} if limited else {}
-        self.owners = [upload(owner_table([count[k] for count in counts]), geometry.device) for k in range(3)]
+        self.owners = [upload(owner_table([count[k] for count in counts]), geometry.device) for k in range(4)]
         self.buffers = [torch.empty(size, dtype=torch.float32, device=geometry.device) for size in sizes.tolist()]
+        # What other ranks add to before ``store``: whose it is, which ranks, the sums.
+        self.sums: list[tuple[tuple[int, int], tuple[Group, ...], Tensor]] = [
+            ((entry.stream, entry.place.first_matrix), entry.place.row_groups, self.buffers[3][start : start + size])
+            for entry, (start, size) in zip(entries, parts_of_sums, strict=True)
+            if self.shared
+        ]
 
-    def run(self, h: Hyper, grad_scale: Tensor | None = None) -> None:
+    def run(self, h: Hyper, grad_scale: Tensor | None = None) -> bool:
+        """Update the weights; True if the means wait for ``store``, when ``sums`` are those of all ranks."""
         g = self.geometry
-        row_sums, column_sums, means = self.buffers
-        before, update, after = self.owners
+        row_sums, column_sums, means, shared_sums = self.buffers
+        before, update, _, sums = self.owners
         state, stochastic = TRITON_DTYPES[g.state], h.stochastic
         scale = self.scale(grad_scale)
         with device_of(g.device):
-            self.launch(_mean_kernel, len(before), (self.table, before, means), (state,), num_warps=4)
-            self.launch(
-                _update_kernel,
-                len(update),
-                (self.table, update, row_sums, column_sums, means, h.step, h.seed, *numbers(h), scale),
-                (
-                    *(TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments, g.columns),
-                    *(self.stripe, g.aligned, stochastic, grad_scale is not None),
-                ),
-                num_warps=self.warps,
-                **self.options,
-            )
+            self.launch(_mean_kernel, len(before), (self.table, before, means), (state, self.shared), num_warps=4)
+            if len(update):  # a rank may have no rows
+                self.launch(
+                    _update_kernel,
+                    len(update),
+                    (self.table, update, row_sums, column_sums, means, h.step, h.seed, *numbers(h), scale),
+                    (
+                        *(TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments, g.columns),
+                        *(self.stripe, g.aligned, stochastic, grad_scale is not None),
+                    ),
+                    num_warps=self.warps,
+                    **self.options,
+                )
+            if self.shared:
+                arguments = (self.table, sums, column_sums, shared_sums)
+                self.launch(_sums_kernel, len(sums), arguments, (self.stripe,), num_warps=4)
+                return True
+        self.store(h)
+        return False
+
+    def store(self, h: Hyper) -> None:
+        """Turn sums of squares into this step's means."""
+        g, after = self.geometry, self.owners[2]
+        row_sums, column_sums = self.buffers[0], self.buffers[3 if self.shared else 1]
+        with device_of(g.device):
             self.launch(
                 _means_kernel,
                 len(after),
                 (self.table, after, row_sums, column_sums, h.step, h.seed, float(h.b2)),
-                (state, g.columns, self.stripe, stochastic),
+                (TRITON_DTYPES[g.state], g.columns, self.stripe, h.stochastic, self.shared),
                 num_warps=4,
             )

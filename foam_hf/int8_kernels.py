@@ -35,7 +35,7 @@ from foam_hf.kernels import (
     unfold,
     upload,
 )
-from foam_hf.update import Hyper, Member, moment_names
+from foam_hf.update import Hyper, Member
 
 # Elements of a program of the update and of a warp of it, and registers of a thread.
 TILE, WARP, REGISTERS = 4096, 1024, 128
@@ -375,8 +375,7 @@ def make_int8_launches(members: list[Member]) -> tuple[list[tuple[Member, Launch
     buckets: dict[tuple[Int8Geometry, int, bool], list[tuple[Member, Entry]]] = {}
     unfit = []
     for member in members:
-        moments = tuple(member.state[name] for name in moment_names(member.level, member.second_moment))
-        entry = Entry(member.p, cast(Tensor, member.p.grad), moments, member.level, member.stream)
+        entry = Entry.of(member)
         taken = member.second_moment == "block" and fits_kernels(cast(Int8Weight, member.p).block_size)
         if taken and entry.fits():
             key = (Int8Geometry.of(entry), member.state["step"], member.p.dim() > 1)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from foam_hf.folding import Level, block_width
 from foam_hf.int8_weights import Int8Weight
+from foam_hf.places import Place, local
 from foam_hf.rounding import PHILOX_ROUNDS
 from foam_hf.update import Hyper, Member, moment_names
 
@@ -33,7 +34,9 @@ MAX_COLUMNS = 32768  # a tile of more columns would not fit the registers of a p
 TILE_ELEMENTS, WARP_ELEMENTS = 2048, 512
 # Since then a compiled kernel takes every argument of its function, the constants too.
 DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
-_FIELDS = 7  # weight, gradient, first moment, second moment, rows, columns, stream: one row of the table
+# One row of the table: weight, gradient, first moment, second moment, rows, columns, stream; and where a shard's first
+# row and column are in the whole tensor, and the columns of that.
+_FIELDS = 10
 _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
 
 
@@ -91,7 +94,7 @@ def _update_kernel(
     table, owner, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho, grad_scale,
     FIELDS: tl.constexpr, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr,
     F: tl.constexpr, R: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
-    STOCHASTIC: tl.constexpr, SCALED: tl.constexpr,
+    STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     entry = tl.load(owner + 2 * tl.program_id(0))
     tile = tl.load(owner + 2 * tl.program_id(0) + 1)
@@ -105,6 +108,13 @@ def _update_kernel(
     M = m_address.to(tl.pointer_type(S_DTYPE))
     V = v_address.to(tl.pointer_type(S_DTYPE))
 
+    whole_n, first_row, first_column = n, 0, 0
+    if STOCHASTIC:  # random bits belong to places in the whole tensor
+        first_row, first_column = tl.load(entry + 7), tl.load(entry + 8)
+        whole_n = tl.load(entry + 9).to(tl.int32)
+    draws = tl.cdiv(whole_n, 8)
+    first_draw = first_row * draws + first_column // 8
+
     # Where the segments of this tile are, and where the moments of their blocks.
     per_row = tl.cdiv(n, C)
     segment = tile * R + tl.arange(0, R)
@@ -117,7 +127,7 @@ def _update_kernel(
         mask = inside[:, None]
         m_offset = m_segment.to(tl.int64) if F == C else m_segment.to(tl.int64) * (C // F) + block
         m_mask = inside if F == C else mask
-        draw = segment[:, None].to(tl.int64) * (C // 8)
+        draw = first_draw + segment[:, None].to(tl.int64) * (C // 8)
         share = 1.0 / F
     else:
         row = segment // per_row
@@ -131,7 +141,7 @@ def _update_kernel(
         m_column = (m_segment - m_row * per_row) * (C // F) if F == C else column[:, None] // F + block
         m_offset = m_row.to(tl.int64) * tl.cdiv(n, F) + m_column
         m_mask = (m_row < rows) & (m_column * F < n)
-        draw = row[:, None].to(tl.int64) * tl.cdiv(n, 8) + column[:, None] // 8
+        draw = first_draw + row[:, None].to(tl.int64) * draws + column[:, None] // 8
         share = 1.0 / tl.maximum(tl.minimum(n - m_column * F, F), 1).to(tl.float32)
     W, G, M, V = W + offset, G + offset, M + m_offset, V + m_offset
     if ALIGNED:
@@ -165,12 +175,18 @@ def _update_kernel(
 
     w_bits, m_bits, v_bits = 0, 0, 0
     if STOCHASTIC and W_DTYPE is tl.bfloat16:
-        w_bits = random_bits(seed, step, 4 * stream, draw, R, C)
+        if SHIFTED:
+            w_row = offset // n
+            w_column = offset - w_row * n + first_column
+            w_bits = random_bits_at(seed, step, 4 * stream, w_row + first_row, w_column, whole_n)
+        else:
+            w_bits = random_bits(seed, step, 4 * stream, draw, R, C)
     if STOCHASTIC and S_DTYPE is tl.bfloat16:
-        width = tl.cdiv(n, F)  # a moment's row
+        width, whole_width = tl.cdiv(n, F), tl.cdiv(whole_n, F)  # a moment's row
         m_row = m_offset // width
-        m_bits = random_bits_at(seed, step, 4 * stream + 1, m_row, m_offset - m_row * width, width)
-        v_bits = random_bits_at(seed, step, 4 * stream + 2, m_row, m_offset - m_row * width, width)
+        m_column = m_offset - m_row * width + first_column // F
+        m_bits = random_bits_at(seed, step, 4 * stream + 1, m_row + first_row, m_column, whole_width)
+        v_bits = random_bits_at(seed, step, 4 * stream + 2, m_row + first_row, m_column, whole_width)
     store(W, w, w_bits, mask, W_DTYPE, STOCHASTIC)
     store(M, m, m_bits, m_mask, S_DTYPE, STOCHASTIC)
     store(V, v, v_bits, m_mask, S_DTYPE, STOCHASTIC)
@@ -188,6 +204,15 @@ class Entry:
     moments: tuple[Tensor, ...]  # as state holds them, contiguous
     level: Level
     stream: int
+    place: Place
+    grad_offset: int  # bytes, from where the rank's gradient of the parameter begins
+
+    @classmethod
+    def of(cls, member: Member) -> Entry:
+        moments = tuple(member.moments[name] for name in moment_names(member.level, member.second_moment))
+        grad = member.grad
+        offset = grad.data_ptr() - local(cast(Tensor, member.p.grad)).data_ptr()
+        return cls(member.weight, grad, moments, member.level, member.stream, member.place, offset)
 
     @property
     def columns(self) -> int:
@@ -200,7 +225,13 @@ class Entry:
     def fits(self) -> bool:
         """Whether the kernel takes it; what does not fit goes through ``update.update_parameter``."""
         contiguous = self.weight.is_contiguous() and self.grad.is_contiguous()
-        if not contiguous or self.weight.numel() == 0 or not {x.dtype for x in self.tensors} <= TRITON_DTYPES.keys():
+        if not contiguous or not {x.dtype for x in self.tensors} <= TRITON_DTYPES.keys():
+            return False
+        factored = len(self.moments) == 3
+        if factored and self.place.column_groups:  # no kernel for row means of which other ranks have a part
+            return False
+        # A rank without rows has means of columns all the same.
+        if self.weight.numel() == 0 and not (factored and self.place.row_groups and self.moments[2].numel()):
             return False
         geometry = Geometry.of(self)
         segments = self.weight.numel() // self.columns * -(-self.columns // geometry.columns)
@@ -219,16 +250,19 @@ class Geometry:
     columns: int  # C, a power of two
     even: bool  # every row is whole segments
     aligned: bool  # every row starts on 16 bytes
+    shifted: bool  # columns begin inside of a random draw of eight
 
     @classmethod
     def of(cls, entry: Entry) -> Geometry:
         n = entry.columns
-        width = 1 if entry.level == 0 else _power_of_two(block_width(entry.level, n))
+        width = 1 if entry.level == 0 else _power_of_two(block_width(entry.level, entry.place.columns))
         # Narrow blocks share a segment with their neighbours; eight columns are one random draw.
         columns = max(8, width, min(256, _power_of_two(n)))
         aligned = n % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in entry.tensors)
         dtypes = (entry.weight.dtype, entry.grad.dtype, entry.moments[0].dtype)
-        return cls(entry.weight.device, *dtypes, width, columns, n % columns == 0, aligned)
+        even = n % columns == 0 and (n == entry.place.columns or entry.weight.numel() == n)
+        shifted = entry.place.first_column % 8 != 0 and entry.weight.dtype == torch.bfloat16
+        return cls(entry.weight.device, *dtypes, width, columns, even, aligned, shifted)
 
 
 def _power_of_two(n: int) -> int:
@@ -241,13 +275,14 @@ class AddressTable:
     def __init__(self, geometry: Geometry, entries: list[Entry], table: numpy.ndarray) -> None:
         self.geometry = geometry
         self.streams = numpy.array([entry.stream for entry in entries])
+        self.grad_offsets = numpy.array([entry.grad_offset for entry in entries])
         self._host = torch.from_numpy(table)
         self.table = self._host.to(geometry.device)
         self._compiled: dict[Any, Any] = {}
 
     def move_gradients(self, addresses: numpy.ndarray) -> None:
         """Point to gradients of the same kind elsewhere; ``addresses`` has one for each of ``streams``."""
-        self._host[:, 1] = torch.from_numpy(addresses)
+        self._host[:, 1] = torch.from_numpy(addresses + self.grad_offsets)
         # The driver has read pageable memory when the call returns: no buffer to keep, and nothing waits for the GPU.
         self.table.copy_(self._host, non_blocking=True)
 
@@ -285,7 +320,9 @@ class Launch(AddressTable):
         for i, entry in enumerate(entries):
             n = entry.columns
             rows = entry.weight.numel() // n
-            table[i] = (*(x.data_ptr() for x in entry.tensors), rows, n, entry.stream)
+            place = entry.place
+            where = (place.first_row, place.first_column, place.columns)
+            table[i] = (*(x.data_ptr() for x in entry.tensors), rows, n, entry.stream, *where)
             tiles.append(-(-rows * -(-n // geometry.columns) // self.segments))
         self.programs = sum(tiles)
         self.owner = upload(owner_table(tiles), geometry.device)
@@ -301,7 +338,7 @@ class Launch(AddressTable):
                 (self.table, self.owner, h.step, h.seed, *numbers(h), self.scale(grad_scale)),
                 (
                     *(_FIELDS, TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments),
-                    *(g.columns, g.even, g.aligned, h.stochastic, grad_scale is not None),
+                    *(g.columns, g.even, g.aligned, h.stochastic, grad_scale is not None, g.shifted),
                 ),
                 num_warps=max(1, min(32, g.columns * self.segments // WARP_ELEMENTS)),
             )
@@ -319,15 +356,15 @@ def make_launches(members: list[Member]) -> tuple[list[tuple[Member, Launch | Fa
     from foam_hf.int8_kernels import make_int8_launches
 
     int8_launches, unfit = make_int8_launches([member for member in members if isinstance(member.p, Int8Weight)])
-    buckets: dict[tuple[str, Geometry, int, bool], list[tuple[Member, Entry]]] = {}
+    buckets: dict[tuple[str, Geometry, int, bool, bool], list[tuple[Member, Entry]]] = {}
     for member in members:
         if isinstance(member.p, Int8Weight):
             continue
-        moments = tuple(member.state[name] for name in moment_names(member.level, member.second_moment))
-        entry = Entry(member.p, cast(Tensor, member.p.grad), moments, member.level, member.stream)
+        entry = Entry.of(member)
         if entry.fits():
             # Parameters that missed steps have bias corrections of their own, vectors a scale of their own.
-            key = (member.second_moment, Geometry.of(entry), member.state["step"], member.p.dim() > 1)
+            shared = bool(entry.place.row_groups)
+            key = (member.second_moment, Geometry.of(entry), member.state["step"], member.p.dim() > 1, shared)
             buckets.setdefault(key, []).append((member, entry))
         else:
             unfit.append(member)

@@ -13,7 +13,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from foam_hf.update import Hyper, Member, update_parameter
+from foam_hf.places import is_sharded, local
+from foam_hf.sharding import add_over_ranks
+from foam_hf.update import FactoredMoment, Hyper, Member, update_parameter
 
 if TYPE_CHECKING:
     from foam_hf.factored_kernels import FactoredLaunch
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 KERNEL_VARIABLE = "FOAM_HF_KERNEL"
 State = MutableMapping[str, Any]
+Unfinished = Any  # a FactoredMoment or FactoredLaunch: ``sums`` and ``store``
 
 
 def use_kernels(device: torch.device) -> bool:
@@ -56,21 +59,22 @@ class StepPlan:
         self._rest: list[tuple[dict[str, Any], Member]] = []
         for group, mine in zip(groups, members, strict=True):
             self._add(group, mine)
-        self._states = [member.state for mine in members for member in mine]
+        self._states = list({id(member.state): member.state for mine in members for member in mine}.values())
         if not self._launches:
             return  # without tables there is nothing to keep
-        self._params = [member.p for mine in members for member in mine]
+        self._params = list({id(member.p): member.p for mine in members for member in mine}.values())
+        self._sharded = any(is_sharded(p) for p in self._params)
         self._all_params = [p for group in groups for p in group["params"]]
         self._all_states = list(state.values())
         moments = [(known, name) for known in self._states for name in known if isinstance(known[name], Tensor)]
         self._holders, self._names = [known for known, _ in moments], [name for _, name in moments]
         self._rules = _rules(groups)
-        self._grad_kinds, self._grads = _gradients(self._all_params)
+        self._grad_kinds, self._grads = _gradients(self._all_params, self._sharded)
         self._addresses = self._current_addresses()
 
     def _add(self, group: dict[str, Any], members: list[Member]) -> None:
-        unfit = [member for member in members if not use_kernels(member.p.device)]
-        fused = [member for member in members if use_kernels(member.p.device)]
+        unfit = [member for member in members if not use_kernels(local(member.p).device)]
+        fused = [member for member in members if use_kernels(local(member.p).device)]
         if fused:
             from foam_hf.kernels import make_launches
 
@@ -91,7 +95,7 @@ class StepPlan:
             and self._current_addresses() == self._addresses
         ):
             return False
-        kinds, addresses = _gradients(params)
+        kinds, addresses = _gradients(params, self._sharded)
         if kinds != self._grad_kinds:
             return False
         if not numpy.array_equal(addresses, self._grads):
@@ -108,17 +112,26 @@ class StepPlan:
             _refuse_capture()
         for state in self._states:
             state["step"] += 1
+        unfinished: list[tuple[Unfinished, Hyper]] = []
         for group, member, launch in self._launches:
-            launch.run(hyper(group, member), grad_scale)
+            h = hyper(group, member)
+            if launch.run(h, grad_scale):
+                unfinished.append((launch, h))
         if self._launches:  # autograd cannot see that a kernel wrote the weights
             torch.autograd.graph.increment_version(self._params)
         for group, member in self._rest:
-            _update_plainly(member, hyper(group, member), grad_scale)
+            h = hyper(group, member)
+            left = _update_plainly(member, h, grad_scale)
+            if left is not None:
+                unfinished.append((left, h))
+        if unfinished:
+            _finish(unfinished)
 
     def _current_addresses(self) -> list[int]:
         # What a kernel was told the address of must still be there when it runs again.
         moments = map(operator.getitem, self._holders, self._names)
-        return [*map(Tensor.data_ptr, self._params), *map(Tensor.data_ptr, moments)]
+        held = [*self._params, *moments]
+        return list(map(Tensor.data_ptr, map(local, held) if self._sharded else held))
 
 
 class ParameterPlan:
@@ -167,11 +180,18 @@ class ParameterPlan:
         return [p.data_ptr(), *(x.data_ptr() for x in state.values() if isinstance(x, Tensor))]
 
 
-def _update_plainly(member: Member, h: Hyper, grad_scale: Tensor | None) -> None:
-    p, state, level, second_moment, _ = member
-    grad = cast(Tensor, p.grad)
-    grad = grad if grad_scale is None else grad.float() / grad_scale.to(grad.device)
-    update_parameter(p, grad, state, level, second_moment, h)
+def _update_plainly(member: Member, h: Hyper, grad_scale: Tensor | None) -> FactoredMoment | None:
+    grad = member.grad if grad_scale is None else member.grad.float() / grad_scale.to(member.grad.device)
+    return update_parameter(member.weight, grad, member.moments, member.level, member.second_moment, h, member.place)
+
+
+def _finish(unfinished: list[tuple[Unfinished, Hyper]]) -> None:
+    """What the factored rule has left to do when the ranks of a shard know each other's sums."""
+    # By parameter and piece, as which of them share a launch may differ from rank to rank.
+    parts = sorted((part for one, _ in unfinished for part in one.sums), key=operator.itemgetter(0))
+    add_over_ranks([(groups, tensor) for _, groups, tensor in parts])
+    for one, h in unfinished:
+        one.store(h)
 
 
 def _refuse_capture() -> None:
@@ -196,7 +216,7 @@ def _rules(groups: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
     return [(group["level"], group["second_moment"]) for group in groups]
 
 
-def _gradients(params: list[Tensor]) -> tuple[list[Any], numpy.ndarray]:
+def _gradients(params: list[Tensor], sharded: bool) -> tuple[list[Any], numpy.ndarray]:
     """Every parameter's gradient: what a launch is compiled for, and its address, 0 for none or a sparse one.
 
     It runs in every step, over hundreds of small tensors, hence the passes without a line of Python for each.
@@ -204,7 +224,10 @@ def _gradients(params: list[Tensor]) -> tuple[list[Any], numpy.ndarray]:
     grads = [p.grad for p in params]
     missing = [grad is None for grad in grads]
     present = [grad for grad in grads if grad is not None]
-    dtypes = [grad.dtype for grad in present]
+    dtypes: list[Any] = [grad.dtype for grad in present]
+    if sharded:
+        dtypes += [getattr(grad, "placements", None) for grad in present]
+        present = list(map(local, present))
     try:
         contiguous = list(map(Tensor.is_contiguous, present))
         found = list(map(Tensor.data_ptr, present))

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from foam_hf.int8_weights import Int8Weight
 from foam_hf.optimizer import FOAM, effective_rule, state_spec
 from foam_hf.options import check_options
+from foam_hf.places import local
+from foam_hf.sharding import local_shape
 from foam_hf.storages import state_storages, storages, total, without
 
 UNAVAILABLE = "unavailable"
@@ -91,7 +93,7 @@ def breakdown(model: nn.Module, optimizer: Any) -> MemoryBreakdown:
         shares = {name: size / peak for name, size in on_device.items()} if peak else None
     trainable = [p for p in model.parameters() if p.requires_grad]
     return MemoryBreakdown(
-        parameters=sum(_local(p).numel() for p in trainable),
+        parameters=sum(local(p).numel() for p in trainable),
         adamw=adamw_state_bytes(trainable),
         weights=total(weights),
         gradients=total(gradients),
@@ -104,6 +106,8 @@ def breakdown(model: nn.Module, optimizer: Any) -> MemoryBreakdown:
 
 def expected_state_bytes(param_groups: Iterable[Mapping[str, Any]]) -> int:
     """The bytes of state that FOAM will hold for `param_groups`, from shapes alone; nothing is allocated.
+
+    Of DTensors, what this process will hold.
 
     Args:
         param_groups: of a FOAM optimizer, or from `foam_param_groups`; FOAM's default arguments fill in what is
@@ -123,7 +127,7 @@ def adamw_state_bytes(params: Iterable[Tensor]) -> int:
             do not count.
     """
     unique = {id(p): p for p in params if p.requires_grad}
-    return sum(2 * local.numel() * local.element_size() + 4 for local in map(_local, unique.values()))
+    return sum(2 * mine.numel() * mine.element_size() + 4 for mine in map(local, unique.values()))
 
 
 def format_bytes(n: int | None) -> str:
@@ -200,8 +204,5 @@ def _filled(param_groups: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any
 
 
 def _expected(p: Tensor, group: dict[str, Any]) -> int:
-    return sum(shape.numel() * dtype.itemsize for shape, dtype in state_spec(p, group).values())
-
-
-def _local(p: Tensor) -> Tensor:
-    return p.to_local() if hasattr(p, "to_local") else p  # DTensor
+    spec = state_spec(p, group).items()
+    return sum(local_shape(p, name, shape).numel() * dtype.itemsize for name, (shape, dtype) in spec)

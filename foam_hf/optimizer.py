@@ -15,6 +15,8 @@ from foam_hf.folding import Level, num_blocks
 from foam_hf.int8_weights import Int8Weight
 from foam_hf.launches import ParameterPlan, StepPlan
 from foam_hf.options import check_field_names, check_options, check_parameter
+from foam_hf.places import is_sharded
+from foam_hf.sharding import as_state_of, empty_state, follow_placements, pieces_of
 from foam_hf.update import Hyper, Member
 
 StateSpec = dict[str, tuple[torch.Size, torch.dtype]]
@@ -103,6 +105,8 @@ class FOAM(torch.optim.Optimizer):
                 raise ValueError("a parameter is listed twice in one param group; expected each parameter once")
             for p in group["params"]:
                 check_parameter(p)
+                if is_sharded(p):
+                    pieces_of(p, *effective_rule(p, group))
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -132,14 +136,29 @@ class FOAM(torch.optim.Optimizer):
         return loss
 
     def _members(self) -> list[list[Member]]:
-        """Every parameter with a gradient, by group, with state."""
-        for i, p in enumerate(self._parameters()):
+        """Every parameter with a gradient, by group, with state; of DTensors, the pieces of this rank's shard."""
+        params = list(self._parameters())
+        if len({id(p) for p in params}) < len(params):  # what was swapped behind our back
+            raise ValueError("a parameter is listed twice in the param groups; expected each parameter once")
+        for i, p in enumerate(params):
             _check_gradient(p, i)
+            if p.grad is not None and is_sharded(p):
+                follow_placements(p)
         stream = itertools.count()  # a parameter keeps its random stream, whichever others have gradients
         return [
-            [self._member(p, group, i) for p, i in zip(group["params"], stream, strict=False) if p.grad is not None]
+            [
+                member
+                for p, i in zip(group["params"], stream, strict=False)
+                if p.grad is not None
+                for member in self._pieces(p, group, i)
+            ]
             for group in self.param_groups
         ]
+
+    def _pieces(self, p: Tensor, group: dict[str, Any], stream: int) -> list[Member]:
+        pieces = pieces_of(p, *effective_rule(p, group)) if is_sharded(p) else [None]
+        member = self._member(p, group, stream)
+        return [member._replace(piece=piece) for piece in pieces]
 
     def _member(self, p: Tensor, group: dict[str, Any], stream: int) -> Member:
         """``p``, the parameter number ``stream`` of all, as a step sees it; it has state from now on."""
@@ -165,7 +184,11 @@ class FOAM(torch.optim.Optimizer):
         if not state:
             state["step"] = 0
             for name, (shape, dtype) in spec.items():
-                state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
+                state[name] = (
+                    empty_state(p, name, shape, dtype)
+                    if is_sharded(p)
+                    else torch.zeros(shape, dtype=dtype, device=p.device)
+                )
         problem = _state_problem(state, spec)
         if problem:
             raise ValueError(
@@ -181,6 +204,13 @@ class FOAM(torch.optim.Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; dtypes in param groups are names, as torch.distributed.checkpoint gathers no other objects."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
+        return saved
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint. Hyperparameters come from it, as in torch; state keeps the dtypes it was saved in.
 
@@ -189,6 +219,7 @@ class FOAM(torch.optim.Optimizer):
                 shapes; nothing is changed then.
         """
         saved_states = _check_checkpoint(state_dict, self.param_groups)
+        state_dict = {**state_dict, "param_groups": [_with_dtype(group) for group in state_dict["param_groups"]]}
         replaced = {
             f"{name}={mine[name]} by {saved[name]}"
             for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
@@ -202,7 +233,7 @@ class FOAM(torch.optim.Optimizer):
         for p, saved in zip(self._parameters(), saved_states, strict=True):
             for name, value in saved.items():
                 if name != "step":
-                    self.state[p][name] = value.detach().to(p.device, copy=True).contiguous()
+                    self.state[p][name] = as_state_of(p, name, value)
         self._plan = None
 
     def _parameters(self) -> Iterator[Tensor]:
@@ -258,6 +289,12 @@ def state_spec(p: Tensor, group: dict[str, Any]) -> StateSpec:
         return {"folded_exp_avg": (folded, dtype), "folded_exp_avg_sq": (folded, dtype)}
     rows, columns = p.shape[:-1], torch.Size((*p.shape[:-2], p.shape[-1]))
     return {"folded_exp_avg": (folded, dtype), "row_exp_avg_sq": (rows, dtype), "col_exp_avg_sq": (columns, dtype)}
+
+
+def _with_dtype(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved param group with ``state_dtype`` as a dtype; groups of earlier versions hold one."""
+    name = saved.get("state_dtype")
+    return {**saved, "state_dtype": getattr(torch, name)} if isinstance(name, str) else saved
 
 
 def _plain(value: Any) -> Any:

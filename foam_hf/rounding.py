@@ -35,25 +35,39 @@ def _mix(product: Tensor, word: Tensor, key: int) -> Tensor:
     return ((product >> 32) ^ word).bitwise_xor_(key).bitwise_and_(_WORD)
 
 
-def random_bits(rows: range, n: int, *, seed: int, step: int, stream: int, device: torch.device) -> Tensor:
-    """16 random bits, as int32 in [0, 65536), for the columns ``0..n`` of ``rows``: shape (len(rows), n).
+def random_bits(
+    rows: range, n: int, *, seed: int, step: int, stream: int, device: torch.device, columns: range | None = None
+) -> Tensor:
+    """16 random bits, as int32 in [0, 65536), for ``columns`` (default: all ``n``) of ``rows``: (len(rows), columns).
 
-    ``rows`` are indices in the whole tensor; ``stream`` tells the tensors of one optimizer apart.
+    ``rows`` and ``columns`` are indices in the whole tensor, whose rows have ``n``; ``stream`` tells the tensors of
+    one optimizer apart.
     """
-    words = random_words(rows, n, seed=seed, step=step, stream=stream, device=device)
+    columns = range(n) if columns is None else columns
+    words = random_words(rows, n, seed=seed, step=step, stream=stream, device=device, columns=columns)
     # The low half of a word serves the earlier of its two columns: every platform of torch is little-endian.
-    return words.view(torch.int16)[:, :n].to(torch.int32).bitwise_and_(0xFFFF)
+    first = columns.start % ELEMENTS_PER_DRAW
+    bits = words.view(torch.int16)[:, first : first + len(columns)]
+    return bits.to(torch.int32).bitwise_and_(0xFFFF)
 
 
-def random_words(rows: range, n: int, *, seed: int, step: int, stream: int, device: torch.device) -> Tensor:
-    """32 random bits, int32, for every two columns of ``rows``: shape (len(rows), 4 * ceil(n / 8))."""
+def random_words(
+    rows: range, n: int, *, seed: int, step: int, stream: int, device: torch.device, columns: range | None = None
+) -> Tensor:
+    """32 random bits, int32, for every two of ``columns`` (default: all ``n``) of ``rows``, in whole draws of eight.
+
+    Shape (len(rows), 4 * draws), from the draw in which ``columns`` begin.
+    """
+    columns = range(n) if columns is None else columns
     draws = -(-n // ELEMENTS_PER_DRAW)
-    draw = torch.arange(rows.start * draws, rows.stop * draws, device=device)
+    first, last = columns.start // ELEMENTS_PER_DRAW, -(-columns.stop // ELEMENTS_PER_DRAW)
+    draw = torch.arange(rows.start * draws, rows.stop * draws, device=device).view(len(rows), draws)
+    draw = draw[:, first:last].flatten()
     constant = torch.zeros(1, dtype=torch.int64, device=device)
     counter = (draw & _WORD, draw >> 32, constant + step, constant + stream)
-    words = torch.empty(len(rows), draws, 4, dtype=torch.int32, device=device)
+    words = torch.empty(len(rows), last - first, 4, dtype=torch.int32, device=device)
     for i, word in enumerate(philox_4x32(counter, seed)):
-        words[..., i] = word.view(len(rows), draws)
+        words[..., i] = word.view(len(rows), last - first)
     return words.flatten(1)
 
 

@@ -10,7 +10,8 @@ What this file relies on, in transformers 4.57 to 5.x, and what it is for:
 * `Trainer.get_decay_parameter_names(model)`: called. Where it cannot be, `foam_param_groups` has an equal rule.
 * `Trainer.train`: wrapped, to refuse sharded training, to hand the trainer to `OptimizerMemoryCallback` and to release
   gradients, for which `trainer_release` says what it needs. It reads
-  `trainer.callback_handler.callbacks`, `is_deepspeed_enabled`, `is_fsdp_enabled` and `accelerator.parallelism_config`.
+  `trainer.callback_handler.callbacks`, `is_deepspeed_enabled` and `accelerator.parallelism_config`; what it needs to
+  know of FSDP is in `trainer_fsdp`.
 * `Trainer._load_from_checkpoint`: wrapped where it is, so that INT8 checkpoints meet models that hold the same.
 * `transformers.modelcard.extract_hyperparameters_from_trainer`: wrapped, so that model cards name the optimizer.
 
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from foam_hf.optim_args import FOAM_NAMES, foam_options
+from foam_hf.trainer_fsdp import fsdp_in_use, refuse_with_fsdp, unsupported_fsdp
 from foam_hf.trainer_int8 import refuse_other_optimizer, refuse_ready_made_optimizer, refusing_other_checkpoints
 
 logger = logging.getLogger("foam_hf")
@@ -233,22 +235,24 @@ def _bind_memory_callbacks(trainer: Any) -> None:
 
 
 def _refuse_sharding(args: Any, model: Any = None, trainer: Any = None) -> None:
-    """Raise ValueError where the optimizer would receive shards of weights."""
+    """Raise ValueError where the optimizer would receive pieces of weights other than FSDP2's."""
     found = _sharding(args, model, trainer)
     if found is not None:
         raise ValueError(
-            f"optim={_name(args.optim)!r} does not run with {found} yet: it folds the columns of whole weights, and "
-            "would receive pieces of them. What works: one GPU, or several with DDP (torchrun or accelerate launch "
-            "without DeepSpeed, FSDP, tensor or expert parallelism); FOAM's state is small enough to stay whole."
+            f"optim={_name(args.optim)!r} does not run with {found}. What works: one GPU, or several with DDP or with "
+            "FSDP2 of accelerate 1.6 or newer (fsdp_version: 2), started by torchrun or accelerate launch."
         )
+    if fsdp_in_use(args, trainer):
+        refuse_with_fsdp(model, trainer, _releases_gradients(args))
 
 
 def _sharding(args: Any, model: Any, trainer: Any) -> str | None:
-    """What splits the weights, or None, as far as the arguments known by now can tell."""
-    for name, option in (("DeepSpeed", "deepspeed"), ("FSDP", "fsdp")):
-        launched = os.environ.get(f"ACCELERATE_USE_{option.upper()}", "").lower() in ("1", "true", "yes")
-        if launched or getattr(args, option, None) or getattr(trainer, f"is_{option}_enabled", False):
-            return name
+    """What splits the weights in a way that has no path, or None, as far as the arguments known by now can tell."""
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes")
+    if launched or getattr(args, "deepspeed", None) or getattr(trainer, "is_deepspeed_enabled", False):
+        return "DeepSpeed, which hands an optimizer flat pieces of many weights, cut anywhere"
+    if found := unsupported_fsdp(args, trainer):
+        return found
     from transformers.utils import is_sagemaker_mp_enabled
 
     if is_sagemaker_mp_enabled():
@@ -262,11 +266,10 @@ def _sharding(args: Any, model: Any, trainer: Any) -> str | None:
         return "expert parallelism"
     parallelism = getattr(getattr(trainer, "accelerator", args), "parallelism_config", None)
     if degree(model, "tp_size") > 1 or degree(parallelism, "tp_size") > 1:
-        return "tensor parallelism"
-    if degree(parallelism, "dp_shard_size") > 1:
-        return "FSDP"
-    if model is not None and any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-        return "a model sharded into DTensors"
+        return "tensor parallelism, as Trainer would save the optimizer state of one process alone"
+    sharded = model is not None and any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    if sharded and not fsdp_in_use(args, trainer):
+        return "a model sharded before the Trainer got it, whose optimizer state it would save from one process alone"
     return None
 
 

@@ -9,10 +9,11 @@ A rule updates its moments in place and returns the numerator and the denominato
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from foam_hf.folding import Level, block_width, blocked, split_moment
 from foam_hf.int8_update import Int8Rows
 from foam_hf.int8_weights import Int8Weight
+from foam_hf.places import Group, Piece, Place, whole
 from foam_hf.rounding import random_bits, stochastic_round_
 
 Fraction = tuple[Tensor, Tensor]
@@ -45,13 +47,35 @@ class Hyper:
 
 
 class Member(NamedTuple):
-    """A parameter with a gradient, as a step sees it."""
+    """A parameter with a gradient, or a piece of its shard, as a step sees it."""
 
     p: Tensor
     state: MutableMapping[str, Any]
     level: Level
     second_moment: str
     stream: int
+    piece: Piece | None = None  # of a DTensor
+
+    @property
+    def weight(self) -> Tensor:
+        return self.p if self.piece is None else self.piece.of(self.p)
+
+    @property
+    def grad(self) -> Tensor:
+        grad = cast(Tensor, self.p.grad)
+        return grad if self.piece is None else self.piece.of(grad)
+
+    @property
+    def place(self) -> Place:
+        return whole(self.p) if self.piece is None else self.piece.place
+
+    @property
+    def moments(self) -> MutableMapping[str, Any]:
+        """The state, of this piece."""
+        piece = self.piece
+        if piece is None:
+            return self.state
+        return {name: piece.of(value) for name, value in self.state.items() if isinstance(value, Tensor)}
 
 
 def moment_names(level: Level, second_moment: str) -> tuple[str, ...]:
@@ -106,8 +130,8 @@ def step_(W: Tensor, U: Fraction, h: Hyper) -> None:
 class PlainRows:
     """A weight of float32, bfloat16 or float16 as rows that load decayed, and take what became of them."""
 
-    def __init__(self, p: Tensor, n: int) -> None:
-        self.p, self.rows = p, _as_rows(p, n)
+    def __init__(self, p: Tensor, n: int, place: Place) -> None:
+        self.p, self.rows, self.place = p, _as_rows(p, n), place
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -118,7 +142,8 @@ class PlainRows:
         return W.mul_(1 - h.lr * h.weight_decay) if h.weight_decay else W
 
     def store(self, rows: range, W: Tensor, h: Hyper) -> None:
-        _store(self.rows, rows, W, h, kind=0)
+        place = self.place
+        _store(self.rows, rows, W, h, 0, place.first_row, place.first_column, place.columns)
 
     def finish(self) -> None:
         if self.rows.data_ptr() != self.p.data_ptr():
@@ -129,23 +154,28 @@ class FactoredMoment:
     """The running row means ``r`` (..., rows) and column means ``c`` (..., n) of ``G*G``: V = outer(r, c) / mean(r).
 
     Leading dimensions are separate matrices. One pass serves: chunks read the V of the steps before, and add their own
-    squares to the sums that ``store`` turns into this step's means.
+    squares to the sums that ``store`` turns into this step's means, once ``sums`` are those of whole matrices.
     """
 
-    def __init__(self, r: Tensor, c: Tensor) -> None:
-        self.r, self.c = r.view(-1, r.shape[-1]), c.view(-1, c.shape[-1])
-        self.rows_per_matrix, self.matrices = self.r.shape[-1], self.r.shape[0]
+    def __init__(self, r: Tensor, c: Tensor, place: Place, stream: int) -> None:
+        self.stream = stream
+        self.place, self.matrices, self.rows_per_matrix = place, math.prod(c.shape[:-1]), r.shape[-1]
+        self.r, self.c = r.view(self.matrices, r.shape[-1]), c.view(self.matrices, c.shape[-1])
         r32, self.columns = self.r.float(), self.c.float()
+        # Where other ranks have some of the rows, the mean of all column means is the same number.
+        mean = (self.columns if place.row_groups else r32).mean(-1, keepdim=True)
         # Where no gradient has ever been, mean(r) is zero, and V must be zero, not 0/0.
-        mean = r32.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        self.rows = (r32 / mean).view(-1, 1)
-        self.row_means = torch.empty(r.numel(), device=r.device)
+        self.rows = (r32 / mean.clamp_min(torch.finfo(torch.float32).tiny)).view(-1, 1)
+        self.row_means = torch.zeros(r.numel(), device=r.device)
         self.column_sums = torch.zeros_like(self.columns)
 
     def chunk(self, rows: range, G: Tensor) -> Tensor:
         """V of the steps before for ``rows``, whose gradient ``G`` is added to this step's means."""
         GG = G.square()
-        torch.mean(GG, -1, out=self.row_means[rows.start : rows.stop])
+        row_means = self.row_means[rows.start : rows.stop]
+        torch.mean(GG, -1, out=row_means)
+        if self.place.column_groups:
+            row_means *= G.shape[-1] / self.place.columns
         if self.matrices == 1:
             self.column_sums += GG.sum(0)
             return self.rows[rows.start : rows.stop] * self.columns
@@ -153,12 +183,18 @@ class FactoredMoment:
         self.column_sums.index_add_(0, matrix, GG)
         return self.rows[rows.start : rows.stop] * self.columns[matrix]
 
+    @property
+    def sums(self) -> list[tuple[tuple[int, int], tuple[Group, ...], Tensor]]:
+        """What has to be added up over other ranks before ``store``: whose it is, over which ranks, the sums."""
+        place, key = self.place, (self.stream, self.place.first_matrix)
+        return [(key, place.row_groups, self.column_sums), (key, place.column_groups, self.row_means)]
+
     def store(self, h: Hyper) -> None:
-        r32, c32 = self.r.float(), self.columns
+        r32, c32, place = self.r.float(), self.columns, self.place
         r32.lerp_(self.row_means.view_as(r32), 1 - h.b2)
-        c32.lerp_(self.column_sums / self.rows_per_matrix, 1 - h.b2)
-        _store(self.r.view(1, -1), range(1), r32.view(1, -1), h, kind=2)
-        _store(self.c, range(self.matrices), c32, h, kind=3)
+        c32.lerp_(self.column_sums / place.rows, 1 - h.b2)
+        _store(self.r.view(1, -1), range(1), r32.view(1, -1), h, 2, 0, place.first_row, place.all_rows)
+        _store(self.c, range(self.matrices), c32, h, 3, place.first_matrix, place.first_column, place.columns)
 
 
 # Elements of a pass: small enough to stay in a core's cache, or to bound the temporaries on a GPU.
@@ -166,24 +202,36 @@ CHUNK_CPU, CHUNK_GPU = 1 << 18, 1 << 24
 
 
 def update_parameter(
-    p: Tensor, grad: Tensor, state: MutableMapping[str, Any], level: Level, second_moment: str, h: Hyper
-) -> None:
+    p: Tensor,
+    grad: Tensor,
+    state: MutableMapping[str, Any],
+    level: Level,
+    second_moment: str,
+    h: Hyper,
+    place: Place | None = None,
+) -> FactoredMoment | None:
     """Advance one parameter and its state by one step, a bounded chunk of rows at a time.
 
     ``p`` and ``grad`` have one shape, any float dtypes and strides (``p`` may be an INT8 weight); ``state`` holds the
     tensors ``foam_hf.FOAM`` describes. All arithmetic is float32. Rows do not mix (the factored rule's column means
-    excepted), so chunks change nothing.
+    excepted), so chunks change nothing. ``place`` says where in a whole tensor they lie, if they are a piece of one.
+
+    Returns:
+        what is left to ``store`` when its ``sums`` have been added up over other ranks; None if all is done.
     """
-    if p.numel() == 0:
-        return
+    place = whole(p) if place is None else place
+    shared = second_moment == "factored" and bool(place.row_groups or place.column_groups)
+    if p.numel() == 0 and not shared:
+        return None
     n = p.shape[-1] if p.dim() else 1
-    width = block_width(level, n)
-    weight = Int8Rows(p) if isinstance(p, Int8Weight) else PlainRows(p, n)
+    width = block_width(level, place.columns)
+    weight = Int8Rows(p) if isinstance(p, Int8Weight) else PlainRows(p, n, place)
     gradient = _as_rows(grad, n)
     tensors = [state[name] for name in moment_names(level, second_moment)]
-    factored = FactoredMoment(tensors.pop(1), tensors.pop(1)) if second_moment == "factored" else None
+    factored = FactoredMoment(tensors.pop(1), tensors.pop(1), place, h.stream) if second_moment == "factored" else None
     moments = [_as_rows(x, -(-n // width)) for x in tensors]
-    for rows in _chunks(len(weight), n, p.device):
+    blocks = -(-place.columns // width)
+    for rows in _chunks(len(weight) if n else 0, n, p.device):
         W, G = weight.load(rows, h), _load(gradient, rows)
         loaded = [_load(moment, rows) for moment in moments]
         m = loaded[0]
@@ -199,19 +247,21 @@ def update_parameter(
                 step_(Wi, block_rule(Gi, mi, vi, h), h)
         weight.store(rows, W, h)
         for kind, (moment, value) in enumerate(zip(moments, loaded, strict=True), start=1):
-            _store(moment, rows, value, h, kind)
-    if factored is not None:
-        factored.store(h)
+            _store(moment, rows, value, h, kind, place.first_row, place.first_column // width, blocks)
     weight.finish()
+    if factored is None or shared:
+        return factored
+    factored.store(h)
+    return None
 
 
 def _as_rows(x: Tensor, n: int) -> Tensor:
     """``x`` as (rows, n): a view where its strides allow, else a copy."""
-    return x.detach().reshape(-1, n)
+    return x.detach().reshape(x.numel() // n if n else math.prod(x.shape[:-1]), n)
 
 
 def _chunks(rows: int, n: int, device: torch.device) -> Iterator[range]:
-    size = max(1, (CHUNK_CPU if device.type == "cpu" else CHUNK_GPU) // n)
+    size = max(1, (CHUNK_CPU if device.type == "cpu" else CHUNK_GPU) // max(1, n))
     return (range(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
@@ -219,11 +269,20 @@ def _load(x: Tensor, rows: range) -> Tensor:
     return x[rows.start : rows.stop].float()
 
 
-def _store(x: Tensor, rows: range, value: Tensor, h: Hyper, kind: int) -> None:
-    """Write ``value`` to ``rows`` of ``x``, unless it is those rows; ``kind`` tells a parameter's tensors apart."""
+def _store(
+    x: Tensor, rows: range, value: Tensor, h: Hyper, kind: int, first_row: int, first_column: int, n: int
+) -> None:
+    """Write ``value`` to ``rows`` of ``x``, unless it is those rows; ``kind`` tells a parameter's tensors apart.
+
+    In the whole tensor, whose rows have ``n`` columns, ``x`` begins at ``first_row`` and ``first_column``.
+    """
     if x.dtype == torch.float32 and value.data_ptr() == x[rows.start : rows.stop].data_ptr():
         return
     if x.dtype == torch.bfloat16 and h.stochastic:
-        bits = random_bits(rows, x.shape[-1], seed=h.seed, step=h.step, stream=4 * h.stream + kind, device=x.device)
+        where = range(first_row + rows.start, first_row + rows.stop)
+        columns = range(first_column, first_column + x.shape[-1])
+        bits = random_bits(
+            where, n, seed=h.seed, step=h.step, stream=4 * h.stream + kind, device=x.device, columns=columns
+        )
         value = stochastic_round_(value.contiguous(), bits)
     x[rows.start : rows.stop] = value
