@@ -68,7 +68,7 @@ def _load_row(base, offset, column, mask, ALIGNED: tl.constexpr):
 @triton.jit(do_not_specialize=["step", "seed"])
 def _update_kernel(
     table, owner, row_sums, column_sums, means, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho,
-    grad_scale, counts, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr,
+    grad_scale, told, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr,
     SCALED: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
@@ -134,7 +134,7 @@ def _update_kernel(
         m += (1 - b1) * (block_mean - m)
         center = m * inv_c1 - rho * block_mean
         if CHECKED:
-            finite = kept_finite(square, counts + stream, m_mask)
+            finite = kept_finite(square, told + stream, step, m_mask)
             square, m = tl.where(finite, square, 0.0), tl.where(finite, m, old_m)
             center = tl.where(finite, center, float("nan"))  # so that each element of a block can see that it is kept
         center = unfold(center, R, C, F)
@@ -162,7 +162,7 @@ def _update_kernel(
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _means_kernel(
-    table, owner, row_sums, column_sums, step, seed, b2, counts, S_DTYPE: tl.constexpr, C: tl.constexpr,
+    table, owner, row_sums, column_sums, step, seed, b2, told, S_DTYPE: tl.constexpr, C: tl.constexpr,
     S: tl.constexpr, STOCHASTIC: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """The new row means, or behind them the new column means, of ``LANES`` rows or columns."""
@@ -198,7 +198,7 @@ def _means_kernel(
         width, kind, total = n.to(tl.int64), 3, total / rows
     old = tl.load(target, mask=mask, other=0.0).to(tl.float32)
     if CHECKED:  # blocks of finite squares whose sum is infinite
-        total = tl.where(kept_finite(total, counts + stream, mask), total, old)
+        total = tl.where(kept_finite(total, told + stream, step, mask), total, old)
     bits = 0
     if STOCHASTIC and S_DTYPE is tl.bfloat16:
         bits = random_bits_at(seed, step, 4 * stream + kind, row, column, width)
@@ -235,21 +235,21 @@ class FactoredLaunch(AddressTable):
         self.owners = [upload(owner_table([count[k] for count in counts]), geometry.device) for k in range(3)]
         self.buffers = [torch.empty(size, dtype=torch.float32, device=geometry.device) for size in sizes.tolist()]
 
-    def run(self, h: Hyper, grad_scale: Tensor | None = None, counts: Tensor | None = None) -> None:
+    def run(self, h: Hyper, grad_scale: Tensor | None = None, told: Tensor | None = None) -> None:
         g = self.geometry
         row_sums, column_sums, means = self.buffers
         before, update, after = self.owners
         state, stochastic = TRITON_DTYPES[g.state], h.stochastic
-        scale, counted = self.scale(grad_scale), self.counts(counts)
+        scale, place = self.scale(grad_scale), self.told(told)
         with device_of(g.device):
             self.launch(_mean_kernel, len(before), (self.table, before, means), (state,), num_warps=4)
             self.launch(
                 _update_kernel,
                 len(update),
-                (self.table, update, row_sums, column_sums, means, h.step, h.seed, *numbers(h), scale, counted),
+                (self.table, update, row_sums, column_sums, means, h.step, h.seed, *numbers(h), scale, place),
                 (
                     *(TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments, g.columns),
-                    *(self.stripe, g.aligned, stochastic, grad_scale is not None, counts is not None),
+                    *(self.stripe, g.aligned, stochastic, grad_scale is not None, told is not None),
                 ),
                 num_warps=self.warps,
                 **self.options,
@@ -257,7 +257,7 @@ class FactoredLaunch(AddressTable):
             self.launch(
                 _means_kernel,
                 len(after),
-                (self.table, after, row_sums, column_sums, h.step, h.seed, float(h.b2), counted),
-                (state, g.columns, self.stripe, stochastic, counts is not None),
+                (self.table, after, row_sums, column_sums, h.step, h.seed, float(h.b2), place),
+                (state, g.columns, self.stripe, stochastic, told is not None),
                 num_warps=4,
             )

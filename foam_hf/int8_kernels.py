@@ -118,7 +118,7 @@ def new_scales(values, s, peak, R: tl.constexpr, C: tl.constexpr, B: tl.constexp
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _update_kernel(
-    table, owner, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho, grad_scale, counts,
+    table, owner, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho, grad_scale, told,
     G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr, B: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     EVEN: tl.constexpr, ALIGNED: tl.constexpr, DECAYS: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr,
     CHECKED: tl.constexpr, NVIDIA: tl.constexpr,
@@ -178,7 +178,7 @@ def _update_kernel(
         m += (1 - b1) * (mean - m)
         v += (1 - b2) * (square - v)
     if CHECKED:
-        finite = kept_finite(square, counts + stream, m_mask)
+        finite = kept_finite(square, told + stream, step, m_mask)
         m, v = tl.where(finite, m, old_m), tl.where(finite, v, old_v)
     m_bits, v_bits = 0, 0
     if STOCHASTIC and S_DTYPE is tl.bfloat16:
@@ -363,7 +363,7 @@ class Int8Launch(Launch):
         light = geometry.width > 1 and geometry.aligned and geometry.columns <= TILE
         self.options = {"maxnreg": REGISTERS} if self.nvidia and light and geometry.state == torch.float32 else {}
 
-    def run(self, h: Hyper, grad_scale: Tensor | None = None, counts: Tensor | None = None) -> None:
+    def run(self, h: Hyper, grad_scale: Tensor | None = None, told: Tensor | None = None) -> None:
         g = cast(Int8Geometry, self.geometry)
         step_size, _, *others = numbers(h)
         with device_of(g.device):
@@ -372,12 +372,12 @@ class Int8Launch(Launch):
                 self.programs,
                 (
                     *(self.table, self.owner, h.step, h.seed, step_size, float(h.lr * h.weight_decay), *others),
-                    *(self.scale(grad_scale), self.counts(counts)),
+                    *(self.scale(grad_scale), self.told(told)),
                 ),
                 (
                     *(TRITON_DTYPES[g.grad], TRITON_DTYPES[g.state], g.width, g.block_size, self.segments, g.columns),
                     *(g.even, g.aligned, h.weight_decay != 0, h.stochastic, grad_scale is not None),
-                    *(counts is not None, self.nvidia),
+                    *(told is not None, self.nvidia),
                 ),
                 num_warps=max(1, min(32, g.columns * self.segments // WARP)),
                 **self.options,

@@ -87,16 +87,16 @@ def unfold(x, R: tl.constexpr, C: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def kept_finite(squares, count, mask):
-    """Where sums of squares are finite; where not, ``count``, one address, goes up: predicated off nearly always."""
+def kept_finite(squares, told, step, mask):
+    """Where sums of squares are finite; where not, ``step`` is stored at ``told``: predicated off nearly always."""
     finite = squares < float("inf")  # NaN is not
-    tl.atomic_add(count + finite.to(tl.int32) * 0, 1, mask=mask & ~finite, sem="relaxed")
+    tl.store(told + finite.to(tl.int32) * 0, step, mask=mask & ~finite)
     return finite
 
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _update_kernel(
-    table, owner, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho, grad_scale, counts,
+    table, owner, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho, grad_scale, told,
     FIELDS: tl.constexpr, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr,
     F: tl.constexpr, R: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
     STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, CHECKED: tl.constexpr,
@@ -169,7 +169,7 @@ def _update_kernel(
         v += (1 - b2) * (square - v)
     unbiased = v * inv_c2
     if CHECKED:
-        finite = kept_finite(square, counts + stream, m_mask)
+        finite = kept_finite(square, told + stream, step, m_mask)
         m, v = tl.where(finite, m, old_m), tl.where(finite, v, old_v)
         unbiased = tl.where(finite, unbiased, float("nan"))  # so that each element of a block can see that it is kept
     if F == 1:
@@ -286,9 +286,9 @@ class AddressTable:
         if DIRECT_LAUNCH and compiled is not None:  # None from Triton's interpreter
             self._compiled[key] = compiled
 
-    def counts(self, counts: Tensor | None) -> Tensor:
-        """Where a kernel counts what it leaves out, int32; unread where nothing is checked."""
-        return self.table if counts is None else counts
+    def told(self, told: Tensor | None) -> Tensor:
+        """Where a kernel tells what it leaves out; where nothing is checked any tensor: it stays unwritten."""
+        return self.table if told is None else told
 
     def scale(self, grad_scale: Tensor | None) -> Tensor:
         """The loss's scale as a kernel takes it, aligned as a tensor of its own is; without one, any: it is unread."""
@@ -313,7 +313,7 @@ class Launch(AddressTable):
         self.owner = upload(owner_table(tiles), geometry.device)
         super().__init__(geometry, entries, table)
 
-    def run(self, h: Hyper, grad_scale: Tensor | None = None, counts: Tensor | None = None) -> None:
+    def run(self, h: Hyper, grad_scale: Tensor | None = None, told: Tensor | None = None) -> None:
         g = self.geometry
         state = TRITON_DTYPES[g.state]
         with device_of(g.device):
@@ -322,11 +322,11 @@ class Launch(AddressTable):
                 self.programs,
                 (
                     *(self.table, self.owner, h.step, h.seed, *numbers(h)),
-                    *(self.scale(grad_scale), self.counts(counts)),
+                    *(self.scale(grad_scale), self.told(told)),
                 ),
                 (
                     *(_FIELDS, TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments),
-                    *(g.columns, g.even, g.aligned, h.stochastic, grad_scale is not None, counts is not None),
+                    *(g.columns, g.even, g.aligned, h.stochastic, grad_scale is not None, told is not None),
                 ),
                 num_warps=max(1, min(32, g.columns * self.segments // WARP_ELEMENTS)),
             )

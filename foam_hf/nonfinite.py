@@ -2,8 +2,8 @@
 
 The unit is what shares a moment: a block of a folded weight, an element of any other. It is left out if the sum of its
 gradient's squares is not finite in float32: NaN, infinity, or an element beyond 1.8e19. Kernels have that sum in
-registers, and count what they leave out in device memory. The counts come to the host while the next step is prepared,
-so nothing ever waits for them, but a checkpoint.
+registers, and write the step's number beside each parameter of which they leave out something. These numbers come to
+the host while it prepares the next step, so nothing ever waits for them, but a checkpoint.
 """
 
 from __future__ import annotations
@@ -71,45 +71,44 @@ class Kept:
             x.copy_(torch.where(mask, old, x))
 
 
-class _Counts:
-    """How often each parameter's blocks were left out on one device, since the beginning and modulo 2**32."""
+class _Told:
+    """For each parameter the last step that left out a block of it on one device, or 0."""
 
     def __init__(self, device: torch.device, size: int) -> None:
-        self.counts = torch.zeros(size, dtype=torch.int32, device=device)
+        self.steps = torch.zeros(size, dtype=torch.int32, device=device)
         self._seen = numpy.zeros(size, dtype=numpy.int32)
-        self._host = self.counts if device.type == "cpu" else torch.empty_like(self.counts, device="cpu").pin_memory()
-        self._sent: Any = None  # an event after the copy that is on its way
+        self._host = self.steps if device.type == "cpu" else torch.empty_like(self.steps, device="cpu").pin_memory()
+        self._sent: Any = None  # an event behind the copy that is on its way
 
-    def grown(self, size: int) -> _Counts:
-        more = _Counts(self.counts.device, size)
-        more.counts[: len(self.counts)] = self.counts
+    def grown(self, size: int) -> _Told:
+        more = _Told(self.steps.device, size)
+        more.steps[: len(self.steps)] = self.steps
         more._seen[: len(self._seen)] = self._seen
         return more
 
     def send(self) -> None:
         """Start a copy to the host, unless one is on its way."""
-        device = self.counts.device
+        device = self.steps.device
         if device.type == "cpu" or self._sent is not None:
             return
         backend = getattr(torch, device.type)
         with backend.device(device):
-            self._host.copy_(self.counts, non_blocking=True)
+            self._host.copy_(self.steps, non_blocking=True)
             self._sent = backend.Event()
             self._sent.record()
 
-    def new(self, wait: bool) -> numpy.ndarray | None:
-        """What was counted since the last call, as far as the host knows it, or None."""
-        if wait and self._host is not self.counts:
-            self._host.copy_(self.counts)
-            self._sent = None
-        elif self._host is not self.counts:
-            if self._sent is None or not self._sent.query():
-                return None
+    def new(self, wait: bool) -> dict[int, int]:
+        """Parameter -> step of what was told since the last call, as far as the host knows it."""
+        if self._host is not self.steps:
+            if wait:
+                self._host.copy_(self.steps)
+            elif self._sent is None or not self._sent.query():
+                return {}
             self._sent = None
         now = self._host.numpy()
         if numpy.array_equal(now, self._seen):
-            return None
-        found = (now - self._seen).view(numpy.uint32)
+            return {}
+        found = {i: int(now[i]) for i in numpy.flatnonzero(now != self._seen).tolist()}
         self._seen = now.copy()
         return found
 
@@ -118,62 +117,59 @@ class Watch:
     """What an optimizer's steps have left out, by parameter."""
 
     def __init__(self) -> None:
-        self._devices: dict[torch.device, _Counts] = {}
-        self._steps = 0  # with something left out and nonfinite="skip"
+        self._devices: dict[torch.device, _Told] = {}
+        self._times = 0  # that something was left out and nonfinite is "skip"
 
-    def counts(self, group: dict[str, Any], device: torch.device, size: int) -> Tensor | None:
-        """Where steps count, int32 with one element for each of ``size`` parameters; None if ``group`` ignores."""
+    def told(self, group: dict[str, Any], device: torch.device, size: int) -> Tensor | None:
+        """Where steps tell, int32 with one element for each of ``size`` parameters; None if ``group`` ignores."""
         if group["nonfinite"] == "ignore":
             return None
         found = self._devices.get(device)
-        if found is None or len(found.counts) < size:
-            found = _Counts(device, size) if found is None else found.grown(size)
+        if found is None or len(found.steps) < size:
+            found = _Told(device, size) if found is None else found.grown(size)
             self._devices[device] = found
-        return found.counts
+        return found.steps
 
     def send(self) -> None:
-        for counts in self._devices.values():
-            counts.send()
+        for told in self._devices.values():
+            told.send()
 
-    def tell(self, groups: list[dict[str, Any]], state: Any, wait: bool = False) -> None:
+    def tell(self, groups: list[dict[str, Any]], wait: bool = False) -> None:
         """Raise or warn of what is new, as each parameter's group says.
 
         Raises:
-            NonfiniteGradientError: a group with ``nonfinite="error"`` has a parameter of which something was left out.
+            NonfiniteGradientError: something was left out of a parameter whose group has ``nonfinite="error"``.
         """
-        news = [found for counts in self._devices.values() if (found := counts.new(wait)) is not None]
+        news: dict[int, int] = {}
+        for told in self._devices.values():
+            news |= told.new(wait)
         if not news:
             return
-        totals = numpy.zeros(max(map(len, news)), dtype=numpy.int64)
-        for found in news:
-            totals[: len(found)] += found
-        places = [(p, group) for group in groups for p in group["params"]]
-        hit = [(i, *places[i]) for i in numpy.flatnonzero(totals).tolist() if i < len(places)]
-        fatal = [(i, p) for i, p, group in hit if group["nonfinite"] == "error"]
+        places = [(p, group["nonfinite"]) for group in groups for p in group["params"]]
+        fatal, skipped = (
+            {i: places[i][0] for i in sorted(news) if places[i][1] == mode} for mode in ("error", "skip")
+        )
         if fatal:
             raise NonfiniteGradientError(
-                f"{_description(fatal, totals, state, len(places))}. The blocks keep their weights and moments; "
-                "everything else was updated. Expected finite gradients: a lower learning rate, other data, or "
-                "max_grad_norm may help; nonfinite='skip' leaves such blocks out and goes on, 'ignore' does as AdamW",
-                [p for _, p in fatal],
+                f"{_description(fatal, news, len(places))}. Blocks with such gradients keep their weights and "
+                "moments; everything else was updated. Expected finite gradients: a lower learning rate, other data "
+                "or clipping may help; nonfinite='skip' leaves such blocks out and goes on, 'ignore' does as AdamW does",
+                list(fatal.values()),
             )
-        skipped = [(i, p) for i, p, group in hit if group["nonfinite"] == "skip"]
         if not skipped:
             return
-        self._steps += 1
-        if self._steps & (self._steps - 1) == 0:
+        self._times += 1
+        if self._times & (self._times - 1) == 0:
             logger.warning(
-                f"{_description(skipped, totals, state, len(places))}, and keep their weights and moments "
-                f"(nonfinite='skip'): the {self._steps}. time in this run; the next warning is at the "
-                f"{2 * self._steps}."
+                f"{_description(skipped, news, len(places))}. Blocks with such gradients keep their weights and "
+                f"moments (nonfinite='skip'). Steps of this run with such gradients: {self._times}; the next warning "
+                f"is at {2 * self._times}"
             )
 
 
-def _description(hit: list[tuple[int, Tensor]], totals: numpy.ndarray, state: Any, parameters: int) -> str:
-    first, p = hit[0]
-    step = state[p].get("step", 0) if p in state else 0
-    blocks = int(sum(totals[i] for i, _ in hit))
+def _description(hit: dict[int, Tensor], steps: dict[int, int], parameters: int) -> str:
+    first, p = next(iter(hit.items()))
     return (
-        f"step {step}: the gradients of {blocks} blocks in {len(hit)} of {parameters} parameters are NaN or infinite, "
-        f"the first in parameter {first} of shape {tuple(p.shape)}"
+        f"step {max(steps[i] for i in hit)}: gradients of {len(hit)} of {parameters} parameters are NaN or infinite, "
+        f"the first of them parameter {first} of shape {tuple(p.shape)}"
     )

@@ -46,7 +46,7 @@ class FOAM(torch.optim.Optimizer):
             its weights and moments, in any case but ``"ignore"``, which lets it into both, as AdamW does. ``"error"``
             raises :class:`foam_hf.nonfinite.NonfiniteGradientError`, a FloatingPointError, once the host knows: at the
             end of that ``step`` on a CPU, in a later one on a GPU, and in any case before ``state_dict`` returns;
-            all other blocks have been updated by then. ``"skip"`` logs a warning with counts, rarer and rarer.
+            all other blocks have been updated by then. ``"skip"`` logs a warning with a count, rarer and rarer.
             Blocks are also left out where squares of finite gradients overflow float32, beyond 1.8e19.
         seed: of the stochastic rounding; its bits are a function of seed, step, parameter and element alone.
 
@@ -129,7 +129,7 @@ class FOAM(torch.optim.Optimizer):
             FloatingPointError: a gradient is NaN or infinite, in this step or on a GPU in one before, and
                 ``nonfinite`` is ``"error"``; the rest is updated then.
         """
-        self._watch.tell(self.param_groups, self.state)
+        self._watch.tell(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -141,9 +141,9 @@ class FOAM(torch.optim.Optimizer):
             return loss
         if self._plan is None or not self._plan.holds(self.param_groups, self.state):
             self._plan = StepPlan(self.param_groups, self.state, self._members())
-        self._plan.run(_hyper, grad_scale, self._counts)
+        self._plan.run(_hyper, grad_scale, self._told)
         self._watch.send()
-        self._watch.tell(self.param_groups, self.state)
+        self._watch.tell(self.param_groups)
         return loss
 
     def check_gradients(self) -> None:
@@ -152,11 +152,11 @@ class FOAM(torch.optim.Optimizer):
         Raises:
             FloatingPointError: there was one, it was not told of yet, and ``nonfinite`` is ``"error"``.
         """
-        self._watch.tell(self.param_groups, self.state, wait=True)
+        self._watch.tell(self.param_groups, wait=True)
 
-    def _counts(self, group: dict[str, Any], device: torch.device) -> Tensor | None:
-        """Where a step counts the blocks that it leaves out, one element for each parameter of all groups."""
-        return self._watch.counts(group, device, sum(len(each["params"]) for each in self.param_groups))
+    def _told(self, group: dict[str, Any], device: torch.device) -> Tensor | None:
+        """Where a step tells of which parameters it left out a block."""
+        return self._watch.told(group, device, sum(len(each["params"]) for each in self.param_groups))
 
     def _members(self) -> list[list[Member]]:
         """Every parameter with a gradient, by group, with state."""
@@ -184,7 +184,7 @@ class FOAM(torch.optim.Optimizer):
         _check_gradient(p, stream)
         if plan is None or not plan.holds(self.state[p], effective_rule(p, group)):
             plan = ParameterPlan(self._member(p, group, stream))
-        plan.run(functools.partial(_hyper, group), grad_scale, self._counts(group, p.device))
+        plan.run(functools.partial(_hyper, group), grad_scale, self._told(group, p.device))
         return plan
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -239,7 +239,7 @@ class FOAM(torch.optim.Optimizer):
             for name, value in saved.items():
                 if name != "step":
                     self.state[p][name] = value.detach().to(p.device, copy=True).contiguous()
-        self._plan = None
+        self._plan, self._watch = None, Watch()
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])

@@ -159,12 +159,12 @@ class FactoredMoment:
         self.column_sums.index_add_(0, matrix, GG)
         return self.rows[rows.start : rows.stop] * self.columns[matrix]
 
-    def store(self, h: Hyper, left_out: Tensor | None) -> None:
+    def store(self, h: Hyper, told: Tensor | None) -> None:
         r32, c32 = self.r.float(), self.columns
         for x, means in ((r32, self.row_means.view_as(r32)), (c32, self.column_sums / self.rows_per_matrix)):
-            if left_out is not None:  # blocks of finite squares whose sum is infinite
+            if told is not None:  # blocks of finite squares whose sum is infinite
                 infinite = (means < math.inf).logical_not_()
-                left_out += infinite.sum()
+                told.masked_fill_(infinite.any(), h.step)
                 means = torch.where(infinite, x, means)
             x.lerp_(means, 1 - h.b2)
         _store(self.r.view(1, -1), range(1), r32.view(1, -1), h, kind=2)
@@ -182,7 +182,7 @@ def update_parameter(
     level: Level,
     second_moment: str,
     h: Hyper,
-    left_out: Tensor | None = None,
+    told: Tensor | None = None,
 ) -> None:
     """Advance one parameter and its state by one step, a bounded chunk of rows at a time.
 
@@ -190,8 +190,8 @@ def update_parameter(
     tensors ``foam_hf.FOAM`` describes. All arithmetic is float32. Rows do not mix (the factored rule's column means
     excepted), so chunks change nothing.
 
-    With ``left_out``, an integer tensor of one element, blocks whose gradient is not finite keep their weights and
-    moments and are counted there; to the means of the factored rule they are zeros.
+    With ``told``, an integer tensor of one element, blocks whose gradient is not finite keep their weights and
+    moments, and ``told`` becomes this step; to the means of the factored rule they are zeros.
     """
     if p.numel() == 0:
         return
@@ -205,8 +205,8 @@ def update_parameter(
     for rows in _chunks(len(weight), n, p.device):
         G, kept = _load(gradient, rows), None
         loaded = [_load(moment, rows) for moment in moments]
-        if left_out is not None and (mask := left_out_blocks(G, width)) is not None:
-            left_out += mask.sum()
+        if told is not None and (mask := left_out_blocks(G, width)) is not None:
+            told.masked_fill_(mask.any(), h.step)
             kept = Kept(mask, G, weight.unchanged(rows), loaded, width)
             G = kept.gradient
         W = weight.load(rows, h)
@@ -227,7 +227,7 @@ def update_parameter(
         for kind, (moment, value) in enumerate(zip(moments, loaded, strict=True), start=1):
             _store(moment, rows, value, h, kind)
     if factored is not None:
-        factored.store(h, left_out)
+        factored.store(h, told)
     weight.finish()
 
 
