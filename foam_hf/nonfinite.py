@@ -153,7 +153,7 @@ class Watch:
             raise NonfiniteGradientError(
                 f"{_description(fatal, news, len(places))}. Blocks with such gradients keep their weights and "
                 "moments; everything else was updated. Expected finite gradients: a lower learning rate, other data "
-                "or clipping may help; nonfinite='skip' leaves such blocks out and goes on, 'ignore' does as AdamW does",
+                "or clipping may help; nonfinite='skip' leaves such blocks out and goes on, 'ignore' does as AdamW",
                 list(fatal.values()),
             )
         if not skipped:

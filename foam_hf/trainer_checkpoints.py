@@ -374,14 +374,15 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _check_safetensors(path: Path) -> None:
+    size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        size = path.stat().st_size
-        try:
-            header = json.loads(file.read(length)) if 8 + length <= size else {"cut off": None}
-            data = max((told["data_offsets"][1] for name, told in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise _Damaged(f"{path.name} is cut off or damaged: it has no readable header") from None
+        content = file.read(length) if length <= size else b""
+    try:
+        header = json.loads(content)
+        data = max((told["data_offsets"][1] for name, told in header.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise _Damaged(f"{path.name} is cut off or damaged: it has no readable header") from None
     if 8 + length + data != size:
         raise _Damaged(f"{path.name} has {size} bytes, and its header tells of {8 + length + data}")
 
