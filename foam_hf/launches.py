@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 KERNEL_VARIABLE = "FOAM_HF_KERNEL"
 State = MutableMapping[str, Any]
 Unfinished = Any  # a FactoredMoment or FactoredLaunch: ``sums`` and ``store``
+Told = Callable[[dict[str, Any], torch.device], Tensor | None]
 
 
 def use_kernels(device: torch.device) -> bool:
@@ -106,24 +107,27 @@ class StepPlan:
                 launch.move_gradients(addresses[launch.streams])
         return True
 
-    def run(self, hyper: Callable[[dict[str, Any], Member], Hyper], grad_scale: Tensor | None) -> None:
-        """Update everything; gradients are those of a loss times ``grad_scale``, a tensor of one element."""
+    def run(self, hyper: Callable[[dict[str, Any], Member], Hyper], grad_scale: Tensor | None, told: Told) -> None:
+        """Update everything; gradients are those of a loss times ``grad_scale``, a tensor of one element.
+
+        ``told`` says where a group tells in which step it last left out a block, one element a parameter of a device.
+        """
         if self._launches:
             _refuse_capture()
         for state in self._states:
             state["step"] += 1
-        unfinished: list[tuple[Unfinished, Hyper]] = []
+        unfinished: list[tuple[Unfinished, Hyper, Tensor | None]] = []
         for group, member, launch in self._launches:
-            h = hyper(group, member)
-            if launch.run(h, grad_scale):
-                unfinished.append((launch, h))
+            h, left_out = hyper(group, member), told(group, launch.geometry.device)
+            if launch.run(h, grad_scale, left_out):
+                unfinished.append((launch, h, left_out))
         if self._launches:  # autograd cannot see that a kernel wrote the weights
             torch.autograd.graph.increment_version(self._params)
         for group, member in self._rest:
-            h = hyper(group, member)
-            left = _update_plainly(member, h, grad_scale)
+            h, left_out = hyper(group, member), _told_of(member, told(group, member.weight.device))
+            left = _update_plainly(member, h, grad_scale, left_out)
             if left is not None:
-                unfinished.append((left, h))
+                unfinished.append((left, h, left_out))
         if unfinished:
             _finish(unfinished)
 
@@ -163,15 +167,15 @@ class ParameterPlan:
             self._launch.move_gradients(numpy.array([address]))
         return True
 
-    def run(self, hyper: Callable[[Member], Hyper], grad_scale: Tensor | None) -> None:
+    def run(self, hyper: Callable[[Member], Hyper], grad_scale: Tensor | None, told: Tensor | None) -> None:
         """Update the parameter; its gradient is that of a loss times ``grad_scale``, a tensor of one element."""
         if self._launch is not None:
             _refuse_capture()
         self._member.state["step"] += 1
         if self._launch is None:
-            _update_plainly(self._member, hyper(self._member), grad_scale)
+            _update_plainly(self._member, hyper(self._member), grad_scale, _told_of(self._member, told))
         else:
-            self._launch.run(hyper(self._member), grad_scale)
+            self._launch.run(hyper(self._member), grad_scale, told)
         # autograd sees neither what a kernel writes nor INT8 codes, and a backward pass under way may still need them.
         torch.autograd.graph.increment_version(self._member.p)
 
@@ -180,18 +184,24 @@ class ParameterPlan:
         return [p.data_ptr(), *(x.data_ptr() for x in state.values() if isinstance(x, Tensor))]
 
 
-def _update_plainly(member: Member, h: Hyper, grad_scale: Tensor | None) -> FactoredMoment | None:
+def _told_of(member: Member, told: Tensor | None) -> Tensor | None:
+    return None if told is None else told[member.stream]
+
+
+def _update_plainly(member: Member, h: Hyper, grad_scale: Tensor | None, told: Tensor | None) -> FactoredMoment | None:
     grad = member.grad if grad_scale is None else member.grad.float() / grad_scale.to(member.grad.device)
-    return update_parameter(member.weight, grad, member.moments, member.level, member.second_moment, h, member.place)
+    return update_parameter(
+        member.weight, grad, member.moments, member.level, member.second_moment, h, member.place, told
+    )
 
 
-def _finish(unfinished: list[tuple[Unfinished, Hyper]]) -> None:
+def _finish(unfinished: list[tuple[Unfinished, Hyper, Tensor | None]]) -> None:
     """What the factored rule has left to do when the ranks of a shard know each other's sums."""
     # By parameter and piece, as which of them share a launch may differ from rank to rank.
-    parts = sorted((part for one, _ in unfinished for part in one.sums), key=operator.itemgetter(0))
+    parts = sorted((part for one, _, _ in unfinished for part in one.sums), key=operator.itemgetter(0))
     add_over_ranks([(groups, tensor) for _, groups, tensor in parts])
-    for one, h in unfinished:
-        one.store(h)
+    for one, h, told in unfinished:
+        one.store(h, told)
 
 
 def _refuse_capture() -> None:

@@ -37,6 +37,7 @@ _OPTIM_ARGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "residual_scale": (lambda text: _in_range(float(text), 0.0, math.inf), "a finite number, 0 or more"),
     "stochastic_rounding": (_one_of(auto="auto", true=True, false=False), "auto, true or false"),
     "state_dtype": (lambda text: _dtype(text.removeprefix("torch.")), "float32 or bfloat16"),
+    "nonfinite": (_one_of(error="error", skip="skip", ignore="ignore"), "error, skip or ignore"),
     "fold_embeddings": (_one_of(true=True, false=False), "true or false"),
     "fold_head": (_one_of(true=True, false=False), "true or false"),
     "gradient_release": (_one_of(true=True, false=False), "true or false"),
@@ -71,8 +72,8 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
 
     Returns:
         Only the keys that were given, typed: `level` (int or "row"), `scale` and `residual_scale` (float),
-        `second_moment` (str), `stochastic_rounding` ("auto" or bool), `state_dtype` ("float32" or "bfloat16"),
-        `fold_embeddings`, `fold_head` and `gradient_release` (bool), `seed` (int).
+        `second_moment` and `nonfinite` (str), `stochastic_rounding` ("auto" or bool), `state_dtype` ("float32" or
+        "bfloat16"), `fold_embeddings`, `fold_head` and `gradient_release` (bool), `seed` (int).
 
     Raises:
         ValueError: unknown or repeated key, missing "=", empty piece, or a value that is ill-typed or out of range.

@@ -14,6 +14,7 @@ from torch import Tensor
 from foam_hf.folding import Level, num_blocks
 from foam_hf.int8_weights import Int8Weight
 from foam_hf.launches import ParameterPlan, StepPlan
+from foam_hf.nonfinite import Watch
 from foam_hf.options import check_field_names, check_options, check_parameter
 from foam_hf.places import is_sharded
 from foam_hf.sharding import as_state_of, empty_state, follow_placements, pieces_of
@@ -43,6 +44,12 @@ class FOAM(torch.optim.Optimizer):
         stochastic_rounding: ``"auto"`` rounds stochastically where bfloat16 or INT8 is written, ``False`` never (and
             INT8 weights then hardly learn); ``True`` is ``"auto"`` with an error if there is neither.
         state_dtype: ``torch.float32`` or ``torch.bfloat16``.
+        nonfinite: what a gradient that is NaN or infinite does. Its block (for plain parameters: the element) keeps
+            its weights and moments, in any case but ``"ignore"``, which lets it into both, as AdamW does. ``"error"``
+            raises :class:`foam_hf.nonfinite.NonfiniteGradientError`, a FloatingPointError, once the host knows: at the
+            end of that ``step`` on a CPU, in a later one on a GPU, and in any case before ``state_dict`` returns;
+            all other blocks have been updated by then. ``"skip"`` logs a warning with a count, rarer and rarer.
+            Blocks are also left out where squares of finite gradients overflow float32, beyond 1.8e19.
         seed: of the stochastic rounding; its bits are a function of seed, step, parameter and element alone.
 
     State of a folded parameter of shape (..., n), where b = ceil(n / 2**level): ``folded_exp_avg`` (..., b), and
@@ -69,6 +76,7 @@ class FOAM(torch.optim.Optimizer):
         residual_scale: float = 1.0,
         stochastic_rounding: bool | str = "auto",
         state_dtype: torch.dtype = torch.float32,
+        nonfinite: str = "error",
         seed: int = 0,
     ) -> None:
         defaults = {
@@ -82,10 +90,12 @@ class FOAM(torch.optim.Optimizer):
             "residual_scale": residual_scale,
             "stochastic_rounding": stochastic_rounding,
             "state_dtype": state_dtype,
+            "nonfinite": nonfinite,
             "seed": seed,
         }
         check_options(defaults)
         self._plan: StepPlan | None = None  # holds addresses: never copied, pickled or resumed
+        self._watch = Watch()
         super().__init__(params, defaults)
         asked = [p for group in self.param_groups if group["stochastic_rounding"] is True for p in group["params"]]
         if asked and not any(p.dtype == torch.bfloat16 or isinstance(p, Int8Weight) for p in asked):
@@ -120,7 +130,10 @@ class FOAM(torch.optim.Optimizer):
 
         Raises:
             TypeError: a sparse or complex gradient; nothing is updated then.
+            FloatingPointError: a gradient is NaN or infinite, in this step or on a GPU in one before, and
+                ``nonfinite`` is ``"error"``; the rest is updated then.
         """
+        self._watch.tell(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -132,8 +145,22 @@ class FOAM(torch.optim.Optimizer):
             return loss
         if self._plan is None or not self._plan.holds(self.param_groups, self.state):
             self._plan = StepPlan(self.param_groups, self.state, self._members())
-        self._plan.run(_hyper, grad_scale)
+        self._plan.run(_hyper, grad_scale, self._told)
+        self._watch.send()
+        self._watch.tell(self.param_groups)
         return loss
+
+    def check_gradients(self) -> None:
+        """Tell of gradients that were NaN or infinite in the steps so far, as ``nonfinite`` says. Waits for the GPU.
+
+        Raises:
+            FloatingPointError: there was one, it was not told of yet, and ``nonfinite`` is ``"error"``.
+        """
+        self._watch.tell(self.param_groups, wait=True)
+
+    def _told(self, group: dict[str, Any], device: torch.device) -> Tensor | None:
+        """Where a step tells of which parameters it left out a block."""
+        return self._watch.told(group, device, sum(len(each["params"]) for each in self.param_groups))
 
     def _members(self) -> list[list[Member]]:
         """Every parameter with a gradient, by group, with state; of DTensors, the pieces of this rank's shard."""
@@ -176,7 +203,7 @@ class FOAM(torch.optim.Optimizer):
         _check_gradient(p, stream)
         if plan is None or not plan.holds(self.state[p], effective_rule(p, group)):
             plan = ParameterPlan(self._member(p, group, stream))
-        plan.run(functools.partial(_hyper, group), grad_scale)
+        plan.run(functools.partial(_hyper, group), grad_scale, self._told(group, p.device))
         return plan
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -199,13 +226,20 @@ class FOAM(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan = None
+        self._plan, self._watch = None, Watch()
         for group in self.param_groups:  # of a checkpoint from a version that had fewer options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; dtypes in param groups are names, as torch.distributed.checkpoint gathers no other objects."""
+        """As in torch, after :meth:`check_gradients`: no checkpoint hides a gradient that was not finite.
+
+        Dtypes in param groups are names, as torch.distributed.checkpoint gathers no other objects.
+
+        Raises:
+            FloatingPointError: as there; a second call returns the state.
+        """
+        self.check_gradients()
         saved = super().state_dict()
         for group in saved["param_groups"]:
             group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
@@ -234,7 +268,7 @@ class FOAM(torch.optim.Optimizer):
             for name, value in saved.items():
                 if name != "step":
                     self.state[p][name] = as_state_of(p, name, value)
-        self._plan = None
+        self._plan, self._watch = None, Watch()
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from foam_hf.folding import MAX_LEVEL
+from foam_hf.nonfinite import MODES
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -42,6 +43,7 @@ def check_options(options: dict[str, Any]) -> None:
         ("second_moment", ("block", "factored")),
         ("stochastic_rounding", ("auto", True, False)),
         ("state_dtype", (torch.float32, torch.bfloat16)),
+        ("nonfinite", MODES),
     ):
         if not any(type(options[name]) is type(value) and options[name] == value for value in legal):
             raise ValueError(f"{name} is not valid: got {options[name]!r}; expected one of {legal}")

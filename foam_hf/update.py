@@ -21,6 +21,7 @@ from torch import Tensor
 from foam_hf.folding import Level, block_width, blocked, split_moment
 from foam_hf.int8_update import Int8Rows
 from foam_hf.int8_weights import Int8Weight
+from foam_hf.nonfinite import Kept, left_out_blocks
 from foam_hf.places import Group, Piece, Place, whole
 from foam_hf.rounding import random_bits, stochastic_round_
 
@@ -141,6 +142,10 @@ class PlainRows:
         W = _load(self.rows, rows)
         return W.mul_(1 - h.lr * h.weight_decay) if h.weight_decay else W
 
+    def unchanged(self, rows: range) -> Tensor:
+        """A copy of what to store where nothing is to change."""
+        return _load(self.rows, rows).clone()
+
     def store(self, rows: range, W: Tensor, h: Hyper) -> None:
         place = self.place
         _store(self.rows, rows, W, h, 0, place.first_row, place.first_column, place.columns)
@@ -189,10 +194,14 @@ class FactoredMoment:
         place, key = self.place, (self.stream, self.place.first_matrix)
         return [(key, place.row_groups, self.column_sums), (key, place.column_groups, self.row_means)]
 
-    def store(self, h: Hyper) -> None:
+    def store(self, h: Hyper, told: Tensor | None) -> None:
         r32, c32, place = self.r.float(), self.columns, self.place
-        r32.lerp_(self.row_means.view_as(r32), 1 - h.b2)
-        c32.lerp_(self.column_sums / place.rows, 1 - h.b2)
+        for x, means in ((r32, self.row_means.view_as(r32)), (c32, self.column_sums / place.rows)):
+            if told is not None:  # blocks of finite squares whose sum is infinite
+                infinite = (means < math.inf).logical_not_()
+                told.masked_fill_(infinite.any(), h.step)
+                means = torch.where(infinite, x, means)
+            x.lerp_(means, 1 - h.b2)
         _store(self.r.view(1, -1), range(1), r32.view(1, -1), h, 2, 0, place.first_row, place.all_rows)
         _store(self.c, range(self.matrices), c32, h, 3, place.first_matrix, place.first_column, place.columns)
 
@@ -209,12 +218,16 @@ def update_parameter(
     second_moment: str,
     h: Hyper,
     place: Place | None = None,
+    told: Tensor | None = None,
 ) -> FactoredMoment | None:
     """Advance one parameter and its state by one step, a bounded chunk of rows at a time.
 
     ``p`` and ``grad`` have one shape, any float dtypes and strides (``p`` may be an INT8 weight); ``state`` holds the
     tensors ``foam_hf.FOAM`` describes. All arithmetic is float32. Rows do not mix (the factored rule's column means
     excepted), so chunks change nothing. ``place`` says where in a whole tensor they lie, if they are a piece of one.
+
+    With ``told``, an integer tensor of one element, blocks whose gradient is not finite keep their weights and
+    moments, and ``told`` becomes this step; to the means of the factored rule they are zeros.
 
     Returns:
         what is left to ``store`` when its ``sums`` have been added up over other ranks; None if all is done.
@@ -232,8 +245,13 @@ def update_parameter(
     moments = [_as_rows(x, -(-n // width)) for x in tensors]
     blocks = -(-place.columns // width)
     for rows in _chunks(len(weight) if n else 0, n, p.device):
-        W, G = weight.load(rows, h), _load(gradient, rows)
+        G, kept = _load(gradient, rows), None
         loaded = [_load(moment, rows) for moment in moments]
+        if told is not None and (mask := left_out_blocks(G, width)) is not None:
+            told.masked_fill_(mask.any(), h.step)
+            kept = Kept(mask, G, weight.unchanged(rows), loaded, width)
+            G = kept.gradient
+        W = weight.load(rows, h)
         m = loaded[0]
         if factored is not None:
             V = blocked(factored.chunk(rows, G), width)
@@ -245,13 +263,15 @@ def update_parameter(
             v = split_moment(loaded[1], width, n)
             for Gi, mi, vi, Wi in zip(blocked(G, width), split_moment(m, width, n), v, blocked(W, width), strict=True):
                 step_(Wi, block_rule(Gi, mi, vi, h), h)
+        if kept is not None:
+            kept.restore(W, loaded)
         weight.store(rows, W, h)
         for kind, (moment, value) in enumerate(zip(moments, loaded, strict=True), start=1):
             _store(moment, rows, value, h, kind, place.first_row, place.first_column // width, blocks)
     weight.finish()
     if factored is None or shared:
         return factored
-    factored.store(h)
+    factored.store(h, told)
     return None
 
 
