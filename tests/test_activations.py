@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from foam_hf import FOAM
 from foam_hf.activations import WORKSPACE, activation_bytes, activation_curve, optimizer_temporary_bytes
 from foam_hf.int8_weights import Int8Weight
 from foam_hf.step_trace import trace_step, with_value
@@ -261,7 +262,9 @@ def test_settings_out_of_range(arguments, error):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "galore_adamw", "apollo_adamw", "adamw_torch_fused"])
+@pytest.mark.parametrize(
+    "optim", ["adamw_torch", "adafactor", "galore_adamw", "apollo_adamw", "adamw_torch_fused", "foam_muon"]
+)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_temporary_memory_of_optimizers(optim, dtype):
     model = nn.Sequential(nn.Linear(512, 256, bias=False), nn.Linear(256, 128, bias=False)).to(dtype)
@@ -272,6 +275,7 @@ def test_temporary_memory_of_optimizers(optim, dtype):
         "adafactor": lambda: _adafactor(matrices),
         "galore_adamw": lambda: _projected("galore_torch", "GaLoreAdamW", matrices),
         "apollo_adamw": lambda: _projected("apollo_torch", "APOLLOAdamW", matrices),
+        "foam_muon": lambda: FOAM(matrices, level=2, second_moment="muon"),
     }[optim]()
     for _ in range(2):
         for p in matrices:

@@ -101,6 +101,14 @@ def test_foam_mini_and_target_modules(tmp_path):
     assert_counted(model, trained(model, tmp_path, "foam_mini", optim_target_modules=["mlp"]), plan)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("optim_args", ["level=2", "level=row,state_dtype=bfloat16,fold_head=true"])
+def test_foam_muon(optim_args, name, tmp_path):
+    model = MODELS[name]().to(torch.bfloat16)
+    plan = count(model, "foam_muon", optim_args)
+    assert_counted(model, trained(model, tmp_path, "foam_muon", optim_args=optim_args), plan)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "optim_args", [None, "rank=4", "rank=200", "rank=8,proj_type=reverse_std", "rank=8,proj_type=right"]

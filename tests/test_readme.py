@@ -80,8 +80,8 @@ def test_every_python_block_runs_for_a_user_with_a_model_and_data(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     trained = re.findall(r"^optimizer of line \d+ (\w+)$", done.stdout, re.MULTILINE)
     assert len(trained) == len(code)
-    # The first block, the two with gradient release, INT8 weights, the one without Trainer, and the resumed one.
-    assert trained.count("FOAM") == 6
+    # The first block, Muon, the two with gradient release, INT8 weights, one without Trainer, and the resumed one.
+    assert trained.count("FOAM") == 7
     assert "Optimizer memory: FOAM" in done.stdout + done.stderr  # the callback's table
     assert "at the peak, of which" in done.stdout
     assert list(tmp_path.glob("out/checkpoint-*/optimizer.pt"))
