@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foam_hf.eight_bit import SMALLEST
 from foam_hf.optim_args import FOAM_NAMES, foam_options
 from foam_hf.param_groups import foam_parameter_names
 from foam_hf.plan import Estimate
@@ -82,9 +83,9 @@ def activation_curve(model: nn.Module, sequence: int, **settings: Any) -> Callab
 def optimizer_temporary_bytes(model: nn.Module, optim: str, optim_args: str | None = None) -> int:
     """The most that one step of an optimizer allocates and frees again, next to weights, gradients and state.
 
-    FOAM's kernels on a GPU allocate nothing, nor do fused and 8-bit AdamW, and SGD. With Muon, FOAM takes three
-    bfloat16 copies of the largest matrix. Of other optimizers this knows adamw_torch, adafactor, galore_adamw and
-    apollo_adamw.
+    FOAM's kernels on a GPU allocate nothing, nor do fused and 8-bit AdamW, and SGD. FOAM without a kernel (Muon,
+    Adam-mini, moments of 8 bits) takes what it takes on a CPU, in larger chunks. Of other optimizers this knows
+    adamw_torch, adafactor, galore_adamw and apollo_adamw.
 
     Args:
         model: its trainable parameters count, on whatever device.
@@ -94,8 +95,7 @@ def optimizer_temporary_bytes(model: nn.Module, optim: str, optim_args: str | No
     if optim == "adamw_torch":  # the roots of all second moments at once
         return sum(p.numel() * p.element_size() for p in trained)
     if optim in FOAM_NAMES:
-        rule = foam_options(optim, optim_args).get("second_moment", "block")
-        return _muon_temporary_bytes(model) if rule == "muon" else 0
+        return _foam_temporary_bytes(model, foam_options(optim, optim_args))
     if optim == "adafactor":  # two float32 copies; of halves, those of gradient and weight as well
         return max((p.numel() * (8 if p.element_size() > 2 else 16) for p in trained), default=0)
     if optim in ("galore_adamw", "apollo_adamw"):  # the update at full size, and what it is made of
@@ -103,16 +103,24 @@ def optimizer_temporary_bytes(model: nn.Module, optim: str, optim_args: str | No
     return 0
 
 
-def _muon_temporary_bytes(model: nn.Module) -> int:
-    parameters = dict(model.named_parameters())
-    names = foam_parameter_names(model)
+def _foam_temporary_bytes(model: nn.Module, options: dict[str, Any]) -> int:
+    """What the rules without a kernel take for each element of a chunk; where weights round, mostly random bits."""
+    rule, eight_bit = options.get("second_moment", "block"), options.get("plain_state") == "8bit"
+    folded = {name for group, names in foam_parameter_names(model).items() if "folded" in group for name in names}
     most = 0
-    for name in (*names.get("folded/decay", ()), *names.get("folded/no_decay", ())):
-        p = parameters[name]
-        rows, n = p.shape[-2:]
-        chunk = min(rows * n, CHUNK_GPU) * (4 if p.dtype == torch.float32 else 8)
-        # What is orthogonalised, made in chunks; then it, two matrices of the iteration and two squares.
-        most = max(most, 2 * rows * n + chunk, 6 * rows * n + 4 * min(rows, n) ** 2)
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        chunk, half = min(p.numel(), CHUNK_GPU), p.element_size() < 4
+        if rule == "muon" and name in folded:
+            rows, n = p.shape[-2:]
+            # What is orthogonalised, made in chunks; then it, two matrices of the iteration and two squares.
+            chunk = 2 * rows * n + min(rows * n, CHUNK_GPU) * (18 if half else 6)
+            most = max(most, chunk, 6 * rows * n + 4 * min(rows, n) ** 2)
+        elif rule == "adam_mini" and p.dim() > 1:
+            most = max(most, chunk * (22 if half else 10))
+        elif eight_bit and name not in folded and p.numel() >= SMALLEST:
+            most = max(most, chunk * (30 if half else 21))
     return most
 
 

@@ -1,7 +1,7 @@
 """FOAM with Adam-mini: a folded first moment, and one second moment for each of Adam-mini's blocks of rows.
 
 A block is a head of a query or key weight, an output row of any other matrix, a token of an embedding, or a whole
-tensor (Zhang et al., arXiv 2406.16793). With ``mean_B`` the mean over such a block and everything else as in ``update``:
+tensor (Zhang et al., arXiv 2406.16793). With ``mean_B`` the mean over such a block and all else as in ``update``:
 
     m <- b1 m + (1 - b1) fold(G)
     v <- b2 v + (1 - b2) mean_B(G * G)                                     one value for a block

@@ -1,8 +1,8 @@
 """AdamW for what does not fold, with moments of 8 bits: ``plain_state="8bit"``.
 
 A moment is quantized by bitsandbytes: each block of 256 adjacent elements has a float32 scale, the largest magnitude
-in it, and an element is one of bitsandbytes' 256 dynamic values, which are dense near zero. The update is AdamW's, of the
-new moments before they are quantized; weights round as everywhere in FOAM.
+in it, and an element is one of bitsandbytes' 256 dynamic values, which are dense near zero. The update is AdamW's, of
+the new moments before they are quantized; weights round as everywhere in FOAM.
 
 Of the second moment the root is kept. Rows of an embedding share blocks, and moments of tokens that are rare are
 smaller by orders of magnitude: squares would drown at 2e-7 of the largest, roots at 2e-7 of its root. A root that is

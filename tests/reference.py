@@ -101,3 +101,40 @@ class MuonReference:
         for _ in range(5):
             X = 3.4445 * X - 4.7750 * X @ X.T @ X + 2.0315 * X @ X.T @ X @ X.T @ X
         return X
+
+
+class MiniReference:
+    """FOAM with Adam-mini: the block rule with one second moment for ``mini_rows`` rows, 0 for all."""
+
+    def __init__(self, weight: Tensor, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, level=8, scale=0.25,
+                 residual_scale=1.0, mini_rows=1):  # fmt: skip
+        self.weight = weight.detach().double().clone()
+        self.lr, self.betas, self.eps, self.decay = lr, betas, eps, weight_decay
+        self.scale, self.rho, self.t = scale, residual_scale, 0
+        n = weight.shape[-1]
+        self.bounds = block_bounds(n, level)
+        self.rows = weight.numel() // n
+        self.together = mini_rows or self.rows
+        self.m = torch.zeros(self.rows, len(self.bounds), dtype=torch.float64)
+        self.v = torch.zeros(self.rows // self.together, dtype=torch.float64)
+
+    def step(self, grad: Tensor) -> Tensor:
+        self.t += 1
+        b1, b2 = self.betas
+        c1, c2 = 1 - b1**self.t, 1 - b2**self.t
+        G = grad.double().reshape(self.rows, -1)
+        U = torch.empty_like(G)
+        for block in range(len(self.v)):
+            mine = slice(block * self.together, (block + 1) * self.together)
+            square = math.fsum((G[mine] ** 2).flatten().tolist()) / G[mine].numel()
+            self.v[block] = b2 * self.v[block] + (1 - b2) * square
+        for i in range(self.rows):
+            v = self.v[i // self.together]
+            for j, (start, stop) in enumerate(self.bounds):
+                mean = math.fsum(G[i, start:stop].tolist()) / (stop - start)
+                self.m[i, j] = b1 * self.m[i, j] + (1 - b1) * mean
+                R = self.rho * (G[i, start:stop] - mean)
+                U[i, start:stop] = (self.m[i, j] + R) / c1 / (((v + R * R) / c2).sqrt() + self.eps)
+        self.weight *= 1 - self.lr * self.decay
+        self.weight -= self.lr * self.scale * U.view_as(self.weight)
+        return self.weight

@@ -234,6 +234,16 @@ def test_foam_muon_has_the_settings_of_the_rest_for_adamw(tmp_path: Path) -> Non
             make_args(tmp_path, optim="foam_muon", optim_args=wrong)
 
 
+def test_foam_adam_mini_knows_the_heads_of_the_model(tmp_path: Path) -> None:
+    args = make_args(tmp_path, optim="foam_adam_mini", weight_decay=0.1)
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, tiny_llama())
+    optimizer = cls(**kwargs)
+    rules = {(group["level"], group["mini_rows"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert rules == {(8, 8, 0.1), (8, 1, 0.1), (0, 1, 0.1), (0, 0, 0.0)}
+    with pytest.raises(ValueError, match="second_moment=factored contradicts optim='foam_adam_mini'"):
+        make_args(tmp_path, optim="foam_adam_mini", optim_args="second_moment=factored")
+
+
 def test_seed_of_the_rounding_can_differ_from_the_seed_of_the_run(tmp_path: Path) -> None:
     _, kwargs = Trainer.get_optimizer_cls_and_kwargs(make_args(tmp_path, optim_args="seed=5"), tiny_roberta())
     assert kwargs["seed"] == 5

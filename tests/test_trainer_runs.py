@@ -101,8 +101,9 @@ def optimizer_of(trainer: Trainer) -> foam_hf.FOAM:
         {"optim": "foam_mini", "optim_args": None},
         {"optim_args": "level=3,second_moment=factored"},
         {"optim": "foam_muon"},
+        {"optim": "foam_adam_mini"},
     ],
-    ids=["float32", "autocast", "bfloat16 weights", "foam_mini", "factored", "foam_muon"],
+    ids=["float32", "autocast", "bfloat16 weights", "foam_mini", "factored", "foam_muon", "foam_adam_mini"],
 )
 def test_run_learns(tmp_path: Path, settings: dict[str, Any]) -> None:
     trainer = make_trainer(tmp_path, max_steps=40, learning_rate=1e-2, **settings)
@@ -124,6 +125,7 @@ def test_run_learns(tmp_path: Path, settings: dict[str, Any]) -> None:
         (torch.bfloat16, "level=3"),
         (torch.bfloat16, "level=3,state_dtype=bf16"),
         (torch.bfloat16, "level=3,second_moment=muon"),
+        (torch.bfloat16, "level=3,second_moment=adam_mini"),
     ],
 )
 def test_resumed_run_has_the_bits_of_the_uninterrupted_one(
