@@ -162,7 +162,7 @@ def test_weights_without_heads_of_their_own_get_a_value_a_row_and_the_log_says_w
 
 def test_adapters_have_a_value_for_each_row():
     found = blocks(tiny_models.tiny_lora_llama(r=4))
-    assert {value for name, value in found.items() if "lora_" in name} == {(1, True)}
+    assert {rows for name, (rows, _) in found.items() if "lora_" in name} == {1}
 
 
 def test_rows_that_no_block_divides_are_refused():
