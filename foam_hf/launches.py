@@ -13,6 +13,12 @@ import numpy
 import torch
 from torch import Tensor
 
+from foam_hf.adam_mini import update_adam_mini
+from foam_hf.eight_bit import update_8bit
+from foam_hf.folding import Level
+from foam_hf.int8_weights import Int8Weight
+from foam_hf.muon import update_muon
+from foam_hf.nonfinite import leaving_out_whole
 from foam_hf.places import is_sharded, local
 from foam_hf.sharding import add_over_ranks
 from foam_hf.update import FactoredMoment, Hyper, Member, update_parameter
@@ -25,6 +31,12 @@ KERNEL_VARIABLE = "FOAM_HF_KERNEL"
 State = MutableMapping[str, Any]
 Unfinished = Any  # a FactoredMoment or FactoredLaunch: ``sums`` and ``store``
 Told = Callable[[dict[str, Any], torch.device], Tensor | None]
+# Rules with an update of their own, on any device; no kernel takes them, and they need whole tensors.
+_UPDATES: dict[str, Callable[[Tensor, Tensor, State, Level, Hyper], None]] = {
+    "muon": update_muon,
+    "adam_mini": update_adam_mini,
+    "8bit": update_8bit,
+}
 
 
 def use_kernels(device: torch.device) -> bool:
@@ -189,10 +201,16 @@ def _told_of(member: Member, told: Tensor | None) -> Tensor | None:
 
 
 def _update_plainly(member: Member, h: Hyper, grad_scale: Tensor | None, told: Tensor | None) -> FactoredMoment | None:
-    grad = member.grad if grad_scale is None else member.grad.float() / grad_scale.to(member.grad.device)
-    return update_parameter(
-        member.weight, grad, member.moments, member.level, member.second_moment, h, member.place, told
-    )
+    weight, grad, level, rule = member.weight, member.grad, member.level, member.second_moment
+    grad = grad if grad_scale is None else grad.float() / grad_scale.to(grad.device)
+    if rule not in _UPDATES:
+        return update_parameter(weight, grad, member.moments, level, rule, h, member.place, told)
+    held = [weight.codes, weight.scales] if isinstance(weight, Int8Weight) else [weight]
+    held += [x for x in member.state.values() if isinstance(x, Tensor)]
+    with leaving_out_whole(grad, held, told, h.step) as wanted:
+        if wanted:
+            _UPDATES[rule](weight, grad, member.state, level, h)
+    return None
 
 
 def _finish(unfinished: list[tuple[Unfinished, Hyper, Tensor | None]]) -> None:
@@ -222,8 +240,8 @@ def _same(some: list[Any], others: list[Any]) -> bool:
     return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
-def _rules(groups: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
-    return [(group["level"], group["second_moment"]) for group in groups]
+def _rules(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(group["level"], group["second_moment"], group["mini_rows"], group["plain_state"]) for group in groups]
 
 
 def _gradients(params: list[Tensor], sharded: bool) -> tuple[list[Any], numpy.ndarray]:

@@ -1,7 +1,8 @@
 """Gradients that are NaN or infinite: which blocks a step leaves out for them, and how the user hears of it.
 
-The unit is what shares a moment: a block of a folded weight, an element of any other. It is left out if the sum of its
-gradient's squares is not finite in float32: NaN, infinity, or an element beyond 1.8e19. Kernels have that sum in
+The unit is what shares a moment: a block of a folded weight, an element of any other; the whole tensor with Muon, with
+Adam-mini and with 8-bit moments. It is left out if the sum of its gradient's squares is not finite in float32: NaN,
+infinity, or an element beyond 1.8e19. Kernels have that sum in
 registers, and write the step's number beside each parameter of which they leave out something. These numbers come to
 the host while it prepares the next step, so nothing ever waits for them, but a checkpoint.
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -69,6 +72,27 @@ class Kept:
     def restore(self, W: Tensor, moments: list[Tensor]) -> None:
         for (mask, old), x in zip(self._old, (W, *moments), strict=True):
             x.copy_(torch.where(mask, old, x))
+
+
+@contextmanager
+def leaving_out_whole(grad: Tensor, held: list[Tensor], told: Tensor | None, step: int) -> Iterator[bool]:
+    """Around an update of ``held`` whose unit is the whole tensor: it is undone if ``grad`` is not finite.
+
+    Gives False where that is known before the update. Elsewhere an answer would wait for the device, so what is held
+    is copied.
+    """
+    if told is None:
+        yield True
+        return
+    unfit = (grad.float().square().sum() < math.inf).logical_not_()  # NaN too
+    told.masked_fill_(unfit, step)
+    if grad.device.type == "cpu":
+        yield not bool(unfit)
+        return
+    old = [x.clone() for x in held]
+    yield True
+    for x, kept in zip(held, old, strict=True):
+        x.copy_(torch.where(unfit, kept, x))
 
 
 class _Told:

@@ -131,8 +131,8 @@ def step_(W: Tensor, U: Fraction, h: Hyper) -> None:
 class PlainRows:
     """A weight of float32, bfloat16 or float16 as rows that load decayed, and take what became of them."""
 
-    def __init__(self, p: Tensor, n: int, place: Place) -> None:
-        self.p, self.rows, self.place = p, _as_rows(p, n), place
+    def __init__(self, p: Tensor, n: int, place: Place | None = None) -> None:
+        self.p, self.rows, self.place = p, _as_rows(p, n), whole(p) if place is None else place
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -290,17 +290,26 @@ def _load(x: Tensor, rows: range) -> Tensor:
 
 
 def _store(
-    x: Tensor, rows: range, value: Tensor, h: Hyper, kind: int, first_row: int, first_column: int, n: int
+    x: Tensor,
+    rows: range,
+    value: Tensor,
+    h: Hyper,
+    kind: int,
+    first_row: int = 0,
+    first_column: int = 0,
+    n: int | None = None,
 ) -> None:
     """Write ``value`` to ``rows`` of ``x``, unless it is those rows; ``kind`` tells a parameter's tensors apart.
 
-    In the whole tensor, whose rows have ``n`` columns, ``x`` begins at ``first_row`` and ``first_column``.
+    In the whole tensor, whose rows have ``n`` columns (by default those of ``x``), ``x`` begins at ``first_row`` and
+    ``first_column``.
     """
     if x.dtype == torch.float32 and value.data_ptr() == x[rows.start : rows.stop].data_ptr():
         return
     if x.dtype == torch.bfloat16 and h.stochastic:
         where = range(first_row + rows.start, first_row + rows.stop)
         columns = range(first_column, first_column + x.shape[-1])
+        n = x.shape[-1] if n is None else n
         bits = random_bits(
             where, n, seed=h.seed, step=h.step, stream=4 * h.stream + kind, device=x.device, columns=columns
         )

@@ -100,8 +100,10 @@ def optimizer_of(trainer: Trainer) -> foam_hf.FOAM:
         {"dtype": torch.bfloat16},
         {"optim": "foam_mini", "optim_args": None},
         {"optim_args": "level=3,second_moment=factored"},
+        {"optim": "foam_muon"},
+        {"optim": "foam_adam_mini"},
     ],
-    ids=["float32", "autocast", "bfloat16 weights", "foam_mini", "factored"],
+    ids=["float32", "autocast", "bfloat16 weights", "foam_mini", "factored", "foam_muon", "foam_adam_mini"],
 )
 def test_run_learns(tmp_path: Path, settings: dict[str, Any]) -> None:
     trainer = make_trainer(tmp_path, max_steps=40, learning_rate=1e-2, **settings)
@@ -122,6 +124,8 @@ def test_run_learns(tmp_path: Path, settings: dict[str, Any]) -> None:
         (torch.bfloat16, "level=3,stochastic_rounding=false"),
         (torch.bfloat16, "level=3"),
         (torch.bfloat16, "level=3,state_dtype=bf16"),
+        (torch.bfloat16, "level=3,second_moment=muon"),
+        (torch.bfloat16, "level=3,second_moment=adam_mini"),
     ],
 )
 def test_resumed_run_has_the_bits_of_the_uninterrupted_one(
@@ -168,9 +172,10 @@ class CountSteps(TrainerCallback):
         ({"optim": "adamw_torch", "optim_args": None}, "another optimizer"),
         ({"optim_args": "level=2"}, "level=2"),
         ({"optim_args": "level=3,second_moment=factored"}, "second_moment='factored'"),
+        ({"optim": "foam_muon"}, "second_moment='muon'"),
         ({"optim_args": "level=3,fold_embeddings=true"}, "param groups"),
     ],
-    ids=["adamw", "level", "rule", "embeddings"],
+    ids=["adamw", "level", "rule", "muon", "embeddings"],
 )
 def test_checkpoint_of_another_optimizer_is_refused_before_the_first_step(
     tmp_path: Path, saved_with: dict[str, Any], told: str
