@@ -18,7 +18,7 @@ from foam_hf.int8_weights import Int8Weight
 from foam_hf.launches import ParameterPlan, StepPlan
 from foam_hf.nonfinite import Watch
 from foam_hf.options import check_field_names, check_options, check_parameter, check_rule
-from foam_hf.places import is_sharded
+from foam_hf.places import Piece, is_sharded
 from foam_hf.sharding import as_state_of, empty_state, follow_placements, pieces_of
 from foam_hf.update import Hyper, Member
 
@@ -211,7 +211,10 @@ class FOAM(torch.optim.Optimizer):
         ]
 
     def _pieces(self, p: Tensor, group: dict[str, Any], stream: int) -> list[Member]:
-        pieces = pieces_of(p, *effective_rule(p, group)) if is_sharded(p) else [None]
+        pieces: list[Piece | None] = [None]
+        if is_sharded(p):
+            check_rule(p, group)  # FSDP2 shards what the constructor saw whole
+            pieces = [*pieces_of(p, *effective_rule(p, group))]
         member = self._member(p, group, stream)
         return [member._replace(piece=piece) for piece in pieces]
 

@@ -41,12 +41,6 @@ def pieces_of(p: Any, level: Level, second_moment: str) -> list[Piece]:
             f"INT8 weights cannot be sharded: got one of shape {tuple(p.shape)} with placements {p.placements}; "
             "expected bfloat16 or float32 weights under FSDP2, or INT8 weights with DDP"
         )
-    if second_moment not in ("block", "factored"):
-        option = "plain_state" if second_moment == "8bit" else "second_moment"
-        raise ValueError(
-            f"{option}={second_moment!r} needs whole weights: got one of shape {tuple(p.shape)} with placements "
-            f"{p.placements}; expected second_moment='block' or 'factored' and plain_state='full', or DDP"
-        )
     mesh = p.device_mesh
     if local(p).device.type not in (mesh.device_type, "meta"):
         raise ValueError(
