@@ -195,6 +195,8 @@ def test_adam_mini(dtype):
         ("foam", None),
         ("foam", "level=2,second_moment=factored,state_dtype=bfloat16"),
         ("foam_mini", "fold_embeddings=true"),
+        ("foam_muon", "level=2,plain_state=8bit"),
+        ("foam_adam_mini", None),
     ],
 )
 @pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated")

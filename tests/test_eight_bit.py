@@ -27,6 +27,19 @@ def train(weight, grads, **options):
     return p.detach(), optimizer
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gpu_follows_the_cpu(dtype):
+    """There, bitsandbytes rounds to the nearest code by itself."""
+    weight, grads = torch.randn(256, 64).to(dtype), [torch.randn(256, 64).to(dtype) + 0.3 for _ in range(20)]
+    expected, _ = train(weight, grads, plain_state="8bit")
+    found, optimizer = train(weight.cuda(), [grad.cuda() for grad in grads], plain_state="8bit")
+    (state,) = optimizer.state.values()
+    assert state["exp_avg_8bit"].is_cuda and (state["root_exp_avg_sq_8bit"] > 0).all()
+    assert (found.cpu().float() - expected.float()).norm() < 0.02 * (expected.float() - weight.float()).norm()
+
+
 def rare_tokens(steps, rows=256, n=64):
     """Gradients of an embedding: row i has one in every i-th step, and is small in proportion."""
     grads = []

@@ -73,6 +73,20 @@ def test_the_folded_rule_follows_the_float64_reference(shape, level, rho):
     assert_within(state["folded_momentum"], reference.momentum, "five steps against float64, float32 weights")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [(96, 256), (2, 256, 96)], ids=str)
+def test_a_gpu_follows_the_float64_reference(shape):
+    weight, grads = torch.randn(shape), [torch.randn(shape) for _ in range(3)]
+    trained, _ = train(weight.cuda(), [grad.cuda() for grad in grads], level=2)
+    reference = MuonReference(weight, lr=0.02, level=2)
+    for grad in grads:
+        expected = reference.step(grad)
+    assert_within(
+        trained.cpu() - weight, expected - weight, "four steps of Muon against float64, change of the weights"
+    )
+
+
 @pytest.mark.parametrize("chunk", [1, 40, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks_change_nothing(monkeypatch, dtype, chunk):

@@ -298,7 +298,7 @@ def test_two_processes_follow_one(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "bfloat16, muon"):
         assert_same_bits(ranks[0][dtype], ranks[1][dtype])
 
     single = language_trainer(tmp_path / "single", per_device_train_batch_size=8)
@@ -308,11 +308,16 @@ def test_two_processes_follow_one(tmp_path: Path) -> None:
 
 def _train_as_one_rank(folder: Path) -> None:
     found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        trainer = language_trainer(folder / str(dtype), dtype, ddp_backend="gloo")
+    runs: dict[str, dict[str, Any]] = {
+        "float32": {"dtype": torch.float32},
+        "bfloat16": {"dtype": torch.bfloat16},
+        "bfloat16, muon": {"dtype": torch.bfloat16, "optim": "foam_muon"},
+    }
+    for name, settings in runs.items():
+        trainer = language_trainer(folder / name, ddp_backend="gloo", **settings)
         assert trainer.args.world_size == 2
         trainer.train()
-        found[str(dtype).removeprefix("torch.")] = weights(trainer)
+        found[name] = weights(trainer)
     torch.save(found, folder / f"rank{trainer.args.process_index}.pt")
     os._exit(0)  # gloo's threads may abort the interpreter's end (pytorch pull request 179291)
 
