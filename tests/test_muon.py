@@ -175,5 +175,5 @@ def test_momentum_belongs_to_muon():
 def test_a_piece_of_a_matrix_is_refused():
     p = nn.Parameter(torch.zeros(4, 4))
     p.device_mesh = None  # as a DTensor has
-    with pytest.raises(ValueError, match=r"'muon' needs whole matrices: got a DTensor of shape \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"'muon' needs whole weights: got a DTensor of shape \(4, 4\)"):
         FOAM([p], second_moment="muon")
