@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler, Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-import foam_hf  # noqa: F401  # registers optim="foam"
+import foam_hf  # registers optim="foam"
 from foam_hf.memory import expected_state_bytes, state_bytes
 from tests.tiny_models import language_data, tiny_llama
 
@@ -179,14 +179,26 @@ def main(folder: Path, world: int) -> dict[str, Any]:
         for name in FEATURES:
             found[name] = feature(folder, name, fsdp=True, **same)
         for dtype in (torch.float32, BF16):
-            found[f"other data {dtype}"] = run(folder, world=world, same_data=False, fsdp={}, dtype=dtype, max_steps=STEPS)[1]
-        trainer, found["mixed"] = run(folder, fsdp={"ACCELERATE_MIXED_PRECISION": "bf16"}, dtype=BF16, **same,
-                                      callbacks=(foam_hf.OptimizerMemoryCallback(),))
+            found[f"other data {dtype}"] = run(
+                folder, world=world, same_data=False, fsdp={}, dtype=dtype, max_steps=STEPS
+            )[1]
+        trainer, found["mixed"] = run(
+            folder,
+            fsdp={"ACCELERATE_MIXED_PRECISION": "bf16"},
+            dtype=BF16,
+            **same,
+            callbacks=(foam_hf.OptimizerMemoryCallback(),),
+        )
         optimizer = trainer.optimizer.optimizer
         states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
-        assert all(isinstance(x, DTensor) for x in states) and {p.dtype for p in optimizer._parameters()} == {torch.float32}
-        found["bytes"] = [state_bytes(trainer.optimizer), expected_state_bytes(optimizer.param_groups),
-                          sum(x.numel() * 4 for x in states)]
+        assert all(isinstance(x, DTensor) for x in states) and {p.dtype for p in optimizer._parameters()} == {
+            torch.float32
+        }
+        found["bytes"] = [
+            state_bytes(trainer.optimizer),
+            expected_state_bytes(optimizer.param_groups),
+            sum(x.numel() * 4 for x in states),
+        ]
     return found
 
 
