@@ -257,6 +257,8 @@ class FOAM(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # torch adds a default that FOAM has no use for; in the groups of some ranks only, it would break loading there.
+        self.defaults.pop("differentiable", None)
         self._plan, self._watch = None, Watch()
         for group in self.param_groups:  # of a checkpoint from a version that had fewer options
             for name, value in self.defaults.items():
@@ -374,9 +376,10 @@ def state_spec(p: Tensor, group: dict[str, Any]) -> StateSpec:
 
 
 def _with_dtype(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved param group with ``state_dtype`` as a dtype; groups of earlier versions hold one."""
+    """A saved param group with ``state_dtype`` as a dtype; earlier versions saved one, and a field of torch's own."""
     name = saved.get("state_dtype")
-    return {**saved, "state_dtype": getattr(torch, name)} if isinstance(name, str) else saved
+    dtype = {"state_dtype": getattr(torch, name)} if isinstance(name, str) else {}
+    return {**{key: value for key, value in saved.items() if key != "differentiable"}, **dtype}
 
 
 def _plain(value: Any) -> Any:

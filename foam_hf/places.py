@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-
 Group = Any  # a torch.distributed.ProcessGroup, which not every build of torch has
 
 

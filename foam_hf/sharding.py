@@ -44,7 +44,7 @@ def pieces_of(p: Any, level: Level, second_moment: str) -> list[Piece]:
     mesh = p.device_mesh
     if local(p).device.type not in (mesh.device_type, "meta"):
         raise ValueError(
-            f"FSDP2's CPU offload is not supported: got a weight on {local(p).device} of a mesh on {mesh.device_type}; "
+            f"CPU offload of FSDP2 is not supported: got a weight on {local(p).device}, mesh on {mesh.device_type}; "
             "expected OffloadPolicy(), in accelerate fsdp_offload_params: false, as FOAM's state is small"
         )
     cuts = [_cuts(p, dim) for dim in range(p.dim())]
@@ -87,7 +87,7 @@ def _cuts(p: Any, dim: int) -> list[_Cut]:
         kind = type(placement).__name__
         if kind not in ("Shard", "_StridedShard", "Replicate"):
             raise ValueError(
-                f"cannot update a weight of shape {tuple(p.shape)} with the placement {placement}: got "
+                f"cannot update a weight of shape {tuple(p.shape)} with the placement {placement!r}: got "
                 f"{p.placements}; expected Shard or Replicate for every dimension of the mesh"
             )
         if kind != "Replicate" and placement.dim % p.dim() == dim:
@@ -103,8 +103,10 @@ def _range(size: int, cuts: Sequence[_Cut], coordinate: Sequence[int] | None) ->
     span = range(size)
     for cut in cuts:
         chunk = -(-len(span) // cut.parts)
-        span = span[chunk * coordinate[cut.mesh_dim] : chunk * (coordinate[cut.mesh_dim] + 1)]
-        span = span if span else range(span.start, span.start)
+        part = span[chunk * coordinate[cut.mesh_dim] : chunk * (coordinate[cut.mesh_dim] + 1)]
+        # Nothing begins inside the whole too, so that a rank without rows counts to the matrix that it has none of.
+        last = max(span.start, span.stop - 1)
+        span = part if part else range(last, last)
     return span
 
 

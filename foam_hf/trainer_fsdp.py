@@ -1,8 +1,8 @@
 """FSDP in the Trainer: which kind of it runs, and what FOAM refuses there.
 
 What this file relies on, in transformers 4.57 to 5.x and accelerate: `TrainingArguments.fsdp` and `fsdp_config`;
-`trainer.is_fsdp_enabled` and `trainer.accelerator.state.fsdp_plugin` with `fsdp_version`, since accelerate 1.6; and the
-variables ACCELERATE_USE_FSDP and FSDP_VERSION, by which `accelerate launch` tells a script.
+`trainer.is_fsdp_enabled` and `trainer.accelerator.state.fsdp_plugin` with `fsdp_version`, since accelerate 1.6; and
+the variables ACCELERATE_USE_FSDP and FSDP_VERSION, by which `accelerate launch` tells a script.
 """
 
 from __future__ import annotations

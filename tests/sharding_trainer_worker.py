@@ -1,4 +1,4 @@
-"""Runs of the real Trainer under DDP and FSDP2 for tests/test_sharding_trainer.py: in one process, or under torchrun.
+"""Runs of the real Trainer under DDP and FSDP2 for tests/test_sharding.py: in one process, or under torchrun.
 
 Every process sees the same batches, so that sums and means over a power of two of processes are exact.
 """
@@ -21,12 +21,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler, Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-import foam_hf  # noqa: F401  # registers optim="foam"
+import foam_hf  # registers optim="foam"
 from foam_hf.memory import expected_state_bytes, state_bytes
+from foam_hf.places import local
+from tests.sharding_worker import check_all
 from tests.tiny_models import language_data, tiny_llama
 
 BATCH = 2
-STEPS, SHORT = 50, 6
+STEPS, SHORT = 50, 4
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -69,15 +71,31 @@ class InOrder(Trainer):
 
 
 class Record(TrainerCallback):
-    """All weights after every step, whole."""
+    """What this rank holds of all weights after every step."""
 
     def __init__(self) -> None:
-        self.steps: list[Tensor] = []
+        self.steps: list[list[Tensor]] = []
+        self.sharded: list[bool] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        parts = [p.detach() for p in model.parameters()]
-        parts = [p.full_tensor() if isinstance(p, DTensor) else p for p in parts]
-        self.steps.append(torch.cat([p.flatten() for p in parts]).clone())
+        self.sharded = [isinstance(p, DTensor) for p in model.parameters()]
+        self.steps.append([local(p.detach()).clone() for p in model.parameters()])
+
+    def whole(self) -> list[Tensor]:
+        """All weights as one vector, for every step; on rank 0, elsewhere nothing."""
+        ranks: list[Any] = [self.steps]
+        if dist.is_initialized():
+            ranks = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+            dist.gather_object(self.steps, ranks or None)
+        return [
+            torch.cat(
+                [
+                    torch.cat(parts).flatten() if sharded else parts[0].flatten()
+                    for sharded, *parts in zip(self.sharded, *step, strict=True)
+                ]
+            )
+            for step in zip(*ranks, strict=True)
+        ]
 
 
 def run(
@@ -124,7 +142,7 @@ def run(
             callbacks=[record, *callbacks],
         )
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    return trainer, record.steps
+    return trainer, record.whole()
 
 
 def lora() -> Any:
@@ -140,7 +158,6 @@ FEATURES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "checkpointing": ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}),
     "lora": ({}, {"model": lora}),
     "factored": ({}, {"optim_args": "level=3,second_moment=factored"}),
-    "kept whole between passes": ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, {}),
 }
 
 
@@ -179,15 +196,28 @@ def main(folder: Path, world: int) -> dict[str, Any]:
         for name in FEATURES:
             found[name] = feature(folder, name, fsdp=True, **same)
         for dtype in (torch.float32, BF16):
-            found[f"other data {dtype}"] = run(folder, world=world, same_data=False, fsdp={}, dtype=dtype, max_steps=STEPS)[1]
-        trainer, found["mixed"] = run(folder, fsdp={"ACCELERATE_MIXED_PRECISION": "bf16"}, dtype=BF16, **same,
-                                      callbacks=(foam_hf.OptimizerMemoryCallback(),))
-        optimizer = trainer.optimizer.optimizer
-        states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
-        assert all(isinstance(x, DTensor) for x in states) and {p.dtype for p in optimizer._parameters()} == {torch.float32}
-        found["bytes"] = [state_bytes(trainer.optimizer), expected_state_bytes(optimizer.param_groups),
-                          sum(x.numel() * 4 for x in states)]
+            other: dict[str, Any] = {"world": 2, "same_data": False, "fsdp": {}, "max_steps": STEPS}
+            found[f"other data {dtype}"] = run(folder, dtype=dtype, **other)[1]
+        found["mixed"] = mixed_precision(folder)
+    found["worst"] = check_all(world)
     return found
+
+
+def mixed_precision(folder: Path) -> dict[str, Any]:
+    """bf16 in accelerate: it keeps float32 weights in the shards."""
+    callbacks = (foam_hf.OptimizerMemoryCallback(),)
+    variables = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    trainer, steps = run(folder, fsdp=variables, dtype=BF16, world=2, callbacks=callbacks)
+    optimizer = trainer.optimizer.optimizer
+    states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    assert all(isinstance(x, DTensor) for x in states)
+    assert {p.dtype for p in optimizer._parameters()} == {torch.float32}
+    return {
+        "steps": steps,
+        "measured": state_bytes(trainer.optimizer),
+        "expected": expected_state_bytes(optimizer.param_groups),
+        "whole": sum(x.numel() * 4 for x in states),
+    }
 
 
 if __name__ == "__main__":
