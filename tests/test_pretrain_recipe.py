@@ -24,6 +24,7 @@ train = load_script()
 import debian_text  # noqa: E402
 import pretrain_arguments  # noqa: E402
 import pretrain_data  # noqa: E402
+import pretrain_stream  # noqa: E402
 import pretrain_tokens  # noqa: E402
 
 CONFIGS = sorted(RECIPE.glob("*.yaml"))
@@ -219,14 +220,14 @@ def test_a_stream_loses_and_doubles_no_token_and_goes_on_from_every_step(length:
     expected = letters([text for text in texts if text not in banned])
     expected = np.concatenate([expected] * (1 + 6 * length // len(expected)))  # it starts again at its end
 
-    def stream() -> pretrain_data.PackedStream:
+    def stream() -> pretrain_stream.PackedStream:
         encode: Any = letters
         encode.dtype = np.dtype(np.uint16)
-        return pretrain_data.PackedStream(
+        return pretrain_stream.PackedStream(
             lambda: Source(texts), encode, length, every=2, keep=lambda text: text not in banned
         )
 
-    def take(stream: pretrain_data.PackedStream, count: int) -> list[list[int]]:
+    def take(stream: pretrain_stream.PackedStream, count: int) -> list[list[int]]:
         return [item["input_ids"].tolist() for item, _ in zip(stream, range(count), strict=False)]
 
     first = stream()
@@ -244,7 +245,7 @@ def test_a_stream_loses_and_doubles_no_token_and_goes_on_from_every_step(length:
 
 def test_processes_share_a_stream_without_gaps(hub) -> None:
     shares = [
-        list(pretrain_data.HubStream("allenai/c4", "en", "train", "text", rank=rank, world=2)) for rank in (0, 1)
+        list(pretrain_stream.HubStream("allenai/c4", "en", "train", "text", rank=rank, world=2)) for rank in (0, 1)
     ]
     assert sorted([*shares[0], *shares[1]]) == sorted(TEXTS[:60])
     assert min(map(len, shares)) > 10

@@ -13,8 +13,6 @@ from pretrain_data import (
     EXPECTED,
     HUB_CONFIGS,
     Encoder,
-    HubStream,
-    PackedStream,
     PackedTokens,
     hub_problem,
     local_documents,
@@ -23,6 +21,7 @@ from pretrain_data import (
     text_files,
     write_tokens,
 )
+from pretrain_stream import HubStream, PackedStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"

@@ -12,15 +12,13 @@ import math
 import os
 import platform
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 import torch
 import transformers
 import yaml
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, PretrainedConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, PretrainedConfig, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import foam_hf  # registers optim="foam" and its companions
@@ -33,7 +31,9 @@ sys.path[:0] = [] if str(HERE) in sys.path else [str(HERE)]  # the siblings, als
 
 import other_optimizers  # noqa: E402
 from pretrain_arguments import PretrainArguments, build_training_arguments, parse, say  # noqa: E402
-from pretrain_data import PackedStream, one_line  # noqa: E402
+from pretrain_callbacks import Clock, Position, write_json  # noqa: E402
+from pretrain_data import one_line  # noqa: E402
+from pretrain_stream import PackedStream  # noqa: E402
 from pretrain_tokens import Data, prepare  # noqa: E402
 
 
@@ -102,65 +102,6 @@ class PretrainTrainer(Trainer):
         return super().create_optimizer() if model is None else super().create_optimizer(model)
 
 
-class Position(TrainerCallback):
-    """Writes into every checkpoint where this process's data stand, and what they are; reads and checks it."""
-
-    def __init__(self, recipe: PretrainArguments, args: TrainingArguments, data: Data) -> None:
-        self.stream = data.train if isinstance(data.train, PackedStream) else None
-        self.per_step = recipe.total_batch_size // args.world_size
-        self.settings = {
-            "data": data.made_from,
-            "sequence_length": recipe.sequence_length,
-            "total_batch_size": recipe.total_batch_size,
-        }
-        if self.stream is None:
-            self.settings["seed"] = args.data_seed if args.data_seed is not None else args.seed
-        else:
-            self.settings["processes"] = args.world_size
-        self.name = f"pretrain-{0 if self.stream is None else args.process_index}.json"
-
-    def on_save(self, args, state, control, **kwargs) -> None:
-        if self.stream is None and not state.is_world_process_zero:
-            return
-        position = None if self.stream is None else self.stream.position(state.global_step * self.per_step)
-        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        write_json(folder / self.name, {**self.settings, "position": position})
-
-    def restore(self, checkpoint: Path) -> None:
-        """Go on from what a checkpoint says; SystemExit where it is of other data or settings."""
-        file = checkpoint / self.name
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            steps = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-        except (OSError, ValueError, KeyError) as error:
-            raise SystemExit(
-                f"Cannot resume from {checkpoint}: {one_line(error)}; expected a whole checkpoint of this recipe, of "
-                "as many processes where data are streamed."
-            ) from None
-        position = found.pop("position")
-        changed = [key for key, value in self.settings.items() if found.get(key) != value]
-        if changed:
-            key = changed[0]
-            raise SystemExit(f"{checkpoint} is of another {key}: {found.get(key)}; this run has {self.settings[key]}.")
-        if self.stream is not None:
-            self.stream.go_on(steps * self.per_step, position)
-
-
-class Clock(TrainerCallback):
-    """Seconds of the steps after the first two, evaluations and checkpoints left out."""
-
-    def __init__(self) -> None:
-        self.seconds, self.steps, self.seen = 0.0, 0, 0
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self.began = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.seen += 1
-        if self.seen > 2:  # they compile kernels and allocate
-            self.seconds, self.steps = self.seconds + time.perf_counter() - self.began, self.steps + 1
-
-
 def build_trainer(
     recipe: PretrainArguments, args: TrainingArguments, optim: str, config: PretrainedConfig, data: Data
 ) -> PretrainTrainer:
@@ -212,17 +153,6 @@ def layers_state_bytes(model, optimizer) -> int:
 def finite(value: float) -> float | None:
     """The value, or None for what a diverged run has: JSON has no NaN."""
     return value if math.isfinite(value) else None
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write the whole file or leave what was there: a temporary neighbour, then one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1, allow_nan=False)
-        stream.write("\n")
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
