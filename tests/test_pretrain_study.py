@@ -128,7 +128,7 @@ def test_the_study_compares_what_the_issue_of_memory_is_about_at_two_rates_each(
     assert len(names) == len(set(names))
     for name in ("AdamW", "FOAM, level 2", "FOAM-Mini", "FOAM-Muon, level 2", "Muon", "GaLore"):
         assert name in names  # those that the report's targets compare
-    known = {option.value for option in OptimizerNames} | {*FOAM_NAMES, "foam_muon", "foam_adam_mini"}
+    known = {option.value for option in OptimizerNames} | {*FOAM_NAMES}
     for arm in study["arms"]:
         assert arm["settings"]["optim"] in known | set(pretrain_arguments.OTHERS)
         assert len(arm["rates"]) == 2
@@ -147,8 +147,6 @@ def test_every_arm_of_the_study_is_accepted_by_the_recipe(tokens: Path, tmp_path
         config = train.model_config(recipe)
         assert config.hidden_size == {"llama-60m": 512, "llama-20m": 256}[job.model]
         assert training["max_steps"] == 800 and training["eval_steps"] == 80
-        if optim in ("foam_muon", "foam_adam_mini") and optim not in FOAM_NAMES:
-            continue  # names that this version does not have yet
         args = pretrain_arguments.build_training_arguments(recipe, training, optim)
         assert args.train_batch_size * args.gradient_accumulation_steps == 128
         assert "{" not in str(args.optim_args)
