@@ -1,7 +1,7 @@
 """FOAM (Folded Optimizer with Approximate Moment) for the Hugging Face Trainer.
 
-`import foam_hf` registers `optim="foam"` and `optim="foam_mini"` with transformers, now if it is loaded, else at the
-moment it gets loaded. The import itself is cheap: torch and transformers are imported only when a name needs them.
+`import foam_hf` registers `optim="foam"` and its kin with transformers, now if it is loaded, else at the moment
+it gets loaded. The import itself is cheap: torch and transformers are imported only when a name needs them.
 """
 
 from __future__ import annotations

@@ -15,8 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foam_hf.eight_bit import SMALLEST
+from foam_hf.optim_args import FOAM_NAMES, foam_options
+from foam_hf.param_groups import foam_parameter_names
 from foam_hf.plan import Estimate
 from foam_hf.step_trace import StepTrace, trace_step, with_value
+from foam_hf.update import CHUNK_GPU
 
 # Workspaces of cuBLAS, one for the forward thread and one for backward's, as an H100 has them: less on other GPUs.
 WORKSPACE = 2 * 32 * 2**20
@@ -76,24 +80,48 @@ def activation_curve(model: nn.Module, sequence: int, **settings: Any) -> Callab
     return _Step(model, sequence, **settings).estimate_quickly
 
 
-def optimizer_temporary_bytes(model: nn.Module, optim: str) -> int:
+def optimizer_temporary_bytes(model: nn.Module, optim: str, optim_args: str | None = None) -> int:
     """The most that one step of an optimizer allocates and frees again, next to weights, gradients and state.
 
-    FOAM on a GPU allocates nothing, nor do fused and 8-bit AdamW, and SGD. Of other optimizers this knows adamw_torch,
-    adafactor, galore_adamw and apollo_adamw.
+    FOAM's kernels on a GPU allocate nothing, nor do fused and 8-bit AdamW, and SGD. FOAM without a kernel (Muon,
+    Adam-mini, moments of 8 bits) takes what it takes on a CPU, in larger chunks. Of other optimizers this knows
+    adamw_torch, adafactor, galore_adamw and apollo_adamw.
 
     Args:
         model: its trainable parameters count, on whatever device.
-        optim: a name as in TrainingArguments.
+        optim, optim_args: as in TrainingArguments.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     if optim == "adamw_torch":  # the roots of all second moments at once
         return sum(p.numel() * p.element_size() for p in trained)
+    if optim in FOAM_NAMES:
+        return _foam_temporary_bytes(model, foam_options(optim, optim_args))
     if optim == "adafactor":  # two float32 copies; of halves, those of gradient and weight as well
         return max((p.numel() * (8 if p.element_size() > 2 else 16) for p in trained), default=0)
     if optim in ("galore_adamw", "apollo_adamw"):  # the update at full size, and what it is made of
         return max((2 * p.numel() * p.element_size() for p in trained), default=0)
     return 0
+
+
+def _foam_temporary_bytes(model: nn.Module, options: dict[str, Any]) -> int:
+    """What the rules without a kernel take for each element of a chunk; where weights round, mostly random bits."""
+    rule, eight_bit = options.get("second_moment", "block"), options.get("plain_state") == "8bit"
+    folded = {name for group, names in foam_parameter_names(model).items() if "folded" in group for name in names}
+    most = 0
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        chunk, half = min(p.numel(), CHUNK_GPU), p.element_size() < 4
+        if rule == "muon" and name in folded:
+            rows, n = p.shape[-2:]
+            # What is orthogonalised, made in chunks; then it, two matrices of the iteration and two squares.
+            chunk = 2 * rows * n + min(rows * n, CHUNK_GPU) * (18 if half else 6)
+            most = max(most, chunk, 6 * rows * n + 4 * min(rows, n) ** 2)
+        elif rule == "adam_mini" and p.dim() > 1:
+            most = max(most, chunk * (22 if half else 10))
+        elif eight_bit and name not in folded and p.numel() >= SMALLEST:
+            most = max(most, chunk * (30 if half else 21))
+    return most
 
 
 @functools.cache

@@ -11,9 +11,8 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, Field, model_validator
 
 import foam_hf
-from foam_hf.optim_args import parse_optim_args
+from foam_hf.optim_args import FOAM_NAMES, foam_options
 
-_NAMES = ("foam", "foam_mini")
 # axolotl sorts weights into groups of its own for these; a FOAM run has groups by what folds
 _OTHER_GROUPS = ("embedding_lr", "embedding_lr_scale", "loraplus_lr_ratio", "lr_groups")
 
@@ -33,7 +32,7 @@ class FoamArgs(BaseModel):
     @classmethod
     def check_foam(cls, data: Any) -> Any:
         """Refuse what FOAM cannot do, in the words of the YAML."""
-        if data.get("optimizer") not in _NAMES:
+        if data.get("optimizer") not in FOAM_NAMES:
             return data
         for key in _OTHER_GROUPS:
             if data.get(key) is not None:
@@ -41,12 +40,12 @@ class FoamArgs(BaseModel):
                     f"{key}: {data[key]} has no effect with optimizer: {data['optimizer']}, whose parameter groups "
                     f"follow from what folds; expected no {key}, or another optimizer"
                 )
-        parse_optim_args(data.get("optim_args"))
+        foam_options(data["optimizer"], data.get("optim_args"))
         return data
 
 
 class FoamPlugin(BasePlugin):
-    """Lets an axolotl YAML say `optimizer: foam` (or `foam_mini`) with FOAM's keys under `optim_args`."""
+    """Lets an axolotl YAML say `optimizer: foam` (or another of its names) with FOAM's keys under `optim_args`."""
 
     def get_input_args(self) -> str:
         """The class with the keys that this plugin adds to the YAML, by its dotted name."""
@@ -54,7 +53,7 @@ class FoamPlugin(BasePlugin):
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
         """`optim_target_modules: all_linear` is axolotl's spelling; transformers' has a hyphen."""
-        spelled = cfg.optimizer in _NAMES and cfg.optim_target_modules == "all_linear"
+        spelled = cfg.optimizer in FOAM_NAMES and cfg.optim_target_modules == "all_linear"
         return {"optim_target_modules": "all-linear"} if spelled else {}
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:

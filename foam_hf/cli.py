@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from foam_hf import __version__, estimate_command
+from foam_hf.optim_args import FOAM_NAMES
 
 _PICTURES = (".png", ".pdf", ".svg")
 _PACKAGE = Path(__file__).resolve().parent
@@ -74,9 +75,9 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser(
         "run",
-        help="run a training command with optim=foam and foam_mini registered in it",
+        help="run a training command with optim=foam and its kin registered in it",
         description="Run an unmodified training command (python, torchrun, accelerate launch, trl, ...) with "
-        "--optim foam and --optim foam_mini available in it and in every python it starts.",
+        f"--optim {', '.join(FOAM_NAMES)} available in it and in every python it starts.",
         usage="foam-hf run [--report-memory [PICTURE]] -- COMMAND ...",
         epilog="example: foam-hf run --report-memory -- python train.py --optim foam --optim_args level=8,scale=0.25",
     )

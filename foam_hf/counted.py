@@ -12,9 +12,9 @@ from torch import nn
 
 from foam_hf import peer_state
 from foam_hf.memory import expected_state_bytes
-from foam_hf.optim_args import FOAM_KEYS, FOAM_NAMES, foam_options, split_optim_args
+from foam_hf.optim_args import FOAM_KEYS, FOAM_NAMES, foam_options, one_of_ours, split_optim_args
 from foam_hf.optimizer import FOAM
-from foam_hf.param_groups import foam_param_groups, foam_parameter_names
+from foam_hf.param_groups import GROUPING_OPTIONS, foam_param_groups, foam_parameter_names
 from foam_hf.storages import storages, total
 
 _PEERS: dict[str, Callable[[nn.Module], int]] = {
@@ -52,7 +52,8 @@ OPTIMIZERS = (*FOAM_NAMES, *_PEERS, *_PROJECTED, "muon", "adam_mini")
 def option_keys(optim: str) -> tuple[str, ...]:
     """The keys that `optim`, one of `OPTIMIZERS`, reads from `optim_args`."""
     if optim in FOAM_NAMES:
-        return tuple(key for key in FOAM_KEYS if key not in FOAM_NAMES[optim])
+        other = set(FOAM_NAMES[optim]) if optim == "foam_muon" else {*FOAM_NAMES[optim], "momentum"}
+        return tuple(key for key in FOAM_KEYS if key not in other)
     return tuple(_PROJECTED_KEYS.get(optim, ()))
 
 
@@ -80,7 +81,7 @@ def count_bytes(
     Arguments and errors are those of `foam_hf.estimate_memory`.
     """
     if gradient_release and optim not in FOAM_NAMES:
-        raise ValueError(f"gradient_release is FOAM's, got it with optim={optim!r}; expected 'foam' or 'foam_mini'")
+        raise ValueError(f"gradient_release is FOAM's, got it with optim={optim!r}; expected {one_of_ours()}")
     state = count_state(model, optim, optim_args, target_modules=target_modules)
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = [p.numel() * p.element_size() for p in trained]
@@ -144,7 +145,8 @@ def _foam_state(
     if "state_dtype" in options:
         options["state_dtype"] = getattr(torch, options["state_dtype"])
     wider = {name: options.pop(name, False) for name in ("fold_embeddings", "fold_head")}
-    groups = foam_param_groups(model, target_modules=target_modules, **wider)
+    grouping = {name: options[name] for name in GROUPING_OPTIONS if name in options}
+    groups = foam_param_groups(model, target_modules=target_modules, **wider, **grouping)
     return expected_state_bytes(FOAM(groups, **options).param_groups)  # a FOAM checks every value
 
 

@@ -97,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from foam_hf.optim_args import one_of_ours
     from foam_hf.plan_report import draw, print_table, to_json
     from foam_hf.planner import Planner
 
@@ -109,7 +110,7 @@ def _run(options: argparse.Namespace) -> int:
     if foam_only and not any(_is_foam(name) for name, _ in choices):
         flag = foam_only[0].replace("_", "-")
         raise ValueError(
-            f"--{flag} is FOAM's, and it is not among the optimizers; expected foam or foam_mini in --optim"
+            f"--{flag} is FOAM's, and it is not among the optimizers; expected {one_of_ours()} in --optim"
         )
     if options.plot:
         _check_plot(options.plot)
@@ -177,13 +178,13 @@ def chosen_optimizers(
     rows = []
     for name in chosen:
         arguments = {key: value for key, value in pairs if key in option_keys(name)}
-        if levels is None or name != "foam":
+        if levels is None or "level" not in option_keys(name):
             rows.append((name, arguments))
             continue
         if "level" in arguments:
             raise ValueError(f"the level is given twice, --level {levels} and --optim-args {optim_args}; expected one")
         rows += [(name, {"level": level.strip(), **arguments}) for level in levels.split(",")]
-    if levels is not None and "foam" not in chosen:
+    if levels is not None and not any("level" in option_keys(name) for name in chosen):
         raise ValueError(f"--level is FOAM's, and none of {', '.join(chosen)} has it; expected foam in --optim")
     return rows
 
@@ -286,7 +287,9 @@ def _way_out(planner: Planner, options: Any) -> tuple[tuple[str, ...], Plan | No
 
 
 def _is_foam(name: str) -> bool:
-    return name.startswith("foam")
+    from foam_hf.optim_args import FOAM_NAMES
+
+    return name in FOAM_NAMES
 
 
 def _check_plot(path: Path) -> None:

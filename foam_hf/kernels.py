@@ -29,6 +29,7 @@ from foam_hf.update import Hyper, Member, moment_names
 if TYPE_CHECKING:
     from foam_hf.factored_kernels import FactoredLaunch
 
+KERNEL_RULES = ("block", "factored")
 MAX_COLUMNS = 32768  # a tile of more columns would not fit the registers of a program
 TILE_ELEMENTS, WARP_ELEMENTS = 2048, 512
 # Since then a compiled kernel takes every argument of its function, the constants too.
@@ -318,7 +319,10 @@ def make_launches(members: list[Member]) -> tuple[list[tuple[Member, Launch | Fa
     from foam_hf.factored_kernels import FactoredLaunch
     from foam_hf.int8_kernels import make_int8_launches
 
+    without = [member for member in members if member.second_moment not in KERNEL_RULES]
+    members = [member for member in members if member.second_moment in KERNEL_RULES]
     int8_launches, unfit = make_int8_launches([member for member in members if isinstance(member.p, Int8Weight)])
+    unfit += without
     buckets: dict[tuple[str, Geometry, int, bool], list[tuple[Member, Entry]]] = {}
     for member in members:
         if isinstance(member.p, Int8Weight):

@@ -13,6 +13,10 @@ import numpy
 import torch
 from torch import Tensor
 
+from foam_hf.adam_mini import update_adam_mini
+from foam_hf.eight_bit import update_8bit
+from foam_hf.folding import Level
+from foam_hf.muon import update_muon
 from foam_hf.update import Hyper, Member, update_parameter
 
 if TYPE_CHECKING:
@@ -21,6 +25,12 @@ if TYPE_CHECKING:
 
 KERNEL_VARIABLE = "FOAM_HF_KERNEL"
 State = MutableMapping[str, Any]
+# Rules with an update of their own, on any device; no kernel takes them.
+_UPDATES: dict[str, Callable[[Tensor, Tensor, State, Level, Hyper], None]] = {
+    "muon": update_muon,
+    "adam_mini": update_adam_mini,
+    "8bit": update_8bit,
+}
 
 
 def use_kernels(device: torch.device) -> bool:
@@ -171,7 +181,10 @@ def _update_plainly(member: Member, h: Hyper, grad_scale: Tensor | None) -> None
     p, state, level, second_moment, _ = member
     grad = cast(Tensor, p.grad)
     grad = grad if grad_scale is None else grad.float() / grad_scale.to(grad.device)
-    update_parameter(p, grad, state, level, second_moment, h)
+    if second_moment in _UPDATES:
+        _UPDATES[second_moment](p, grad, state, level, h)
+    else:
+        update_parameter(p, grad, state, level, second_moment, h)
 
 
 def _refuse_capture() -> None:
@@ -192,8 +205,8 @@ def _same(some: list[Any], others: list[Any]) -> bool:
     return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
-def _rules(groups: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
-    return [(group["level"], group["second_moment"]) for group in groups]
+def _rules(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(group["level"], group["second_moment"], group["mini_rows"], group["plain_state"]) for group in groups]
 
 
 def _gradients(params: list[Tensor]) -> tuple[list[Any], numpy.ndarray]:

@@ -16,6 +16,7 @@ from foam_hf.options import check_options
 from foam_hf.storages import state_storages, storages, total, without
 
 UNAVAILABLE = "unavailable"
+_PLAIN = {"block": "plain AdamW", "8bit": "AdamW with moments of 8 bits", "adam_mini": "Adam-mini"}  # by rule
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def format_bytes(n: int | None) -> str:
 def summarize(optimizer: Any) -> str:
     """A few lines on a FOAM optimizer, from shapes alone: what folds, what stays plain, their cost, and rounding."""
     folded: dict[tuple[Any, ...], list[tuple[Tensor, int]]] = {}
-    plain: list[tuple[Tensor, int]] = []
+    plain: dict[str, list[tuple[Tensor, int]]] = {}
     rounding: set[str] = set()
     for group in _filled(optimizer.param_groups):
         for p in group["params"]:
@@ -151,30 +152,34 @@ def summarize(optimizer: Any) -> str:
                 continue
             level, second_moment = effective_rule(p, group)
             sized = (p, _expected(p, group))
-            if (level, second_moment) == (0, "block") and (group["scale"] == 1 or p.dim() < 2):
-                plain.append(sized)
+            if level == 0 and second_moment in _PLAIN and (group["scale"] == 1 or p.dim() < 2):
+                plain.setdefault(second_moment, []).append(sized)
             else:
                 folded.setdefault((level, group["scale"], second_moment), []).append(sized)
             kind = "INT8" if isinstance(p, Int8Weight) else str(p.dtype).removeprefix("torch.")
             stochastic = kind in ("INT8", "bfloat16") and group["stochastic_rounding"] is not False
             rounding.add(f"{kind} {'stochastically' if stochastic else 'to nearest'}")
     lines = [
-        f"FOAM: folded (level {level}, scale {scale:g}, second moment {rule}): {_amount(members)}"
+        f"FOAM: folded (level {level}, scale {scale:g}, {_words(rule)}): {_amount(members)}"
         for (level, scale, rule), members in folded.items()
     ] or ["FOAM: no weight folds"]
-    if plain:
-        largest, cost = max(plain, key=lambda sized: sized[1])
+    for rule, members in plain.items():
+        largest, cost = max(members, key=lambda sized: sized[1])
         lines.append(
-            f"FOAM: unfolded (plain AdamW): {_amount(plain)}, of which {format_bytes(cost)} for the largest tensor, "
-            f"{list(largest.shape)}"
+            f"FOAM: unfolded ({_PLAIN[rule]}): {_amount(members)}, of which {format_bytes(cost)} for the largest "
+            f"tensor, {list(largest.shape)}"
         )
-    everything = [*plain, *(sized for members in folded.values() for sized in members)]
+    everything = [sized for members in (*plain.values(), *folded.values()) for sized in members]
     total, adamw = _size(everything), adamw_state_bytes(p for p, _ in everything)
     lines.append(
         f"FOAM: {format_bytes(total)} of state in all, {_percent(total, adamw)} of AdamW's {format_bytes(adamw)}; "
         f"weights are rounded: {', '.join(sorted(rounding))}"
     )
     return "\n".join(lines)
+
+
+def _words(rule: str) -> str:
+    return "orthogonalised by Muon" if rule == "muon" else f"second moment {rule}"
 
 
 def _amount(members: list[tuple[Tensor, int]]) -> str:

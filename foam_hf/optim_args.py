@@ -24,6 +24,10 @@ def _positive(text: str) -> float:
     return _in_range(float(text), math.ulp(0.0), math.inf)
 
 
+def _fraction(text: str) -> float:
+    return _in_range(float(text), 0.0, math.nextafter(1.0, 0.0))
+
+
 def _one_of(**choices: Any) -> Callable[[str], Any]:
     return lambda text: choices[text.lower()]
 
@@ -33,18 +37,34 @@ _dtype = _one_of(float32="float32", fp32="float32", bfloat16="bfloat16", bf16="b
 _OPTIM_ARGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "level": (_level, "an integer from 0 to 16, or row"),
     "scale": (_positive, "a finite number above 0"),
-    "second_moment": (_one_of(block="block", factored="factored"), "block or factored"),
+    "second_moment": (
+        _one_of(block="block", factored="factored", muon="muon", adam_mini="adam_mini"),
+        "block, factored, muon or adam_mini",
+    ),
     "residual_scale": (lambda text: _in_range(float(text), 0.0, math.inf), "a finite number, 0 or more"),
     "stochastic_rounding": (_one_of(auto="auto", true=True, false=False), "auto, true or false"),
     "state_dtype": (lambda text: _dtype(text.removeprefix("torch.")), "float32 or bfloat16"),
     "fold_embeddings": (_one_of(true=True, false=False), "true or false"),
     "fold_head": (_one_of(true=True, false=False), "true or false"),
     "gradient_release": (_one_of(true=True, false=False), "true or false"),
+    "momentum": (_fraction, "a number from 0 to below 1"),
+    "plain_state": (_one_of(full="full", **{"8bit": "8bit"}), "full or 8bit"),
     "seed": (lambda text: int(_in_range(int(text), 0, 2**64 - 1)), "an integer from 0 to 2**64 - 1"),
 }
 FOAM_KEYS = tuple(_OPTIM_ARGS)
 # Names of `optim` -> the options that they stand for.
-FOAM_NAMES: dict[str, dict[str, Any]] = {"foam": {}, "foam_mini": {"level": "row"}}
+FOAM_NAMES: dict[str, dict[str, Any]] = {
+    "foam": {},
+    "foam_mini": {"level": "row"},
+    "foam_muon": {"second_moment": "muon"},
+    "foam_adam_mini": {"second_moment": "adam_mini"},
+}
+
+
+def one_of_ours() -> str:
+    """The names of FOAM, for messages: 'foam', 'foam_mini' or ..."""
+    *names, last = map(repr, FOAM_NAMES)
+    return f"{', '.join(names)} or {last}"
 
 
 def foam_options(optim: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -60,6 +80,16 @@ def foam_options(optim: str, optim_args: str | Mapping[str, Any] | None) -> dict
                 f"optim_args: {key}={parsed[key]} contradicts optim={optim!r}, which is {key}={value}; "
                 f"expected optim='foam' with {key}={parsed[key]}, or {optim!r} without {key}."
             )
+    if "momentum" in parsed and parsed.get("second_moment") != "muon":
+        raise ValueError(
+            f"optim_args: momentum={parsed['momentum']} is Muon's, and optim={optim!r} has Adam's adam_beta1; "
+            "expected optim='foam_muon', or no momentum."
+        )
+    if parsed.get("plain_state") == "8bit" and parsed.get("second_moment") == "adam_mini":
+        raise ValueError(
+            "optim_args: plain_state=8bit quantizes AdamW's moments, and with Adam-mini what does not fold has "
+            "others; expected no plain_state, or another optim."
+        )
     return parsed
 
 
@@ -70,9 +100,9 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
         optim_args: "key=value,key=value" with blanks allowed around keys and values, a mapping, or None.
 
     Returns:
-        Only the keys that were given, typed: `level` (int or "row"), `scale` and `residual_scale` (float),
-        `second_moment` (str), `stochastic_rounding` ("auto" or bool), `state_dtype` ("float32" or "bfloat16"),
-        `fold_embeddings`, `fold_head` and `gradient_release` (bool), `seed` (int).
+        Only the keys that were given, typed: `level` (int or "row"), `scale`, `residual_scale` and `momentum` (float),
+        `second_moment` and `plain_state` (str), `stochastic_rounding` ("auto" or bool), `state_dtype` ("float32" or
+        "bfloat16"), `fold_embeddings`, `fold_head` and `gradient_release` (bool), `seed` (int).
 
     Raises:
         ValueError: unknown or repeated key, missing "=", empty piece, or a value that is ill-typed or out of range.

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foam_hf.adam_mini import second_moments
+from foam_hf.eight_bit import SMALLEST, eight_bit_spec, require_bitsandbytes
 from foam_hf.folding import Level, num_blocks
 from foam_hf.int8_weights import Int8Weight
 from foam_hf.launches import ParameterPlan, StepPlan
-from foam_hf.options import check_field_names, check_options, check_parameter
+from foam_hf.options import check_field_names, check_options, check_parameter, check_rule
 from foam_hf.update import Hyper, Member
 
 StateSpec = dict[str, tuple[torch.Size, torch.dtype]]
@@ -36,21 +38,31 @@ class FOAM(torch.optim.Optimizer):
         weight_decay: decoupled, as in AdamW, >= 0.
         level: blocks have ``2**level`` columns; 0 to 16, or ``"row"`` for one block a row (FOAM-Mini).
         scale: the paper's alpha, > 0: multiplies the step of parameters with two or more dimensions.
-        second_moment: ``"block"``, the paper's rule, or ``"factored"``: means over each row and each column.
+        second_moment: ``"block"``, the paper's rule; ``"factored"``: means over each row and each column; ``"muon"``:
+            none, as Muon's orthogonalisation takes its place, see :mod:`foam_hf.muon`; ``"adam_mini"``: one for each
+            of Adam-mini's blocks of rows, see :mod:`foam_hf.adam_mini`.
         residual_scale: weight of the residual, what the block mean loses of the gradient; >= 0.
         stochastic_rounding: ``"auto"`` rounds stochastically where bfloat16 or INT8 is written, ``False`` never (and
             INT8 weights then hardly learn); ``True`` is ``"auto"`` with an error if there is neither.
         state_dtype: ``torch.float32`` or ``torch.bfloat16``.
+        momentum: of ``second_moment="muon"``, in [0, 1), as in ``torch.optim.Muon``; ``betas`` are AdamW's there, for
+            what does not fold.
+        mini_rows: of ``second_moment="adam_mini"``: how many adjacent rows share a second moment, 0 for the whole
+            tensor. ``foam_param_groups`` finds it for each weight of a model.
+        plain_state: ``"full"``, or ``"8bit"`` for moments of 8 bits, by bitsandbytes, of tensors that do not fold and
+            have 4096 elements or more, see :mod:`foam_hf.eight_bit`.
         seed: of the stochastic rounding; its bits are a function of seed, step, parameter and element alone.
 
     State of a folded parameter of shape (..., n), where b = ceil(n / 2**level): ``folded_exp_avg`` (..., b), and
     ``folded_exp_avg_sq`` (..., b) or, with the factored rule, ``row_exp_avg_sq`` (...,) and ``col_exp_avg_sq`` (...,
-    n) without the second last dimension. Of a plain one: ``exp_avg`` and ``exp_avg_sq``, as the parameter. And
-    ``step``, an integer.
+    n) without the second last dimension; with Muon, ``folded_momentum`` (..., b) alone; with
+    Adam-mini, ``folded_exp_avg`` and ``row_block_exp_avg_sq``, one value for each block of rows. Of a plain one:
+    ``exp_avg`` and ``exp_avg_sq``, as the parameter; with 8 bits, their codes and scales. And ``step``, an integer.
 
     Raises:
         ValueError: a hyperparameter out of range, no parameters, a duplicate parameter.
         TypeError: a parameter that is not a floating point tensor, or a hyperparameter of another type.
+        ImportError: ``plain_state="8bit"`` without bitsandbytes.
     """
 
     def __init__(
@@ -67,6 +79,9 @@ class FOAM(torch.optim.Optimizer):
         residual_scale: float = 1.0,
         stochastic_rounding: bool | str = "auto",
         state_dtype: torch.dtype = torch.float32,
+        momentum: float = 0.95,
+        mini_rows: int = 1,
+        plain_state: str = "full",
         seed: int = 0,
     ) -> None:
         defaults = {
@@ -80,11 +95,23 @@ class FOAM(torch.optim.Optimizer):
             "residual_scale": residual_scale,
             "stochastic_rounding": stochastic_rounding,
             "state_dtype": state_dtype,
+            "momentum": momentum,
+            "mini_rows": mini_rows,
+            "plain_state": plain_state,
             "seed": seed,
         }
         check_options(defaults)
         self._plan: StepPlan | None = None  # holds addresses: never copied, pickled or resumed
         super().__init__(params, defaults)
+        if any(group["plain_state"] == "8bit" for group in self.param_groups) and any(
+            p.device.type != "meta" for p in self._parameters()
+        ):
+            require_bitsandbytes()
+        if momentum != 0.95 and not any(group["second_moment"] == "muon" for group in self.param_groups):
+            raise ValueError(
+                f"momentum is for second_moment='muon', and no param group has that: got momentum={momentum!r}; "
+                "expected betas, for the other rules"
+            )
         asked = [p for group in self.param_groups if group["stochastic_rounding"] is True for p in group["params"]]
         if asked and not any(p.dtype == torch.bfloat16 or isinstance(p, Int8Weight) for p in asked):
             raise ValueError(
@@ -103,6 +130,7 @@ class FOAM(torch.optim.Optimizer):
                 raise ValueError("a parameter is listed twice in one param group; expected each parameter once")
             for p in group["params"]:
                 check_parameter(p)
+                check_rule(p, group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -221,6 +249,8 @@ def _check_gradient(p: Tensor, i: int) -> None:
 
 def _hyper(group: dict[str, Any], member: Member) -> Hyper:
     b1, b2 = group["betas"]
+    if member.second_moment == "muon":
+        b1 = group["momentum"]
     t = member.state["step"]
     return Hyper(
         lr=float(group["lr"]),
@@ -240,8 +270,16 @@ def _hyper(group: dict[str, Any], member: Member) -> Hyper:
 
 
 def effective_rule(p: Tensor, group: dict[str, Any]) -> tuple[Level, str]:
-    """The level and second-moment rule of ``p`` in ``group``: tensors of fewer than two dimensions stay plain."""
-    return (group["level"], group["second_moment"]) if p.dim() > 1 else (0, "block")
+    """The level and second-moment rule of ``p`` in ``group``: tensors of fewer than two dimensions stay plain.
+
+    (0, "block") is AdamW, (0, "8bit") AdamW with moments of 8 bits. Of Adam-mini, a vector has the whole-tensor block.
+    """
+    rule: tuple[Level, str] = group["level"], group["second_moment"]
+    if p.dim() == 1 and rule[1] == "adam_mini" and group["mini_rows"] == 0:
+        return 0, "adam_mini"
+    if p.dim() > 1 and rule != (0, "block"):
+        return rule
+    return 0, "8bit" if group["plain_state"] == "8bit" and p.numel() >= SMALLEST else "block"
 
 
 def state_spec(p: Tensor, group: dict[str, Any]) -> StateSpec:
@@ -253,9 +291,16 @@ def state_spec(p: Tensor, group: dict[str, Any]) -> StateSpec:
     dtype = group["state_dtype"]
     if level == 0 and second_moment == "block":
         return {"exp_avg": (p.shape, dtype), "exp_avg_sq": (p.shape, dtype)}
+    if second_moment == "8bit":
+        return eight_bit_spec(p)
     folded = torch.Size((*p.shape[:-1], num_blocks(level, p.shape[-1])))
     if second_moment == "block":
         return {"folded_exp_avg": (folded, dtype), "folded_exp_avg_sq": (folded, dtype)}
+    if second_moment == "muon":
+        return {"folded_momentum": (folded, dtype)}
+    if second_moment == "adam_mini":
+        blocks = torch.Size((second_moments(p, group["mini_rows"]),))
+        return {"folded_exp_avg": (folded, dtype), "row_block_exp_avg_sq": (blocks, dtype)}
     rows, columns = p.shape[:-1], torch.Size((*p.shape[:-2], p.shape[-1]))
     return {"folded_exp_avg": (folded, dtype), "row_exp_avg_sq": (rows, dtype), "col_exp_avg_sq": (columns, dtype)}
 
@@ -284,9 +329,12 @@ def _check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) 
                     f"the checkpoint is of another optimizer: its param groups have no {name!r}, "
                     f"its state holds {held}; expected one that FOAM wrote"
                 )
-            if saved[name] != group[name]:
+        older = {"mini_rows": 1, "plain_state": "full"}  # what versions without these fields did
+        for name in ("level", "second_moment", *older):
+            value = saved.get(name, older.get(name))
+            if value != group[name]:
                 raise ValueError(
-                    f"the checkpoint was trained with {name}={saved[name]!r} in param group {i}, this optimizer has "
+                    f"the checkpoint was trained with {name}={value!r} in param group {i}, this optimizer has "
                     f"{name}={group[name]!r}; expected the same, or training from the start"
                 )
     if sizes != saved_sizes:

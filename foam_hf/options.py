@@ -38,13 +38,23 @@ def check_options(options: dict[str, Any]) -> None:
     for name in ("eps", "weight_decay", "residual_scale"):
         _check_number(name, options[name])
     _check_number("scale", options["scale"], positive=True)
+    _check_number("momentum", options["momentum"], below=1.0)
     for name, legal in (
-        ("second_moment", ("block", "factored")),
+        ("second_moment", ("block", "factored", "muon", "adam_mini")),
         ("stochastic_rounding", ("auto", True, False)),
         ("state_dtype", (torch.float32, torch.bfloat16)),
+        ("plain_state", ("full", "8bit")),
     ):
         if not any(type(options[name]) is type(value) and options[name] == value for value in legal):
             raise ValueError(f"{name} is not valid: got {options[name]!r}; expected one of {legal}")
+    mini_rows = options["mini_rows"]
+    if not _is_int(mini_rows) or mini_rows < 0:
+        raise ValueError(f"mini_rows is out of range: got {mini_rows!r}; expected an integer of 0 or more")
+    if options["plain_state"] == "8bit" and options["second_moment"] == "adam_mini":
+        raise ValueError(
+            "plain_state='8bit' quantizes AdamW's moments, and with second_moment='adam_mini' what does not fold has "
+            "Adam-mini's: got both; expected plain_state='full', or another second_moment"
+        )
     seed = options["seed"]
     if not _is_int(seed) or not 0 <= seed < 2**64:
         raise ValueError(f"seed is out of range: got {seed!r}; expected an integer from 0 to 2**64 - 1")
@@ -71,6 +81,23 @@ def check_field_names(group: dict[str, Any], known: Iterable[str]) -> None:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
         if name not in known and near:
             raise ValueError(f"unknown field in a param group: got {name!r}; did you mean {near[0]!r}?")
+
+
+def check_rule(p: Tensor, group: dict[str, Any]) -> None:
+    """Raise ValueError for a parameter that the rule of its group does not fit."""
+    rule, mini_rows = group["second_moment"], group["mini_rows"]
+    if hasattr(p, "device_mesh") and (rule in ("muon", "adam_mini") or group["plain_state"] == "8bit"):
+        wanting = f"second_moment={rule!r}" if rule in ("muon", "adam_mini") else "plain_state='8bit'"
+        raise ValueError(
+            f"{wanting} needs whole weights: got a DTensor of shape {tuple(p.shape)}; expected one process, DDP, or "
+            "second_moment='block' with plain_state='full'"
+        )
+    rows = p.numel() // p.shape[-1] if p.dim() > 1 and p.numel() else 0
+    if rule == "adam_mini" and mini_rows and rows % mini_rows:
+        raise ValueError(
+            f"mini_rows={mini_rows} does not divide the {rows} rows of a parameter of shape {tuple(p.shape)}; "
+            "expected the rows of a head, 1 for a second moment of each row, or 0 for one of the whole tensor"
+        )
 
 
 def check_parameter(p: Tensor) -> None:

@@ -7,14 +7,21 @@ import logging
 import math
 import numbers
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+from foam_hf.adam_mini import rows_of_blocks
+
 logger = logging.getLogger(__name__)
 
-FOLDED_OPTIONS = ("level", "scale", "second_moment", "residual_scale", "stochastic_rounding", "state_dtype")
+FOLDED_OPTIONS = (
+    *("level", "scale", "second_moment", "residual_scale", "stochastic_rounding", "state_dtype"),
+    "momentum",
+)
+# What decides which weights fold, or how they are grouped: a run's own value must be given to `foam_param_groups`.
+GROUPING_OPTIONS = ("second_moment",)  # Muon's and Adam-mini's
 # What makes a group plain AdamW, whatever the optimizer's own arguments say.
 PLAIN_OPTIONS = {"level": 0, "scale": 1.0, "second_moment": "block"}
 
@@ -38,7 +45,9 @@ def foam_param_groups(
     A parameter folds if it has two or more dimensions, lies inside the base model, and is no embedding. The base model
     is `model.base_model` where there is one (in a PEFT model, that of the wrapped model), else the whole model. The
     rest gets plain AdamW: norms, biases, embeddings (a tied LM head is one), the LM head, fresh classifiers, and
-    PEFT's `modules_to_save` copies. DDP and `torch.compile` wrappers are looked through.
+    PEFT's `modules_to_save` copies. With `second_moment="muon"` so do convolutions, which are no matrices. With
+    `second_moment="adam_mini"` all but biases have Adam-mini's second moments, folded or not, and weights whose blocks
+    have different numbers of rows are in groups of their own. DDP and `torch.compile` wrappers are looked through.
 
     Args:
         model: any `nn.Module`; parameters with `requires_grad=False` are left out, tied ones appear once.
@@ -53,7 +62,7 @@ def foam_param_groups(
         decay_parameter_names: names, as in `model.named_parameters()`, that get weight decay. Default: the rule of
             `Trainer.get_decay_parameter_names`, all but biases and norms.
         **folded_options: fields of the folded groups: `level`, `scale`, `second_moment`, `residual_scale`,
-            `stochastic_rounding`, `state_dtype`; `FOAM`'s own arguments hold for those not given.
+            `stochastic_rounding`, `state_dtype`, `momentum`; `FOAM`'s own arguments hold for those not given.
 
     Returns:
         Groups `{"params": [...], "weight_decay": ..., ...}` in the order folded/decay, folded/no decay, plain/decay,
@@ -74,17 +83,34 @@ def foam_param_groups(
     _check_weight_decay(weight_decay)
     _check_folded_options(folded_options)
     parameters = dict(model.named_parameters())
+    rule = folded_options.get("second_moment")
+    if rule == "muon":
+        names = _with_plain(names, _convolutions(model), list(parameters))
     groups = []
     for group, members in names.items():
         kind, decay = group.split("/")
-        groups.append(
-            {
-                "params": [parameters[name] for name in members],
-                "weight_decay": weight_decay if decay == "decay" else 0.0,
-                **(folded_options if kind == "folded" else PLAIN_OPTIONS),
-            }
-        )
+        for chosen, fields in _by_rule(model, members, folded_options if kind == "folded" else PLAIN_OPTIONS, rule):
+            groups.append(
+                {
+                    "params": [parameters[name] for name in chosen],
+                    "weight_decay": weight_decay if decay == "decay" else 0.0,
+                    **fields,
+                }
+            )
     return groups
+
+
+def _by_rule(
+    model: nn.Module, names: list[str], options: Mapping[str, Any], rule: Any
+) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """`names` as they are, or under Adam-mini by the size of their blocks, each with the fields of its group."""
+    if rule != "adam_mini":
+        yield names, dict(options)
+        return
+    sizes = rows_of_blocks(model, names, getattr(_unwrap(model), "config", None))
+    for size in dict.fromkeys(sizes.values()):
+        fields = dict(options) if size is None else {**options, "second_moment": rule, "mini_rows": size}
+        yield [name for name in names if sizes[name] == size], fields
 
 
 def foam_parameter_names(
@@ -127,6 +153,28 @@ def foam_parameter_names(
     for name, p in trainable.items():
         kind = "folded" if id(p) in folded else "plain"
         groups[f"{kind}/{'decay' if name in decay else 'no_decay'}"].append(name)
+    return {group: members for group, members in groups.items() if members}
+
+
+def _convolutions(model: nn.Module) -> set[str]:
+    """Names of the weights of convolutions."""
+    return {
+        f"{name}.weight".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.conv._ConvNd)
+    }
+
+
+def _with_plain(names: dict[str, list[str]], plain: set[str], order: list[str]) -> dict[str, list[str]]:
+    """`names` by group, those in `plain` moved to the plain groups; all names are in `order`."""
+    old = {name: group.split("/") for group, members in names.items() for name in members}
+    groups: dict[str, list[str]] = {
+        f"{kind}/{rule}": [] for kind in ("folded", "plain") for rule in ("decay", "no_decay")
+    }
+    for name in order:
+        if name in old:
+            kind, decay = old[name]
+            groups[f"{'plain' if name in plain else kind}/{decay}"].append(name)
     return {group: members for group, members in groups.items() if members}
 
 

@@ -16,7 +16,7 @@ from foam_hf.activations import activation_curve, optimizer_temporary_bytes
 from foam_hf.counted import count_bytes
 from foam_hf.meta_models import meta_model, on_meta, positions, with_adapters
 from foam_hf.model_configs import ModelError, load_config
-from foam_hf.optim_args import FOAM_NAMES, foam_options, split_optim_args
+from foam_hf.optim_args import FOAM_NAMES, foam_options, one_of_ours, split_optim_args
 from foam_hf.plan import Estimate, Plan
 
 _MOST = 1 << 20  # sequences: beyond this the model is a toy, and the answer is of no use
@@ -150,7 +150,7 @@ class Planner:
             if gradient_release and self._step["accumulation"]:
                 raise ValueError("gradient_release updates in each backward pass; expected it without accumulation")
         elif int8_weights:
-            raise ValueError(f"int8_weights are FOAM's, got them with optim={optim!r}; expected 'foam' or 'foam_mini'")
+            raise ValueError(f"int8_weights are FOAM's, got them with optim={optim!r}; expected {one_of_ours()}")
         counted = count_bytes(
             self._trained(int8_weights),
             optim,
@@ -186,7 +186,7 @@ class Planner:
             )
         estimate = self._curves[key](batch)
         # Either the backward pass or the step that follows it is the peak.
-        activations = max(estimate.bytes, optimizer_temporary_bytes(self.model, plan.optim))
+        activations = max(estimate.bytes, optimizer_temporary_bytes(self.model, plan.optim, plan.options))
         return replace(plan, batch=batch, activations=activations, activations_note=estimate.note)
 
     def largest_batch(self, plan: Plan, limit: int) -> int:

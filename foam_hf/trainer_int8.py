@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from foam_hf.optim_args import one_of_ours
+
 
 def refuse_other_optimizer(model: Any, optimizer: str) -> None:
     """Raise ValueError where `optimizer`, which is not FOAM, would have to train INT8 weights."""
@@ -21,7 +23,7 @@ def refuse_other_optimizer(model: Any, optimizer: str) -> None:
     if trained:
         raise ValueError(
             f"{optimizer} cannot train INT8 weights, and {len(trained)} of {type(model).__name__} are to be trained, "
-            f"{trained[0]} the first; expected optim='foam' or 'foam_mini', or LoRA on frozen INT8 weights"
+            f"{trained[0]} the first; expected optim={one_of_ours()}, or LoRA on frozen INT8 weights"
         )
 
 

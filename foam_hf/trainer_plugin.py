@@ -49,7 +49,7 @@ def _is_ours(args: Any) -> bool:
 
 
 def register_names(training_args: types.ModuleType) -> None:
-    """Add `foam` and `foam_mini` to `transformers.training_args.OptimizerNames`. Idempotent."""
+    """Add `FOAM_NAMES`, `foam` and its kin, to `transformers.training_args.OptimizerNames`. Idempotent."""
     names = _require(training_args, "OptimizerNames")
     for value in FOAM_NAMES:
         existing = names._value2member_map_.get(value)
@@ -141,7 +141,7 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
 
     from foam_hf.memory import summarize
     from foam_hf.optimizer import FOAM
-    from foam_hf.param_groups import foam_param_groups
+    from foam_hf.param_groups import GROUPING_OPTIONS, foam_param_groups
 
     if model is None:
         raise ValueError(
@@ -161,6 +161,7 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
         fold_embeddings=options.pop("fold_embeddings", False),
         fold_head=options.pop("fold_head", False),
         decay_parameter_names=_decay_parameter_names(model, trainer),
+        **{key: options[key] for key in GROUPING_OPTIONS if key in options},
     )
     kwargs = {
         "lr": args.learning_rate,
@@ -293,6 +294,9 @@ def _description(args: Any) -> str:
     signature = inspect.signature(FOAM).parameters.values()
     effective = {p.name: p.default for p in signature if p.kind is keyword_only}
     effective |= {"fold_embeddings": False, "fold_head": False, **_options(args)}
+    del effective["mini_rows"]  # each group has its own
+    if effective["second_moment"] != "muon":
+        del effective["momentum"]
     if _releases_gradients(args):
         effective["gradient_release"] = True
     if args.optim_target_modules is not None:

@@ -64,3 +64,77 @@ class Reference:
         self.row = b2 * row + (1 - b2) * GG.mean(-1)
         self.column = b2 * column + (1 - b2) * GG.mean(-2)
         return (b2 * torch.nan_to_num(before) + (1 - b2) * GG) / c2  # 0/0 where there never was a gradient
+
+
+class MuonReference:
+    """FOAM with Muon, one matrix and one block at a time; the Newton-Schulz iteration in float64 too."""
+
+    def __init__(
+        self, weight: Tensor, *, lr, weight_decay=0.0, momentum=0.95, level=8, scale=0.25, residual_scale=1.0
+    ):
+        self.weight = weight.detach().double().clone()
+        self.lr, self.decay, self.mu, self.level = lr, weight_decay, momentum, level
+        self.scale, self.rho = scale, residual_scale
+        self.bounds = block_bounds(weight.shape[-1], level)
+        self.momentum = torch.zeros(*weight.shape[:-1], len(self.bounds), dtype=torch.float64)
+
+    def step(self, grad: Tensor) -> Tensor:
+        rows, n = self.weight.shape[-2:]
+        G, m = grad.double().reshape(-1, rows, n), self.momentum.view(-1, rows, len(self.bounds))
+        U = torch.empty_like(G)
+        for i in range(G.shape[0]):
+            B = torch.empty(rows, n, dtype=torch.float64)
+            for block, (start, stop) in enumerate(self.bounds):
+                for row in range(rows):
+                    mean = math.fsum(G[i, row, start:stop].tolist()) / (stop - start)
+                    m[i, row, block] = self.mu * m[i, row, block] + (1 - self.mu) * mean
+                    ahead = (1 - self.mu) * mean + self.mu * m[i, row, block]
+                    B[row, start:stop] = ahead + self.rho * (G[i, row, start:stop] - mean)
+            U[i] = self.orthogonal(B)
+        self.weight *= 1 - self.lr * self.decay
+        self.weight -= self.lr * self.scale * 0.2 * max(rows, n) ** 0.5 * U.view_as(self.weight)
+        return self.weight
+
+    @staticmethod
+    def orthogonal(B: Tensor) -> Tensor:
+        X = B / max(B.square().sum().sqrt().item(), 1e-7)
+        for _ in range(5):
+            X = 3.4445 * X - 4.7750 * X @ X.T @ X + 2.0315 * X @ X.T @ X @ X.T @ X
+        return X
+
+
+class MiniReference:
+    """FOAM with Adam-mini: the block rule with one second moment for ``mini_rows`` rows, 0 for all."""
+
+    def __init__(self, weight: Tensor, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, level=8, scale=0.25,
+                 residual_scale=1.0, mini_rows=1):  # fmt: skip
+        self.weight = weight.detach().double().clone()
+        self.lr, self.betas, self.eps, self.decay = lr, betas, eps, weight_decay
+        self.scale, self.rho, self.t = scale, residual_scale, 0
+        n = weight.shape[-1]
+        self.bounds = block_bounds(n, level)
+        self.rows = weight.numel() // n
+        self.together = mini_rows or self.rows
+        self.m = torch.zeros(self.rows, len(self.bounds), dtype=torch.float64)
+        self.v = torch.zeros(self.rows // self.together, dtype=torch.float64)
+
+    def step(self, grad: Tensor) -> Tensor:
+        self.t += 1
+        b1, b2 = self.betas
+        c1, c2 = 1 - b1**self.t, 1 - b2**self.t
+        G = grad.double().reshape(self.rows, -1)
+        U = torch.empty_like(G)
+        for block in range(len(self.v)):
+            mine = slice(block * self.together, (block + 1) * self.together)
+            square = math.fsum((G[mine] ** 2).flatten().tolist()) / G[mine].numel()
+            self.v[block] = b2 * self.v[block] + (1 - b2) * square
+        for i in range(self.rows):
+            v = self.v[i // self.together]
+            for j, (start, stop) in enumerate(self.bounds):
+                mean = math.fsum(G[i, start:stop].tolist()) / (stop - start)
+                self.m[i, j] = b1 * self.m[i, j] + (1 - b1) * mean
+                R = self.rho * (G[i, start:stop] - mean)
+                U[i, start:stop] = (self.m[i, j] + R) / c1 / (((v + R * R) / c2).sqrt() + self.eps)
+        self.weight *= 1 - self.lr * self.decay
+        self.weight -= self.lr * self.scale * U.view_as(self.weight)
+        return self.weight

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from foam_hf import FOAM
 from foam_hf.activations import WORKSPACE, activation_bytes, activation_curve, optimizer_temporary_bytes
 from foam_hf.int8_weights import Int8Weight
 from foam_hf.step_trace import trace_step, with_value
@@ -261,10 +262,18 @@ def test_settings_out_of_range(arguments, error):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "galore_adamw", "apollo_adamw", "adamw_torch_fused"])
+@pytest.mark.parametrize(
+    "optim",
+    [
+        *("adamw_torch", "adafactor", "galore_adamw", "apollo_adamw", "adamw_torch_fused"),
+        *("foam_muon", "foam_adam_mini", "foam of 8 bits"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_temporary_memory_of_optimizers(optim, dtype):
     model = nn.Sequential(nn.Linear(512, 256, bias=False), nn.Linear(256, 128, bias=False)).to(dtype)
+    if optim == "foam of 8 bits":
+        model = nn.Embedding(256, 512, dtype=dtype)
     matrices = list(model.parameters())
     optimizer = {
         "adamw_torch": lambda: torch.optim.AdamW(matrices, foreach=True),  # as it is chosen on a GPU
@@ -272,12 +281,16 @@ def test_temporary_memory_of_optimizers(optim, dtype):
         "adafactor": lambda: _adafactor(matrices),
         "galore_adamw": lambda: _projected("galore_torch", "GaLoreAdamW", matrices),
         "apollo_adamw": lambda: _projected("apollo_torch", "APOLLOAdamW", matrices),
+        "foam_muon": lambda: FOAM(matrices, level=2, second_moment="muon"),
+        "foam_adam_mini": lambda: FOAM(matrices, level=2, second_moment="adam_mini"),
+        "foam of 8 bits": lambda: FOAM(matrices, level=0, plain_state="8bit"),
     }[optim]()
     for _ in range(2):
         for p in matrices:
             p.grad = torch.randn_like(p)
         peak = allocated_peak(optimizer.step)
-    expected = optimizer_temporary_bytes(model, optim)
+    name, _, eight_bit = optim.partition(" of ")
+    expected = optimizer_temporary_bytes(model, name, "plain_state=8bit" if eight_bit else None)
     assert peak == pytest.approx(expected, rel=TOLERANCES["temporary bytes of an optimizer"].allowed, abs=1024)
 
 

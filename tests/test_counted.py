@@ -101,6 +101,23 @@ def test_foam_mini_and_target_modules(tmp_path):
     assert_counted(model, trained(model, tmp_path, "foam_mini", optim_target_modules=["mlp"]), plan)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("optim", "optim_args"),
+    [
+        ("foam_muon", "level=2"),
+        ("foam_muon", "level=row,state_dtype=bfloat16,fold_head=true,plain_state=8bit"),
+        ("foam_adam_mini", "level=2"),
+        ("foam_adam_mini", "level=0,state_dtype=bfloat16,fold_embeddings=true"),
+        ("foam", "plain_state=8bit"),
+    ],
+)
+def test_foam_by_its_other_names(optim, optim_args, name, tmp_path):
+    model = MODELS[name]().to(torch.bfloat16)
+    plan = count(model, optim, optim_args)
+    assert_counted(model, trained(model, tmp_path, optim, optim_args=optim_args), plan)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "optim_args", [None, "rank=4", "rank=200", "rank=8,proj_type=reverse_std", "rank=8,proj_type=right"]
@@ -178,6 +195,8 @@ def test_adam_mini(dtype):
         ("foam", None),
         ("foam", "level=2,second_moment=factored,state_dtype=bfloat16"),
         ("foam_mini", "fold_embeddings=true"),
+        ("foam_muon", "level=2,plain_state=8bit"),
+        ("foam_adam_mini", None),
     ],
 )
 @pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated")

@@ -105,8 +105,11 @@ def test_weights_and_state_have_the_bits_of_the_ordinary_loop(
         {"level": "row", "state_dtype": torch.bfloat16},
         {"level": 0, "scale": 1.0},
         {"int8": True},
+        {"second_moment": "muon", "state_dtype": torch.bfloat16},
+        {"second_moment": "adam_mini"},
+        {"plain_state": "8bit", "level": 0},
     ],
-    ids=["factored", "row, bfloat16 state", "level 0", "INT8"],
+    ids=["factored", "row, bfloat16 state", "level 0", "INT8", "muon", "adam_mini", "8 bits"],
 )
 @pytest.mark.parametrize("kernel", ["reference", "triton"])
 def test_every_rule_and_the_kernels_give_the_same_bits(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foam_hf.optim_args import parse_optim_args
+from foam_hf.optim_args import foam_options, parse_optim_args
 
 KEYS = (
     "level",
@@ -21,6 +21,8 @@ KEYS = (
     "fold_embeddings",
     "fold_head",
     "gradient_release",
+    "momentum",
+    "plain_state",
     "seed",
 )
 
@@ -43,6 +45,8 @@ KEYS = (
         ("state_dtype=torch.float32", {"state_dtype": "float32"}),
         ("fold_embeddings=False,gradient_release=false", {"fold_embeddings": False, "gradient_release": False}),
         ("gradient_release=true,fold_head=True", {"gradient_release": True, "fold_head": True}),
+        ("second_moment=muon,momentum=0.9", {"second_moment": "muon", "momentum": 0.9}),
+        ("plain_state=8bit,second_moment=adam_mini", {"plain_state": "8bit", "second_moment": "adam_mini"}),
         ("seed=7", {"seed": 7}),
         ({"level": 4, "scale": 0.5, "fold_embeddings": True}, {"level": 4, "scale": 0.5, "fold_embeddings": True}),
         ({"level": "row", "stochastic_rounding": "false"}, {"level": "row", "stochastic_rounding": False}),
@@ -69,7 +73,9 @@ def test_values_arrive_typed(given_args: Any, expected: dict[str, Any]) -> None:
         ("scale=inf", ["scale", "'inf'", "finite"]),
         ("scale=a quarter", ["scale", "'a quarter'"]),
         ("residual_scale=-0.5", ["residual_scale", "'-0.5'", "0 or more"]),
-        ("second_moment=row", ["second_moment", "'row'", "block or factored"]),
+        ("second_moment=row", ["second_moment", "'row'", "block, factored, muon or adam_mini"]),
+        ("plain_state=4bit", ["plain_state", "'4bit'", "full or 8bit"]),
+        ("momentum=1", ["momentum", "'1'", "from 0 to below 1"]),
         ("stochastic_rounding=maybe", ["stochastic_rounding", "'maybe'", "auto, true or false"]),
         ("state_dtype=float16", ["state_dtype", "'float16'", "float32 or bfloat16"]),
         ("fold_embeddings=2", ["fold_embeddings", "'2'", "true or false"]),
@@ -96,6 +102,24 @@ def test_error_names_the_key_the_value_and_what_is_legal(given_args: Any, fragme
     assert caught.value.__cause__ is None and caught.value.__suppress_context__ or caught.value.__context__ is None
 
 
+def test_names_stand_for_options_and_refuse_others() -> None:
+    assert foam_options("foam_mini", "scale=1") == {"level": "row", "scale": 1.0}
+    assert foam_options("foam_muon", "level=2,momentum=0.9") == {
+        "level": 2,
+        "momentum": 0.9,
+        "second_moment": "muon",
+    }
+    for optim, given_args, message in (
+        ("foam_muon", "second_moment=block", "second_moment=block contradicts optim='foam_muon'"),
+        ("foam_mini", "level=2", "level=2 contradicts optim='foam_mini'"),
+        ("foam_adam_mini", "momentum=0.9", "momentum=0.9 is Muon's"),
+        ("foam_adam_mini", "plain_state=8bit", "plain_state=8bit quantizes AdamW's moments"),
+        ("foam", "momentum=0.9", "momentum=0.9 is Muon's.*expected optim='foam_muon'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            foam_options(optim, given_args)
+
+
 pieces = st.one_of(st.text(), st.builds("{}={}".format, st.sampled_from(KEYS), st.text()))
 
 
@@ -117,12 +141,14 @@ def test_any_text_parses_or_raises_our_own_error(text: str) -> None:
             "level": st.one_of(st.integers(0, 16), st.just("row")),
             "scale": st.floats(1e-9, 1e9),
             "residual_scale": st.floats(0, 1e9),
-            "second_moment": st.sampled_from(["block", "factored"]),
+            "second_moment": st.sampled_from(["block", "factored", "muon", "adam_mini"]),
+            "plain_state": st.sampled_from(["full", "8bit"]),
             "stochastic_rounding": st.sampled_from(["auto", True, False]),
             "state_dtype": st.sampled_from(["float32", "bfloat16"]),
             "fold_embeddings": st.booleans(),
             "fold_head": st.booleans(),
             "gradient_release": st.booleans(),
+            "momentum": st.floats(0, 0.999),
             "seed": st.integers(0, 2**64 - 1),
         },
     )

@@ -51,6 +51,8 @@ SETTINGS = [
     {"level": 0},
     {"level": 3, "second_moment": "factored"},
     {"level": 3, "state_dtype": torch.bfloat16},
+    {"level": 2, "second_moment": "muon", "momentum": 0.9},
+    {"level": 2, "second_moment": "adam_mini"},
 ]
 
 
@@ -229,7 +231,7 @@ def test_step_inside_a_compiled_training_step():
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (2, 0, 3)])
-@pytest.mark.parametrize("second_moment", ["block", "factored"])
+@pytest.mark.parametrize("second_moment", ["block", "factored", "muon", "adam_mini"])
 def test_empty_parameters_pass_through(shape, second_moment):
     p = torch.nn.Parameter(torch.zeros(shape))
     p.grad = torch.zeros(shape)
@@ -334,6 +336,9 @@ def checkpoint_of(factory):
         (lambda p: FOAM(p, level=3), "level=3 .*this optimizer has level=2"),
         (lambda p: FOAM(p, level="row"), "level='row'"),
         (lambda p: FOAM(p, level=2, second_moment="factored"), "second_moment='factored'"),
+        (lambda p: FOAM(p, level=2, second_moment="muon"), "second_moment='muon'"),
+        (lambda p: FOAM(p, level=2, second_moment="adam_mini"), "second_moment='adam_mini'"),
+        (lambda p: FOAM(p, level=2, mini_rows=2), "mini_rows=2 .*this optimizer has mini_rows=1"),
         (lambda p: FOAM(list(p)[:3], level=2), r"groups of \[3\] parameters, this optimizer of \[6\]"),
         (lambda p: FOAM([{"params": [x]} for x in p], level=2), r"\[1, 1, 1, 1, 1, 1\]"),
     ],
@@ -388,7 +393,7 @@ def test_checkpoint_of_a_version_with_fewer_options_still_trains():
     assert optimizer.param_groups[0]["seed"] == 5
 
 
-@pytest.mark.parametrize("change", [{"level": 3}, {"second_moment": "factored"}])
+@pytest.mark.parametrize("change", [{"level": 3}, {"second_moment": "factored"}, {"second_moment": "muon"}])
 def test_a_level_or_rule_changed_in_training_is_refused(change):
     net = model()
     optimizer = FOAM(net.parameters(), level=2)

@@ -13,6 +13,10 @@ import pytest
 from packaging.requirements import Requirement
 
 from foam_hf import FOAM
+from foam_hf.counted import count_state
+from foam_hf.memory import format_bytes
+from foam_hf.meta_models import meta_model
+from foam_hf.model_configs import load_config
 from foam_hf.optim_args import _OPTIM_ARGS, parse_optim_args
 
 if sys.version_info >= (3, 11):
@@ -80,8 +84,8 @@ def test_every_python_block_runs_for_a_user_with_a_model_and_data(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     trained = re.findall(r"^optimizer of line \d+ (\w+)$", done.stdout, re.MULTILINE)
     assert len(trained) == len(code)
-    # The first block, the two with gradient release, INT8 weights, the one without Trainer, and the resumed one.
-    assert trained.count("FOAM") == 6
+    # The first block, Muon, the two with gradient release, INT8 weights, one without Trainer, and the resumed one.
+    assert trained.count("FOAM") == 7
     assert "Optimizer memory: FOAM" in done.stdout + done.stderr  # the callback's table
     assert "at the peak, of which" in done.stdout
     assert list(tmp_path.glob("out/checkpoint-*/optimizer.pt"))
@@ -187,6 +191,18 @@ def test_memory_table_and_figure_are_what_the_code_counts():
     assert TEXT.split(start)[1].split(end)[0].strip() == table
     # The figure carries the table that it was drawn from.
     assert table.encode("latin-1") in (FIGURES / "state_bytes.png").read_bytes()
+
+
+def test_table_of_names_is_what_the_planner_counts():
+    model = meta_model(load_config("qwen2.5-0.5b"))
+    rows = TEXT.split("<!-- names:")[1].split("<!-- end of names -->")[0].strip().splitlines()[3:]
+    assert len(rows) == 5
+    for row in rows:
+        what, _, _, *counted = (cell.strip() for cell in row.strip("|").split("|"))
+        name, _, option = what.replace("`", "").partition(", ")
+        for level, text in zip((8, 2), counted, strict=True):
+            arguments = f"level={level}" + (f",{option}" if option else "")
+            assert format_bytes(count_state(model, name, arguments)) == text, row
 
 
 def test_table_of_options_is_that_of_optim_args_and_foam():

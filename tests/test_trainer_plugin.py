@@ -24,6 +24,7 @@ from transformers.training_args import OptimizerNames
 import foam_hf
 from foam_hf import FOAM, trainer_plugin
 from foam_hf.callback import OptimizerMemoryCallback
+from foam_hf.optim_args import FOAM_NAMES
 from tests.tiny_models import classification_data, tiny_llama, tiny_roberta
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,7 +72,7 @@ def test_import_is_cheap_and_names_are_lazy() -> None:
 
 
 def test_names_are_real_members_of_the_enum() -> None:
-    for value in ("foam", "foam_mini"):
+    for value in FOAM_NAMES:
         member = OptimizerNames(value)
         assert member is OptimizerNames[value.upper()] is getattr(OptimizerNames, value.upper())
         assert isinstance(member, OptimizerNames) and member == value and member.value == value
@@ -122,7 +123,7 @@ def test_name_that_transformers_ships_stays_theirs(
     with caplog.at_level(logging.WARNING, "foam_hf"):
         trainer_plugin.register_names(module)
     assert OptimizerNames.FOAM is theirs and OptimizerNames("foam_mini") == "foam_mini"
-    assert trainer_plugin._registered == {"foam_mini"}
+    assert trainer_plugin._registered == set(FOAM_NAMES) - {"foam"}
     assert [record.getMessage().startswith("transformers has its own optim='foam'") for record in caplog.records] == [
         True
     ]
@@ -219,6 +220,28 @@ def test_embeddings_and_target_modules_are_handed_on(tmp_path: Path) -> None:
     assert [p.shape for group in kwargs["params"] if group.get("level") != 0 for p in group["params"]][-1] == (64, 32)
     with pytest.raises(ValueError, match="no_such_module"):
         folded(optim_target_modules=["no_such_module"])
+
+
+def test_foam_muon_has_the_settings_of_the_rest_for_adamw(tmp_path: Path) -> None:
+    args = make_args(tmp_path, optim="foam_muon", adam_beta1=0.8, optim_args="momentum=0.9,level=2")
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, tiny_roberta())
+    optimizer = cls(**kwargs)
+    rules = {(group["second_moment"], group["level"]) for group in optimizer.param_groups}
+    assert rules == {("muon", 2), ("block", 0)}
+    assert {(group["momentum"], group["betas"]) for group in optimizer.param_groups} == {(0.9, (0.8, 0.999))}
+    for wrong in ("second_moment=factored", "momentum=2"):
+        with pytest.raises(ValueError, match="optim_args"):
+            make_args(tmp_path, optim="foam_muon", optim_args=wrong)
+
+
+def test_foam_adam_mini_knows_the_heads_of_the_model(tmp_path: Path) -> None:
+    args = make_args(tmp_path, optim="foam_adam_mini", weight_decay=0.1)
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, tiny_llama())
+    optimizer = cls(**kwargs)
+    rules = {(group["level"], group["mini_rows"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert rules == {(8, 8, 0.1), (8, 1, 0.1), (0, 1, 0.1), (0, 0, 0.0)}
+    with pytest.raises(ValueError, match="second_moment=factored contradicts optim='foam_adam_mini'"):
+        make_args(tmp_path, optim="foam_adam_mini", optim_args="second_moment=factored")
 
 
 def test_seed_of_the_rounding_can_differ_from_the_seed_of_the_run(tmp_path: Path) -> None:

@@ -100,8 +100,10 @@ def optimizer_of(trainer: Trainer) -> foam_hf.FOAM:
         {"dtype": torch.bfloat16},
         {"optim": "foam_mini", "optim_args": None},
         {"optim_args": "level=3,second_moment=factored"},
+        {"optim": "foam_muon"},
+        {"optim": "foam_adam_mini"},
     ],
-    ids=["float32", "autocast", "bfloat16 weights", "foam_mini", "factored"],
+    ids=["float32", "autocast", "bfloat16 weights", "foam_mini", "factored", "foam_muon", "foam_adam_mini"],
 )
 def test_run_learns(tmp_path: Path, settings: dict[str, Any]) -> None:
     trainer = make_trainer(tmp_path, max_steps=40, learning_rate=1e-2, **settings)
@@ -122,6 +124,8 @@ def test_run_learns(tmp_path: Path, settings: dict[str, Any]) -> None:
         (torch.bfloat16, "level=3,stochastic_rounding=false"),
         (torch.bfloat16, "level=3"),
         (torch.bfloat16, "level=3,state_dtype=bf16"),
+        (torch.bfloat16, "level=3,second_moment=muon"),
+        (torch.bfloat16, "level=3,second_moment=adam_mini"),
     ],
 )
 def test_resumed_run_has_the_bits_of_the_uninterrupted_one(
@@ -168,9 +172,10 @@ class CountSteps(TrainerCallback):
         ({"optim": "adamw_torch", "optim_args": None}, "another optimizer"),
         ({"optim_args": "level=2"}, "level=2"),
         ({"optim_args": "level=3,second_moment=factored"}, "second_moment='factored'"),
+        ({"optim": "foam_muon"}, "second_moment='muon'"),
         ({"optim_args": "level=3,fold_embeddings=true"}, "param groups"),
     ],
-    ids=["adamw", "level", "rule", "embeddings"],
+    ids=["adamw", "level", "rule", "muon", "embeddings"],
 )
 def test_checkpoint_of_another_optimizer_is_refused_before_the_first_step(
     tmp_path: Path, saved_with: dict[str, Any], told: str
@@ -293,7 +298,7 @@ def test_two_processes_follow_one(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "bfloat16, muon"):
         assert_same_bits(ranks[0][dtype], ranks[1][dtype])
 
     single = language_trainer(tmp_path / "single", per_device_train_batch_size=8)
@@ -303,11 +308,16 @@ def test_two_processes_follow_one(tmp_path: Path) -> None:
 
 def _train_as_one_rank(folder: Path) -> None:
     found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        trainer = language_trainer(folder / str(dtype), dtype, ddp_backend="gloo")
+    runs: dict[str, dict[str, Any]] = {
+        "float32": {"dtype": torch.float32},
+        "bfloat16": {"dtype": torch.bfloat16},
+        "bfloat16, muon": {"dtype": torch.bfloat16, "optim": "foam_muon"},
+    }
+    for name, settings in runs.items():
+        trainer = language_trainer(folder / name, ddp_backend="gloo", **settings)
         assert trainer.args.world_size == 2
         trainer.train()
-        found[str(dtype).removeprefix("torch.")] = weights(trainer)
+        found[name] = weights(trainer)
     torch.save(found, folder / f"rank{trainer.args.process_index}.pt")
     torch.distributed.destroy_process_group()
 
