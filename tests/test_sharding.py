@@ -1,4 +1,4 @@
-"""DDP and FSDP2 in real processes over gloo: the weights of one process, step by step, and checkpoints between them."""
+"""DDP and FSDP2 in real processes over gloo: the weights of one process, step by step, and checkpoints."""
 
 from __future__ import annotations
 
