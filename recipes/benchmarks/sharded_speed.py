@@ -50,10 +50,10 @@ def make_model(name: str, sequence: int, device: str) -> torch.nn.Module:
     torch.manual_seed(dist.get_rank())
     with torch.no_grad():
         for p in model.parameters():
-            p.normal_(0, 0.02) if p.dim() > 1 else p.fill_(1)
+            p.to_local().normal_(0, 0.02) if p.dim() > 1 else p.to_local().fill_(1)
     # Its buffers are not in the shards, and to_empty has lost them.
-    rotary = type(model.model.rotary_emb)(config, device=torch.device(device))
-    model.model.rotary_emb = rotary
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.train()
 
 
