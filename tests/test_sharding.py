@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from torch import Tensor
 
 import tests.sharding_trainer_worker as worker
@@ -102,3 +104,14 @@ def test_factored_means_over_ranks_are_within_rounding(runs: Any) -> None:
             bfloat16 = kind.endswith("bfloat16")
             case = f"factored over ranks, 3 steps, {'bfloat16' if bfloat16 else 'float32'} state"
             assert error <= TOLERANCES[case].allowed, (world, kind, error)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")])
+def test_accelerate_knows_every_key_of_the_configs(name: str, kind: str) -> None:
+    path = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
+    config = load_config_from_file(str(path))  # raises for unknown keys
+    assert config.distributed_type == kind
+    options = {action.dest for action in launch_command_parser()._actions}
+    assert set(config.fsdp_config) <= options
+    if kind == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2 and config.fsdp_config["fsdp_offload_params"] is False
