@@ -257,7 +257,7 @@ class FOAM(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # torch adds a default that FOAM has no use for; in the groups of some ranks only, it would break loading there.
+        # torch adds a default that FOAM has no use for; in the groups of one optimizer only, it would break loading.
         self.defaults.pop("differentiable", None)
         self._plan, self._watch = None, Watch()
         for group in self.param_groups:  # of a checkpoint from a version that had fewer options

@@ -38,8 +38,10 @@ def unsupported_fsdp(args: Any, trainer: Any) -> str | None:
             return None  # not known yet
     else:
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            return "FSDP where accelerate does not set it up, as without a GPU"
         version = getattr(plugin, "fsdp_version", None)
-        if plugin is not None and version is None:
+        if version is None:
             import accelerate
 
             return f"FSDP of accelerate {accelerate.__version__}, which knows version 1 alone"

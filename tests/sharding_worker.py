@@ -33,7 +33,7 @@ BF16 = torch.bfloat16
 Case = tuple[tuple[int, ...], tuple[Any, ...]]
 
 
-FUSED = [(7, 37), (1, 24), (33,), (3, 5, 24), (6, 64)]
+FUSED = [(7, 37), (1, 24), (33,), (3, 5, 24)]
 
 
 def whole(x: Any) -> Any:
@@ -73,7 +73,7 @@ def cases(world: int, factored: bool) -> list[tuple[DeviceMesh, list[Case]]]:
 
 
 def compare_with_one_process(world: int) -> dict[str, float]:
-    """Sharded parameters after four steps, beside the same in one process. Returns the greatest error by kind."""
+    """Sharded parameters after three steps, beside the same in one process. Returns the greatest error by kind."""
     worst: dict[str, float] = {}
     plain = itertools.product(["reference"], ["block", "factored"], [torch.float32, BF16], [torch.float32, BF16])
     fused = itertools.product(["triton"], ["block", "factored"], [BF16], [BF16]) if world == 2 else ()
@@ -90,7 +90,7 @@ def compare_with_one_process(world: int) -> dict[str, float]:
             ]
             options = {"level": 3, "second_moment": rule, "weight_decay": 0.1, "lr": 0.01, "state_dtype": state_dtype}
             one, many = FOAM(full, **options), FOAM(split, **options)
-            for _ in range(2 if kernel == "triton" else 4):
+            for _ in range(2 if kernel == "triton" else 3):
                 for p, q, (_, placements) in zip(full, split, found, strict=True):
                     p.grad = torch.randn(p.shape).to(dtype)
                     q.grad = distribute_tensor(p.grad, mesh, placements)

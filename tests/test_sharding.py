@@ -1,4 +1,4 @@
-"""DDP and FSDP2 in real processes over gloo: the weights of one process, step by step, and checkpoints between them."""
+"""DDP and FSDP2 in real processes over gloo: the weights of one process, step by step, and checkpoints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from torch import Tensor
 
 import tests.sharding_trainer_worker as worker
@@ -57,7 +59,9 @@ def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
 def test_every_step_has_the_bits_of_one_process(runs: Any, alone: Any, run: str, dtype: torch.dtype) -> None:
     """With equal batches the means of gradients are exact, so nothing else may differ, random bits included."""
     world, kind = run.split()
-    assert_same_bits(runs[int(world)][f"{kind} {dtype}"], alone[dtype])
+    found = runs[int(world)][f"{kind} {dtype}"]
+    assert len(found) == (10 if run == "4 fsdp" and dtype == torch.bfloat16 else worker.STEPS)
+    assert_same_bits(found, alone[dtype][: len(found)])
 
 
 @pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
@@ -80,9 +84,9 @@ def test_other_batches_on_each_rank_follow_the_whole_batch(
     runs: Any, tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "BATCH", 2 * worker.BATCH)
-    expected = worker.run(tmp_path, dtype=dtype, max_steps=worker.STEPS)[1]
+    expected = worker.run(tmp_path, dtype=dtype, max_steps=worker.OTHER)[1]
     for mine, theirs in zip(runs[2][f"other data {dtype}"], expected, strict=True):
-        assert_within(mine, theirs, f"FSDP2 against one process, 50 steps, {dtype}")
+        assert_within(mine, theirs, f"FSDP2 against one process, 20 steps, {dtype}")
 
 
 def test_mixed_precision_keeps_float32_weights_and_half_of_the_state(runs: Any) -> None:
@@ -98,5 +102,16 @@ def test_factored_means_over_ranks_are_within_rounding(runs: Any) -> None:
         for kind, error in runs[world]["worst"].items():
             assert kind.startswith("factored")  # the block rule is compared by bits, by every rank
             bfloat16 = kind.endswith("bfloat16")
-            case = f"factored over ranks, 4 steps, {'bfloat16' if bfloat16 else 'float32'} state"
+            case = f"factored over ranks, 3 steps, {'bfloat16' if bfloat16 else 'float32'} state"
             assert error <= TOLERANCES[case].allowed, (world, kind, error)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")])
+def test_accelerate_knows_every_key_of_the_configs(name: str, kind: str) -> None:
+    path = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
+    config = load_config_from_file(str(path))  # raises for unknown keys
+    assert config.distributed_type == kind
+    options = {action.dest for action in launch_command_parser()._actions}
+    assert set(config.fsdp_config) <= options
+    if kind == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2 and config.fsdp_config["fsdp_offload_params"] is False

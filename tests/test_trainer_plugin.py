@@ -16,14 +16,17 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import HfArgumentParser, Trainer, TrainingArguments, modelcard, trainer, training_args
 from transformers.training_args import OptimizerNames
 
 import foam_hf
 from foam_hf import FOAM, trainer_plugin
 from foam_hf.callback import OptimizerMemoryCallback
+from foam_hf.int8_weights import Int8Weight
 from foam_hf.optim_args import FOAM_NAMES
 from tests.tiny_models import classification_data, tiny_llama, tiny_roberta
 
@@ -376,14 +379,28 @@ def sharded(**attributes: Any) -> types.SimpleNamespace:
     return types.SimpleNamespace(parameters=list, **attributes)
 
 
+def with_fsdp(**plugin: Any) -> types.SimpleNamespace:
+    state = types.SimpleNamespace(fsdp_plugin=types.SimpleNamespace(**plugin))
+    return types.SimpleNamespace(is_fsdp_enabled=True, accelerator=types.SimpleNamespace(state=state))
+
+
 @pytest.mark.parametrize(
     ("found", "args", "model", "run"),
     [
         ("DeepSpeed", {"deepspeed": {"zero_optimization": {}}}, None, None),
         ("DeepSpeed", {}, None, types.SimpleNamespace(is_deepspeed_enabled=True)),
-        ("FSDP", {"fsdp": "full_shard"}, None, None),
-        ("FSDP", {}, None, types.SimpleNamespace(is_fsdp_enabled=True)),
-        ("FSDP", {"parallelism_config": types.SimpleNamespace(dp_shard_size=2)}, None, None),
+        ("FSDP version 1", {"fsdp": True, "fsdp_config": {"version": 1}}, None, None),
+        ("FSDP of torch_xla", {"fsdp": True, "fsdp_config": {"xla": True}}, None, None),
+        ("FSDP version 1", {}, None, with_fsdp(fsdp_version=1)),
+        (f"FSDP of accelerate {accelerate.__version__}, which knows version 1 alone", {}, None, with_fsdp()),
+        (
+            "FSDP where accelerate does not set it up",
+            {},
+            None,
+            types.SimpleNamespace(
+                is_fsdp_enabled=True, accelerator=types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=None))
+            ),
+        ),
         ("tensor parallelism", {"parallelism_config": types.SimpleNamespace(tp_size=2)}, None, None),
         ("tensor parallelism", {}, sharded(tp_size=2), None),
         (
@@ -402,7 +419,7 @@ def sharded(**attributes: Any) -> types.SimpleNamespace:
             None,
         ),
         (
-            "DTensors",
+            "a model sharded before the Trainer got it",
             {},
             types.SimpleNamespace(parameters=lambda: [types.SimpleNamespace(device_mesh=None)]),
             None,
@@ -416,16 +433,47 @@ def test_sharded_training_is_refused_with_what_works(found: str, args: dict[str,
     assert found in str(caught.value) and "What works: one GPU, or several with DDP" in str(caught.value)
 
 
+FSDP2 = with_fsdp(fsdp_version=2)
+
+
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
 def test_launcher_that_shards_is_refused_at_the_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(ValueError, match="What works: one GPU"):
         make_args(tmp_path)
 
 
-@pytest.mark.parametrize("setting", [{"deepspeed": {"zero_optimization": {"stage": 2}}}, {"fsdp": "full_shard"}])
+@pytest.mark.parametrize(
+    ("told", "options", "plugin"),
+    [
+        ("gradient_release=true updates each weight inside", {"optim_args": "gradient_release=true"}, {}),
+        ("got fsdp_offload_params: true", {}, {"cpu_offload": CPUOffloadPolicy(pin_memory=False)}),
+    ],
+)
+def test_what_fsdp2_cannot_be_combined_with_is_refused(
+    told: str, options: dict[str, Any], plugin: dict[str, Any]
+) -> None:
+    args = types.SimpleNamespace(optim=OptimizerNames.FOAM, **{"optim_args": None, **options})
+    trainer_plugin._refuse_sharding(types.SimpleNamespace(optim=OptimizerNames.FOAM, optim_args=None), None, FSDP2)
+    with pytest.raises(ValueError, match=told):
+        trainer_plugin._refuse_sharding(args, None, with_fsdp(fsdp_version=2, **plugin))
+
+
+def test_int8_weights_are_refused_with_fsdp2() -> None:
+    model = torch.nn.Linear(32, 4)
+    model.weight = torch.nn.Parameter(Int8Weight.from_float(model.weight.detach(), 32))
+    args = types.SimpleNamespace(optim=OptimizerNames.FOAM, optim_args=None)
+    with pytest.raises(ValueError, match="INT8 weights cannot be sharded: Linear has 1, weight the first"):
+        trainer_plugin._refuse_sharding(args, model, FSDP2)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"deepspeed": {"zero_optimization": {"stage": 2}}}, {"fsdp": "full_shard", "fsdp_config": {"version": 1}}],
+)
 def test_sharding_arguments_are_refused_at_once(tmp_path: Path, setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="What works: one GPU"):
         make_args(tmp_path, **setting)
