@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import json
+import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -149,6 +150,18 @@ def test_the_best_rate_is_that_of_the_best_mean_over_shared_seeds() -> None:
     assert best(runs_of({1e-4: {1: 0.5}, 2e-4: {1: None}}), "lower") == 1e-4  # diverged
     assert best(runs_of({2e-4: {1: 0.5}, 1e-4: {1: 0.5}}), "higher") == 1e-4
     assert best(runs_of({1e-4: {1: None}}), "higher") is None and best([], "higher") is None
+
+
+def test_tuning_runs_have_a_table_of_their_own() -> None:
+    plan = {"tasks": {"cola": {"better": "higher"}}, "arms": [{"name": "A"}, {"name": "B"}]}
+    scores = {("A", 0.1): [0.5, 0.7], ("A", 0.2): [0.9, None], ("B", 0.1): [0.25]}
+    runs = [
+        {"part": "tuning", "task": "cola", "arm": arm, "rate": rate, "score": score}
+        for (arm, rate), found in scores.items()
+        for score in found
+    ]
+    said = quality_table.tuning_markdown(plan, [*runs, {**runs[0], "part": "result", "rate": 9}])
+    assert said.splitlines()[-2:] == ["| A | 60.00 | 0.1: 60.00, 0.2: diverged |", "| B | 25.00 | 0.1: 25.00 |"]
 
 
 def test_the_average_over_tasks_is_paired_by_seed() -> None:
@@ -442,3 +455,33 @@ def test_similarity_is_one_at_level_0_and_falls_with_the_level() -> None:
         optimizer.zero_grad()
     for p, q in zip(alone.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(q, p)
+
+
+# ---- what is committed ----
+
+
+def test_the_page_holds_what_the_committed_runs_say() -> None:
+    page = (BENCHMARKS / "quality.md").read_text(encoding="utf-8")
+    for path in sorted((BENCHMARKS / "results").glob("quality_*.jsonl")):
+        plan = quality_plan.read_plan(BENCHMARKS / f"{path.stem}.yaml")
+        table = quality_table.markdown(plan, quality_table.read_runs([path]))
+        assert quality_table.with_table(page, path.stem, table) == page, path.name
+        if f"<!-- table: {path.stem} tuning -->" in page:
+            table = quality_table.tuning_markdown(plan, quality_table.read_runs([path]))
+            assert quality_table.with_table(page, f"{path.stem} tuning", table) == page, path.name
+    for path in sorted((BENCHMARKS / "results").glob("similarity-*.json")):
+        assert update_similarity.markdown(json.loads(path.read_text(encoding="utf-8"))) in page, path.name
+
+
+def test_the_pages_commands_are_accepted_and_its_counts_true(capsys) -> None:
+    page = (BENCHMARKS / "quality.md").read_text(encoding="utf-8")
+    commands = [
+        shlex.split(line) for line in page.splitlines() if line.startswith("python recipes/benchmarks/quality.py ")
+    ]
+    assert len(commands) >= 2
+    for words in commands:
+        assert quality.parse(words[2:]).jobs == 15
+    for path in PLANS:
+        numbers = quality.count(quality.parse(["--plan", str(path), "--runs", "r", "--count"]))
+        row = next(line for line in page.splitlines() if line.startswith(f"| [{path.name}]"))
+        assert row.endswith(f"| {numbers['tuning']} + {numbers['result']} |")

@@ -130,6 +130,30 @@ def markdown(plan: dict, runs: list[dict]) -> str:
     return "\n\n".join(parts) or "No result yet."
 
 
+def tuning_markdown(plan: dict, runs: list[dict]) -> str:
+    """What every learning rate gave on the tuning seeds, which choose it and prove nothing."""
+    scores: dict[tuple[str, str], dict[float, list[float | None]]] = {}
+    for run in runs:
+        if run["part"] == "tuning":
+            scores.setdefault((run["task"], run["arm"]), {}).setdefault(run["rate"], []).append(run["score"])
+    parts = []
+    for task, spec in plan["tasks"].items():
+        factor, digits = (100, 2) if spec["better"] == "higher" else (1, 3)
+        lines = [["arm", "best", "at each learning rate"]]
+        for arm in (one["name"] for one in plan["arms"] if (task, one["name"]) in scores):
+            found = sorted(scores[task, arm].items())
+            means = {rate: statistics.fmean(values) for rate, values in found if None not in values}
+            best = (max if spec["better"] == "higher" else min)(means.values(), default=None)
+            texts = [
+                f"{rate:g}: {factor * means[rate]:.{digits}f}" if rate in means else f"{rate:g}: diverged"
+                for rate, _ in found
+            ]
+            lines.append([arm, "" if best is None else f"{factor * best:.{digits}f}", ", ".join(texts)])
+        if lines[1:]:
+            parts.append(f"**{task}**, tuning runs, {spec['better']} is better\n\n" + _table(lines))
+    return "\n\n".join(parts) or "No tuning run yet."
+
+
 def _rate(plan: dict, task: str, arm: str, rate: float) -> str:
     """The rate, and whether it lies at an end of those tried: then a better one may lie beyond."""
     spec = next(one for one in plan["arms"] if one["name"] == arm)
@@ -166,14 +190,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, help="files that quality.py wrote")
     parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument("--tuning", action="store_true", help="the tuning runs instead")
     parser.add_argument("--readme", type=Path, help="renew the table between the markers of the first file's name")
     options = parser.parse_args(argv)
     plan = options.plan if options.plan.is_file() else HERE / options.plan.name
-    table = markdown(read_plan(plan), read_runs(options.runs))
+    plan, runs = read_plan(plan), read_runs(options.runs)
+    table = tuning_markdown(plan, runs) if options.tuning else markdown(plan, runs)
     if options.readme is None:
         print(table)
         return
-    text = with_table(options.readme.read_text(encoding="utf-8"), options.runs[0].stem, table)
+    name = options.runs[0].stem + (" tuning" if options.tuning else "")
+    text = with_table(options.readme.read_text(encoding="utf-8"), name, table)
     options.readme.write_text(text, encoding="utf-8")
 
 
