@@ -50,8 +50,8 @@ def unsupported_fsdp(args: Any, trainer: Any) -> str | None:
     return None
 
 
-def refuse_with_fsdp(model: Any, trainer: Any, releases_gradients: bool) -> None:
-    """Raise ValueError for what FSDP2 cannot be combined with."""
+def refuse_with_fsdp(model: Any, trainer: Any, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for what FSDP2 cannot be combined with; ``options`` are those that were asked of FOAM."""
     plugin = getattr(getattr(getattr(trainer, "accelerator", None), "state", None), "fsdp_plugin", None)
     offload = getattr(plugin, "cpu_offload", None)
     if offload is True or type(offload).__name__ == "CPUOffloadPolicy":
@@ -59,7 +59,13 @@ def refuse_with_fsdp(model: Any, trainer: Any, releases_gradients: bool) -> None
             "FSDP2's CPU offload is not supported by FOAM: got fsdp_offload_params: true (fsdp_config's cpu_offload); "
             "expected false, as FOAM's state is small"
         )
-    if releases_gradients:
+    for name, legal in (("second_moment", ("block", "factored")), ("plain_state", ("full",))):
+        if options.get(name, legal[0]) not in legal:
+            raise ValueError(
+                f"{name}={options[name]} needs whole weights, and FSDP2 splits them; expected "
+                f"{name}={' or '.join(legal)}, or DDP"
+            )
+    if options.get("gradient_release"):
         raise ValueError(
             "gradient_release=true updates each weight inside the backward pass, before FSDP2 has added up its "
             "gradient over the processes; expected gradient_release=false, or one process without FSDP"

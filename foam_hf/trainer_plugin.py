@@ -269,7 +269,7 @@ def _refuse_sharding(args: Any, model: Any = None, trainer: Any = None) -> None:
             "FSDP2 of accelerate 1.6 or newer (fsdp_version: 2), started by torchrun or accelerate launch."
         )
     if fsdp_in_use(args, trainer):
-        refuse_with_fsdp(model, trainer, _releases_gradients(args))
+        refuse_with_fsdp(model, trainer, foam_options(_name(args.optim), args.optim_args))
 
 
 def _sharding(args: Any, model: Any, trainer: Any) -> str | None:

@@ -450,13 +450,15 @@ def test_launcher_that_shards_is_refused_at_the_arguments(
     ("told", "options", "plugin"),
     [
         ("gradient_release=true updates each weight inside", {"optim_args": "gradient_release=true"}, {}),
+        ("second_moment=muon needs whole weights", {"optim": OptimizerNames.FOAM_MUON}, {}),
+        ("plain_state=8bit needs whole weights", {"optim_args": "plain_state=8bit"}, {}),
         ("got fsdp_offload_params: true", {}, {"cpu_offload": CPUOffloadPolicy(pin_memory=False)}),
     ],
 )
 def test_what_fsdp2_cannot_be_combined_with_is_refused(
     told: str, options: dict[str, Any], plugin: dict[str, Any]
 ) -> None:
-    args = types.SimpleNamespace(optim=OptimizerNames.FOAM, **{"optim_args": None, **options})
+    args = types.SimpleNamespace(**{"optim": OptimizerNames.FOAM, "optim_args": None, **options})
     trainer_plugin._refuse_sharding(types.SimpleNamespace(optim=OptimizerNames.FOAM, optim_args=None), None, FSDP2)
     with pytest.raises(ValueError, match=told):
         trainer_plugin._refuse_sharding(args, None, with_fsdp(fsdp_version=2, **plugin))
