@@ -396,6 +396,11 @@ def _check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) 
             f"{sorted(map(str, state_dict)) if isinstance(state_dict, dict) else None}; "
             "expected 'state' and 'param_groups'"
         ) from None
+    if not (_holds_dicts(saved_groups, list) and _holds_dicts(saved_state, dict)):
+        raise ValueError(
+            f"not an optimizer's state dict: 'param_groups' is {type(saved_groups).__name__} and 'state' is "
+            f"{type(saved_state).__name__}; expected a list of dicts with 'params', and a dict of dicts"
+        )
     sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved_groups))
     states = []
     for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=False)):
@@ -419,12 +424,25 @@ def _check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) 
             f"the checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}; "
             "expected the same model and the same choice of folded weights"
         )
-    for group, saved in zip(groups, saved_groups, strict=True):
+    for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        try:
+            check_options({**group, **saved})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"param group {i} of the checkpoint is not valid: {error}") from None
         for p, key in zip(group["params"], saved["params"], strict=True):
             state = saved_state.get(key, {})
             _check_state(key, state, state_spec(p, group))
             states.append(state)
     return states
+
+
+def _holds_dicts(value: Any, kind: type) -> bool:
+    """Whether ``value`` is a dict of dicts, or a list of them that have ``params``."""
+    if not isinstance(value, kind):
+        return False
+    if kind is dict:
+        return all(isinstance(each, dict) for each in value.values())
+    return all(isinstance(each, dict) and isinstance(each.get("params"), list | tuple) for each in value)
 
 
 def _check_state(key: int, state: dict[str, Any], spec: StateSpec) -> None:
