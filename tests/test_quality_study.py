@@ -480,7 +480,8 @@ def test_the_pages_commands_are_accepted_and_its_counts_true(capsys) -> None:
     ]
     assert len(commands) >= 2
     for words in commands:
-        assert quality.parse(words[2:]).jobs == 15
+        options = quality.parse(words[2:])
+        assert options.runs.stem == options.plan_name
     for path in PLANS:
         numbers = quality.count(quality.parse(["--plan", str(path), "--runs", "r", "--count"]))
         row = next(line for line in page.splitlines() if line.startswith(f"| [{path.name}]"))
