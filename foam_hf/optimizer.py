@@ -426,7 +426,7 @@ def _check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) 
         )
     for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         try:
-            check_options({**group, **saved})
+            check_options({**group, **_with_dtype(saved)})
         except (TypeError, ValueError) as error:
             raise ValueError(f"param group {i} of the checkpoint is not valid: {error}") from None
         for p, key in zip(group["params"], saved["params"], strict=True):

@@ -237,3 +237,23 @@ def test_a_trainer_leaves_out_a_whole_step_that_clipping_made_nan(tmp_path: Path
         trainer.train()
     two, three = (trainer.model.parameters() for trainer in trained)
     assert all(torch.equal(p, q) for p, q in zip(two, three, strict=True))
+
+
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+@pytest.mark.parametrize(
+    "options",
+    [{"second_moment": "muon"}, {"second_moment": "adam_mini"}, {"level": 0, "plain_state": "8bit"}],
+    ids=["muon", "adam_mini", "8bit"],
+)
+def test_rules_of_whole_tensors_leave_out_the_whole(monkeypatch, options, kernel):
+    monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
+    weight, gradients = torch.randn(64, 64, device=DEVICE), poisoned((64, 64), math.inf)
+    options = {"level": 3, **options}
+    trained, optimizer = train(weight, gradients, **options)
+    (state,) = optimizer.state.values()
+    assert all(bool(torch.as_tensor(x).float().isfinite().all()) for x in state.values()) and state["step"] == 3
+    before, after = (train(weight, gradients[:count], **options)[0] for count in (1, 2))
+    assert torch.equal(after, before) and not torch.equal(trained, after)
+    with pytest.raises(NonfiniteGradientError):
+        train(weight, gradients[:2], nonfinite="error", **options)
+    assert bool(train(weight, gradients, nonfinite="ignore", **options)[0].isnan().any())
