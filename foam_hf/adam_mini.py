@@ -9,8 +9,7 @@ tensor (Zhang et al., arXiv 2406.16793). With ``mean_B`` the mean over such a bl
 
 That is the paper's rule with Adam-mini's second moment in the place of the folded one; the residual's square stays in
 the denominator, where it bounds what ``R / c1`` does in the first steps. At ``level=0`` there is no residual, and the
-rule is Adam-mini's own. The paper (arXiv 2512.07112) names the combination; neither it nor its authors' code has its
-formula.
+rule is Adam-mini's own. The formula is our choice, and the combination of the paper (arXiv 2512.07112) may differ.
 """
 
 from __future__ import annotations
