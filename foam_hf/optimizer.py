@@ -438,11 +438,10 @@ def _check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) 
 
 def _holds_dicts(value: Any, kind: type) -> bool:
     """Whether ``value`` is a dict of dicts, or a list of them that have ``params``."""
-    if not isinstance(value, kind):
-        return False
     if kind is dict:
-        return all(isinstance(each, dict) for each in value.values())
-    return all(isinstance(each, dict) and isinstance(each.get("params"), list | tuple) for each in value)
+        return isinstance(value, dict) and all(isinstance(each, dict) for each in value.values())
+    groups = value if isinstance(value, list) else [None]
+    return all(isinstance(each, dict) and isinstance(each.get("params"), list | tuple) for each in groups)
 
 
 def _check_state(key: int, state: dict[str, Any], spec: StateSpec) -> None:
