@@ -19,6 +19,7 @@ from foam_hf.kernels import (
     Entry,
     Geometry,
     device_of,
+    kept_finite,
     numbers,
     owner_table,
     random_bits,
@@ -67,8 +68,9 @@ def _load_row(base, offset, column, mask, ALIGNED: tl.constexpr):
 @triton.jit(do_not_specialize=["step", "seed"])
 def _update_kernel(
     table, owner, row_sums, column_sums, means, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho,
-    grad_scale, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr,
+    grad_scale, told, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr,
+    SCALED: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     entry = table + tl.load(owner + 2 * tl.program_id(0)).to(tl.int64) * _FIELDS
     index = tl.load(owner + 2 * tl.program_id(0) + 1)
@@ -121,19 +123,27 @@ def _update_kernel(
         next_m = tl.load(M + following * blocks + block, mask=m_mask, other=0.0)
         next_r = tl.load(row_mean + following)
         gg = g * g
-        total += gg
-        tl.store(row_sums + row * per_row, tl.sum(gg, 1), mask=segment < per_row)
-
         if F == 1:
-            block_mean = g
+            block_mean, square = g, gg
         elif F == C:
-            block_mean = tl.sum(g, 1) * share
+            block_mean, square = tl.sum(g, 1) * share, tl.sum(gg, 1)
         else:
             block_mean = tl.sum(tl.reshape(g, (R, C // F, F)), 2) * share
+            square = tl.sum(tl.reshape(gg, (R, C // F, F)), 2)
+        old_m = m
         m += (1 - b1) * (block_mean - m)
-        denominator = tl.sqrt(r * c + (1 - b2) * inv_c2 * gg) + eps
-        numerator = unfold(m * inv_c1 - rho * block_mean, R, C, F) + rho * g
-        w = w * decay - step_size * (numerator / denominator)
+        center = m * inv_c1 - rho * block_mean
+        if CHECKED:
+            finite = kept_finite(square, told + stream, step, m_mask)
+            square, m = tl.where(finite, square, 0.0), tl.where(finite, m, old_m)
+            center = tl.where(finite, center, float("nan"))  # so that each element of a block can see that it is kept
+        center = unfold(center, R, C, F)
+        updated = w * decay - step_size * ((center + rho * g) / (tl.sqrt(r * c + (1 - b2) * inv_c2 * gg) + eps))
+        w = tl.where(center == center, updated, w) if CHECKED else updated
+        gg = tl.where(center == center, gg, 0.0) if CHECKED else gg
+        total += gg
+        row_sum = square if F == C else tl.sum(square, 1)
+        tl.store(row_sums + row * per_row, row_sum, mask=segment < per_row)
 
         w_bits, m_bits = 0, 0
         if STOCHASTIC and W_DTYPE is tl.bfloat16:
@@ -152,8 +162,8 @@ def _update_kernel(
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _means_kernel(
-    table, owner, row_sums, column_sums, step, seed, b2, S_DTYPE: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
+    table, owner, row_sums, column_sums, step, seed, b2, told, S_DTYPE: tl.constexpr, C: tl.constexpr,
+    S: tl.constexpr, STOCHASTIC: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """The new row means, or behind them the new column means, of ``LANES`` rows or columns."""
     entry = table + tl.load(owner + 2 * tl.program_id(0)).to(tl.int64) * _FIELDS
@@ -187,6 +197,8 @@ def _means_kernel(
         target = tl.load(entry + 4).to(tl.pointer_type(S_DTYPE)) + at
         width, kind, total = n.to(tl.int64), 3, total / rows
     old = tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    if CHECKED:  # blocks of finite squares whose sum is infinite
+        total = tl.where(kept_finite(total, told + stream, step, mask), total, old)
     bits = 0
     if STOCHASTIC and S_DTYPE is tl.bfloat16:
         bits = random_bits_at(seed, step, 4 * stream + kind, row, column, width)
@@ -223,21 +235,21 @@ class FactoredLaunch(AddressTable):
         self.owners = [upload(owner_table([count[k] for count in counts]), geometry.device) for k in range(3)]
         self.buffers = [torch.empty(size, dtype=torch.float32, device=geometry.device) for size in sizes.tolist()]
 
-    def run(self, h: Hyper, grad_scale: Tensor | None = None) -> None:
+    def run(self, h: Hyper, grad_scale: Tensor | None = None, told: Tensor | None = None) -> None:
         g = self.geometry
         row_sums, column_sums, means = self.buffers
         before, update, after = self.owners
         state, stochastic = TRITON_DTYPES[g.state], h.stochastic
-        scale = self.scale(grad_scale)
+        scale, place = self.scale(grad_scale), self.told(told)
         with device_of(g.device):
             self.launch(_mean_kernel, len(before), (self.table, before, means), (state,), num_warps=4)
             self.launch(
                 _update_kernel,
                 len(update),
-                (self.table, update, row_sums, column_sums, means, h.step, h.seed, *numbers(h), scale),
+                (self.table, update, row_sums, column_sums, means, h.step, h.seed, *numbers(h), scale, place),
                 (
                     *(TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments, g.columns),
-                    *(self.stripe, g.aligned, stochastic, grad_scale is not None),
+                    *(self.stripe, g.aligned, stochastic, grad_scale is not None, told is not None),
                 ),
                 num_warps=self.warps,
                 **self.options,
@@ -245,7 +257,7 @@ class FactoredLaunch(AddressTable):
             self.launch(
                 _means_kernel,
                 len(after),
-                (self.table, after, row_sums, column_sums, h.step, h.seed, float(h.b2)),
-                (state, g.columns, self.stripe, stochastic),
+                (self.table, after, row_sums, column_sums, h.step, h.seed, float(h.b2), place),
+                (state, g.columns, self.stripe, stochastic, told is not None),
                 num_warps=4,
             )

@@ -174,7 +174,8 @@ class GradientRelease:
         """What to divide ``grad`` by; nothing is read back from the device."""
         norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
         self._norms.append(norm)
-        return norm.add(1e-6).div_(self.max_grad_norm).clamp_min_(1.0)  # 1e-6 as in torch's clip_grad_norm_
+        scale = norm.add(1e-6).div_(self.max_grad_norm).clamp_min_(1.0)  # 1e-6 as in torch's clip_grad_norm_
+        return scale.add_(norm, alpha=0.0)  # NaN where the norm is infinite: no zeros in place of the finite elements
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if hasattr(optimizer, "grad_scale"):  # which a GradScaler sets for the time of the step

@@ -27,6 +27,7 @@ from foam_hf.kernels import (
     Geometry,
     Launch,
     device_of,
+    kept_finite,
     numbers,
     owner_table,
     philox,
@@ -117,10 +118,10 @@ def new_scales(values, s, peak, R: tl.constexpr, C: tl.constexpr, B: tl.constexp
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _update_kernel(
-    table, owner, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho, grad_scale,
+    table, owner, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho, grad_scale, told,
     G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr, B: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     EVEN: tl.constexpr, ALIGNED: tl.constexpr, DECAYS: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr,
-    NVIDIA: tl.constexpr,
+    CHECKED: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     entry = tl.load(owner + 2 * tl.program_id(0))
     tile = tl.load(owner + 2 * tl.program_id(0) + 1)
@@ -163,8 +164,9 @@ def _update_kernel(
     m = tl.load(M, mask=m_mask, other=0.0).to(tl.float32)
     v = tl.load(V, mask=m_mask, other=0.0).to(tl.float32)
     s = tl.load(S, mask=s_mask, other=1.0)
-    mean = 0.0
+    mean, old_m, old_v = 0.0, m, v
     if F == 1:
+        square = g * g
         m += (1 - b1) * (g - m)
         v = b2 * v + (1 - b2) * g * g
     else:
@@ -175,6 +177,9 @@ def _update_kernel(
             mean, square = tl.sum(parts, 2) * share, tl.sum(parts * parts, 2) * share
         m += (1 - b1) * (mean - m)
         v += (1 - b2) * (square - v)
+    if CHECKED:
+        finite = kept_finite(square, told + stream, step, m_mask)
+        m, v = tl.where(finite, m, old_m), tl.where(finite, v, old_v)
     m_bits, v_bits = 0, 0
     if STOCHASTIC and S_DTYPE is tl.bfloat16:
         width = tl.cdiv(n, F)  # a moment's row
@@ -186,9 +191,11 @@ def _update_kernel(
 
     per_code = -step_size / s
     m, v = m * inv_c1, v * inv_c2
+    if CHECKED:
+        v = tl.where(finite, v, float("nan"))  # so that each element of a block can see that it is kept
     rho_1, rho_2 = rho * inv_c1, rho * rho * inv_c2
     u = one_to_two(seed, step, 4 * stream, draw, R, C, NVIDIA) if STOCHASTIC else 1.5
-    x = moved(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, u, R, C, F, B, DECAYS, NVIDIA)
+    x = moved(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, u, R, C, F, B, DECAYS, CHECKED, NVIDIA)
     new = q + below(x, NVIDIA) - 1
     peak, low = block_max(new, R, C, B), block_min(new, R, C, B)
     peak = tl.where(low < -_MAX, _MAX + 1, tl.maximum(peak, -low))  # the least int32 has no negative
@@ -196,17 +203,17 @@ def _update_kernel(
     if tl.max(tl.ravel(leaves.to(tl.int32)), 0) > 0:
         # All again, loads included, and twice: what is needed here alone must not fill the registers there.
         q, g = codes_and_gradient(Q, G, mask, grad_scale, SCALED)
-        d = moved(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, 0.0, R, C, F, B, DECAYS, NVIDIA)
+        d = moved(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, 0.0, R, C, F, B, DECAYS, CHECKED, NVIDIA)
         wide = unfold(s, R, C, B)
         new_s, bits = new_scales(q.to(tl.float32) * wide + d * wide, s, peak, R, C, B)
         tl.store(S, new_s, mask=s_mask)
         q, g = codes_and_gradient(Q, G, mask, grad_scale, SCALED)
         stream = tl.load(entry + 6).to(tl.int32)
         u = one_to_two(seed, step, 4 * stream, draw, R, C, NVIDIA) if STOCHASTIC else 1.5
-        x = moved(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, u, R, C, F, B, DECAYS, NVIDIA)
+        x = moved(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, u, R, C, F, B, DECAYS, CHECKED, NVIDIA)
         new = (q + below(x, NVIDIA) - 1) << unfold(bits, R, C, B)
         new = tl.minimum(tl.maximum(new, -_MAX), _MAX)  # the compiler may have rounded another last bit than above
-        d = moved(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, 0.0, R, C, F, B, DECAYS, NVIDIA)
+        d = moved(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, 0.0, R, C, F, B, DECAYS, CHECKED, NVIDIA)
         x = (q.to(tl.float32) + d) * unfold(s / new_s, R, C, B)
         rounded = tl.where(x == x, tl.minimum(tl.maximum(below(x + (u - 1.0), NVIDIA), -_MAX), _MAX), 0)
         tl.store(Q, tl.where(unfold(peak > _MAX, R, C, B), rounded, new).to(tl.int8), mask=mask)
@@ -226,18 +233,24 @@ def codes_and_gradient(Q, G, mask, grad_scale, SCALED: tl.constexpr):
 @triton.jit
 def moved(
     q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, u,
-    R: tl.constexpr, C: tl.constexpr, F: tl.constexpr, B: tl.constexpr, DECAYS: tl.constexpr, NVIDIA: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, F: tl.constexpr, B: tl.constexpr, DECAYS: tl.constexpr, CHECKED: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """What the update adds, in codes, plus ``u``; the moments are those without bias."""
+    still = u
     if F == 1:
-        direction = ratio(m, tl.sqrt(v) + eps, NVIDIA)
+        denominator = tl.sqrt(v) + eps
+        direction = ratio(m, denominator, NVIDIA)
     else:
         residual = g - unfold(mean, R, C, F)
         denominator = tl.sqrt(unfold(v, R, C, F) + residual * residual * rho_2) + eps
         direction = ratio(unfold(m, R, C, F) + residual * rho_1, denominator, NVIDIA)
     if DECAYS:
         u -= decay * q.to(tl.float32)
-    return direction * unfold(per_code, R, C, B) + u
+    result = direction * unfold(per_code, R, C, B) + u
+    if CHECKED:
+        result = tl.where(denominator == denominator, result, still)
+    return result
 
 
 @triton.jit
@@ -350,7 +363,7 @@ class Int8Launch(Launch):
         light = geometry.width > 1 and geometry.aligned and geometry.columns <= TILE
         self.options = {"maxnreg": REGISTERS} if self.nvidia and light and geometry.state == torch.float32 else {}
 
-    def run(self, h: Hyper, grad_scale: Tensor | None = None) -> None:
+    def run(self, h: Hyper, grad_scale: Tensor | None = None, told: Tensor | None = None) -> None:
         g = cast(Int8Geometry, self.geometry)
         step_size, _, *others = numbers(h)
         with device_of(g.device):
@@ -359,11 +372,12 @@ class Int8Launch(Launch):
                 self.programs,
                 (
                     *(self.table, self.owner, h.step, h.seed, step_size, float(h.lr * h.weight_decay), *others),
-                    self.scale(grad_scale),
+                    *(self.scale(grad_scale), self.told(told)),
                 ),
                 (
                     *(TRITON_DTYPES[g.grad], TRITON_DTYPES[g.state], g.width, g.block_size, self.segments, g.columns),
-                    *(g.even, g.aligned, h.weight_decay != 0, h.stochastic, grad_scale is not None, self.nvidia),
+                    *(g.even, g.aligned, h.weight_decay != 0, h.stochastic, grad_scale is not None),
+                    *(told is not None, self.nvidia),
                 ),
                 num_warps=max(1, min(32, g.columns * self.segments // WARP)),
                 **self.options,

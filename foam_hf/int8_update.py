@@ -54,6 +54,10 @@ class Int8Rows:
             return torch.zeros(codes.shape, dtype=torch.float32, device=codes.device).flatten(1)
         return (codes * (self.scales[rows.start : rows.stop] * (-h.lr * h.weight_decay))).flatten(1)
 
+    def unchanged(self, rows: range) -> Tensor:
+        """What to store where nothing is to change."""
+        return torch.zeros((len(rows), self.weight.codes.shape[-1]), device=self.codes.device)
+
     def store(self, rows: range, delta: Tensor, h: Hyper) -> None:
         """Add ``delta``, float32 (rows, n)."""
         codes, scales = self.codes[rows.start : rows.stop], self.scales[rows.start : rows.stop]

@@ -86,12 +86,20 @@ def unfold(x, R: tl.constexpr, C: tl.constexpr, F: tl.constexpr):
         return tl.reshape(tl.broadcast_to(x[:, :, None], (R, C // F, F)), (R, C))
 
 
+@triton.jit
+def kept_finite(squares, told, step, mask):
+    """Where sums of squares are finite; where not, ``step`` is stored at ``told``: predicated off nearly always."""
+    finite = squares < float("inf")  # NaN is not
+    tl.store(told + finite.to(tl.int32) * 0, step, mask=mask & ~finite)
+    return finite
+
+
 @triton.jit(do_not_specialize=["step", "seed"])
 def _update_kernel(
-    table, owner, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho, grad_scale,
+    table, owner, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho, grad_scale, told,
     FIELDS: tl.constexpr, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr,
     F: tl.constexpr, R: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
-    STOCHASTIC: tl.constexpr, SCALED: tl.constexpr,
+    STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     entry = tl.load(owner + 2 * tl.program_id(0))
     tile = tl.load(owner + 2 * tl.program_id(0) + 1)
@@ -146,10 +154,11 @@ def _update_kernel(
     v = tl.load(V, mask=m_mask, other=0.0).to(tl.float32)
     if SCALED:
         g = g * (1.0 / tl.load(grad_scale))
+    old_m, old_v = m, v
     if F == 1:
+        square = g * g
         m += (1 - b1) * (g - m)
         v = b2 * v + (1 - b2) * g * g
-        numerator, denominator = m * inv_c1, tl.sqrt(v * inv_c2) + eps
     else:
         if F == C:
             mean, square = tl.sum(g, 1) * share, tl.sum(g * g, 1) * share
@@ -158,10 +167,19 @@ def _update_kernel(
             mean, square = tl.sum(parts, 2) * share, tl.sum(parts * parts, 2) * share
         m += (1 - b1) * (mean - m)
         v += (1 - b2) * (square - v)
+    unbiased = v * inv_c2
+    if CHECKED:
+        finite = kept_finite(square, told + stream, step, m_mask)
+        m, v = tl.where(finite, m, old_m), tl.where(finite, v, old_v)
+        unbiased = tl.where(finite, unbiased, float("nan"))  # so that each element of a block can see that it is kept
+    if F == 1:
+        numerator, denominator = m * inv_c1, tl.sqrt(unbiased) + eps
+    else:
         residual = rho * (g - unfold(mean, R, C, F))
         numerator = unfold(m * inv_c1, R, C, F) + residual * inv_c1
-        denominator = tl.sqrt(unfold(v * inv_c2, R, C, F) + residual * residual * inv_c2) + eps
-    w = w * decay - step_size * (numerator / denominator)
+        denominator = tl.sqrt(unfold(unbiased, R, C, F) + residual * residual * inv_c2) + eps
+    updated = w * decay - step_size * (numerator / denominator)
+    w = tl.where(denominator == denominator, updated, w) if CHECKED else updated
 
     w_bits, m_bits, v_bits = 0, 0, 0
     if STOCHASTIC and W_DTYPE is tl.bfloat16:
@@ -268,6 +286,10 @@ class AddressTable:
         if DIRECT_LAUNCH and compiled is not None:  # None from Triton's interpreter
             self._compiled[key] = compiled
 
+    def told(self, told: Tensor | None) -> Tensor:
+        """Where a kernel tells what it leaves out; where nothing is checked any tensor: it stays unwritten."""
+        return self.table if told is None else told
+
     def scale(self, grad_scale: Tensor | None) -> Tensor:
         """The loss's scale as a kernel takes it, aligned as a tensor of its own is; without one, any: it is unread."""
         if grad_scale is None:
@@ -291,17 +313,20 @@ class Launch(AddressTable):
         self.owner = upload(owner_table(tiles), geometry.device)
         super().__init__(geometry, entries, table)
 
-    def run(self, h: Hyper, grad_scale: Tensor | None = None) -> None:
+    def run(self, h: Hyper, grad_scale: Tensor | None = None, told: Tensor | None = None) -> None:
         g = self.geometry
         state = TRITON_DTYPES[g.state]
         with device_of(g.device):
             self.launch(
                 _update_kernel,
                 self.programs,
-                (self.table, self.owner, h.step, h.seed, *numbers(h), self.scale(grad_scale)),
+                (
+                    *(self.table, self.owner, h.step, h.seed, *numbers(h)),
+                    *(self.scale(grad_scale), self.told(told)),
+                ),
                 (
                     *(_FIELDS, TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments),
-                    *(g.columns, g.even, g.aligned, h.stochastic, grad_scale is not None),
+                    *(g.columns, g.even, g.aligned, h.stochastic, grad_scale is not None, told is not None),
                 ),
                 num_warps=max(1, min(32, g.columns * self.segments // WARP_ELEMENTS)),
             )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 KERNEL_VARIABLE = "FOAM_HF_KERNEL"
 State = MutableMapping[str, Any]
+Told = Callable[[dict[str, Any], torch.device], Tensor | None]
 
 
 def use_kernels(device: torch.device) -> bool:
@@ -102,18 +103,21 @@ class StepPlan:
                 launch.move_gradients(addresses[launch.streams])
         return True
 
-    def run(self, hyper: Callable[[dict[str, Any], Member], Hyper], grad_scale: Tensor | None) -> None:
-        """Update everything; gradients are those of a loss times ``grad_scale``, a tensor of one element."""
+    def run(self, hyper: Callable[[dict[str, Any], Member], Hyper], grad_scale: Tensor | None, told: Told) -> None:
+        """Update everything; gradients are those of a loss times ``grad_scale``, a tensor of one element.
+
+        ``told`` says where a group tells in which step it last left out a block, one element a parameter of a device.
+        """
         if self._launches:
             _refuse_capture()
         for state in self._states:
             state["step"] += 1
         for group, member, launch in self._launches:
-            launch.run(hyper(group, member), grad_scale)
+            launch.run(hyper(group, member), grad_scale, told(group, launch.geometry.device))
         if self._launches:  # autograd cannot see that a kernel wrote the weights
             torch.autograd.graph.increment_version(self._params)
         for group, member in self._rest:
-            _update_plainly(member, hyper(group, member), grad_scale)
+            _update_plainly(member, hyper(group, member), grad_scale, told(group, member.p.device))
 
     def _current_addresses(self) -> list[int]:
         # What a kernel was told the address of must still be there when it runs again.
@@ -150,15 +154,15 @@ class ParameterPlan:
             self._launch.move_gradients(numpy.array([address]))
         return True
 
-    def run(self, hyper: Callable[[Member], Hyper], grad_scale: Tensor | None) -> None:
+    def run(self, hyper: Callable[[Member], Hyper], grad_scale: Tensor | None, told: Tensor | None) -> None:
         """Update the parameter; its gradient is that of a loss times ``grad_scale``, a tensor of one element."""
         if self._launch is not None:
             _refuse_capture()
         self._member.state["step"] += 1
         if self._launch is None:
-            _update_plainly(self._member, hyper(self._member), grad_scale)
+            _update_plainly(self._member, hyper(self._member), grad_scale, told)
         else:
-            self._launch.run(hyper(self._member), grad_scale)
+            self._launch.run(hyper(self._member), grad_scale, told)
         # autograd sees neither what a kernel writes nor INT8 codes, and a backward pass under way may still need them.
         torch.autograd.graph.increment_version(self._member.p)
 
@@ -167,11 +171,11 @@ class ParameterPlan:
         return [p.data_ptr(), *(x.data_ptr() for x in state.values() if isinstance(x, Tensor))]
 
 
-def _update_plainly(member: Member, h: Hyper, grad_scale: Tensor | None) -> None:
-    p, state, level, second_moment, _ = member
+def _update_plainly(member: Member, h: Hyper, grad_scale: Tensor | None, told: Tensor | None) -> None:
+    p, state, level, second_moment, stream = member
     grad = cast(Tensor, p.grad)
     grad = grad if grad_scale is None else grad.float() / grad_scale.to(grad.device)
-    update_parameter(p, grad, state, level, second_moment, h)
+    update_parameter(p, grad, state, level, second_moment, h, None if told is None else told[stream])
 
 
 def _refuse_capture() -> None:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+MAX_NUMBER = 1e9  # that of ``options``, which imports torch
+
 
 def _level(text: str) -> int | str:
     if text == "row":
@@ -21,7 +23,7 @@ def _in_range(value: Any, low: float, high: float) -> Any:
 
 
 def _positive(text: str) -> float:
-    return _in_range(float(text), math.ulp(0.0), math.inf)
+    return _in_range(float(text), math.ulp(0.0), MAX_NUMBER)
 
 
 def _one_of(**choices: Any) -> Callable[[str], Any]:
@@ -32,11 +34,15 @@ _dtype = _one_of(float32="float32", fp32="float32", bfloat16="bfloat16", bf16="b
 
 _OPTIM_ARGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "level": (_level, "an integer from 0 to 16, or row"),
-    "scale": (_positive, "a finite number above 0"),
+    "scale": (_positive, "a finite number above 0, at most 1e9"),
     "second_moment": (_one_of(block="block", factored="factored"), "block or factored"),
-    "residual_scale": (lambda text: _in_range(float(text), 0.0, math.inf), "a finite number, 0 or more"),
+    "residual_scale": (
+        lambda text: _in_range(float(text), 0.0, MAX_NUMBER),
+        "a finite number, 0 or more, at most 1e9",
+    ),
     "stochastic_rounding": (_one_of(auto="auto", true=True, false=False), "auto, true or false"),
     "state_dtype": (lambda text: _dtype(text.removeprefix("torch.")), "float32 or bfloat16"),
+    "nonfinite": (_one_of(error="error", skip="skip", ignore="ignore"), "error, skip or ignore"),
     "fold_embeddings": (_one_of(true=True, false=False), "true or false"),
     "fold_head": (_one_of(true=True, false=False), "true or false"),
     "gradient_release": (_one_of(true=True, false=False), "true or false"),
@@ -71,8 +77,8 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
 
     Returns:
         Only the keys that were given, typed: `level` (int or "row"), `scale` and `residual_scale` (float),
-        `second_moment` (str), `stochastic_rounding` ("auto" or bool), `state_dtype` ("float32" or "bfloat16"),
-        `fold_embeddings`, `fold_head` and `gradient_release` (bool), `seed` (int).
+        `second_moment` and `nonfinite` (str), `stochastic_rounding` ("auto" or bool), `state_dtype` ("float32" or
+        "bfloat16"), `fold_embeddings`, `fold_head` and `gradient_release` (bool), `seed` (int).
 
     Raises:
         ValueError: unknown or repeated key, missing "=", empty piece, or a value that is ill-typed or out of range.

@@ -14,6 +14,7 @@ from torch import Tensor
 from foam_hf.folding import Level, num_blocks
 from foam_hf.int8_weights import Int8Weight
 from foam_hf.launches import ParameterPlan, StepPlan
+from foam_hf.nonfinite import Watch
 from foam_hf.options import check_field_names, check_options, check_parameter
 from foam_hf.update import Hyper, Member
 
@@ -41,6 +42,12 @@ class FOAM(torch.optim.Optimizer):
         stochastic_rounding: ``"auto"`` rounds stochastically where bfloat16 or INT8 is written, ``False`` never (and
             INT8 weights then hardly learn); ``True`` is ``"auto"`` with an error if there is neither.
         state_dtype: ``torch.float32`` or ``torch.bfloat16``.
+        nonfinite: what a gradient that is NaN or infinite does. Its block (for plain parameters: the element) keeps
+            its weights and moments, in any case but ``"ignore"``, which lets it into both, as AdamW does. ``"error"``
+            raises :class:`foam_hf.nonfinite.NonfiniteGradientError`, a FloatingPointError, once the host knows: at the
+            end of that ``step`` on a CPU, in a later one on a GPU, and in any case before ``state_dict`` returns;
+            all other blocks have been updated by then. ``"skip"`` logs a warning with a count, rarer and rarer.
+            Blocks are also left out where squares of finite gradients overflow float32, beyond 1.8e19.
         seed: of the stochastic rounding; its bits are a function of seed, step, parameter and element alone.
 
     State of a folded parameter of shape (..., n), where b = ceil(n / 2**level): ``folded_exp_avg`` (..., b), and
@@ -67,6 +74,7 @@ class FOAM(torch.optim.Optimizer):
         residual_scale: float = 1.0,
         stochastic_rounding: bool | str = "auto",
         state_dtype: torch.dtype = torch.float32,
+        nonfinite: str = "error",
         seed: int = 0,
     ) -> None:
         defaults = {
@@ -80,10 +88,12 @@ class FOAM(torch.optim.Optimizer):
             "residual_scale": residual_scale,
             "stochastic_rounding": stochastic_rounding,
             "state_dtype": state_dtype,
+            "nonfinite": nonfinite,
             "seed": seed,
         }
         check_options(defaults)
         self._plan: StepPlan | None = None  # holds addresses: never copied, pickled or resumed
+        self._watch = Watch()
         super().__init__(params, defaults)
         asked = [p for group in self.param_groups if group["stochastic_rounding"] is True for p in group["params"]]
         if asked and not any(p.dtype == torch.bfloat16 or isinstance(p, Int8Weight) for p in asked):
@@ -116,7 +126,10 @@ class FOAM(torch.optim.Optimizer):
 
         Raises:
             TypeError: a sparse or complex gradient; nothing is updated then.
+            FloatingPointError: a gradient is NaN or infinite, in this step or on a GPU in one before, and
+                ``nonfinite`` is ``"error"``; the rest is updated then.
         """
+        self._watch.tell(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -128,8 +141,22 @@ class FOAM(torch.optim.Optimizer):
             return loss
         if self._plan is None or not self._plan.holds(self.param_groups, self.state):
             self._plan = StepPlan(self.param_groups, self.state, self._members())
-        self._plan.run(_hyper, grad_scale)
+        self._plan.run(_hyper, grad_scale, self._told)
+        self._watch.send()
+        self._watch.tell(self.param_groups)
         return loss
+
+    def check_gradients(self) -> None:
+        """Tell of gradients that were NaN or infinite in the steps so far, as ``nonfinite`` says. Waits for the GPU.
+
+        Raises:
+            FloatingPointError: there was one, it was not told of yet, and ``nonfinite`` is ``"error"``.
+        """
+        self._watch.tell(self.param_groups, wait=True)
+
+    def _told(self, group: dict[str, Any], device: torch.device) -> Tensor | None:
+        """Where a step tells of which parameters it left out a block."""
+        return self._watch.told(group, device, sum(len(each["params"]) for each in self.param_groups))
 
     def _members(self) -> list[list[Member]]:
         """Every parameter with a gradient, by group, with state."""
@@ -157,7 +184,7 @@ class FOAM(torch.optim.Optimizer):
         _check_gradient(p, stream)
         if plan is None or not plan.holds(self.state[p], effective_rule(p, group)):
             plan = ParameterPlan(self._member(p, group, stream))
-        plan.run(functools.partial(_hyper, group), grad_scale)
+        plan.run(functools.partial(_hyper, group), grad_scale, self._told(group, p.device))
         return plan
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -176,10 +203,19 @@ class FOAM(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan = None
+        self._plan, self._watch = None, Watch()
         for group in self.param_groups:  # of a checkpoint from a version that had fewer options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, after :meth:`check_gradients`: no checkpoint hides a gradient that was not finite.
+
+        Raises:
+            FloatingPointError: as there; a second call returns the state.
+        """
+        self.check_gradients()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint. Hyperparameters come from it, as in torch; state keeps the dtypes it was saved in.
@@ -203,7 +239,7 @@ class FOAM(torch.optim.Optimizer):
             for name, value in saved.items():
                 if name != "step":
                     self.state[p][name] = value.detach().to(p.device, copy=True).contiguous()
-        self._plan = None
+        self._plan, self._watch = None, Watch()
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -274,6 +310,11 @@ def _check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) 
             f"{sorted(map(str, state_dict)) if isinstance(state_dict, dict) else None}; "
             "expected 'state' and 'param_groups'"
         ) from None
+    if not (_holds_dicts(saved_groups, list) and _holds_dicts(saved_state, dict)):
+        raise ValueError(
+            f"not an optimizer's state dict: 'param_groups' is {type(saved_groups).__name__} and 'state' is "
+            f"{type(saved_state).__name__}; expected a list of dicts with 'params', and a dict of dicts"
+        )
     sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved_groups))
     states = []
     for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=False)):
@@ -294,12 +335,24 @@ def _check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) 
             f"the checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}; "
             "expected the same model and the same choice of folded weights"
         )
-    for group, saved in zip(groups, saved_groups, strict=True):
+    for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        try:
+            check_options({**group, **saved})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"param group {i} of the checkpoint is not valid: {error}") from None
         for p, key in zip(group["params"], saved["params"], strict=True):
             state = saved_state.get(key, {})
             _check_state(key, state, state_spec(p, group))
             states.append(state)
     return states
+
+
+def _holds_dicts(value: Any, kind: type) -> bool:
+    """Whether ``value`` is a dict of dicts, or a list of them that have ``params``."""
+    if kind is dict:
+        return isinstance(value, dict) and all(isinstance(each, dict) for each in value.values())
+    groups = value if isinstance(value, list) else [None]
+    return all(isinstance(each, dict) and isinstance(each.get("params"), list | tuple) for each in groups)
 
 
 def _check_state(key: int, state: dict[str, Any], spec: StateSpec) -> None:

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from foam_hf.folding import MAX_LEVEL
+from foam_hf.nonfinite import MODES
+
+MAX_NUMBER = 1e9  # products of two of them, over a bias correction, are float32 numbers
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -42,6 +45,7 @@ def check_options(options: dict[str, Any]) -> None:
         ("second_moment", ("block", "factored")),
         ("stochastic_rounding", ("auto", True, False)),
         ("state_dtype", (torch.float32, torch.bfloat16)),
+        ("nonfinite", MODES),
     ):
         if not any(type(options[name]) is type(value) and options[name] == value for value in legal):
             raise ValueError(f"{name} is not valid: got {options[name]!r}; expected one of {legal}")
@@ -55,19 +59,22 @@ def _is_int(value: Any) -> bool:
 
 
 def _check_number(name: str, value: Any, *, below: float = math.inf, positive: bool = False) -> None:
-    legal = f"a number in [0, {below:g})" if below < math.inf else f"a finite number {'>' if positive else '>='} 0"
+    finite = f"a finite number {'>' if positive else '>='} 0, at most {MAX_NUMBER:g}"
+    legal = f"a number in [0, {below:g})" if below < math.inf else finite
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} is not a number: got {value!r}; expected {legal}")
-    number = float(value)
-    if not (0 <= number < below) or (positive and number == 0):  # NaN fails every comparison
+    number: Any = value  # compared before it is converted, which a huge integer does not survive
+    if not (0 <= number < below and number <= MAX_NUMBER) or (positive and float(number) == 0):  # NaN fails each
         raise ValueError(f"{name} is out of range: got {value!r}; expected {legal}")
 
 
-def check_field_names(group: dict[str, Any], known: Iterable[str]) -> None:
+def check_field_names(group: dict[Any, Any], known: Iterable[str]) -> None:
     """Raise ValueError for a field of a param group that looks like a misspelling of one in ``known``."""
     known = [*known, "params"]
     for name in group:
         # Other tools tag groups with keys of their own; only a likely misspelling of ours is an error.
+        if not isinstance(name, str):
+            continue
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
         if name not in known and near:
             raise ValueError(f"unknown field in a param group: got {name!r}; did you mean {near[0]!r}?")

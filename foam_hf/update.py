@@ -9,6 +9,7 @@ A rule updates its moments in place and returns the numerator and the denominato
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from functools import reduce
@@ -20,6 +21,7 @@ from torch import Tensor
 from foam_hf.folding import Level, block_width, blocked, split_moment
 from foam_hf.int8_update import Int8Rows
 from foam_hf.int8_weights import Int8Weight
+from foam_hf.nonfinite import Kept, left_out_blocks
 from foam_hf.rounding import random_bits, stochastic_round_
 
 Fraction = tuple[Tensor, Tensor]
@@ -117,6 +119,10 @@ class PlainRows:
         W = _load(self.rows, rows)
         return W.mul_(1 - h.lr * h.weight_decay) if h.weight_decay else W
 
+    def unchanged(self, rows: range) -> Tensor:
+        """A copy of what to store where nothing is to change."""
+        return _load(self.rows, rows).clone()
+
     def store(self, rows: range, W: Tensor, h: Hyper) -> None:
         _store(self.rows, rows, W, h, kind=0)
 
@@ -153,10 +159,14 @@ class FactoredMoment:
         self.column_sums.index_add_(0, matrix, GG)
         return self.rows[rows.start : rows.stop] * self.columns[matrix]
 
-    def store(self, h: Hyper) -> None:
+    def store(self, h: Hyper, told: Tensor | None) -> None:
         r32, c32 = self.r.float(), self.columns
-        r32.lerp_(self.row_means.view_as(r32), 1 - h.b2)
-        c32.lerp_(self.column_sums / self.rows_per_matrix, 1 - h.b2)
+        for x, means in ((r32, self.row_means.view_as(r32)), (c32, self.column_sums / self.rows_per_matrix)):
+            if told is not None:  # blocks of finite squares whose sum is infinite
+                infinite = (means < math.inf).logical_not_()
+                told.masked_fill_(infinite.any(), h.step)
+                means = torch.where(infinite, x, means)
+            x.lerp_(means, 1 - h.b2)
         _store(self.r.view(1, -1), range(1), r32.view(1, -1), h, kind=2)
         _store(self.c, range(self.matrices), c32, h, kind=3)
 
@@ -166,13 +176,22 @@ CHUNK_CPU, CHUNK_GPU = 1 << 17, 1 << 24
 
 
 def update_parameter(
-    p: Tensor, grad: Tensor, state: MutableMapping[str, Any], level: Level, second_moment: str, h: Hyper
+    p: Tensor,
+    grad: Tensor,
+    state: MutableMapping[str, Any],
+    level: Level,
+    second_moment: str,
+    h: Hyper,
+    told: Tensor | None = None,
 ) -> None:
     """Advance one parameter and its state by one step, a bounded chunk of rows at a time.
 
     ``p`` and ``grad`` have one shape, any float dtypes and strides (``p`` may be an INT8 weight); ``state`` holds the
     tensors ``foam_hf.FOAM`` describes. All arithmetic is float32. Rows do not mix (the factored rule's column means
     excepted), so chunks change nothing.
+
+    With ``told``, an integer tensor of one element, blocks whose gradient is not finite keep their weights and
+    moments, and ``told`` becomes this step; to the means of the factored rule they are zeros.
     """
     if p.numel() == 0:
         return
@@ -184,8 +203,13 @@ def update_parameter(
     factored = FactoredMoment(tensors.pop(1), tensors.pop(1)) if second_moment == "factored" else None
     moments = [_as_rows(x, -(-n // width)) for x in tensors]
     for rows in _chunks(len(weight), n, p.device):
-        W, G = weight.load(rows, h), _load(gradient, rows)
+        G, kept = _load(gradient, rows), None
         loaded = [_load(moment, rows) for moment in moments]
+        if told is not None and (mask := left_out_blocks(G, width)) is not None:
+            told.masked_fill_(mask.any(), h.step)
+            kept = Kept(mask, G, weight.unchanged(rows), loaded, width)
+            G = kept.gradient
+        W = weight.load(rows, h)
         m = loaded[0]
         if factored is not None:
             V = blocked(factored.chunk(rows, G), width)
@@ -197,11 +221,13 @@ def update_parameter(
             v = split_moment(loaded[1], width, n)
             for Gi, mi, vi, Wi in zip(blocked(G, width), split_moment(m, width, n), v, blocked(W, width), strict=True):
                 step_(Wi, block_rule(Gi, mi, vi, h), h)
+        if kept is not None:
+            kept.restore(W, loaded)
         weight.store(rows, W, h)
         for kind, (moment, value) in enumerate(zip(moments, loaded, strict=True), start=1):
             _store(moment, rows, value, h, kind)
     if factored is not None:
-        factored.store(h)
+        factored.store(h, told)
     weight.finish()
 
 

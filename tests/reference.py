@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 def block_bounds(n: int, level: int | str) -> list[tuple[int, int]]:
     width = max(n, 1) if level == "row" else 2**level
@@ -14,7 +16,10 @@ def block_bounds(n: int, level: int | str) -> list[tuple[int, int]]:
 
 
 class Reference:
-    """The state and step of one parameter. ``step`` takes a gradient and returns the new weight, float64."""
+    """The state and step of one parameter. ``step`` takes a gradient and returns the new weight, float64.
+
+    A block whose gradient's squares have no finite sum in float32 is left as it is, and is zeros to row and column.
+    """
 
     def __init__(self, weight: Tensor, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, level=8, scale=0.25,
                  second_moment="block", residual_scale=1.0):  # fmt: skip
@@ -35,11 +40,19 @@ class Reference:
         b1, b2 = self.betas
         c1, c2 = 1 - b1**self.t, 1 - b2**self.t
         n = self.weight.shape[-1] if self.weight.dim() else 1
-        G = grad.detach().double().reshape(-1, n)
-        V = self._factored_second_moment(grad.double(), b2, c2).reshape(-1, n) if self.factored else None
-        U = torch.empty_like(G)
+        G = grad.detach().double().reshape(-1, n).clone()
+        kept = torch.zeros(G.shape, dtype=torch.bool)
+        for i in range(G.shape[0]):
+            for start, stop in block_bounds(n, self.level):
+                if not math.fsum(x * x for x in G[i, start:stop].tolist()) < FLOAT32_MAX:
+                    kept[i, start:stop] = True
+        G[kept] = 0.0
+        V = self._factored_second_moment(G.reshape(grad.shape), b2, c2).reshape(-1, n) if self.factored else None
+        U = torch.zeros_like(G)
         for i in range(G.shape[0]):
             for block, (start, stop) in enumerate(block_bounds(n, self.level)):
+                if kept[i, start]:
+                    continue
                 g = [G[i, j].item() for j in range(start, stop)]
                 mean = math.fsum(g) / len(g)
                 square = math.fsum(x * x for x in g) / len(g)
@@ -52,7 +65,7 @@ class Reference:
                         U[i, j] = (m + self.rho * R) / c1 / denominator
                     else:
                         U[i, j] = (m / c1 + self.rho * R) / (math.sqrt(V[i, j].item()) + self.eps)
-        self.weight *= 1 - self.lr * self.decay
+        self.weight *= torch.where(kept, 1.0, 1 - self.lr * self.decay).reshape(self.weight.shape)
         self.weight -= self.lr * self.scale * U.reshape(self.weight.shape)
         return self.weight
 

@@ -270,6 +270,10 @@ def test_empty_parameters_pass_through(shape, second_moment):
         ({"state_dtype": "float32"}, "state_dtype"),
         ({"seed": -1}, "seed"),
         ({"seed": 0.5}, "seed"),
+        ({"nonfinite": "raise"}, "nonfinite is not valid: got 'raise'; expected one of .*'error', 'skip', 'ignore'"),
+        ({"nonfinite": True}, "nonfinite"),
+        ({"lr": 10**400}, "lr is out of range: got 1000.*at most 1e"),
+        ({"residual_scale": 1e300}, "residual_scale is out of range"),
     ],
     ids=str,
 )
@@ -367,6 +371,15 @@ def test_damaged_checkpoints_are_refused():
         optimizer.load_state_dict(counted)
     with pytest.raises(ValueError, match="not an optimizer's state dict.*'model'"):
         optimizer.load_state_dict({"model": 1})
+    for name, value in (("param_groups", 3), ("param_groups", [{"level": 2}]), ("state", []), ("state", {0: 1})):
+        with pytest.raises(
+            ValueError, match="not an optimizer's state dict: .*expected a list of dicts with 'params'"
+        ):
+            optimizer.load_state_dict({**saved, name: value})
+    poisoned = copy.deepcopy(saved)
+    poisoned["param_groups"][0]["lr"] = math.nan
+    with pytest.raises(ValueError, match="param group 0 of the checkpoint is not valid: lr is out of range: got nan"):
+        optimizer.load_state_dict(poisoned)
     assert not optimizer.state
 
 

@@ -165,6 +165,7 @@ nearest = partial(_foam, stochastic_rounding=False)
 BF16 = ("bf16",)
 CASES = {
     "foam": Case("FOAM, level 8", _foam, compiles=True),
+    "foam-ignore": Case("FOAM, level 8, nonfinite=ignore", partial(_foam, nonfinite="ignore")),
     "foam-nearest": Case("FOAM, level 8, rounding to nearest", nearest, dtypes=BF16),
     "foam-factored": Case("FOAM, level 8, factored", partial(_foam, second_moment="factored"), compiles=True),
     "foam-2": Case("FOAM, level 2", partial(_foam, level=2)),
