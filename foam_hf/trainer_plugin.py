@@ -11,6 +11,8 @@ What this file relies on, in transformers 4.57 to 5.x, and what it is for:
 * `Trainer.train`: wrapped, to refuse sharded training, to hand the trainer to `OptimizerMemoryCallback` and to release
   gradients, for which `trainer_release` says what it needs. It reads
   `trainer.callback_handler.callbacks`, `is_deepspeed_enabled`, `is_fsdp_enabled` and `accelerator.parallelism_config`.
+* `Trainer._save_checkpoint` and what it calls last, `Trainer._load_best_model`: wrapped for whole checkpoints, see
+  `trainer_checkpoints`. `Trainer.train`'s first argument is `resume_from_checkpoint`.
 * `Trainer._load_from_checkpoint`: wrapped where it is, so that INT8 checkpoints meet models that hold the same.
 * `transformers.modelcard.extract_hyperparameters_from_trainer`: wrapped, so that model cards name the optimizer.
 
@@ -25,12 +27,13 @@ import logging
 import os
 import types
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from foam_hf import trainer_checkpoints
 from foam_hf.optim_args import FOAM_NAMES, foam_options
 from foam_hf.trainer_int8 import refuse_other_optimizer, refuse_ready_made_optimizer, refusing_other_checkpoints
 
@@ -123,6 +126,12 @@ def register_trainer(trainer_module: types.ModuleType) -> None:
     _wrap(trainer_class, "train", _binding_train)
     if hasattr(trainer_class, "_load_from_checkpoint"):  # a help to users, not what training rests on
         _wrap(trainer_class, "_load_from_checkpoint", refusing_other_checkpoints)
+    _wrap(trainer_class, "_save_checkpoint", functools.partial(trainer_checkpoints.saving, is_ours=_is_ours))
+    _wrap(trainer_class, "_load_best_model", functools.partial(trainer_checkpoints.loading_best, is_ours=_is_ours))
+    _wrap(trainer_class, "_push_from_checkpoint", trainer_checkpoints.finishing)
+    rotates = trainer_class if hasattr(trainer_class, "_rotate_checkpoints") else trainer_module  # 4.x, 5.x
+    name = "_rotate_checkpoints" if rotates is trainer_class else "rotate_checkpoints"
+    _wrap(rotates, name, trainer_checkpoints.finishing)
 
 
 def _building_foam(original: Callable[..., Any]) -> Any:
@@ -198,16 +207,32 @@ def _binding_train(original: Callable[..., Any]) -> Callable[..., Any]:
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _is_ours(self.args):
             _refuse_sharding(self.args, self.model, self)
+            args, kwargs = trainer_checkpoints.checked_arguments(self, args, kwargs)
         refuse_ready_made_optimizer(self)
         _bind_memory_callbacks(self)
         token = _trainer.set(self)
         try:
-            with _gradient_release(self):
-                return original(self, *args, **kwargs)
+            with _gradient_release(self), _naming_parameters(self.model):
+                result = original(self, *args, **kwargs)
+                if (optimizer := trainer_checkpoints.foam_of(self)) is not None:
+                    optimizer.check_gradients()  # of the last step
+                return result
         finally:
             _trainer.reset(token)
 
     return train
+
+
+@contextmanager
+def _naming_parameters(model: Any) -> Iterator[None]:
+    """An optimizer knows its parameters by number alone."""
+    from foam_hf.nonfinite import NonfiniteGradientError
+
+    try:
+        yield
+    except NonfiniteGradientError as error:
+        error.name(model)
+        raise
 
 
 def _gradient_release(trainer: Any) -> AbstractContextManager[None]:
