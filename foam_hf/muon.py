@@ -12,8 +12,8 @@ For a matrix ``W`` of (rows, n), or each of the matrices that leading dimensions
 ``adjust_lr_fn="match_rms_adamw"``: a step has the root mean square of an AdamW step. Momentum (``lerp``, without bias
 correction), Nesterov, decay, coefficients, 5 iterations and the smallest norm of 1e-7 are torch.optim.Muon's, so that
 ``level=0, scale=1`` is torch.optim.Muon. ``orthogonal`` forgets the length of ``B``: what counts is how much of it is
-residual. How the residual is weighed is our choice, as in the paper's rule for Adam (arXiv 2512.07112): a running mean,
-and the residual of one step beside it. The paper's own combination with Muon may differ.
+residual. How it is weighed is our choice, as in the paper's rule for Adam (arXiv 2512.07112): a running mean, and the
+residual of one step beside it. The paper's own combination with Muon may differ.
 """
 
 from __future__ import annotations
