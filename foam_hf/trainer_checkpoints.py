@@ -327,7 +327,7 @@ def _check(folder: Path) -> None:
     for name, sums in told.items():
         path = folder / name
         if not path.is_file():
-            raise _Damaged(f"{name} is missing")
+            raise _Damaged(f"{name} is missing (if that is meant, delete {MANIFEST} too)")
         if path.stat().st_size != sums["bytes"]:
             raise _Damaged(f"{name} has {path.stat().st_size} bytes, it was saved with {sums['bytes']}")
     if manifest["piece"] != PIECE:

@@ -336,6 +336,13 @@ def resume_warnings(caplog, folder: Path, path, **arguments) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "foam_hf.callback"]
 
 
+def without_optimizer(checkpoint: Path) -> Path:
+    """The checkpoint as a tool would leave it that keeps the weights alone."""
+    for name in ("optimizer.pt", "scheduler.pt", "foam_checkpoint.json"):
+        (checkpoint / name).unlink()
+    return checkpoint
+
+
 def test_resuming_with_the_optimizer_is_silent(checkpoint, caplog):
     assert resume_warnings(caplog, checkpoint.parent, str(checkpoint)) == []
     assert resume_warnings(caplog, checkpoint.parent, True) == []
@@ -343,7 +350,7 @@ def test_resuming_with_the_optimizer_is_silent(checkpoint, caplog):
 
 @pytest.mark.parametrize("path", ["the folder", "True", "argument"])
 def test_resuming_without_optimizer_pt_warns(checkpoint, caplog, path):
-    (checkpoint / "optimizer.pt").unlink()
+    without_optimizer(checkpoint)
     arguments = {"resume_from_checkpoint": str(checkpoint)} if path == "argument" else {}
     (warning,) = resume_warnings(caplog, checkpoint.parent, True if path == "True" else str(checkpoint), **arguments)
     assert f"training resumes at step 2 from {checkpoint}, which has no optimizer.pt" in warning
@@ -352,16 +359,16 @@ def test_resuming_without_optimizer_pt_warns(checkpoint, caplog, path):
 def test_resuming_from_a_folder_elsewhere_without_optimizer_pt_warns(checkpoint, caplog, tmp_path):
     elsewhere = tmp_path / "moved" / "here"
     elsewhere.parent.mkdir()
-    checkpoint.rename(elsewhere)
-    (elsewhere / "optimizer.pt").unlink()
+    without_optimizer(checkpoint).rename(elsewhere)
     # Nothing tells a callback of this folder; that the state was empty and then was not, says enough.
     (warning,) = resume_warnings(caplog, tmp_path / "new", str(elsewhere))
     assert "training resumes at step 2 but the optimizer's state was not restored" in warning
 
 
-def test_resuming_without_scheduler_pt_warns_because_trainer_loads_neither(checkpoint, caplog):
-    (checkpoint / "scheduler.pt").unlink()
-    (warning,) = resume_warnings(caplog, checkpoint.parent, str(checkpoint))
+def test_resuming_without_scheduler_pt_warns_because_trainer_loads_neither(tmp_path, caplog):
+    make_trainer(tmp_path, optim="adamw_torch", max_steps=2, save_strategy="steps", save_steps=2).train()
+    (tmp_path / "checkpoint-2" / "scheduler.pt").unlink()
+    (warning,) = resume_warnings(caplog, tmp_path, True, optim="adamw_torch")
     assert "was not restored" in warning and "scheduler.pt" in warning
 
 

@@ -16,13 +16,13 @@ import torch
 
 import foam_hf
 from foam_hf import FOAM
-from foam_hf.optim_args import FOAM_KEYS, foam_options
+from foam_hf.optim_args import FOAM_KEYS, FOAM_NAMES, foam_options
 
 OURS = Path(foam_hf.__file__).parent
 LEGAL: dict[str, list[Any]] = {
     "level": [0, 1, 2, 3, 8, 16, "row"],
     "scale": [0.25, 1, 1e-30, 1e30],
-    "second_moment": ["block", "factored"],
+    "second_moment": ["block", "factored", "muon", "adam_mini"],
     "residual_scale": [0, 1.0, 0.5, 1e-20],
     "stochastic_rounding": ["auto", True, False],
     "state_dtype": ["float32", "bfloat16", "torch.bfloat16", "bf16"],
@@ -30,6 +30,8 @@ LEGAL: dict[str, list[Any]] = {
     "fold_embeddings": ["true", "false"],
     "fold_head": ["True", "FALSE"],
     "gradient_release": ["true", "false"],
+    "momentum": [0, 0.9],
+    "plain_state": ["full", "8bit"],
     "seed": [0, 1, 2**63, 2**64 - 1],
 }
 ODD_TEXT = [
@@ -124,7 +126,7 @@ ODD_VALUES = [
     "auto",
 ]
 FIELDS = ["lr", "betas", "eps", "weight_decay", "level", "scale", "second_moment", "residual_scale"]
-FIELDS += ["stochastic_rounding", "state_dtype", "nonfinite", "seed"]
+FIELDS += ["stochastic_rounding", "state_dtype", "nonfinite", "momentum", "mini_rows", "plain_state", "seed"]
 SHAPES = [(4, 8), (3, 5), (2, 3, 4), (7,), (), (1, 1), (0, 4), (4, 0), (1, 40)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GOOD = {
@@ -139,6 +141,9 @@ GOOD = {
     "stochastic_rounding": ["auto", False],
     "state_dtype": [torch.float32, torch.bfloat16],
     "nonfinite": LEGAL["nonfinite"],
+    "momentum": LEGAL["momentum"],
+    "mini_rows": [0, 1, 2],
+    "plain_state": LEGAL["plain_state"],
     "seed": LEGAL["seed"],
 }
 
@@ -172,7 +177,7 @@ def train(params: Any, **options: Any) -> None:
 
 def of_text(chance: random.Random) -> Any:
     given = random_text(chance)
-    options = foam_options(chance.choice(["foam", "foam_mini"]), given)
+    options = foam_options(chance.choice([*FOAM_NAMES]), given)
     for name in ("fold_embeddings", "fold_head", "gradient_release"):
         options.pop(name, None)
     if "state_dtype" in options:

@@ -677,7 +677,7 @@ def test_an_interrupted_run_goes_on_from_its_newest_checkpoint(flags, tmp_path, 
 
 
 def test_a_run_that_diverged_still_writes_its_results(flags, tmp_path):
-    results = train.main(["--task_name", "cola", *flags, "--learning_rate", "1e30"])
+    results = train.main(["--task_name", "cola", *flags, "--optim", "adamw_torch", "--learning_rate", "1e30"])
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     assert results["scores"] == {"loss": None, "matthews_correlation": 0.0}
 

@@ -227,7 +227,7 @@ def floating_bytes() -> int:
     tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and type(o) is not Int8Weight]
     storages = {}
     for t in tensors:
-        if not isinstance(t, Int8Weight) and t.is_floating_point() and t.device.type == "cpu":
+        if t.layout == torch.strided and t.is_floating_point() and t.device.type == "cpu":
             storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
     return sum(storages.values())
 

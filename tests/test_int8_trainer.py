@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from foam_hf import FOAM, Int8Config, foam_param_groups
 from foam_hf.int8_weights import Int8Weight
+from foam_hf.trainer_checkpoints import MANIFEST
 from tests.test_int8_quantizer import (
     assert_same_bits,
     bits,
@@ -116,6 +117,7 @@ def test_a_resumed_run_is_bit_identical(files: str, dtype: torch.dtype, plain: P
     elif files == "many":
         AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(checkpoint, max_shard_size="8KB")
         (checkpoint / "model.safetensors").unlink()
+    (checkpoint / MANIFEST).unlink()  # of the files as they were
     resumed = make_trainer(tmp_path / "resumed", int8_model(plain, dtype), optim_args=optim_args)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert losses(resumed)[-5:] == losses(whole)[-5:]
@@ -160,6 +162,7 @@ def test_mixed_precision_and_the_best_model(plain: Path, tmp_path: Path) -> None
 def test_a_damaged_checkpoint_is_not_resumed(resuming: Any, plain: Path, tmp_path: Path) -> None:
     make_trainer(tmp_path, int8_model(plain), save_strategy="steps", max_steps=2, save_steps=2).train()
     rewrite(tmp_path / "checkpoint-2", resuming)
+    (tmp_path / "checkpoint-2" / MANIFEST).unlink()
     words = {
         drop_scales: "has its weight_codes without its weight_scales",
         drop_codes: "has its weight_scales without its weight_codes",

@@ -440,7 +440,7 @@ def test_folded_options_are_foams_own():
     keyword_only = [
         name for name, p in inspect.signature(FOAM).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY
     ]
-    assert set(FOLDED_OPTIONS) == set(keyword_only) - {"seed", "mini_rows", "plain_state"}
+    assert set(FOLDED_OPTIONS) == set(keyword_only) - {"seed", "mini_rows", "plain_state", "nonfinite"}
 
 
 def test_needs_neither_transformers_nor_peft():
