@@ -227,4 +227,4 @@ if __name__ == "__main__":
     results = main(Path(sys.argv[1]), world)
     if int(os.environ["RANK"]) == 0:
         torch.save(results, Path(sys.argv[1]) / f"results{world}.pt")
-    dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort the interpreter's end (pytorch pull request 179291)

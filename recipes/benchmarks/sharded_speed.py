@@ -163,6 +163,9 @@ def main(argv: list[str] | None = None) -> None:
     if results is not None:
         print(table(results.content["rows"]), f"Results: {results.path}", sep="\n")
     dist.destroy_process_group()
+    if options.device == "cpu":  # gloo's threads may abort the interpreter's end (pytorch pull request 179291)
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
