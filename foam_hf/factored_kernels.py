@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foam_hf.kernels import (
+    MAX_WARPS,
     TRITON_DTYPES,
     AddressTable,
     Entry,
@@ -261,7 +262,7 @@ class FactoredLaunch(AddressTable):
             row_programs, column_programs = -(-matrices * rows // lanes), -(-matrices * n // lanes)
             counts.append((matrices, matrices * stripes * parts, row_programs + column_programs, column_programs))
         super().__init__(geometry, entries, table)
-        self.warps = max(1, min(32, self.segments * geometry.columns // (32 * THREAD_ELEMENTS)))
+        self.warps = max(1, min(MAX_WARPS, self.segments * geometry.columns // (32 * THREAD_ELEMENTS)))
         # A limit that only NVIDIA's backend knows.
         limited = geometry.device.type == "cuda" and torch.version.cuda and self.warps <= 8
         self.options = {"maxnreg": REGISTERS} if limited else {}

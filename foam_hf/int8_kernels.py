@@ -21,6 +21,7 @@ from foam_hf.int8_weights import Int8Weight
 from foam_hf.kernels import (
     DIRECT_LAUNCH,
     MAX_COLUMNS,
+    MAX_WARPS,
     TRITON_DTYPES,
     AddressTable,
     Entry,
@@ -379,7 +380,7 @@ class Int8Launch(Launch):
                     *(g.even, g.aligned, h.weight_decay != 0, h.stochastic, grad_scale is not None),
                     *(told is not None, self.nvidia),
                 ),
-                num_warps=max(1, min(32, g.columns * self.segments // WARP)),
+                num_warps=max(1, min(MAX_WARPS, g.columns * self.segments // WARP)),
                 **self.options,
             )
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 KERNEL_RULES = ("block", "factored")
 MAX_COLUMNS = 32768  # a tile of more columns would not fit the registers of a program
 TILE_ELEMENTS, WARP_ELEMENTS = 2048, 512
+MAX_WARPS = 16 if torch.version.hip else 32  # of a program, 1024 threads: on AMD a warp has 64
 # Since then a compiled kernel takes every argument of its function, the constants too.
 DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 # One row of the table: weight, gradient, first moment, second moment, rows, columns, stream; and where a shard's first
@@ -367,7 +368,7 @@ class Launch(AddressTable):
                     *(g.columns, g.even, g.aligned, h.stochastic, grad_scale is not None, g.shifted),
                     told is not None,
                 ),
-                num_warps=max(1, min(32, g.columns * self.segments // WARP_ELEMENTS)),
+                num_warps=max(1, min(MAX_WARPS, g.columns * self.segments // WARP_ELEMENTS)),
             )
 
 
