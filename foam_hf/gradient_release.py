@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from foam_hf.launches import ParameterPlan
 from foam_hf.optimizer import FOAM
+from foam_hf.places import is_sharded
 
 logger = logging.getLogger("foam_hf")
 
@@ -67,7 +68,7 @@ def refuse_distributed(model: nn.Module) -> None:
     wrapper = type(model).__name__
     # By name: torch.distributed may be missing.
     found = wrapper if wrapper in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel") else None
-    if any(hasattr(p, "device_mesh") for p in model.parameters()):
+    if any(is_sharded(p) for p in model.parameters()):
         found = "weights sharded into DTensors"
     distributed = torch.distributed
     if found is None and distributed.is_available() and distributed.is_initialized():

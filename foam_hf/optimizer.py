@@ -378,7 +378,7 @@ def state_spec(p: Tensor, group: dict[str, Any]) -> StateSpec:
 def _with_dtype(saved: dict[str, Any]) -> dict[str, Any]:
     """A saved param group with ``state_dtype`` as a dtype; earlier versions saved one, and a field of torch's own."""
     name = saved.get("state_dtype")
-    dtype = {"state_dtype": getattr(torch, name)} if isinstance(name, str) else {}
+    dtype = {"state_dtype": getattr(torch, name, name)} if isinstance(name, str) else {}
     return {**{key: value for key, value in saved.items() if key != "differentiable"}, **dtype}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from foam_hf.folding import MAX_LEVEL
 from foam_hf.nonfinite import MODES
+from foam_hf.places import is_sharded
 
 MAX_NUMBER = 1e9  # products of two of them, over a bias correction, are float32 numbers
 
@@ -93,7 +94,7 @@ def check_field_names(group: dict[Any, Any], known: Iterable[str]) -> None:
 def check_rule(p: Tensor, group: dict[str, Any]) -> None:
     """Raise ValueError for a parameter that the rule of its group does not fit."""
     rule, mini_rows = group["second_moment"], group["mini_rows"]
-    if hasattr(p, "device_mesh") and (rule in ("muon", "adam_mini") or group["plain_state"] == "8bit"):
+    if is_sharded(p) and (rule in ("muon", "adam_mini") or group["plain_state"] == "8bit"):
         wanting = f"second_moment={rule!r}" if rule in ("muon", "adam_mini") else "plain_state='8bit'"
         raise ValueError(
             f"{wanting} needs whole weights: got a DTensor of shape {tuple(p.shape)}; expected one process, DDP, or "

@@ -36,6 +36,7 @@ from typing import Any
 
 from foam_hf import trainer_checkpoints
 from foam_hf.optim_args import FOAM_NAMES, foam_options
+from foam_hf.places import is_sharded
 from foam_hf.trainer_fsdp import fsdp_in_use, refuse_with_fsdp, unsupported_fsdp
 from foam_hf.trainer_int8 import refuse_other_optimizer, refuse_ready_made_optimizer, refusing_other_checkpoints
 
@@ -293,7 +294,7 @@ def _sharding(args: Any, model: Any, trainer: Any) -> str | None:
     parallelism = getattr(getattr(trainer, "accelerator", args), "parallelism_config", None)
     if degree(model, "tp_size") > 1 or degree(parallelism, "tp_size") > 1:
         return "tensor parallelism, as Trainer would save the optimizer state of one process alone"
-    sharded = model is not None and any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    sharded = model is not None and any(is_sharded(parameter) for parameter in model.parameters())
     if sharded and not fsdp_in_use(args, trainer):
         return "a model sharded before the Trainer got it, whose optimizer state it would save from one process alone"
     return None

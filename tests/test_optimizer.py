@@ -385,6 +385,10 @@ def test_damaged_checkpoints_are_refused():
     poisoned["param_groups"][0]["lr"] = math.nan
     with pytest.raises(ValueError, match="param group 0 of the checkpoint is not valid: lr is out of range: got nan"):
         optimizer.load_state_dict(poisoned)
+    unknown = copy.deepcopy(saved)
+    unknown["param_groups"][0]["state_dtype"] = "float31"
+    with pytest.raises(ValueError, match="param group 0 of the checkpoint is not valid: state_dtype .*'float31'"):
+        optimizer.load_state_dict(unknown)
     assert not optimizer.state
 
 

@@ -139,16 +139,16 @@ def test_the_study_compares_what_the_issue_of_memory_is_about_at_two_rates_each(
 def test_every_arm_of_the_study_is_accepted_by_the_recipe(tokens: Path, tmp_path: Path) -> None:
     where = ["--tokens", str(tokens), "--out", str(tmp_path / "runs"), "--models", "llama-60m,llama-20m"]
     options, rest = pretrain_gpu.parse(where)
-    jobs = pretrain_gpu.plan(options, rest)
+    jobs, settings = pretrain_gpu.plan(options, rest), options.study["settings"]
     assert len(jobs) == 2 * 2 * len(options.study["arms"])
     assert {job.rate for job in jobs[: len(options.arms)]} == {arm["rates"][0] for arm in options.arms}
     for job in jobs:
         recipe, training, optim, _ = pretrain_arguments.parse([*job.words, "--use_cpu", "true"])
         config = train.model_config(recipe)
         assert config.hidden_size == {"llama-60m": 512, "llama-20m": 256}[job.model]
-        assert training["max_steps"] == 800 and training["eval_steps"] == 80
+        assert training["max_steps"] == 800 and training["eval_steps"] == 800 // options.study["evaluations"]
         args = pretrain_arguments.build_training_arguments(recipe, training, optim)
-        assert args.train_batch_size * args.gradient_accumulation_steps == 128
+        assert args.train_batch_size * args.gradient_accumulation_steps == settings["total_batch_size"]
         assert "{" not in str(args.optim_args)
 
 

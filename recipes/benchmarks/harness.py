@@ -78,13 +78,14 @@ class Results:
         self.path = folder / f"{benchmark}-{slug}.json"
         self.content = {"benchmark": benchmark, "machine": machine, "rows": []}
         if self.path.is_file():
-            self.content["rows"] = json.loads(self.path.read_text(encoding="utf-8"))["rows"]
+            earlier = json.loads(self.path.read_text(encoding="utf-8"))
+            self.content["rows"] = [{"date": earlier["machine"]["date"], **row} for row in earlier["rows"]]
 
     def has(self, key: dict) -> bool:
         return any(_is(row, key) and row["status"] in ("ok", "does not fit") for row in self.content["rows"])
 
     def put(self, key: dict, row: dict) -> None:
-        self.content["rows"] = [old for old in self.content["rows"] if not _is(old, key)] + [{**key, **row}]
+        self.content["rows"] = [old for old in self.content["rows"] if not _is(old, key)] + [{**key, **row, "date": self.content["machine"]["date"]}]
         write_json(self.path, self.content)
 
 

@@ -47,7 +47,7 @@ def _line(row: dict) -> list[str]:
 def memory_tables(content: dict) -> str:
     header = ["run", "weights B/param", "gradients", "state", "sum", "peak GiB while loading", "peak GiB"]
     header += ["reserved GiB", "tokens a second"]
-    parts = [heading(content["machine"])]
+    parts = [heading(content)]
     for prefix in SECTIONS:
         rows = [row for row in content["rows"] if row["case"].startswith(prefix)]
         good = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: -sum(_held(row)))

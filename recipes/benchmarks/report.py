@@ -38,7 +38,7 @@ SAID = {
 def step_tables(content: dict) -> str:
     header = ["optimizer", "ms a step", "x its floor", "x FOAM", "ms, new gradients", "host ms", "state B/param"]
     header += ["temporary B/param", "first step s (cached)"]
-    parts = [heading(content["machine"])]
+    parts = [heading(content)]
     for (shapes, dtype), rows in split(content["rows"], "shapes", "dtype").items():
         good = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: row["ms"])
         foam = next((row["ms"] for row in good if row["optimizer"] == "foam"), None)
@@ -79,7 +79,7 @@ def budget(content: dict) -> str:
 
 def training_tables(content: dict) -> str:
     header = ["optimizer", "tokens a second", "ms a step", "of it the optimizer", "state GB", "peak GB"]
-    parts = [heading(content["machine"])]
+    parts = [heading(content)]
     for (model, sequence, batch), rows in split(content["rows"], "model", "sequence", "batch").items():
         good = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: -row["tokens_per_s"])
         lines = [
@@ -101,7 +101,7 @@ def training_tables(content: dict) -> str:
 
 def cpu_tables(content: dict) -> str:
     """Least and median of each optimizer, and the least of FOAM's against that of each."""
-    parts = [heading(content["machine"])]
+    parts = [heading(content)]
     for (shapes,), rows in split(content["rows"], "shapes").items():
         foam = next((row["ms_least"] for row in rows if row["optimizer"] == "foam"), None)
         lines = [

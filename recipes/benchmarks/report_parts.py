@@ -10,12 +10,15 @@ def number(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else format(value, form)
 
 
-def heading(machine: dict) -> str:
+def heading(content: dict) -> str:
+    """The machine of a results JSON, its software, and the days on which the rows were measured."""
+    machine = content["machine"]
     software = [
         f"{name} {machine[name]}" for name in ("torch", "triton", "transformers", "driver") if machine.get(name)
     ]
     copy = f"; a large copy moves {machine['copy_GBps']:.0f} GB/s, read and written" if "copy_GBps" in machine else ""
-    return f"{machine['name']}, {', '.join(software)}, {machine['date']}{copy}."
+    days = sorted({row.get("date", machine["date"]) for row in content["rows"]} or {machine["date"]})
+    return f"{machine['name']}, {', '.join(software)}, {' to '.join(dict.fromkeys([days[0], days[-1]]))}{copy}."
 
 
 def not_measured(rows: list[dict]) -> str:
