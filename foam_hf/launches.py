@@ -124,8 +124,6 @@ class StepPlan:
 
         ``told`` says where a group tells in which step it last left out a block, one element a parameter of a device.
         """
-        if self._launches:
-            _refuse_capture()
         for state in self._states:
             state["step"] += 1
         unfinished: list[tuple[Unfinished, Hyper, Tensor | None]] = []
@@ -182,7 +180,7 @@ class ParameterPlan:
     def run(self, hyper: Callable[[Member], Hyper], grad_scale: Tensor | None, told: Tensor | None) -> None:
         """Update the parameter; its gradient is that of a loss times ``grad_scale``, a tensor of one element."""
         if self._launch is not None:
-            _refuse_capture()
+            refuse_capture()
         self._member.state["step"] += 1
         if self._launch is None:
             _update_plainly(self._member, hyper(self._member), grad_scale, _told_of(self._member, told))
@@ -222,7 +220,8 @@ def _finish(unfinished: list[tuple[Unfinished, Hyper, Tensor | None]]) -> None:
         one.store(h, told)
 
 
-def _refuse_capture() -> None:
+def refuse_capture() -> None:
+    """Raise RuntimeError while a CUDA graph is captured."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "FOAM's update cannot be captured in a CUDA graph: the learning rate and the step count it was captured "

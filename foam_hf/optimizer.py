@@ -15,7 +15,7 @@ from foam_hf.adam_mini import second_moments
 from foam_hf.eight_bit import SMALLEST, eight_bit_spec, require_bitsandbytes
 from foam_hf.folding import Level, num_blocks
 from foam_hf.int8_weights import Int8Weight
-from foam_hf.launches import ParameterPlan, StepPlan
+from foam_hf.launches import ParameterPlan, StepPlan, refuse_capture
 from foam_hf.nonfinite import Watch
 from foam_hf.options import check_field_names, check_options, check_parameter, check_rule
 from foam_hf.places import Piece, is_sharded
@@ -160,7 +160,9 @@ class FOAM(torch.optim.Optimizer):
             TypeError: a sparse or complex gradient; nothing is updated then.
             FloatingPointError: a gradient is NaN or infinite, in this step or on a GPU in one before, and
                 ``nonfinite`` is ``"error"``; the rest is updated then.
+            RuntimeError: in the capture of a CUDA graph.
         """
+        refuse_capture()  # first: asking a GPU anything would break the capture
         self._watch.tell(self.param_groups)
         loss = None
         if closure is not None:

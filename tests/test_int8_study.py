@@ -54,6 +54,8 @@ def test_the_arms_of_the_study_differ_in_their_weights(tmp_path: Path) -> None:
         ("full", "bfloat16", False),
         ("int8", "bfloat16", True),
     ]
+    study = instruct_gpu.Study(options, rest)
+    assert len(study.waiting) == 6 * (1 + 2 * 3)  # each arm alone, and three rates on two data sets
 
 
 def test_glue_is_measured_with_and_without_int8_weights(tmp_path: Path) -> None:

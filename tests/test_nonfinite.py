@@ -257,5 +257,5 @@ def test_rules_of_whole_tensors_leave_out_the_whole(monkeypatch, options, kernel
     before, after = (train(weight, gradients[:count], **options)[0] for count in (1, 2))
     assert torch.equal(after, before) and not torch.equal(trained, after)
     with pytest.raises(NonfiniteGradientError):
-        train(weight, gradients[:2], nonfinite="error", **options)
+        train(weight, gradients[:2], nonfinite="error", **options)[1].check_gradients()  # a GPU's word comes later
     assert bool(train(weight, gradients, nonfinite="ignore", **options)[0].isnan().any())
