@@ -27,7 +27,10 @@ from foam_hf.kernels import (
     owner_table,
     random_bits,
     random_bits_at,
+    ratio,
+    root,
     store,
+    takes_ptx,
     unfold,
     upload,
 )
@@ -94,7 +97,7 @@ def _update_kernel(
     table, owner, row_sums, column_sums, means, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho,
     grad_scale, told, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr,
-    SCALED: tl.constexpr, CHECKED: tl.constexpr,
+    SCALED: tl.constexpr, CHECKED: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     entry = table + tl.load(owner + 2 * tl.program_id(0)).to(tl.int64) * _FIELDS
     index = tl.load(owner + 2 * tl.program_id(0) + 1)
@@ -163,7 +166,8 @@ def _update_kernel(
             square, m = tl.where(finite, square, 0.0), tl.where(finite, m, old_m)
             center = tl.where(finite, center, float("nan"))  # so that each element of a block can see that it is kept
         center = unfold(center, R, C, F)
-        updated = w * decay - step_size * ((center + rho * g) / (tl.sqrt(r * c + (1 - b2) * inv_c2 * gg) + eps))
+        denominator = root(r * c + (1 - b2) * inv_c2 * gg, NVIDIA) + eps
+        updated = w * decay - step_size * ratio(center + rho * g, denominator, NVIDIA)
         w = tl.where(center == center, updated, w) if CHECKED else updated
         gg = tl.where(center == center, gg, 0.0) if CHECKED else gg
         total += gg
@@ -292,6 +296,7 @@ class FactoredLaunch(AddressTable):
                     (
                         *(TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments, g.columns),
                         *(self.stripe, g.aligned, stochastic, grad_scale is not None, told is not None),
+                        takes_ptx(g.device),
                     ),
                     num_warps=self.warps,
                     **self.options,

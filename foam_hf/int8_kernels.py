@@ -33,7 +33,10 @@ from foam_hf.kernels import (
     owner_table,
     philox,
     random_bits_at,
+    ratio,
+    root,
     store,
+    takes_ptx,
     unfold,
     upload,
 )
@@ -61,18 +64,6 @@ def one_to_two(seed, step, stream, draw, R: tl.constexpr, C: tl.constexpr, NVIDI
         )  # fmt: skip
     else:
         return ((bits & 0x7FFFFE) | 0x3F800001).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def ratio(x, y, NVIDIA: tl.constexpr):
-    """``x / y`` for positive normal ``y``; without what a division does for others, which costs most of it."""
-    if NVIDIA:
-        inverse = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return x * inverse
-    else:
-        return x / y
 
 
 @triton.jit
@@ -240,11 +231,11 @@ def moved(
     """What the update adds, in codes, plus ``u``; the moments are those without bias."""
     still = u
     if F == 1:
-        denominator = tl.sqrt(v) + eps
+        denominator = root(v, NVIDIA) + eps
         direction = ratio(m, denominator, NVIDIA)
     else:
         residual = g - unfold(mean, R, C, F)
-        denominator = tl.sqrt(unfold(v, R, C, F) + residual * residual * rho_2) + eps
+        denominator = root(unfold(v, R, C, F) + residual * residual * rho_2, NVIDIA) + eps
         direction = ratio(unfold(m, R, C, F) + residual * rho_1, denominator, NVIDIA)
     if DECAYS:
         u -= decay * q.to(tl.float32)
@@ -307,7 +298,7 @@ def dequantize_into(out: Tensor, codes: Tensor, scales: Tensor) -> None:
     numel, block = codes.numel(), codes.numel() // scales.numel()
     columns = max(DEQUANTIZED, block)
     programs = -(-numel // (2 * columns))
-    constants = block, columns, TRITON_DTYPES[out.dtype], _nvidia(codes.device)
+    constants = block, columns, TRITON_DTYPES[out.dtype], takes_ptx(codes.device)
     # As in AddressTable.launch: what Triton compiled is called directly wherever it would find the same again.
     whole = numel % 16 == 0 and numel < 2**31 and (codes.data_ptr() | scales.data_ptr() | out.data_ptr()) % 16 == 0
     key = (codes.device, *constants)
@@ -323,11 +314,6 @@ def dequantize_into(out: Tensor, codes: Tensor, scales: Tensor) -> None:
 def fits_kernels(block_size: int) -> bool:
     """Whether the kernels take blocks of this many columns."""
     return block_size & (block_size - 1) == 0 and block_size <= MAX_COLUMNS
-
-
-def _nvidia(device: torch.device) -> bool:
-    """Whether PTX may stand in a kernel: not on AMD's and Intel's GPUs, nor in Triton's interpreter."""
-    return device.type == "cuda" and torch.version.hip is None and isinstance(_update_kernel, triton.JITFunction)
 
 
 @dataclass(frozen=True)
@@ -359,7 +345,7 @@ class Int8Launch(Launch):
         self.programs = sum(tiles)
         self.owner = upload(owner_table(tiles), geometry.device)
         AddressTable.__init__(self, geometry, entries, table)
-        self.nvidia = _nvidia(geometry.device)
+        self.nvidia = takes_ptx(geometry.device)
         # A limit that only NVIDIA's backend knows; what has wide segments or much state needs more than it.
         light = geometry.width > 1 and geometry.aligned and geometry.columns <= TILE
         self.options = {"maxnreg": REGISTERS} if self.nvidia and light and geometry.state == torch.float32 else {}

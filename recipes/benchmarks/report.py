@@ -10,12 +10,12 @@ sys.path[:0] = [str(HERE)]
 
 from memory_report import MEMORY_PICTURE, memory_picture, memory_tables  # noqa: E402
 from memory_report import pictured as pictured_memory  # noqa: E402
-from report_parts import heading, label_points, not_measured, number, split, table  # noqa: E402
+from report_parts import heading, label_points, not_measured, number, sharded_table, split, table  # noqa: E402
 
 START, END = "<!-- results: made by report.py from results/*.json -->", "<!-- end of results -->"
 NONE = "*Not yet measured: no JSON in results/.*"
 PICTURE = "step_speed.png"
-BENCHMARKS = ("step_speed", "training_speed", "memory_peak", "cpu_step")
+BENCHMARKS = ("step_speed", "training_speed", "memory_peak", "cpu_step", "sharded_speed")
 
 # What a step must reach: shapes, dtype, optimizer, a field of its row or the optimizer to divide by, limit.
 BUDGET = [
@@ -134,6 +134,10 @@ def section(contents: list[dict]) -> str:
         parts += ["### One step on a CPU", cpu_tables(content)]
     for content in trainings:
         parts += ["### Whole training steps", training_tables(content)]
+    for content in (content for content in contents if content["benchmark"] == "sharded_speed"):
+        first = content["rows"][0]
+        shape = f"**{first['model']}, {first['batch']} x {first['sequence']} tokens a step on each GPU**"
+        parts += ["### Several GPUs", heading(content), shape, sharded_table(content["rows"])]
     memory = [content for content in contents if content["benchmark"] == "memory_peak"]
     for content in memory:
         shown = f"![What the peak of training holds, by optimizer](results/{MEMORY_PICTURE})"

@@ -21,6 +21,28 @@ def heading(content: dict) -> str:
     return f"{machine['name']}, {', '.join(software)}, {' to '.join(dict.fromkeys([days[0], days[-1]]))}{copy}."
 
 
+def sharded_table(rows: list[dict]) -> str:
+    """A row a case of sharded_speed.py; scaling is its tokens a second over those of one GPU, where that was measured."""
+    header = ["optimizer", "GPUs", "optimizer ms", "tokens a second", "x one GPU", "state GB a GPU", "peak GB a GPU"]
+    same = ("model", "sequence", "batch", "optimizer")
+    lines = []
+    for row in sorted(rows, key=lambda row: [*(row[name] for name in same), row["gpus"]]):
+        one = next((r for r in rows if r["gpus"] == 1 and all(r[name] == row[name] for name in same)), None)
+        peak = row["peak_bytes_per_gpu"]
+        lines.append(
+            [
+                row["label"],
+                str(row["gpus"]),
+                number(row["optimizer_ms"], ".3f"),
+                number(row["tokens_per_s"], ".0f"),
+                number(one and row["tokens_per_s"] / one["tokens_per_s"]),
+                number(row["state_bytes_per_gpu"] / 1e9),
+                number(peak and peak / 1e9),
+            ]
+        )
+    return table(header, lines)
+
+
 def not_measured(rows: list[dict]) -> str:
     """The rows without numbers, and why: nothing that was tried is left out."""
     lines = [f"* {row['label']}: {row['status']}. {row['reason']}" for row in rows if row["status"] != "ok"]

@@ -22,6 +22,7 @@ import torch.distributed as dist
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 from harness import HERE, Results, elapsed, now, probe, synchronize  # noqa: E402
+from report_parts import sharded_table  # noqa: E402
 from training_speed import MODELS  # noqa: E402
 
 WARM_UP = 2  # steps that do not count: state is made and kernels are compiled
@@ -105,24 +106,6 @@ def measure(key: dict, steps: int, device: str) -> dict:
     }
 
 
-def table(rows: list[dict]) -> str:
-    """A row a case; scaling is tokens a second a GPU beside those of one GPU, where that was measured."""
-    lines = [
-        "| optimizer | GPUs | optimizer ms | tokens a second | x one GPU | state GB a GPU | peak GB a GPU |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    same = ("model", "sequence", "batch", "optimizer")
-    for row in sorted(rows, key=lambda row: [*(row[name] for name in same), row["gpus"]]):
-        one = next((r for r in rows if r["gpus"] == 1 and all(r[name] == row[name] for name in same)), None)
-        scaling = f"{row['tokens_per_s'] / one['tokens_per_s']:.2f}" if one else ""
-        peak = row["peak_bytes_per_gpu"]
-        lines.append(
-            f"| {row['label']} | {row['gpus']} | {row['optimizer_ms']:.3f} | {row['tokens_per_s']:.0f} | {scaling} | "
-            f"{row['state_bytes_per_gpu'] / 1e9:.2f} | {'' if peak is None else f'{peak / 1e9:.2f}'} |"
-        )
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", default="llama-7b", choices=list(MODELS))
@@ -161,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.device == "cuda":
             torch.cuda.empty_cache()
     if results is not None:
-        print(table(results.content["rows"]), f"Results: {results.path}", sep="\n")
+        print(sharded_table(results.content["rows"]), f"Results: {results.path}", sep="\n")
     dist.destroy_process_group()
     if options.device == "cpu":  # gloo's threads may abort the interpreter's end (pytorch pull request 179291)
         sys.stdout.flush()
