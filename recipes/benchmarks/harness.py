@@ -85,7 +85,8 @@ class Results:
         return any(_is(row, key) and row["status"] in ("ok", "does not fit") for row in self.content["rows"])
 
     def put(self, key: dict, row: dict) -> None:
-        self.content["rows"] = [old for old in self.content["rows"] if not _is(old, key)] + [{**key, **row, "date": self.content["machine"]["date"]}]
+        others = [old for old in self.content["rows"] if not _is(old, key)]
+        self.content["rows"] = [*others, {**key, **row, "date": self.content["machine"]["date"]}]
         write_json(self.path, self.content)
 
 

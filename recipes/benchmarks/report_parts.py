@@ -22,7 +22,7 @@ def heading(content: dict) -> str:
 
 
 def sharded_table(rows: list[dict]) -> str:
-    """A row a case of sharded_speed.py; scaling is its tokens a second over those of one GPU, where that was measured."""
+    """A row a case of sharded_speed.py; scaling is its tokens a second over those of one GPU, if that was measured."""
     header = ["optimizer", "GPUs", "optimizer ms", "tokens a second", "x one GPU", "state GB a GPU", "peak GB a GPU"]
     same = ("model", "sequence", "batch", "optimizer")
     lines = []
