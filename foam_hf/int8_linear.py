@@ -26,25 +26,45 @@ def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
+    """The weight hangs on ``ctx``: as a saved tensor every checkpointing would detach it and ask it what it is."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return torch.nn.functional.linear(x, weight.dequantize(dtype), bias)
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        else:
+            ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
+            ctx.weight = weight
+            with torch._C.DisableTorchFunctionSubclass():
+                ctx.outer, ctx.version = weight.dtype, weight._version
+        return torch.nn.functional.linear(x, dequantize(weight.codes, weight.scales, dtype), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            x, weight = ctx.saved_tensors
+            outer, plain = weight.dtype, dequantize_in_backward(weight.codes, weight.scales, grad)
+        else:
+            (x,), outer = ctx.saved_tensors, ctx.outer
+            plain = _unchanged(ctx, grad.dtype) if ctx.needs_input_grad[0] else None
         rows = grad.reshape(-1, grad.shape[-1])
-        of_x = grad @ _dequantize_after(grad, weight) if ctx.needs_input_grad[0] else None
-        of_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        of_x = grad @ plain if ctx.needs_input_grad[0] else None
+        of_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(outer) if ctx.needs_input_grad[1] else None
         return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
-def _dequantize_after(grad: Tensor, weight: Int8Weight) -> Tensor:
-    if torch.compiler.is_compiling():
-        return dequantize_in_backward(weight.codes, weight.scales, grad)
-    return weight.dequantize(grad.dtype)
+def _unchanged(ctx: Any, dtype: torch.dtype) -> Tensor:
+    """The weight of the forward pass in ``dtype``; RuntimeError if it was updated since, as for a saved tensor."""
+    weight = ctx.weight
+    with torch._C.DisableTorchFunctionSubclass():
+        version = weight._version
+    if version != ctx.version:
+        raise RuntimeError(
+            f"an INT8 weight of shape {tuple(weight.shape)}, needed for gradient computation, has been modified by an "
+            f"inplace operation: it is at version {version}; expected version {ctx.version}"
+        )
+    return dequantize(weight.codes, weight.scales, dtype)
 
 
 @torch.library.custom_op("foam_hf::dequantize_in_backward", mutates_args=())

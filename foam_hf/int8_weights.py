@@ -136,6 +136,9 @@ class Int8Weight(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.linear:
             return _linear(*args, **(kwargs or {}))
+        if func in _QUESTIONS:  # asked some forty times a step: what follows would cost more than the answer
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args)
         with torch._C.DisableTorchFunctionSubclass():
             if func is Tensor.data_ptr:
                 return func(args[0].codes)
@@ -179,6 +182,11 @@ class Int8Weight(Tensor):
 
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+# What answers with no view of the weight.
+_QUESTIONS = frozenset(
+    getattr(Tensor, name).__get__
+    for name in ("dtype", "shape", "device", "requires_grad", "grad", "grad_fn", "is_leaf", "ndim", "_version")
+) | {Tensor.dim, Tensor.numel, Tensor.size, Tensor.element_size, Tensor.is_floating_point, Tensor.is_contiguous}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -146,7 +146,7 @@ def test_a_frozen_weight_passes_gradients_on_and_keeps_no_input():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = layer(x)
-    assert [type(t) for t in saved] == [Int8Weight]
+    assert saved == []
     y.sum().backward()
     assert x.grad is not None and layer.weight.grad is None
 
