@@ -193,7 +193,7 @@ def _update_kernel(
     if F == 1:
         square = g * g
         m += (1 - b1) * (g - m)
-        v = b2 * v + (1 - b2) * g * g
+        v = tl.fma(v, b2, (1 - b2) * g * g)  # said so: else each variant of the kernel is fused in its own way
     else:
         if F == C:
             mean, square = tl.sum(g, 1) * share, tl.sum(g * g, 1) * share
