@@ -19,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 from cases import SHAPES, make_weights  # noqa: E402
 from harness import Results, add_options, probe, run_alone, run_cases, synchronize, times  # noqa: E402
+from report_parts import int8_table  # noqa: E402
 from step_speed import host_ms, move_gradients, temporary_bytes  # noqa: E402
 
 LR = 1e-5
@@ -140,19 +141,6 @@ def sizes_of(layers: list[nn.Linear]) -> set[tuple[int, int]]:
     return {(layer.out_features, layer.in_features) for layer in layers}
 
 
-def table(rows: list[dict]) -> str:
-    header = ["what", "case", "ms", "x its floor", "ms, new gradients", "host ms", "temporary B/param"]
-    lines = [header, ["---", "---", *["---:"] * 5]]
-    for row in rows:
-        fields = [(name, form) for name, form in (
-            ("ms", ".3f"), ("floor_ratio", ".2f"), ("ms_moved_gradients", ".3f"), ("host_ms", ".3f"),
-            ("temporary_bytes_per_param", ".3f"),
-        )]  # fmt: skip
-        numbers = ["" if row.get(name) is None else format(row[name], form) for name, form in fields]
-        lines.append([row["what"], row["case"], *(numbers if row["status"] == "ok" else [row["status"], *[""] * 4])])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--shapes", default="llama-7b", choices=["llama-7b", "tiny"])
@@ -206,7 +194,7 @@ def main(argv: list[str] | None = None) -> dict:
         return row
 
     run_cases(results, keys, one, options)
-    print(table(results.content["rows"]))
+    print(int8_table(results.content["rows"]))
     return results.content
 
 

@@ -10,12 +10,12 @@ sys.path[:0] = [str(HERE)]
 
 from memory_report import MEMORY_PICTURE, memory_picture, memory_tables  # noqa: E402
 from memory_report import pictured as pictured_memory  # noqa: E402
-from report_parts import heading, label_points, not_measured, number, sharded_table, split, table  # noqa: E402
+from report_parts import heading, int8_table, label_points, not_measured, number, sharded_table, split, table  # noqa: E402
 
 START, END = "<!-- results: made by report.py from results/*.json -->", "<!-- end of results -->"
 NONE = "*Not yet measured: no JSON in results/.*"
 PICTURE = "step_speed.png"
-BENCHMARKS = ("step_speed", "training_speed", "memory_peak", "cpu_step", "sharded_speed")
+BENCHMARKS = ("step_speed", "training_speed", "memory_peak", "cpu_step", "sharded_speed", "int8_speed")
 
 # What a step must reach: shapes, dtype, optimizer, a field of its row or the optimizer to divide by, limit.
 BUDGET = [
@@ -138,6 +138,8 @@ def section(contents: list[dict]) -> str:
         first = content["rows"][0]
         shape = f"**{first['model']}, {first['batch']} x {first['sequence']} tokens a step on each GPU**"
         parts += ["### Several GPUs", heading(content), shape, sharded_table(content["rows"])]
+    for content in (content for content in contents if content["benchmark"] == "int8_speed"):
+        parts += ["### Kernels of INT8 weights", heading(content), int8_table(content["rows"])]
     memory = [content for content in contents if content["benchmark"] == "memory_peak"]
     for content in memory:
         shown = f"![What the peak of training holds, by optimizer](results/{MEMORY_PICTURE})"

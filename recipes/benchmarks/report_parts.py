@@ -43,6 +43,20 @@ def sharded_table(rows: list[dict]) -> str:
     return table(header, lines)
 
 
+def int8_table(rows: list[dict]) -> str:
+    """A row a case of int8_speed.py."""
+    header = ["what", "case", "ms", "x its floor", "ms, new gradients", "host ms", "temporary B/param"]
+    lines = []
+    for row in rows:
+        numbers = [
+            number(row.get("ms"), ".3f"),
+            number(row.get("floor_ratio")),
+            *(number(row.get(name), ".3f") for name in ("ms_moved_gradients", "host_ms", "temporary_bytes_per_param")),
+        ]
+        lines.append([row["what"], row["case"], *(numbers if row["status"] == "ok" else [row["status"], *[""] * 4])])
+    return table(header, lines)
+
+
 def not_measured(rows: list[dict]) -> str:
     """The rows without numbers, and why: nothing that was tried is left out."""
     lines = [f"* {row['label']}: {row['status']}. {row['reason']}" for row in rows if row["status"] != "ok"]
