@@ -77,6 +77,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict]
     return folder, *study(folder)
 
 
+def test_a_study_goes_on_from_its_json_alone(finished, tmp_path: Path) -> None:
+    folder, _, content = finished
+    where = ["--study", str(folder / "tiny.yaml"), "--data", str(folder), "--model", "m", "--out", str(tmp_path)]
+    where += ["--json", str(folder / "runs" / "results.json"), "--resume"]
+    again = instruct_gpu.Study(*instruct_gpu.parse(where))
+    assert [(job.part, job.arm, job.rate) for job in again.waiting] == [("alone", "FOAM", -1), ("search", "FOAM", -1)]
+    of_lora = [run for run in content["runs"] if run["arm"] == "LoRA"]  # FOAM's seeds wait for its search
+    assert len(again.finished) == len(content["alone"]) + len(content["search"]) + len(of_lora)
+    with pytest.raises(SystemExit, match="of another study or other settings; expected the same ones"):
+        instruct_gpu.Study(*instruct_gpu.parse([*where, "--max_length", "32"]))
+
+
 def test_a_study_searches_then_runs_its_seeds_and_says_what_failed(finished) -> None:
     folder, said, content = finished
     assert "runs are forks" in said

@@ -2,8 +2,9 @@
 
 A study (instruct_study.yaml) names arms and data sets. Each run is recipes/instruct/train.py; `--jobs` of them share
 the GPU. Speed and memory are measured apart (`alone`), one run at a time. Rerun the same command to go on: finished
-runs are lines of OUT/runs.jsonl. The JSON is rewritten after every run, whole or not at all; the tables of
-recipes/instruct/instruct_table.py come from it. Sample answers, which quote the data, stay out of it.
+runs are lines of OUT/runs.jsonl; where that is lost, --resume takes those of the JSON. The JSON is rewritten after
+every run, whole or not at all; the tables of recipes/instruct/instruct_table.py come from it. Sample answers, which
+quote the data, stay out of it.
 
     python recipes/instruct/gguf_models.py smollm2-135m smollm2
     python recipes/benchmarks/instruct_gpu.py --model smollm2 --data folder --out runs --json results.json --jobs 8
@@ -58,6 +59,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--arms", help="numbers of the study's arms, from 1 (default: all)")
     parser.add_argument("--datasets", help="some of the study's (default: all)")
     parser.add_argument("--jobs", type=int, default=4, help="runs at a time")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that the JSON has of the same study")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="stop after so many seconds")
     options, rest = parser.parse_known_args(argv)
     options.json = options.json or options.out / "results.json"
@@ -98,6 +100,7 @@ class Job:
         first = arm is study["arms"][0] and seed == study["seeds"][0]
         if part == "final" and first:
             settings["eval_before"] = True  # the untrained model's scores, once a data set
+        self.name = (part, dataset, self.arm, rate, seed)
         self.key = json.dumps([part, dataset, self.arm, settings, rest], sort_keys=True)
         number = study["arms"].index(arm)
         stage = study["seeds"].index(seed) + 1 if part == "final" else 0
@@ -149,6 +152,18 @@ def best_rate(jobs: list[Job]) -> float | None:
     return min((pair for pair in losses if pair[0] is not None), default=(None, None))[1]
 
 
+def kept(options: argparse.Namespace, rest: list[str]) -> dict[tuple, dict]:
+    """The runs of the JSON by their names, if it is of the same study and the same words for train.py."""
+    if not options.json.is_file():
+        return {}
+    content = json.loads(options.json.read_text(encoding="utf-8"))
+    if (content["study"], content["extra"]) != (options.study, rest):
+        raise SystemExit(f"--resume: {options.json} is of another study or other settings; expected the same ones")
+    lists = {"alone": content["alone"], "search": content["search"], "final": content["runs"]}
+    names = ("dataset", "arm", "learning_rate", "seed")
+    return {(part, *(run[name] for name in names)): run for part, runs in lists.items() for run in runs}
+
+
 class Study:
     """All jobs: waiting, running, finished; a final run joins once the search has chosen its learning rate."""
 
@@ -158,6 +173,7 @@ class Study:
         self.lines = options.out / "runs.jsonl"
         text = self.lines.read_text(encoding="utf-8") if self.lines.is_file() else ""
         self.earlier = {entry["key"]: entry["record"] for entry in map(json.loads, text.splitlines())}
+        self.kept = kept(options, rest) if options.resume else {}
         self.running: list[Job] = []
         self.finished: list[Job] = []
         self.waiting: list[Job] = []
@@ -182,7 +198,7 @@ class Study:
     def add(self, jobs) -> None:
         """Put jobs into the queue; those that an earlier call finished are done."""
         for job in jobs:
-            job.record = self.earlier.get(job.key)
+            job.record = self.earlier.get(job.key) or self.kept.get(job.name)
             (self.finished if job.record else self.waiting).append(job)
         self.waiting.sort(key=lambda job: job.order)
         self.choose()

@@ -149,8 +149,8 @@ def section(contents: list[dict]) -> str:
 
 def pictured(content: dict) -> list[dict]:
     """The rows of the picture: one set of shapes, without FOAM's variants that would lie on another's point."""
-    rows = [row for row in content["rows"] if row["status"] == "ok" and not row["optimizer"].endswith(("-nearest", "-ignore"))]
-    return [row for row in rows if (row["shapes"], row["dtype"]) == ("llama-7b", "bf16")]
+    rows = [row for row in content["rows"] if (row["shapes"], row["dtype"]) == ("llama-7b", "bf16")]
+    return [row for row in rows if row["status"] == "ok" and not row["optimizer"].endswith(("-nearest", "-ignore"))]
 
 
 def picture(contents: list[dict], path: Path) -> bool:
