@@ -80,7 +80,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict]
 def test_a_study_goes_on_from_its_json_alone(finished, tmp_path: Path) -> None:
     folder, _, content = finished
     where = ["--study", str(folder / "tiny.yaml"), "--data", str(folder), "--model", "m", "--out", str(tmp_path)]
-    where += ["--json", str(folder / "runs" / "results.json"), "--resume"]
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    where.append("--resume")
     again = instruct_gpu.Study(*instruct_gpu.parse(where))
     assert [(job.part, job.arm, job.rate) for job in again.waiting] == [("alone", "FOAM", -1), ("search", "FOAM", -1)]
     of_lora = [run for run in content["runs"] if run["arm"] == "LoRA"]  # FOAM's seeds wait for its search
