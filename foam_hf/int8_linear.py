@@ -36,7 +36,7 @@ class _Linear(torch.autograd.Function):
             ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
             ctx.weight = weight
             with torch._C.DisableTorchFunctionSubclass():
-                ctx.outer, ctx.version = weight.dtype, weight._version
+                ctx.outer, ctx.version = weight.dtype, _version(weight)
         return torch.nn.functional.linear(x, dequantize(weight.codes, weight.scales, dtype), bias)
 
     @staticmethod
@@ -54,11 +54,16 @@ class _Linear(torch.autograd.Function):
         return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
+def _version(weight: Tensor) -> int:
+    """How often it was written; of a weight made in inference mode, of which torch keeps no count, 0."""
+    return 0 if weight.is_inference() else weight._version
+
+
 def _unchanged(ctx: Any, dtype: torch.dtype) -> Tensor:
     """The weight of the forward pass in ``dtype``; RuntimeError if it was updated since, as for a saved tensor."""
     weight = ctx.weight
     with torch._C.DisableTorchFunctionSubclass():
-        version = weight._version
+        version = _version(weight)
     if version != ctx.version:
         raise RuntimeError(
             f"an INT8 weight of shape {tuple(weight.shape)}, needed for gradient computation, has been modified by an "

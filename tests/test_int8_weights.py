@@ -151,6 +151,15 @@ def test_a_frozen_weight_passes_gradients_on_and_keeps_no_input():
     assert x.grad is not None and layer.weight.grad is None
 
 
+def test_a_weight_made_in_inference_mode_multiplies():
+    with torch.inference_mode():
+        layer, x = int8_linear(), torch.randn(3, 256)
+        expected = torch.nn.functional.linear(x, layer.weight.dequantize(), layer.bias)
+        assert torch.equal(layer(x), expected)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+
+
 def test_it_is_named_counted_clipped_and_frozen_as_any_parameter():
     layer = int8_linear(dtype=torch.bfloat16)
     assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
