@@ -30,7 +30,6 @@ from foam_hf.kernels import (
     ratio,
     root,
     store,
-    takes_ptx,
     unfold,
     upload,
 )
@@ -296,7 +295,7 @@ class FactoredLaunch(AddressTable):
                     (
                         *(TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments, g.columns),
                         *(self.stripe, g.aligned, stochastic, grad_scale is not None, told is not None),
-                        takes_ptx(g.device),
+                        self.nvidia,
                     ),
                     num_warps=self.warps,
                     **self.options,

@@ -345,7 +345,6 @@ class Int8Launch(Launch):
         self.programs = sum(tiles)
         self.owner = upload(owner_table(tiles), geometry.device)
         AddressTable.__init__(self, geometry, entries, table)
-        self.nvidia = takes_ptx(geometry.device)
         # A limit that only NVIDIA's backend knows; what has wide segments or much state needs more than it.
         light = geometry.width > 1 and geometry.aligned and geometry.columns <= TILE
         self.options = {"maxnreg": REGISTERS} if self.nvidia and light and geometry.state == torch.float32 else {}

@@ -329,6 +329,7 @@ class AddressTable:
         self.grad_offsets = numpy.array([entry.grad_offset for entry in entries])
         self._host = torch.from_numpy(table)
         self.table = self._host.to(geometry.device)
+        self.nvidia = takes_ptx(geometry.device)
         self._compiled: dict[Any, Any] = {}
 
     def move_gradients(self, addresses: numpy.ndarray) -> None:
@@ -397,7 +398,7 @@ class Launch(AddressTable):
                 (
                     *(_FIELDS, TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments),
                     *(g.columns, g.even, g.aligned, h.stochastic, grad_scale is not None, g.shifted),
-                    *(told is not None, takes_ptx(g.device)),
+                    *(told is not None, self.nvidia),
                 ),
                 num_warps=max(1, min(MAX_WARPS, g.columns * self.segments // WARP_ELEMENTS)),
             )
