@@ -29,6 +29,7 @@ from foam_hf.kernels import (
     random_bits_at,
     ratio,
     root,
+    scale_of,
     store,
     unfold,
     upload,
@@ -98,7 +99,8 @@ def _update_kernel(
     R: tl.constexpr, C: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr,
     SCALED: tl.constexpr, CHECKED: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    entry = table + tl.load(owner + 2 * tl.program_id(0)).to(tl.int64) * _FIELDS
+    number = tl.load(owner + 2 * tl.program_id(0))
+    entry = table + number.to(tl.int64) * _FIELDS
     index = tl.load(owner + 2 * tl.program_id(0) + 1)
     W = tl.load(entry).to(tl.pointer_type(W_DTYPE))
     G = tl.load(entry + 1).to(tl.pointer_type(G_DTYPE))
@@ -113,8 +115,8 @@ def _update_kernel(
     stripe = index // parts % stripes
     matrix = (index // (parts * stripes)).to(tl.int64)
     scale = 1.0
-    if SCALED:
-        scale = 1.0 / tl.load(grad_scale)
+    if SCALED > 0:
+        scale = scale_of(grad_scale, number, SCALED)
 
     segment = part * R + tl.arange(0, R)
     lane = tl.arange(0, C)[None, :]
@@ -163,12 +165,16 @@ def _update_kernel(
         if CHECKED:
             finite = kept_finite(square, told + stream, step, m_mask)
             square, m = tl.where(finite, square, 0.0), tl.where(finite, m, old_m)
-            center = tl.where(finite, center, float("nan"))  # so that each element of a block can see that it is kept
+            if F != C:
+                center = tl.where(finite, center, float("nan"))  # so that each element of a block can see that
         center = unfold(center, R, C, F)
         denominator = root(r * c + (1 - b2) * inv_c2 * gg, NVIDIA) + eps
-        updated = w * decay - step_size * ratio(center + rho * g, denominator, NVIDIA)
-        w = tl.where(center == center, updated, w) if CHECKED else updated
-        gg = tl.where(center == center, gg, 0.0) if CHECKED else gg
+        written = mask
+        w = w * decay - step_size * ratio(center + rho * g, denominator, NVIDIA)
+        if CHECKED:
+            kept = finite[:, None] if F == C else center == center
+            gg = tl.where(kept, gg, 0.0)
+            written = mask & kept
         total += gg
         row_sum = square if F == C else tl.sum(square, 1)
         tl.store(row_sums + row * per_row, row_sum, mask=segment < per_row)
@@ -183,7 +189,7 @@ def _update_kernel(
         pointers = W + row * n + column
         if ALIGNED:
             pointers = tl.multiple_of(pointers, (1, 16))
-        store(pointers, w, w_bits, mask, W_DTYPE, STOCHASTIC)
+        store(pointers, w, w_bits, written, W_DTYPE, STOCHASTIC)
         store(M + row * blocks + block, m, m_bits, m_mask, S_DTYPE, STOCHASTIC)
         row += 1
         i += 1
@@ -284,7 +290,7 @@ class FactoredLaunch(AddressTable):
         row_sums, column_sums, means, shared_sums = self.buffers
         before, update, _, sums = self.owners
         state, stochastic = TRITON_DTYPES[g.state], h.stochastic
-        scale, place = self.scale(grad_scale), self.told(told)
+        (scale, scaled), place = self.scale(grad_scale), self.told(told)
         with device_of(g.device):
             self.launch(_mean_kernel, len(before), (self.table, before, means), (state, self.shared), num_warps=4)
             if len(update):  # a rank may have no rows
@@ -294,7 +300,7 @@ class FactoredLaunch(AddressTable):
                     (self.table, update, row_sums, column_sums, means, h.step, h.seed, *numbers(h), scale, place),
                     (
                         *(TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments, g.columns),
-                        *(self.stripe, g.aligned, stochastic, grad_scale is not None, told is not None),
+                        *(self.stripe, g.aligned, stochastic, scaled, told is not None),
                         self.nvidia,
                     ),
                     num_warps=self.warps,

@@ -1,6 +1,8 @@
-"""Gradient release: a weight is updated inside the backward pass, once its gradient is whole; then that is freed.
+"""Gradient release: weights are updated inside the backward pass, when their gradients are whole, and those are freed.
 
-So gradients never exist all at once. The arithmetic is that of ``FOAM.step``, and so are the bits.
+So gradients never exist all at once. A few of them wait for each other, to be one launch: a launch for each of
+hundreds of weights would take the host longer than the GPU. The arithmetic is that of ``FOAM.step``, and so are the
+bits.
 """
 
 from __future__ import annotations
@@ -9,17 +11,20 @@ import logging
 import math
 import numbers
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from foam_hf.launches import ParameterPlan
-from foam_hf.optimizer import FOAM
+from foam_hf.launches import StepPlan
+from foam_hf.optimizer import FOAM, Places, check_gradient
 from foam_hf.places import is_sharded
 
 logger = logging.getLogger("foam_hf")
+
+WAITING = 256 * 2**20  # bytes of gradients that wait for each other at most, before the last of them comes
 
 _active: weakref.WeakSet[GradientRelease] = weakref.WeakSet()  # a release lives as long as its hooks
 
@@ -27,13 +32,14 @@ _active: weakref.WeakSet[GradientRelease] = weakref.WeakSet()  # a release lives
 def enable_gradient_release(
     model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None = None
 ) -> GradientRelease:
-    """Let ``loss.backward()`` update the weights of ``model``, each once its gradient is whole, and free the gradient.
+    """Let ``loss.backward()`` update the weights of ``model``, once their gradients are whole, and free the gradients.
 
     The training loop stays as it is, with one ``optimizer.step()`` after each backward pass: it ends the step, and
-    updates what got its gradient in another way. Without clipping, the weights get the bits that they would get
-    without release. The learning rate that counts is the one during the backward pass. Weights used in several places
-    (tied embeddings) wait for all of them, so their gradients live longer. A model compiled as a whole returns all
-    gradients at once.
+    updates what got its gradient in another way. Gradients wait for each other until together they take as many bytes
+    as the largest of them alone (256 MiB at most), so no more than twice that is alive. Without clipping, the weights
+    get the bits that they would get without release. The learning rate that counts is the one during the backward
+    pass. The gradients of weights used in several places (tied embeddings) are whole only after the last of these. A
+    model compiled as a whole returns all gradients at once.
 
     Call it when the model is on its device: ``model.to()`` drops the hooks of quantized weights.
 
@@ -99,12 +105,14 @@ class GradientRelease:
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._check(optimizer)
         self._places = _places(optimizer)
-        self._plans: dict[int, ParameterPlan] = {}
-        self._updated: set[int] = set()  # parameters that this step has updated
+        self._limit = waiting_limit(p for p in optimizer._parameters() if p.requires_grad)
+        self._buckets: dict[tuple[torch.device, int], Bucket] = {}  # by device and stream
+        self._plans: dict[int, StepPlan] = {}  # by the first parameter of a bucket
+        self._updated: set[int] = set()  # parameters that this step has updated, or that wait for it
         self._norms: list[Tensor] = []
         self._warned = False
         self._handles: list[RemovableHandle] = [
-            p.register_post_accumulate_grad_hook(self._update)
+            p.register_post_accumulate_grad_hook(self._collect)
             for group in optimizer.param_groups
             for p in group["params"]
             if p.requires_grad
@@ -118,6 +126,7 @@ class GradientRelease:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._buckets.clear()
         self._plans.clear()
         _active.discard(self)
 
@@ -128,7 +137,7 @@ class GradientRelease:
         None if there were none, or without ``max_grad_norm``: measuring costs a pass over each gradient.
         """
         norms = self._norms
-        return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])) if norms else None
+        return torch.linalg.vector_norm(torch.cat([norm.to(norms[0].device) for norm in norms])) if norms else None
 
     @property
     def unfinished(self) -> int:
@@ -150,10 +159,10 @@ class GradientRelease:
                 "remove() of the first handle before"
             )
 
-    @torch.no_grad()
-    def _update(self, p: Tensor) -> None:
-        """The hook: update ``p`` and free its gradient."""
-        if p.grad is None:
+    def _collect(self, p: Tensor) -> None:
+        """The hook: let ``p`` wait for its update, or update all that wait with it."""
+        (grad,) = _grads([p])
+        if grad is None:
             return  # another hook took it
         if id(p) in self._updated:
             raise RuntimeError(
@@ -162,21 +171,46 @@ class GradientRelease:
                 "pass for each optimizer.step(), also after one that failed or whose batch is skipped; and "
                 "use_reentrant=False where gradient checkpointing meets a weight that several layers share"
             )
+        self._take_up(p)
+        # Streams run side by side: what one of them has computed must not be read by a launch of another.
+        key = grad.device, torch.cuda.current_stream(grad.device).cuda_stream if grad.is_cuda else 0
+        bucket = self._buckets.setdefault(key, Bucket(self._limit))
+        if not bucket.params:  # what still waits when the backward pass ends is updated there
+            torch.autograd.Variable._execution_engine.queue_callback(self._update_waiting)
+        self._update(bucket.add(p, grad))
+
+    def _take_up(self, p: Tensor) -> None:
+        """Note that this step updates ``p``."""
         if id(p) not in self._places:
             self._places = _places(self._optimizer)  # a group was added
-        index, stream = self._places[id(p)]
-        group = self._optimizer.param_groups[index]  # load_state_dict makes new ones
-        scale = self._clipping(p.grad) if self.max_grad_norm else None
-        self._plans[id(p)] = self._optimizer._step_alone(p, group, stream, self._plans.get(id(p)), scale)
+        check_gradient(p, self._places[id(p)][1])
         self._updated.add(id(p))
-        p.grad = None
 
-    def _clipping(self, grad: Tensor) -> Tensor:
-        """What to divide ``grad`` by; nothing is read back from the device."""
-        norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
-        self._norms.append(norm)
-        scale = norm.add(1e-6).div_(self.max_grad_norm).clamp_min_(1.0)  # 1e-6 as in torch's clip_grad_norm_
-        return scale.add_(norm, alpha=0.0)  # NaN where the norm is infinite: no zeros in place of the finite elements
+    def _update_waiting(self) -> None:
+        for bucket in self._buckets.values():
+            self._update(bucket.take())
+
+    @torch.no_grad()
+    def _update(self, params: list[Tensor]) -> None:
+        """Update ``params`` in one launch, and free their gradients."""
+        grads = _grads(params)
+        if any(grad is None for grad in grads):  # somebody took one
+            params, grads = [p for p in params if p.grad is not None], [grad for grad in grads if grad is not None]
+        if not params:
+            return
+        scale = self._clipping(grads) if self.max_grad_norm else None
+        first = id(params[0])
+        self._plans[first] = self._optimizer._step_some(params, self._places, self._plans.get(first), scale)
+        with torch._C.DisableTorchFunctionSubclass():
+            for p in params:
+                p.grad = None
+
+    def _clipping(self, grads: list[Any]) -> Tensor:
+        """What to divide each of ``grads`` by; nothing is read back from the device."""
+        norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
+        self._norms.append(norms)
+        scales = norms.add(1e-6).div_(self.max_grad_norm).clamp_min_(1.0)  # 1e-6 as in torch's clip_grad_norm_
+        return scales.add_(norms, alpha=0.0)  # NaN where the norm is infinite: no zeros in place of finite elements
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if hasattr(optimizer, "grad_scale"):  # which a GradScaler sets for the time of the step
@@ -198,9 +232,12 @@ class GradientRelease:
 
     def _update_rest(self) -> None:
         """Update what has a gradient that no hook has seen."""
+        self._update_waiting()  # of a backward pass that failed
         rest = [p for p in self._optimizer._parameters() if p.grad is not None]
         for p in rest:
-            self._update(p)
+            self._take_up(p)
+        for device in {p.device for p in rest}:
+            self._update([p for p in rest if p.device == device])
         if rest and not self._warned:
             self._warned = True
             logger.warning(
@@ -215,9 +252,37 @@ class GradientRelease:
         self._norms.clear()
 
 
-def _places(optimizer: FOAM) -> dict[int, tuple[int, int]]:
-    """By parameter: the number of its group, and its own among all parameters, which is its random stream."""
-    places: dict[int, tuple[int, int]] = {}
+class Bucket:
+    """Parameters whose gradients wait for each other."""
+
+    def __init__(self, limit: int) -> None:
+        self.params: list[Tensor] = []
+        self._limit, self._held = limit, 0
+
+    def add(self, p: Tensor, grad: Tensor) -> list[Tensor]:
+        """All that wait, if with ``p`` their gradients have ``limit`` bytes or more; else none."""
+        self.params.append(p)
+        self._held += grad.nbytes
+        return self.take() if self._held >= self._limit else []
+
+    def take(self) -> list[Tensor]:
+        params, self.params, self._held = self.params, [], 0
+        return params
+
+
+def _grads(params: list[Tensor]) -> list[Any]:
+    with torch._C.DisableTorchFunctionSubclass():  # INT8 weights would answer in Python
+        return [p.grad for p in params]
+
+
+def waiting_limit(params: Iterable[Tensor]) -> int:
+    """How many bytes of gradients of ``params`` wait for each other: the memory that the largest one needs anyway."""
+    return min(WAITING, max((p.numel() * p.element_size() for p in params), default=0))
+
+
+def _places(optimizer: FOAM) -> Places:
+    """A parameter's number among all is its random stream."""
+    places: Places = {}
     for index, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
             places[id(p)] = index, len(places)

@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from foam_hf.kernel_choice import use_kernels
 
 BLOCK_SIZE = 128
 MAX_CODE = 127
@@ -22,18 +26,19 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """``codes * scales``, computed in float32 and rounded to ``dtype`` (to nearest)."""
     if torch.compiler.is_compiling():  # one kernel of the compiler's own
         return (codes.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2).to(dtype)
-    from foam_hf.launches import use_kernels
-
-    result = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    if codes.numel() and use_kernels(codes.device):
-        from foam_hf.int8_kernels import dequantize_into, fits_kernels
-
-        if fits_kernels(codes.shape[-1] // scales.shape[-1]):
-            dequantize_into(result, codes, scales)
-            return result
+    result = torch.empty_like(codes, dtype=dtype)
+    if codes.numel() and use_kernels(codes.device) and _kernels().dequantize_into(result, codes, scales):
+        return result
     for some, values, into in row_chunks(codes, scales, result):
         torch.mul(some, values, out=into)
     return result
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    from foam_hf import int8_kernels  # not before it is needed: Triton may be missing
+
+    return int8_kernels
 
 
 def quantize(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

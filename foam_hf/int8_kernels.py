@@ -35,6 +35,7 @@ from foam_hf.kernels import (
     random_bits_at,
     ratio,
     root,
+    scale_of,
     store,
     takes_ptx,
     unfold,
@@ -115,9 +116,9 @@ def _update_kernel(
     EVEN: tl.constexpr, ALIGNED: tl.constexpr, DECAYS: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr,
     CHECKED: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    entry = tl.load(owner + 2 * tl.program_id(0))
+    number = tl.load(owner + 2 * tl.program_id(0))
     tile = tl.load(owner + 2 * tl.program_id(0) + 1)
-    entry = table + entry.to(tl.int64) * _FIELDS
+    entry = table + number.to(tl.int64) * _FIELDS
     Q = tl.load(entry).to(tl.pointer_type(tl.int8))
     G = tl.load(entry + 1).to(tl.pointer_type(G_DTYPE))
     M = tl.load(entry + 2).to(tl.pointer_type(S_DTYPE))
@@ -152,7 +153,7 @@ def _update_kernel(
         if EVEN and C // F >= 8:
             M, V = tl.multiple_of(M, (1, 16)), tl.multiple_of(V, (1, 16))
 
-    q, g = codes_and_gradient(Q, G, mask, grad_scale, SCALED)
+    q, g = codes_and_gradient(Q, G, mask, grad_scale, number, SCALED)
     m = tl.load(M, mask=m_mask, other=0.0).to(tl.float32)
     v = tl.load(V, mask=m_mask, other=0.0).to(tl.float32)
     s = tl.load(S, mask=s_mask, other=1.0)
@@ -194,12 +195,12 @@ def _update_kernel(
     leaves = s_mask & ((peak > _MAX) | (peak < 64))
     if tl.max(tl.ravel(leaves.to(tl.int32)), 0) > 0:
         # All again, loads included, and twice: what is needed here alone must not fill the registers there.
-        q, g = codes_and_gradient(Q, G, mask, grad_scale, SCALED)
+        q, g = codes_and_gradient(Q, G, mask, grad_scale, number, SCALED)
         d = moved(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, 0.0, R, C, F, B, DECAYS, CHECKED, NVIDIA)
         wide = unfold(s, R, C, B)
         new_s, bits = new_scales(q.to(tl.float32) * wide + d * wide, s, peak, R, C, B)
         tl.store(S, new_s, mask=s_mask)
-        q, g = codes_and_gradient(Q, G, mask, grad_scale, SCALED)
+        q, g = codes_and_gradient(Q, G, mask, grad_scale, number, SCALED)
         stream = tl.load(entry + 6).to(tl.int32)
         u = one_to_two(seed, step, 4 * stream, draw, R, C, NVIDIA) if STOCHASTIC else 1.5
         x = moved(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, u, R, C, F, B, DECAYS, CHECKED, NVIDIA)
@@ -214,11 +215,11 @@ def _update_kernel(
 
 
 @triton.jit
-def codes_and_gradient(Q, G, mask, grad_scale, SCALED: tl.constexpr):
+def codes_and_gradient(Q, G, mask, grad_scale, number, SCALED: tl.constexpr):
     q = tl.load(Q, mask=mask, other=0).to(tl.int32)
     g = tl.load(G, mask=mask, other=0.0).to(tl.float32)
-    if SCALED:
-        g = g * (1.0 / tl.load(grad_scale))
+    if SCALED > 0:
+        g = g * scale_of(grad_scale, number, SCALED)
     return q, g
 
 
@@ -293,22 +294,31 @@ def put(out, start, numel, q, s, B: tl.constexpr, C: tl.constexpr, DTYPE: tl.con
 _compiled: dict[Any, Any] = {}
 
 
-def dequantize_into(out: Tensor, codes: Tensor, scales: Tensor) -> None:
-    """``out`` (of any dtype a weight has) becomes ``codes * scales``; all are contiguous, blocks a power of two."""
-    numel, block = codes.numel(), codes.numel() // scales.numel()
+def dequantize_into(out: Tensor, codes: Tensor, scales: Tensor) -> bool:
+    """``out`` (of any dtype a weight has) becomes ``codes * scales``; all are contiguous.
+
+    False, and nothing is done, if no kernel takes blocks of this size.
+    """
+    numel = codes.numel()
+    block = numel // scales.numel()
+    if not fits_kernels(block):
+        return False
     columns = max(DEQUANTIZED, block)
-    programs = -(-numel // (2 * columns))
-    constants = block, columns, TRITON_DTYPES[out.dtype], takes_ptx(codes.device)
+    grid = -(-numel // (2 * columns)), 1, 1
+    device = codes.device
+    constants = block, columns, TRITON_DTYPES[out.dtype], takes_ptx(device)
     # As in AddressTable.launch: what Triton compiled is called directly wherever it would find the same again.
-    whole = numel % 16 == 0 and numel < 2**31 and (codes.data_ptr() | scales.data_ptr() | out.data_ptr()) % 16 == 0
-    key = (codes.device, *constants)
-    with device_of(codes.device):
+    places = codes.data_ptr(), scales.data_ptr(), out.data_ptr()
+    whole = numel % 16 == 0 and numel < 2**31 and (places[0] | places[1] | places[2]) % 16 == 0
+    key = device, *constants
+    with device_of(device):
         if whole and key in _compiled:
-            _compiled[key][programs, 1, 1](codes, scales, out, numel, *constants)
-            return
-        compiled = _dequantize_kernel[programs, 1, 1](codes, scales, out, numel, *constants, num_warps=8)
+            _compiled[key][grid](*places, numel, *constants)  # of a tensor it would ask the driver where that is
+            return True
+        compiled = _dequantize_kernel[grid](codes, scales, out, numel, *constants, num_warps=8)
     if DIRECT_LAUNCH and whole and compiled is not None:  # None from Triton's interpreter
         _compiled[key] = compiled
+    return True
 
 
 def fits_kernels(block_size: int) -> bool:
@@ -352,17 +362,18 @@ class Int8Launch(Launch):
     def run(self, h: Hyper, grad_scale: Tensor | None = None, told: Tensor | None = None) -> None:
         g = cast(Int8Geometry, self.geometry)
         step_size, _, *others = numbers(h)
+        scale, scaled = self.scale(grad_scale)
         with device_of(g.device):
             self.launch(
                 _update_kernel,
                 self.programs,
                 (
                     *(self.table, self.owner, h.step, h.seed, step_size, float(h.lr * h.weight_decay), *others),
-                    *(self.scale(grad_scale), self.told(told)),
+                    *(scale, self.told(told)),
                 ),
                 (
                     *(TRITON_DTYPES[g.grad], TRITON_DTYPES[g.state], g.width, g.block_size, self.segments, g.columns),
-                    *(g.even, g.aligned, h.weight_decay != 0, h.stochastic, grad_scale is not None),
+                    *(g.even, g.aligned, h.weight_decay != 0, h.stochastic, scaled),
                     *(told is not None, self.nvidia),
                 ),
                 num_warps=max(1, min(MAX_WARPS, g.columns * self.segments // WARP)),

@@ -115,6 +115,12 @@ def root(x, NVIDIA: tl.constexpr):
 
 
 @triton.jit
+def scale_of(grad_scale, number, SCALED: tl.constexpr):
+    """What to multiply a gradient by: there is one scale for all tensors of a launch, or with 2 one for each."""
+    return 1.0 / tl.load(grad_scale + number if SCALED == 2 else grad_scale)
+
+
+@triton.jit
 def kept_finite(squares, told, step, mask):
     """Where sums of squares are finite; where not, ``step`` is stored at ``told``: predicated off nearly always."""
     finite = squares < float("inf")  # NaN is not
@@ -129,9 +135,9 @@ def _update_kernel(
     F: tl.constexpr, R: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
     STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, CHECKED: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    entry = tl.load(owner + 2 * tl.program_id(0))
+    number = tl.load(owner + 2 * tl.program_id(0))
     tile = tl.load(owner + 2 * tl.program_id(0) + 1)
-    entry = table + entry.to(tl.int64) * FIELDS
+    entry = table + number.to(tl.int64) * FIELDS
     w_address, g_address = tl.load(entry), tl.load(entry + 1)
     m_address, v_address = tl.load(entry + 2), tl.load(entry + 3)
     rows, n = tl.load(entry + 4).to(tl.int32), tl.load(entry + 5).to(tl.int32)
@@ -187,8 +193,8 @@ def _update_kernel(
     g = tl.load(G, mask=mask, other=0.0).to(tl.float32)
     m = tl.load(M, mask=m_mask, other=0.0).to(tl.float32)
     v = tl.load(V, mask=m_mask, other=0.0).to(tl.float32)
-    if SCALED:
-        g = g * (1.0 / tl.load(grad_scale))
+    if SCALED > 0:
+        g = g * scale_of(grad_scale, number, SCALED)
     old_m, old_v = m, v
     if F == 1:
         square = g * g
@@ -359,11 +365,12 @@ class AddressTable:
         """Where a kernel tells what it leaves out; where nothing is checked any tensor: it stays unwritten."""
         return self.table if told is None else told
 
-    def scale(self, grad_scale: Tensor | None) -> Tensor:
-        """The loss's scale as a kernel takes it, aligned as a tensor of its own is; without one, any: it is unread."""
+    def scale(self, grad_scale: Tensor | None) -> tuple[Tensor, int]:
+        """The scales as a kernel takes them, and its ``SCALED``: 0 for none, 1 for one for all, 2 for one each."""
         if grad_scale is None:
-            return self.table
-        return grad_scale.clone() if grad_scale.data_ptr() % 16 else grad_scale
+            return self.table, 0  # any tensor: it is unread
+        aligned = grad_scale.clone() if grad_scale.data_ptr() % 16 else grad_scale  # as a tensor of its own is
+        return aligned, 1 if grad_scale.numel() == 1 else 2
 
 
 class Launch(AddressTable):
@@ -387,17 +394,15 @@ class Launch(AddressTable):
     def run(self, h: Hyper, grad_scale: Tensor | None = None, told: Tensor | None = None) -> None:
         g = self.geometry
         state = TRITON_DTYPES[g.state]
+        scale, scaled = self.scale(grad_scale)
         with device_of(g.device):
             self.launch(
                 _update_kernel,
                 self.programs,
-                (
-                    *(self.table, self.owner, h.step, h.seed, *numbers(h)),
-                    *(self.scale(grad_scale), self.told(told)),
-                ),
+                (self.table, self.owner, h.step, h.seed, *numbers(h), scale, self.told(told)),
                 (
                     *(_FIELDS, TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments),
-                    *(g.columns, g.even, g.aligned, h.stochastic, grad_scale is not None, g.shifted),
+                    *(g.columns, g.even, g.aligned, h.stochastic, scaled, g.shifted),
                     *(told is not None, self.nvidia),
                 ),
                 num_warps=max(1, min(MAX_WARPS, g.columns * self.segments // WARP_ELEMENTS)),

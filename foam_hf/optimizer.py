@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +14,7 @@ from foam_hf.adam_mini import second_moments
 from foam_hf.eight_bit import SMALLEST, eight_bit_spec, require_bitsandbytes
 from foam_hf.folding import Level, num_blocks
 from foam_hf.int8_weights import Int8Weight
-from foam_hf.launches import ParameterPlan, StepPlan, refuse_capture
+from foam_hf.launches import StepPlan, refuse_capture
 from foam_hf.nonfinite import Watch
 from foam_hf.options import check_field_names, check_options, check_parameter, check_rule
 from foam_hf.places import Piece, is_sharded
@@ -23,6 +22,7 @@ from foam_hf.sharding import as_state_of, empty_state, follow_placements, pieces
 from foam_hf.update import Hyper, Member
 
 StateSpec = dict[str, tuple[torch.Size, torch.dtype]]
+Places = dict[int, tuple[int, int]]  # by a parameter's id: the number of its group, and its own among all
 
 
 class FOAM(torch.optim.Optimizer):
@@ -173,8 +173,11 @@ class FOAM(torch.optim.Optimizer):
         if found_inf is not None and bool(found_inf):
             self._members()  # as in torch's fused AdamW, state exists after a first step that was skipped
             return loss
-        if self._plan is None or not self._plan.holds(self.param_groups, self.state):
-            self._plan = StepPlan(self.param_groups, self.state, self._members())
+        params = list(itertools.chain.from_iterable(group["params"] for group in self.param_groups))
+        states = list(self.state.values())
+        if self._plan is None or not self._plan.holds(self.param_groups, params, states):
+            members = self._members()
+            self._plan = StepPlan(self.param_groups, params, list(self.state.values()), members)
         self._plan.run(_hyper, grad_scale, self._told)
         self._watch.send()
         self._watch.tell(self.param_groups)
@@ -198,7 +201,7 @@ class FOAM(torch.optim.Optimizer):
         if len({id(p) for p in params}) < len(params):  # what was swapped behind our back
             raise ValueError("a parameter is listed twice in the param groups; expected each parameter once")
         for i, p in enumerate(params):
-            _check_gradient(p, i)
+            check_gradient(p, i)
             if p.grad is not None and is_sharded(p):
                 follow_placements(p)
         stream = itertools.count()  # a parameter keeps its random stream, whichever others have gradients
@@ -225,18 +228,23 @@ class FOAM(torch.optim.Optimizer):
         return Member(p, self._state_of(p, group), *effective_rule(p, group), stream)
 
     @torch.no_grad()
-    def _step_alone(
-        self, p: Tensor, group: dict[str, Any], stream: int, plan: ParameterPlan | None, grad_scale: Tensor | None
-    ) -> ParameterPlan:
-        """Update ``p`` by its gradient as ``step`` would, now. Returns the plan to pass at its next step.
+    def _step_some(
+        self, params: list[Tensor], places: Places, plan: StepPlan | None, grad_scale: Tensor | None
+    ) -> StepPlan:
+        """Update ``params`` by their gradients as ``step`` would, now. Returns the plan to pass at their next step.
 
-        Raises:
-            TypeError: a sparse or complex gradient; nothing is updated then.
+        ``places`` has the number of each one's group, and its own among all; ``grad_scale`` an element for each. The
+        caller has checked the gradients.
         """
-        _check_gradient(p, stream)
-        if plan is None or not plan.holds(self.state[p], effective_rule(p, group)):
-            plan = ParameterPlan(self._member(p, group, stream))
-        plan.run(functools.partial(_hyper, group), grad_scale, self._told(group, p.device))
+        refuse_capture()
+        states = [self.state[p] for p in params]
+        if plan is None or not plan.holds(self.param_groups, params, states):
+            members: list[list[Member]] = [[] for _ in self.param_groups]
+            for p in params:
+                index, stream = places[id(p)]
+                members[index].append(self._member(p, self.param_groups[index], stream))
+            plan = StepPlan(self.param_groups, params, states, members)
+        plan.run(_hyper, grad_scale, self._told)
         return plan
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -309,7 +317,8 @@ class FOAM(torch.optim.Optimizer):
         return (p for group in self.param_groups for p in group["params"])
 
 
-def _check_gradient(p: Tensor, i: int) -> None:
+def check_gradient(p: Tensor, i: int) -> None:
+    """Raise TypeError if the gradient of ``p``, parameter number ``i``, is sparse or complex."""
     grad = p.grad
     if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
         kind = "complex" if grad.is_complex() else str(grad.layout)

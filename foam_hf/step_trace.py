@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from foam_hf.cuda_rules import CudaRules, autocast_on_meta
+from foam_hf.gradient_release import Bucket, waiting_limit
 
 _ALIGNMENT = 512  # the caching allocator rounds up to it
 _LARGEST_VALUE = 2**20  # elements
@@ -101,10 +102,16 @@ def _raised(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _released(model: nn.Module) -> Iterator[None]:
-    def release(parameter: Tensor) -> None:
-        parameter.grad = None
+    """Free gradients when `GradientRelease` does."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    bucket = Bucket(waiting_limit(trained))
 
-    hooks = [p.register_post_accumulate_grad_hook(release) for p in model.parameters() if p.requires_grad]
+    def release(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            for each in bucket.add(parameter, parameter.grad):
+                each.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(release) for p in trained]
     try:
         yield
     finally:

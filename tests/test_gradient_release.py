@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import default_collate
 
-from foam_hf import FOAM, enable_gradient_release, foam_param_groups
+from foam_hf import FOAM, enable_gradient_release, foam_param_groups, gradient_release
 from foam_hf.int8_weights import Int8Weight
 from tests.tiny_models import BUILDERS, classification_data, language_data, quantized, tiny_llama, tiny_mlp, tiny_qwen2
 from tests.tolerances import assert_within
@@ -143,9 +143,20 @@ def test_few_gradients_live_at_any_time() -> None:
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(count)
     enable_gradient_release(model, optimizer)
+    largest = max(p.numel() for p in model.parameters())
     train(model, optimizer, count=1)
-    assert 0 < most <= max(p.numel() for p in model.parameters())
+    assert largest <= most < 2 * largest < sum(p.numel() for p in model.parameters()) / 2
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_all_is_updated_when_the_backward_pass_ends() -> None:
+    """Also what still waits for others then."""
+    model, optimizer = make()
+    enable_gradient_release(model, optimizer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(**next(batches(model)))["loss"].backward()
+    for name, p in model.named_parameters():
+        assert p.grad is None and not torch.equal(p, before[name]), name
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="counts what a GPU allocates")
@@ -164,7 +175,7 @@ def test_the_peak_of_a_backward_pass_holds_few_gradients() -> None:
 
 
 def test_a_kept_plan_follows_gradients_that_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels' tables are made once, not at every step."""
+    """The kernels' tables are made once, not at every step, and gradients that wait for each other share them."""
     from foam_hf import kernels
 
     monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
@@ -173,8 +184,11 @@ def test_a_kept_plan_follows_gradients_that_move(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(kernels, "make_launches", lambda members: made.append(1) or original(members))
     model, optimizer = make(tiny_mlp)
     enable_gradient_release(model, optimizer)
+    train(model, optimizer, count=1)
+    tables = len(made)
+    assert 1 < tables < len(list(model.parameters()))
     train(model, optimizer, count=3)
-    assert len(made) == len(list(model.parameters()))
+    assert len(made) == tables
 
 
 # what a loop may do
@@ -350,8 +364,10 @@ def test_remove_restores_the_ordinary_loop() -> None:
 # clipping
 
 
-def test_clipping_bounds_each_gradient_on_its_own() -> None:
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+def test_clipping_bounds_each_gradient_on_its_own(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     """With eps far above the gradient, a step is as long as it."""
+    monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
     model, optimizer = make(eps=1.0)
     handle = enable_gradient_release(model, optimizer, max_grad_norm=0.05)
     plain, its_optimizer = make(eps=1.0)
@@ -369,6 +385,32 @@ def test_clipping_bounds_each_gradient_on_its_own() -> None:
     assert 0 < clipped < 4 * len(list(model.parameters()))
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert_within(p.detach(), q.detach(), "clipping in the hook against clipping before the step, 4 steps")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"second_moment": "factored"}, {"int8": True}], ids=["block", "factored", "INT8"]
+)
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+def test_gradients_clipped_in_one_launch_give_the_bits_of_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, options: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
+    int8, options = "int8" in options, {name: value for name, value in options.items() if name != "int8"}
+    runs, launches = [], []
+    for limit in (0, 2**20):  # with 0, none waits
+        monkeypatch.setattr(gradient_release, "WAITING", limit)
+        model = tiny_mlp().to(DEVICE, torch.bfloat16)
+        if int8:
+            model.input.weight = nn.Parameter(Int8Weight.from_float(model.input.weight, 16))
+        optimizer = FOAM(model.parameters(), lr=1e-2, level=3, **options)
+        handle = enable_gradient_release(model, optimizer, max_grad_norm=0.05)
+        model(**next(batches(model)))["loss"].backward()
+        launches.append(len(handle._norms))
+        optimizer.step()
+        train(model, optimizer, count=2)
+        runs += [model, optimizer]
+    assert_same(*runs)
+    assert launches[0] == len(list(model.parameters())) > launches[1]
 
 
 def test_a_bound_that_is_never_reached_changes_no_bit() -> None:

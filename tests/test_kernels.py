@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foam_hf import factored_kernels, kernels
-from foam_hf.launches import use_kernels
+from foam_hf.kernel_choice import use_kernels
 from foam_hf.optimizer import FOAM
 from tests.reference import Reference
 from tests.tolerances import assert_within

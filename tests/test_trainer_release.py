@@ -118,7 +118,7 @@ def test_a_run_has_the_bits_and_the_log_of_one_without_release(tmp_path: Path, r
     for name in ("loss", "learning_rate", "eval_loss"):
         assert logged(released, name) == logged(plain, name)
     sizes = sorted((p.numel() for p in model.parameters()), reverse=True)
-    assert lives[0].most == sum(sizes) and 0 < lives[1].most <= sizes[0]
+    assert lives[0].most == sum(sizes) and 0 < lives[1].most < 2 * sizes[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -130,6 +130,7 @@ class Study:
         self.finished: list[Job] = []
         self.waiting: list[Job] = []
         self.chosen: dict[tuple[str, str], float | None] = {}
+        self.widened: dict[tuple[str, str], int] = {}
         self.tunings = {
             (task, arm["name"]): [
                 Job(options, "tuning", task, arm, rate, seed)
@@ -150,6 +151,19 @@ class Study:
         self.waiting.sort(key=lambda job: job.order)
         self.choose()
 
+    def widen(self, task: str, name: str, best: float) -> list[Job]:
+        """Tuning runs at one more rate, beyond the best, if that lies at an end of those tried."""
+        arm = next(arm for arm in self.options.arms if arm["name"] == name)
+        beyond = next_rate(arm["rates"][task], best)
+        wider = self.widened.get((task, name), 0)
+        if beyond is None or wider >= self.plan["widen"]:
+            return []
+        self.widened[task, name] = wider + 1
+        arm["rates"][task].append(beyond)
+        jobs = [Job(self.options, "tuning", task, arm, beyond, seed) for seed in self.plan["tuning_seeds"]]
+        self.tunings[task, name] += jobs
+        return jobs
+
     def choose(self) -> None:
         """Choose the rates of arms whose tuning has ended, and queue what follows from them."""
         more = []
@@ -158,6 +172,9 @@ class Study:
                 continue
             records = [job.record for job in jobs if job.record]
             rate = quality_table.best_rate(records, self.plan["tasks"][task]["better"])
+            if rate is not None and (wider := self.widen(task, name, rate)):
+                more += wider
+                continue
             self.chosen[task, name] = rate
             follow = [(arm, rate) for arm in self.options.arms if arm["name"] == name]
             if name == self.plan["base"] and rate is not None:
@@ -228,6 +245,15 @@ class Study:
                 job.run.terminate()
 
 
+def next_rate(rates: list[float], best: float) -> float | None:
+    """The rate beyond `best` at the distance of the two at that end, to two digits; None if `best` is inside."""
+    ordered = sorted(rates)
+    if len(ordered) < 2 or best not in (ordered[0], ordered[-1]):
+        return None
+    first, second = ordered[:2] if best == ordered[0] else ordered[:-3:-1]
+    return float(f"{first * first / second:.2g}")
+
+
 def mend(runs: Path) -> None:
     """Take off a last line that was cut off, so that the next one stands alone."""
     content = runs.read_bytes() if runs.is_file() else b""
@@ -236,7 +262,7 @@ def mend(runs: Path) -> None:
 
 
 def count(options: argparse.Namespace) -> dict[str, int]:
-    """How many runs of each part a plan has."""
+    """How many runs of each part a plan has, before any search goes on beyond an end."""
     pairs = [(arm, task) for arm in options.arms for task in options.tasks if task in arm["tasks"]]
     tuned = sum(len(arm["rates"][task]) for arm, task in pairs if "rates" in arm)
     return {

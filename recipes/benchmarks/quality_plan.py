@@ -1,8 +1,9 @@
 """The plan of a quality study: a YAML file of tasks, seeds and arms, read, expanded and checked.
 
 A plan has the keys of PLAN. Each arm gets as many learning rates as every other, tried on the tuning seeds, which no
-result uses. An arm's `grid` makes one arm of every combination of its values; `name` is then a format, as in
-"block, level {level}". An arm with `times: 4` is not tuned: it runs at four times the rate chosen for the base arm.
+result uses; with `widen`, one rule for all adds others where the best lies at an end. An arm's `grid` makes one arm of
+every combination of its values; `name` is then a format, as in "block, level {level}". An arm with `times: 4` is not
+tuned: it runs at four times the rate chosen for the base arm.
 """
 
 import itertools
@@ -15,6 +16,7 @@ PLAN = {
     "base": "name of the arm that the others are paired with",
     "settings": "of every run: flags of recipes/glue/train.py, or keys of tiny_language.py",
     "tuning_seeds": "seeds of the runs that choose learning rates",
+    "widen": "how often an arm whose best rate lies at an end of those tried gets one more beyond it (default: 0)",
     "seeds": "seeds of the runs that are reported",
     "tasks": "name -> runner, better, settings, tuning",
     "arms": "list of arms",
@@ -54,7 +56,7 @@ def read_plan(path: Path) -> dict:
 def expand(plan: dict) -> dict:
     """The same plan with every grid written out and defaults filled in. ValueError for what cannot be right."""
     _known(plan, PLAN, "the plan")
-    plan = {"model": "", "settings": {}, **plan}
+    plan = {"model": "", "settings": {}, "widen": 0, **plan}
     if missing := [name for name in PLAN if name not in plan]:
         raise ValueError(f"the plan has no {missing[0]}: {PLAN[missing[0]]}")
     shared = sorted(set(plan["tuning_seeds"]) & set(plan["seeds"]))

@@ -50,6 +50,25 @@ def best_rate(records: list[dict], better: str) -> float | None:
     return max(sorted(means), key=lambda rate: sign * means[rate])
 
 
+def current(plan: dict, runs: list[dict]) -> list[dict]:
+    """The runs without results at a rate that a wider search has since replaced."""
+    chosen = {}
+    for task, spec in plan["tasks"].items():
+        for arm in plan["arms"]:
+            tuned = [run for run in runs if (run["part"], run["task"], run["arm"]) == ("tuning", task, arm["name"])]
+            if "rates" in arm and tuned:
+                chosen[task, arm["name"]] = best_rate(tuned, spec["better"])
+        for arm in plan["arms"]:
+            base = chosen.get((task, plan["base"]))
+            if "times" in arm and base is not None:
+                chosen[task, arm["name"]] = arm["times"] * base
+    return [
+        run
+        for run in runs
+        if run["part"] != "result" or chosen.get((run["task"], run["arm"]), run["rate"]) == run["rate"]
+    ]
+
+
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
     """Mean and its standard error, which one value does not have."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
@@ -108,6 +127,7 @@ def rows_of(plan: dict, scores: dict[str, dict[int, float]], better: str) -> dic
 def markdown(plan: dict, runs: list[dict]) -> str:
     """One table a task, and one of the averages over tasks; arms in the plan's order."""
     parts = []
+    runs = current(plan, runs)
     scores = scores_of(runs)
     order = [arm["name"] for arm in plan["arms"]]
     if average := averages(plan, runs):
@@ -125,7 +145,7 @@ def markdown(plan: dict, runs: list[dict]) -> str:
         for arm in found:
             here = [run for run in runs if run["part"] == "result" and (run["task"], run["arm"]) == (task, arm)]
             diverged = sum(run["score"] is None for run in here)
-            lines.append([arm, _rate(plan, task, arm, here[0]["rate"]), *rows[arm], str(diverged or "")])
+            lines.append([arm, _rate(runs, task, arm, here[0]["rate"]), *rows[arm], str(diverged or "")])
         parts.append(f"**{task}**, {spec['better']} is better\n\n" + _table(lines))
     return "\n\n".join(parts) or "No result yet."
 
@@ -154,11 +174,10 @@ def tuning_markdown(plan: dict, runs: list[dict]) -> str:
     return "\n\n".join(parts) or "No tuning run yet."
 
 
-def _rate(plan: dict, task: str, arm: str, rate: float) -> str:
+def _rate(runs: list[dict], task: str, arm: str, rate: float) -> str:
     """The rate, and whether it lies at an end of those tried: then a better one may lie beyond."""
-    spec = next(one for one in plan["arms"] if one["name"] == arm)
-    tried = sorted(spec["rates"][task]) if "rates" in spec else []
-    end = {tried[0]: ", the lowest tried", tried[-1]: ", the highest tried"} if len(tried) > 1 else {}
+    tried = {run["rate"] for run in runs if (run["part"], run["task"], run["arm"]) == ("tuning", task, arm)}
+    end = {min(tried): ", the lowest tried", max(tried): ", the highest tried"} if len(tried) > 1 else {}
     return f"{rate:g}{end.get(rate, '')}"
 
 
