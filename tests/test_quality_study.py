@@ -184,6 +184,10 @@ def test_the_average_over_tasks_is_paired_by_seed() -> None:
         "AdamW": {seed: pytest.approx(0.6) for seed in (1, 2, 3)},
         "F": {1: pytest.approx(0.6), 2: pytest.approx(0.7)},
     }
+    runs += [
+        {"part": "tuning", "task": "cola", "arm": "F", "seed": 9, "rate": rate, "score": rate} for rate in (1.0, 2.0)
+    ]
+    runs.append({**runs[6], "task": "cola", "seed": 4, "rate": 1.0, "score": 0.0})  # at a rate that was chosen before 2 was tried
     said = quality_table.markdown(plan, runs)
     # F - AdamW: 0.0 and 0.1 -> 5.00 ± 5.00 points
     assert "| F | 2 | 65.00 ± 5.00 | +5.00 ± 5.00 | 10.0% | 0.50% |" in said
@@ -243,6 +247,28 @@ def test_a_study_goes_on_where_it_was_cut_off(finished, tmp_path: Path) -> None:
     assert "10 runs, 0 failed, 0 not run" in said and said.count("result pydoc") == 1
     again = quality_table.read_runs([tmp_path / "runs.jsonl"])
     assert len(again) == 10 and again[-1]["score"] == before[-1]["score"]
+
+
+def test_a_best_rate_at_an_end_is_searched_beyond_as_often_as_the_plan_says(tmp_path: Path) -> None:
+    assert quality.next_rate([1e-4, 2e-4, 4e-4], 4e-4) == 8e-4
+    assert quality.next_rate([4e-4, 2e-4, 1e-4], 1e-4) == 5e-5
+    assert quality.next_rate([2e-3, 6e-3, 2e-2], 2e-2) == 0.067
+    assert quality.next_rate([1e-4, 2e-4, 4e-4], 2e-4) is None and quality.next_rate([1e-4], 1e-4) is None
+    plan = {**TINY, "widen": 2, "arms": TINY["arms"][:1]}
+    (tmp_path / "plan.yaml").write_text(dumped(plan))
+    words = ["--plan", str(tmp_path / "plan.yaml"), "--runs", str(tmp_path / "runs.jsonl")]
+    for rates, expected in (([0.001, 0.01], 0.1), ([0.1], 1.0), ([1.0], None)):
+        study = quality.Study(quality.parse(words))
+        assert {job.part for job in study.waiting} == {"tuning"}
+        with open(tmp_path / "runs.jsonl", "a", encoding="utf-8") as stream:
+            for job in study.waiting:  # the largest rate is the best
+                record = {"key": job.key, "part": job.part, "task": job.task, "arm": "AdamW", "rate": job.rate}
+                stream.write(json.dumps({**record, "seed": job.seed, "score": 9.0 - job.rate}) + "\n")
+        assert [job.rate for job in study.waiting] == rates
+        study = quality.Study(quality.parse(words))
+        if expected is not None:
+            assert [(job.part, job.rate) for job in study.waiting] == [("tuning", expected)]
+    assert [(job.part, job.rate, job.seed) for job in study.waiting] == [("result", 1.0, 1), ("result", 1.0, 2)]
 
 
 def test_jobs_take_turns_and_a_budget_starts_nothing_that_would_not_end(tmp_path: Path) -> None:
