@@ -187,7 +187,8 @@ def test_the_average_over_tasks_is_paired_by_seed() -> None:
     runs += [
         {"part": "tuning", "task": "cola", "arm": "F", "seed": 9, "rate": rate, "score": rate} for rate in (1.0, 2.0)
     ]
-    runs.append({**runs[6], "task": "cola", "seed": 4, "rate": 1.0, "score": 0.0})  # at a rate that was chosen before 2 was tried
+    # At a rate that was chosen before 2 was tried.
+    runs.append({**runs[6], "task": "cola", "seed": 4, "rate": 1.0, "score": 0.0})
     said = quality_table.markdown(plan, runs)
     # F - AdamW: 0.0 and 0.1 -> 5.00 ± 5.00 points
     assert "| F | 2 | 65.00 ± 5.00 | +5.00 ± 5.00 | 10.0% | 0.50% |" in said
