@@ -1,4 +1,4 @@
-"""Runs of the real Trainer under DDP and FSDP2 for tests/test_sharding.py: in one process, or under torchrun.
+"""Runs of the real Trainer under DDP and FSDP2 for tests/test_sharding.py: in one process, or under torchrun's launcher.
 
 Every process sees the same batches, so that sums and means over a power of two of processes are exact.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler, Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -221,10 +223,30 @@ def mixed_precision(folder: Path) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+def as_one_rank(folder: Path) -> None:
+    """What every process that the launcher starts does."""
     _allow_fsdp_on_cpus()
     world = int(os.environ["WORLD_SIZE"])
-    results = main(Path(sys.argv[1]), world)
+    results = main(folder, world)
     if int(os.environ["RANK"]) == 0:
-        torch.save(results, Path(sys.argv[1]) / f"results{world}.pt")
-    os._exit(0)  # gloo's threads may abort the interpreter's end (pytorch pull request 179291)
+        torch.save(results, folder / f"results{world}.pt")
+
+
+def launch(folder: Path, world: int) -> None:
+    """What ``torchrun --standalone --nproc_per_node world`` does, with processes forked from this one."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="fork",  # the imports above take a process some ten seconds
+        max_restarts=0,
+    )
+    elastic_launch(config, as_one_rank)(folder)
+
+
+if __name__ == "__main__":
+    for processes in (2, 1, 4):
+        launch(Path(sys.argv[1]), processes)
