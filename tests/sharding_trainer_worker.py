@@ -1,4 +1,4 @@
-"""Runs of the real Trainer under DDP and FSDP2 for tests/test_sharding.py: in one process, or under torchrun's launcher.
+"""Runs of the real Trainer under DDP and FSDP2 for tests/test_sharding.py: in one process, or in torchrun's.
 
 Every process sees the same batches, so that sums and means over a power of two of processes are exact.
 """
