@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler, Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -28,6 +26,7 @@ from foam_hf.memory import expected_state_bytes, state_bytes
 from foam_hf.places import local
 from tests.sharding_worker import check_all
 from tests.tiny_models import language_data, tiny_llama
+from tests.torchrun import launch
 
 BATCH = 2
 STEPS, OTHER, SHORT = 50, 20, 3
@@ -232,21 +231,6 @@ def as_one_rank(folder: Path) -> None:
         torch.save(results, folder / f"results{world}.pt")
 
 
-def launch(folder: Path, world: int) -> None:
-    """What ``torchrun --standalone --nproc_per_node world`` does, with processes forked from this one."""
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        start_method="fork",  # the imports above take a process some ten seconds
-        max_restarts=0,
-    )
-    elastic_launch(config, as_one_rank)(folder)
-
-
 if __name__ == "__main__":
     for processes in (2, 1, 4):
-        launch(Path(sys.argv[1]), processes)
+        launch(processes, as_one_rank, Path(sys.argv[1]))
