@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 
 # Before any library starts its threads or looks for a network.
@@ -10,8 +11,12 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 import torch
 
+from tests.interpreter import patch_once
+
 if not torch.cuda.is_available():  # read by Triton when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton"):
+        patch_once()
 
 
 @pytest.fixture(autouse=True)

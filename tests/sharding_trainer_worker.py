@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import foam_hf  # registers optim="foam"
 from foam_hf.memory import expected_state_bytes, state_bytes
 from foam_hf.places import local
+from tests.interpreter import patch_once
 from tests.sharding_worker import check_all
 from tests.tiny_models import language_data, tiny_llama
 from tests.torchrun import launch
@@ -232,5 +233,7 @@ def as_one_rank(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        patch_once()
     for processes in (2, 1, 4):
         launch(processes, as_one_rank, Path(sys.argv[1]))
