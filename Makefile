@@ -26,7 +26,7 @@ demo: $(VENV)/.installed-demo  ## fine-tune a pretrained encoder with optim="foa
 	@$(RUN) recipes/demo/demo.py
 
 test: $(VENV)/.installed-dev  ## all tests but those that need a GPU, two files at a time
-	@$(PYTEST) $(RUN) -m pytest -m "not gpu" -n 2 --dist loadfile --timeout 600 $(PYTEST_ARGS)
+	@$(PYTEST) $(RUN) -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder --timeout 600 $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.installed-dev  ## the tests that need a GPU
 	@$(RUN) -m pytest -m gpu $(PYTEST_ARGS)

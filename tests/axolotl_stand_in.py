@@ -88,6 +88,7 @@ def main(path: str) -> None:
 
 if __name__ == "__main__":
     for config in sys.argv[1:]:
+        print("config", config)
         try:
             main(config)
         except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Runs of the real Trainer under DDP and FSDP2 for tests/test_sharding.py: in one process, or under torchrun.
+"""Runs of the real Trainer under DDP and FSDP2 for tests/test_sharding.py: in one process, or in torchrun's.
 
 Every process sees the same batches, so that sums and means over a power of two of processes are exact.
 """
@@ -24,8 +24,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import foam_hf  # registers optim="foam"
 from foam_hf.memory import expected_state_bytes, state_bytes
 from foam_hf.places import local
+from tests.interpreter import patch_once
 from tests.sharding_worker import check_all
 from tests.tiny_models import language_data, tiny_llama
+from tests.torchrun import launch
 
 BATCH = 2
 STEPS, OTHER, SHORT = 50, 20, 3
@@ -221,10 +223,17 @@ def mixed_precision(folder: Path) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+def as_one_rank(folder: Path) -> None:
+    """What every process that the launcher starts does."""
     _allow_fsdp_on_cpus()
     world = int(os.environ["WORLD_SIZE"])
-    results = main(Path(sys.argv[1]), world)
+    results = main(folder, world)
     if int(os.environ["RANK"]) == 0:
-        torch.save(results, Path(sys.argv[1]) / f"results{world}.pt")
-    os._exit(0)  # gloo's threads may abort the interpreter's end (pytorch pull request 179291)
+        torch.save(results, folder / f"results{world}.pt")
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        patch_once()
+    for processes in (2, 1, 4):
+        launch(processes, as_one_rank, Path(sys.argv[1]))

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from foam_hf import FOAM
 from foam_hf.places import local
@@ -34,6 +35,19 @@ Case = tuple[tuple[int, ...], tuple[Any, ...]]
 
 
 FUSED = [(7, 37), (1, 24), (33,), (3, 5, 24)]
+
+
+class CountedCollectives(TorchDispatchMode):
+    """How many collectives run inside; torch's CommDebugMode counts the same, but takes as long as the steps do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # DTensor first turns it into plain operators and collectives
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def whole(x: Any) -> Any:
@@ -95,10 +109,10 @@ def compare_with_one_process(world: int) -> dict[str, float]:
                     p.grad = torch.randn(p.shape).to(dtype)
                     q.grad = distribute_tensor(p.grad, mesh, placements)
                 one.step()
-                with CommDebugMode() as counted:
+                with CountedCollectives() as counted:
                     many.step()
                 expected = 0 if rule == "block" else sum(size > 1 for size in mesh.shape)
-                assert counted.get_total_counts() == expected, (rule, mesh, counted.get_comm_counts())
+                assert counted.count == expected, (rule, mesh, counted.count)
             if kernel == "triton" and rule == "block":
                 assert len(many._plan._launches) > 0
             kind = f"{rule} {dtype} {state_dtype}"
@@ -172,7 +186,7 @@ def round_trips(world: int) -> None:
     one = FOAM(plain, lr=0.01, level=2, second_moment="factored", state_dtype=BF16)
     one.load_state_dict(optimizer.state_dict())  # DTensors become whole
     other, loaded = make()
-    with CommDebugMode() as counted:
+    with CommDebugMode() as counted:  # of torch's own, which the counts above agree with
         loaded.load_state_dict(one.state_dict())  # whole tensors are cut
     assert counted.get_total_counts() == 0
     for p, q in zip(model.parameters(), other.parameters(), strict=True):

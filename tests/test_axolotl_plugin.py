@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from foam_hf.optim_args import parse_optim_args
@@ -25,11 +26,26 @@ max_steps: 2
 """
 
 
-def axolotl(tmp_path: Path, *configs: str) -> str:
-    """What the stand-in prints, given these YAMLs one after the other."""
-    paths = [tmp_path / f"{number}.yaml" for number in range(len(configs))]
+REFUSED = [
+    ("plugins: [foam_hf.axolotl_plugin.FoamPlugin]", "", "Input should be 'adamw_torch'"),  # without the plugin
+    ("level: 3", "levl: 3", "unknown key 'levl'. Did you mean 'level'?"),
+    ("max_steps", "embedding_lr: 1.0e-4\nmax_steps", "embedding_lr: 0.0001 has no effect with optimizer: foam"),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
+    """One process of the stand-in: its folder, what it prints of each YAML, those of REFUSED first, and its errors."""
+    folder = tmp_path_factory.mktemp("axolotl")
+    (documented,) = [block for block in BLOCKS if "plugins:" in block]
+    shorter = documented.replace("level: 8", "level: 3").replace("output_dir: out", "optim_target_modules: all_linear")
+    other = YAML.replace("optimizer: foam", "optimizer: sgd\nembedding_lr: 1.0e-4").replace(
+        "optim_args", "# optim_args"
+    )
+    configs = [*(YAML.replace(old, new) for old, new, _ in REFUSED), shorter + "max_steps: 2\n", other]
+    paths = [folder / f"{number}.yaml" for number in range(len(configs))]
     for path, config in zip(paths, configs, strict=True):
-        path.write_text(config + f"output_dir: {tmp_path / 'out'}\n")
+        path.write_text(config + f"output_dir: {folder / path.stem}\n")
     done = subprocess.run(
         [sys.executable, str(TESTS / "axolotl_stand_in.py"), *map(str, paths)],
         env={**os.environ, "PYTHONPATH": str(TESTS.parent), "HF_HUB_OFFLINE": "1"},
@@ -38,37 +54,24 @@ def axolotl(tmp_path: Path, *configs: str) -> str:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout + done.stderr
+    said = re.split(r"^config \S+\n", done.stdout, flags=re.M)[1:]
+    assert len(said) == len(configs)
+    return folder, said, done.stderr
 
 
-def test_a_yaml_with_the_plugin_trains_with_foam_and_other_optimizers_as_before(tmp_path: Path) -> None:
-    (documented,) = [block for block in BLOCKS if "plugins:" in block]
-    shorter = documented.replace("level: 8", "level: 3").replace("output_dir: out", "optim_target_modules: all_linear")
-    other = YAML.replace("optimizer: foam", "optimizer: sgd\nembedding_lr: 1.0e-4").replace(
-        "optim_args", "# optim_args"
-    )
-    said = axolotl(tmp_path, shorter + "max_steps: 2\n", other)
-    assert "trained with FOAM all-linear" in said
-    assert "levels ['0', '3']" in said
-    assert "Optimizer memory: FOAM" in said
-    assert "trained with SGD None" in said and "refused" not in said
+def test_a_yaml_with_the_plugin_trains_with_foam_and_other_optimizers_as_before(runs) -> None:
+    _, (*_, foam, other), errors = runs
+    assert "trained with FOAM all-linear" in foam
+    assert "levels ['0', '3']" in foam
+    assert "Optimizer memory: FOAM" in foam + errors
+    assert "trained with SGD None" in other and "refused" not in foam + other + errors
 
 
-def test_what_cannot_work_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
-    cases = [
-        (
-            "plugins: [foam_hf.axolotl_plugin.FoamPlugin]",
-            "",
-            "Input should be 'adamw_torch'",
-        ),  # without the plugin
-        ("level: 3", "levl: 3", "unknown key 'levl'. Did you mean 'level'?"),
-        ("max_steps", "embedding_lr: 1.0e-4\nmax_steps", "embedding_lr: 0.0001 has no effect with optimizer: foam"),
-    ]
-    said = axolotl(tmp_path, *(YAML.replace(old, new) for old, new, _ in cases)).split("refused: ")[1:]
-    assert len(said) == len(cases)
-    for text, (_, _, message) in zip(said, cases, strict=True):
-        assert message in text
-    assert not (tmp_path / "out").exists()
+def test_what_cannot_work_is_refused_before_a_model_is_loaded(runs) -> None:
+    folder, said, _ = runs
+    for number, (_, _, message) in enumerate(REFUSED):
+        assert "refused: " in said[number] and message in said[number]
+        assert not (folder / str(number)).exists()
 
 
 def test_the_yaml_for_llamafactory_says_what_foam_understands() -> None:

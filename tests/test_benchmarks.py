@@ -12,24 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-BENCHMARKS = REPOSITORY / "recipes" / "benchmarks"
+from tests.benchmark_runs import BENCHMARKS, REPOSITORY, call, refused, run, start_server
+
 sys.path.append(str(BENCHMARKS))
 
-import report  # noqa: E402
-from cases import CASES, SHAPES, make_weights  # noqa: E402
-from harness import run_alone  # noqa: E402
-from step_speed import floor_bytes, move_gradients, refresh_ms  # noqa: E402
+import report
+from cases import CASES, SHAPES, make_weights
+from harness import run_alone
+from step_speed import floor_bytes, move_gradients, refresh_ms
 
-from foam_hf.memory import state_bytes  # noqa: E402
+from foam_hf.memory import state_bytes
 
 
-def run(script: str, *words: str, check: bool = True) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, str(BENCHMARKS / script), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-    assert done.returncode == 0 or not check, done.stderr
-    return done
+@pytest.fixture(scope="module", autouse=True)
+def _server() -> None:
+    """What a case imports is imported once, for all of them."""
+    start_server()
 
 
 @pytest.fixture(scope="module")
@@ -77,22 +75,23 @@ def test_a_run_goes_on_where_it_was_cut_off(steps, tmp_path: Path) -> None:
     kept = [row for row in content["rows"] if row["optimizer"] != "foam"]
     partial.write_text(json.dumps({**content, "rows": kept}))
     words = ["--device", "cpu", "--shapes", "tiny", "--dtypes", "bf16", "--optimizers", "foam,adamw-foreach"]
-    said = run("step_speed.py", *words, "--results", str(tmp_path), "--resume", "--budget-s", "-1").stdout
+    said = call("step_speed.py", *words, "--results", str(tmp_path), "--resume", "--budget-s", "-1")
     assert "1 of 1 cases were not run" in said
     assert json.loads(partial.read_text())["rows"] == kept
-    run("step_speed.py", *words, "--results", str(tmp_path), "--resume")
+    call("step_speed.py", *words, "--results", str(tmp_path), "--resume")
     *rest, last = json.loads(partial.read_text())["rows"]
     assert rest == kept and (last["optimizer"], last["status"]) == ("foam", "ok")
 
 
 def test_unknown_names_are_errors_that_list_the_known() -> None:
     for script, option, known in [
-        ("step_speed.py", "shapes", "llama-7b"),
         ("training_speed.py", "models", "llama-7b"),
         ("memory_peak.py", "cases", "8b-int8-release"),
     ]:
         done = run(script, f"--{option}", "llama-8b", check=False)
         assert done.returncode != 0 and "unknown llama-8b" in done.stderr and known in done.stderr
+    told = refused("step_speed.py", "--shapes", "llama-8b")  # which runs as a command above
+    assert "unknown llama-8b" in told and "llama-7b" in told
 
 
 def out_of_memory() -> dict:
@@ -130,7 +129,7 @@ def forever() -> dict:
     ],
 )
 def test_what_goes_wrong_in_a_case_becomes_its_row(function, status: str, reason: str) -> None:
-    row = run_alone(function, timeout=60 if function is not forever else 8)
+    row = run_alone(function, timeout=60 if function is not forever else 2)
     assert row["status"] == status and reason in row["reason"]
 
 
@@ -212,12 +211,12 @@ def test_optimizers_take_turns_on_a_cpu(tmp_path: Path) -> None:
     assert content["machine"]["name"].endswith("1 threads") and list(rows) == ["foam", "adamw-foreach"]
     assert all(0 < row["ms_least"] <= row["ms"] and row["rounds"] == 3 for row in rows.values())
     assert all(row["label"] in printed and row["label"] in report.section([content]) for row in rows.values())
-    assert "expected at least 1" in run("cpu_step.py", "--rounds", "0", check=False).stderr
+    assert "expected at least 1" in refused("cpu_step.py", "--rounds", "0")
 
 
 def test_training_speed_runs_a_trainer(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--models", "tiny", "--sequences", "16", "--steps", "2", "--results", str(tmp_path)]
-    printed = run("training_speed.py", *words, "--optimizers", "foam,adamw-fused").stdout
+    printed = call("training_speed.py", *words, "--optimizers", "foam,adamw-fused")
     (path,) = tmp_path.iterdir()
     foam, adamw = json.loads(path.read_text())["rows"]
     assert (foam["optimizer"], foam["status"], adamw["status"]) == ("foam", "ok", "ok"), foam.get("reason")
@@ -248,7 +247,7 @@ def test_sharded_speed_measures_under_torchrun(tmp_path: Path) -> None:
 def test_memory_peak_runs_a_trainer_for_every_kind_of_case(tmp_path: Path) -> None:
     cases = "ladder-adamw-mixed,ladder-release,8b-int8-loaded,glue-release"
     words = ["--device", "cpu", "--tiny", "--steps", "1", "--results", str(tmp_path), "--cases", cases]
-    printed = run("memory_peak.py", *words).stdout
+    printed = call("memory_peak.py", *words)
     (path,) = tmp_path.iterdir()
     rows = {row["case"]: row for row in json.loads(path.read_text())["rows"]}
     assert list(rows) == cases.split(",") and {row["status"] for row in rows.values()} == {"ok"}, printed

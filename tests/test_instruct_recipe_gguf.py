@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -23,9 +24,20 @@ RENDERED = (
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    """The tokenizer of the packaged SmolLM2-135M-Instruct."""
-    return gguf_models.load_gguf_tokenizer(gguf_models.gguf_file("smollm2-135m"))
+def packaged():
+    """Model and tokenizer of the packaged SmolLM2-135M-Instruct, from a file that is parsed once."""
+    import gguf
+
+    with pytest.MonkeyPatch.context() as patch:
+        # transformers parses the file and makes the map of names again and again: seconds of Python each time.
+        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+        patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
+        return gguf_models.load_gguf(gguf_models.gguf_file("smollm2-135m"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def smollm2(packaged):
+    return packaged[1]
 
 
 def test_smollm2_has_its_special_tokens_one_id_each(smollm2):
@@ -78,10 +90,10 @@ def test_smollm2_gives_back_every_text(text, smollm2, tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2_answers_and_stops():
+def test_smollm2_answers_and_stops(packaged):
     import answers
 
-    model, tokenizer = gguf_models.load_gguf(gguf_models.gguf_file("smollm2-135m"), torch.float32)
+    model, tokenizer = packaged
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     settings = {"template_kwargs": {}, "max_new_tokens": 16, "batch_size": 2}
     prompts = [[{"role": "user", "content": f"What is {question}?"}] for question in ("2+3", "the capital of France")]

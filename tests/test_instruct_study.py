@@ -52,12 +52,28 @@ TINY = {
 }
 
 
-def study(tmp_path: Path, *words: str) -> tuple[str, dict]:
+COMMAND = [str(ROOT / "recipes" / "benchmarks" / "instruct_gpu.py")]
+# The same main() twice in one process, which imports once; what each writes is kept.
+TWICE = """
+import shutil, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import instruct_gpu
+words = sys.argv[2:]
+cut = words.index("--then")
+instruct_gpu.main(words[:cut])
+shutil.copy("runs/results.json", "runs/results-before.json")
+print("THEN", flush=True)
+instruct_gpu.main([*words[:words.index("--parts")], *words[cut + 1:]])
+"""
+
+
+def study(tmp_path: Path, *words: str, command: list[str] = COMMAND) -> tuple[str, dict]:
     """What instruct_gpu.py prints and writes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     places = ["--study", "tiny.yaml", "--data", ".", "--model", "model", "--label", "tiny", "--out", "runs"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "benchmarks" / "instruct_gpu.py"), *places, "--jobs", "2", *words],
+        [sys.executable, *command, *places, "--jobs", "2", *words],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -122,9 +138,11 @@ def test_a_study_goes_on_where_it_was_cut_off(finished) -> None:
     lines = (folder / "runs" / "runs.jsonl").read_text().splitlines()
     kept = [line for line in lines if '"final' not in json.loads(line)["key"][:10]]
     (folder / "runs" / "runs.jsonl").write_text("\n".join(kept[:-1]) + "\n")  # one search run and all final ones lost
-    said, cut = study(folder, "--parts", "search", "--budget-s", "0")
+    first, then = ["--parts", "search", "--budget-s", "0"], ["--parts", "search,final", "--arms", "1"]
+    said, content = study(folder, *first, "--then", *then, command=["-c", TWICE, str(Path(COMMAND[0]).parent)])
+    cut = json.loads((folder / "runs" / "results-before.json").read_text())
     assert len(cut["search"]) == 2 and cut["unfinished"] > 0 and not cut["runs"]
-    said, content = study(folder, "--parts", "search,final", "--arms", "1")
+    said = said.split("THEN\n")[1]
     assert said.count("search sums") == 1 and said.count("final sums") == 2
     losses = [run["after"]["eval_loss"] for run in before["search"] if run["arm"] == "LoRA"]
     assert [run["after"]["eval_loss"] for run in content["search"]] == losses

@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-BENCHMARKS = REPOSITORY / "recipes" / "benchmarks"
-
-
-def run(script: str, *words: str, check: bool = True) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, str(BENCHMARKS / script), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0 or not check, done.stderr
-    return done
+from tests.benchmark_runs import BENCHMARKS, refused, run
 
 
 def test_int8_speed_measures_every_kind_of_case(tmp_path: Path) -> None:
@@ -33,11 +21,10 @@ def test_int8_speed_measures_every_kind_of_case(tmp_path: Path) -> None:
         if row["what"].startswith("dequantize"):
             assert row["floor_bytes"] == row["parameters"] * (1 + 2 + 4 / 8)  # codes, bf16, a scale for eight
         assert f"| {row['what']} | {row['case']} | {row['ms']:.3f} |" in printed
-    assert "unknown linears" in run("int8_speed.py", "--cases", "linears", check=False).stderr
+    assert "unknown linears" in refused("int8_speed.py", "--cases", "linears")
 
 
 def test_int8_speed_times_the_update(tmp_path: Path) -> None:
-    sys.path.append(str(BENCHMARKS))
     from int8_speed import measure_update
 
     row, plain = (measure_update(case, "tiny", "cpu", None) for case in ("int8", "bf16"))
@@ -62,7 +49,6 @@ def test_ten_thousand_further_steps_do_not_drift() -> None:
     int8, nearest = variants["int8"], variants["int8, rounded to nearest"]
     assert abs(int8["slopes"] - 1) < 0.01 and abs(int8["norm_ratios"] - 1) < 0.02
     assert int8["loss_above_fp32"] < 0.02 < nearest["loss_above_fp32"]
-    sys.path.append(str(BENCHMARKS))
     from int8_drift import table
 
     assert table(content["summary"]) in (BENCHMARKS / "README.md").read_text(encoding="utf-8")

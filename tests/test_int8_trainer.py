@@ -31,6 +31,7 @@ from tests.test_int8_quantizer import (
 )
 from tests.tiny_models import language_data, tiny_llama
 from tests.tolerances import assert_within
+from tests.torchrun import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -251,36 +252,24 @@ def test_adapters_merge_into_dequantized_weights(plain: Path, tmp_path: Path) ->
 
 # ---- several processes ----
 
-WORKER = """
-import os
-import sys
-from pathlib import Path
 
-import torch
-
-from tests.test_int8_quantizer import bits
-from tests.test_int8_trainer import int8_model, make_trainer
-
-folder, rank = Path(sys.argv[1]), os.environ["RANK"]
-model = int8_model(folder / "plain")
-if rank == "1":
-    for p in model.parameters():
-        p.data.zero_()  # the first process hands out its weights
-trainer = make_trainer(folder / "out", model, per_device_train_batch_size=2, max_steps=5, max_grad_norm=0.5)
-trainer.train()
-torch.save(bits(trainer.accelerator.unwrap_model(trainer.model)), folder / f"{rank}.pt")
-os._exit(0)  # gloo's threads may abort the interpreter's end (pytorch pull request 179291)
-"""
+def _train_as_one_rank(folder: Path) -> None:
+    rank = os.environ["RANK"]
+    model = int8_model(folder / "plain")
+    if rank == "1":
+        for p in model.parameters():
+            p.data.zero_()  # the first process hands out its weights
+    trainer = make_trainer(folder / "out", model, per_device_train_batch_size=2, max_steps=5, max_grad_norm=0.5)
+    trainer.train()
+    torch.save(bits(trainer.accelerator.unwrap_model(trainer.model)), folder / f"{rank}.pt")
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(plain: Path, tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "plain")
-    (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(tmp_path / "worker.py"), str(tmp_path)],
+        [sys.executable, __file__, str(tmp_path)],
         env=environment,
         capture_output=True,
         text=True,
@@ -325,3 +314,7 @@ def test_a_foam_of_ones_own_trains(plain: Path, tmp_path: Path) -> None:
     trainer.train()
     trainer.train()  # accelerate has wrapped the optimizer by now
     assert any(not before[name].equal(after) for name, after in bits(model).items() if name.endswith("_codes"))
+
+
+if __name__ == "__main__":
+    launch(2, _train_as_one_rank, Path(sys.argv[1]))

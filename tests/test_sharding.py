@@ -27,20 +27,16 @@ pytestmark = pytest.mark.slow
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """What the runs of 2, then 1, then 4 processes found; each continues a checkpoint of the one before."""
     folder = tmp_path_factory.mktemp("sharded")
-    found = {}
-    for world in (2, 1, 4):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-        done = subprocess.run(
-            [*launch, worker.__file__, str(folder)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "USE_TF": "0"},
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
-        assert done.returncode == 0, done.stderr[-8000:]
-        found[world] = torch.load(folder / f"results{world}.pt")
-    return found
+    done = subprocess.run(
+        [sys.executable, worker.__file__, str(folder)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "USE_TF": "0"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    return {world: torch.load(folder / f"results{world}.pt") for world in (2, 1, 4)}
 
 
 @pytest.fixture(scope="module")

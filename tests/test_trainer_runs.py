@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import foam_hf
 from tests.tiny_models import classification_data, language_data, tiny_llama, tiny_roberta
 from tests.tolerances import assert_within
+from tests.torchrun import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -290,11 +291,15 @@ def test_second_train_goes_on_from_the_first(tmp_path: Path) -> None:
 
 
 def test_two_processes_follow_one(tmp_path: Path) -> None:
-    """DDP over gloo, started by torchrun: float32 like one process, bfloat16 with the same bits on both ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    """DDP over gloo, as torchrun sets it up: float32 like one process, bfloat16 with the same bits on both ranks."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "USE_TF": "0"}
     done = subprocess.run(
-        [*command, str(tmp_path)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
+        [sys.executable, __file__, str(tmp_path)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
@@ -319,8 +324,7 @@ def _train_as_one_rank(folder: Path) -> None:
         trainer.train()
         found[name] = weights(trainer)
     torch.save(found, folder / f"rank{trainer.args.process_index}.pt")
-    os._exit(0)  # gloo's threads may abort the interpreter's end (pytorch pull request 179291)
 
 
-if __name__ == "__main__":  # one of the two processes that torchrun starts
-    _train_as_one_rank(Path(sys.argv[1]))
+if __name__ == "__main__":
+    launch(2, _train_as_one_rank, Path(sys.argv[1]))
