@@ -44,14 +44,17 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_x: Tensor | None = None
         if torch.compiler.is_compiling():
             x, weight = ctx.saved_tensors
-            outer, plain = weight.dtype, dequantize_in_backward(weight.codes, weight.scales, grad)
+            outer = weight.dtype
+            if ctx.needs_input_grad[0]:
+                of_x = grad @ dequantize_in_backward(weight.codes, weight.scales, grad)
         else:
             (x,), outer = ctx.saved_tensors, ctx.outer
-            plain = _unchanged(ctx, grad.dtype) if ctx.needs_input_grad[0] else None
+            if ctx.needs_input_grad[0]:
+                of_x = grad @ _unchanged(ctx, grad.dtype)
         rows = grad.reshape(-1, grad.shape[-1])
-        of_x = grad @ plain if ctx.needs_input_grad[0] else None
         of_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(outer) if ctx.needs_input_grad[1] else None
         return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None, None
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from foam_hf.int8_weights import Int8Weight
-from foam_hf.optimizer import FOAM, effective_rule, state_spec
+from foam_hf.optimizer import FOAM
+from foam_hf.optimizer_state import effective_rule, state_spec
 from foam_hf.options import check_options
 from foam_hf.places import local
 from foam_hf.sharding import local_shape

@@ -1,4 +1,7 @@
-"""``FOAM``, a plain ``torch.optim.Optimizer``: lazy state, the step, checkpoints. The arithmetic is in ``update``."""
+"""``FOAM``, a plain ``torch.optim.Optimizer``: lazy state, the step, checkpoints.
+
+The arithmetic is in ``update``, what state there is and what a checkpoint must hold in ``optimizer_state``.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foam_hf.adam_mini import second_moments
-from foam_hf.eight_bit import SMALLEST, eight_bit_spec, require_bitsandbytes
-from foam_hf.folding import Level, num_blocks
+from foam_hf.eight_bit import require_bitsandbytes
+from foam_hf.folding import Level
 from foam_hf.int8_weights import Int8Weight
 from foam_hf.launches import StepPlan, refuse_capture
 from foam_hf.nonfinite import Watch
+from foam_hf.optimizer_state import check_checkpoint, effective_rule, plain, state_problem, state_spec, with_dtype
 from foam_hf.options import check_field_names, check_options, check_parameter, check_rule
 from foam_hf.places import Piece, is_sharded
 from foam_hf.sharding import as_state_of, empty_state, follow_placements, pieces_of
 from foam_hf.update import Hyper, Member
 
-StateSpec = dict[str, tuple[torch.Size, torch.dtype]]
 Places = dict[int, tuple[int, int]]  # by a parameter's id: the number of its group, and its own among all
 
 
@@ -257,7 +259,7 @@ class FOAM(torch.optim.Optimizer):
                     if is_sharded(p)
                     else torch.zeros(shape, dtype=dtype, device=p.device)
                 )
-        problem = _state_problem(state, spec)
+        problem = state_problem(state, spec)
         if problem:
             raise ValueError(
                 f"level={group['level']!r} and second_moment={group['second_moment']!r} do not fit the state of a "
@@ -295,13 +297,13 @@ class FOAM(torch.optim.Optimizer):
             ValueError: it was written by another optimizer, for another level or rule, or for parameters of other
                 shapes; nothing is changed then.
         """
-        saved_states = _check_checkpoint(state_dict, self.param_groups)
-        state_dict = {**state_dict, "param_groups": [_with_dtype(group) for group in state_dict["param_groups"]]}
+        saved_states = check_checkpoint(state_dict, self.param_groups)
+        state_dict = {**state_dict, "param_groups": [with_dtype(group) for group in state_dict["param_groups"]]}
         replaced = {
             f"{name}={mine[name]} by {saved[name]}"
             for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
             for name in self.defaults
-            if name != "lr" and name in saved and _plain(saved[name]) != _plain(mine[name])
+            if name != "lr" and name in saved and plain(saved[name]) != plain(mine[name])
         }
         super().load_state_dict(state_dict)
         if replaced:
@@ -348,126 +350,3 @@ def _hyper(group: dict[str, Any], member: Member) -> Hyper:
         step=t,
         stream=member.stream,
     )
-
-
-def effective_rule(p: Tensor, group: dict[str, Any]) -> tuple[Level, str]:
-    """The level and second-moment rule of ``p`` in ``group``: tensors of fewer than two dimensions stay plain.
-
-    (0, "block") is AdamW, (0, "8bit") AdamW with moments of 8 bits. Of Adam-mini, a vector has the whole-tensor block.
-    """
-    rule: tuple[Level, str] = group["level"], group["second_moment"]
-    if p.dim() == 1 and rule[1] == "adam_mini" and group["mini_rows"] == 0:
-        return 0, "adam_mini"
-    if p.dim() > 1 and rule != (0, "block"):
-        return rule
-    return 0, "8bit" if group["plain_state"] == "8bit" and p.numel() >= SMALLEST else "block"
-
-
-def state_spec(p: Tensor, group: dict[str, Any]) -> StateSpec:
-    """Name -> (shape, dtype) of every tensor of state that ``p`` will hold in ``group``; allocates nothing.
-
-    Beside these, every parameter that was ever updated holds ``step``, a Python integer.
-    """
-    level, second_moment = effective_rule(p, group)
-    dtype = group["state_dtype"]
-    if level == 0 and second_moment == "block":
-        return {"exp_avg": (p.shape, dtype), "exp_avg_sq": (p.shape, dtype)}
-    if second_moment == "8bit":
-        return eight_bit_spec(p)
-    folded = torch.Size((*p.shape[:-1], num_blocks(level, p.shape[-1])))
-    if second_moment == "block":
-        return {"folded_exp_avg": (folded, dtype), "folded_exp_avg_sq": (folded, dtype)}
-    if second_moment == "muon":
-        return {"folded_momentum": (folded, dtype)}
-    if second_moment == "adam_mini":
-        blocks = torch.Size((second_moments(p, group["mini_rows"]),))
-        return {"folded_exp_avg": (folded, dtype), "row_block_exp_avg_sq": (blocks, dtype)}
-    rows, columns = p.shape[:-1], torch.Size((*p.shape[:-2], p.shape[-1]))
-    return {"folded_exp_avg": (folded, dtype), "row_exp_avg_sq": (rows, dtype), "col_exp_avg_sq": (columns, dtype)}
-
-
-def _with_dtype(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved param group with ``state_dtype`` as a dtype; earlier versions saved one, and a field of torch's own."""
-    name = saved.get("state_dtype")
-    dtype = {"state_dtype": getattr(torch, name, name)} if isinstance(name, str) else {}
-    return {**{key: value for key, value in saved.items() if key != "differentiable"}, **dtype}
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The saved state of each parameter in order, or a ValueError that says why the checkpoint does not fit."""
-    try:
-        saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
-    except (KeyError, TypeError):
-        raise ValueError(
-            f"not an optimizer's state dict: got {type(state_dict).__name__} with keys "
-            f"{sorted(map(str, state_dict)) if isinstance(state_dict, dict) else None}; "
-            "expected 'state' and 'param_groups'"
-        ) from None
-    if not (_holds_dicts(saved_groups, list) and _holds_dicts(saved_state, dict)):
-        raise ValueError(
-            f"not an optimizer's state dict: 'param_groups' is {type(saved_groups).__name__} and 'state' is "
-            f"{type(saved_state).__name__}; expected a list of dicts with 'params', and a dict of dicts"
-        )
-    sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved_groups))
-    states = []
-    for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=False)):
-        for name in ("level", "second_moment"):
-            if name not in saved:
-                held = sorted({key for state in saved_state.values() for key in state})
-                raise ValueError(
-                    f"the checkpoint is of another optimizer: its param groups have no {name!r}, "
-                    f"its state holds {held}; expected one that FOAM wrote"
-                )
-        older = {"mini_rows": 1, "plain_state": "full"}  # what versions without these fields did
-        for name in ("level", "second_moment", *older):
-            value = saved.get(name, older.get(name))
-            if value != group[name]:
-                raise ValueError(
-                    f"the checkpoint was trained with {name}={value!r} in param group {i}, this optimizer has "
-                    f"{name}={group[name]!r}; expected the same, or training from the start"
-                )
-    if sizes != saved_sizes:
-        raise ValueError(
-            f"the checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}; "
-            "expected the same model and the same choice of folded weights"
-        )
-    for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        try:
-            check_options({**group, **_with_dtype(saved)})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"param group {i} of the checkpoint is not valid: {error}") from None
-        for p, key in zip(group["params"], saved["params"], strict=True):
-            state = saved_state.get(key, {})
-            _check_state(key, state, state_spec(p, group))
-            states.append(state)
-    return states
-
-
-def _holds_dicts(value: Any, kind: type) -> bool:
-    """Whether ``value`` is a dict of dicts, or a list of them that have ``params``."""
-    if kind is dict:
-        return isinstance(value, dict) and all(isinstance(each, dict) for each in value.values())
-    groups = value if isinstance(value, list) else [None]
-    return all(isinstance(each, dict) and isinstance(each.get("params"), list | tuple) for each in groups)
-
-
-def _check_state(key: int, state: dict[str, Any], spec: StateSpec) -> None:
-    if state and (problem := _state_problem(state, spec)):  # without state, it never had a gradient
-        raise ValueError(f"parameter {key} of the checkpoint does not fit: {problem}")
-
-
-def _state_problem(state: dict[str, Any], spec: StateSpec) -> str:
-    """Why ``state`` is not what ``spec`` describes, or an empty string."""
-    if state.keys() != {"step", *spec}:
-        return f"it holds {sorted(state)}; expected {sorted(['step', *spec])}"
-    if not isinstance(state["step"], int):
-        return f"its step is {state['step']!r}; expected an integer"
-    for name, (shape, _) in spec.items():
-        if not isinstance(state[name], Tensor) or state[name].shape != shape:
-            found = tuple(state[name].shape) if isinstance(state[name], Tensor) else state[name]
-            return f"{name} has shape {found}; expected {tuple(shape)}"
-    return ""

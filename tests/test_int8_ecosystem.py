@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from foam_hf import FOAM, foam_param_groups
+from foam_hf import FOAM, foam_param_groups, int8_linear
 from foam_hf.int8_weights import Int8Weight
 from tests.tiny_models import tiny_llama
 
@@ -49,6 +49,22 @@ def test_a_compiled_model_trains_to_the_same_bits_and_keeps_no_floating_weight()
     # The second layer's codes are there for the gradient of its input, but no float32 weight is.
     assert (torch.int8, (32, 96)) in [(t.dtype, tuple(t.shape)) for t in saved]
     assert not [t for t in saved if t.is_floating_point() and tuple(t.shape) in ((96, 64), (32, 96))]
+
+
+def test_a_compiled_backward_dequantizes_only_for_the_gradients_that_are_asked_for(monkeypatch) -> None:
+    asked: list[tuple[int, ...]] = []
+    real = int8_linear.dequantize
+    for needs, expected in ((False, [(32, 96)]), (True, [(32, 96), (96, 64)])):
+        torch._dynamo.reset()
+        compiled = torch.compile(small(), backend="aot_eager", fullgraph=True)
+        loss = compiled(torch.randn(4, 64, requires_grad=needs)).sum()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                int8_linear, "dequantize", lambda codes, *rest: asked.append((*codes.shape,)) or real(codes, *rest)
+            )
+            loss.backward()
+        assert asked == expected
+        asked.clear()
 
 
 def test_adapters_train_on_frozen_int8_weights() -> None:

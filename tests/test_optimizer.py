@@ -12,7 +12,8 @@ import numpy
 import pytest
 import torch
 
-from foam_hf.optimizer import FOAM, state_spec
+from foam_hf.optimizer import FOAM
+from foam_hf.optimizer_state import state_spec
 from tests.tolerances import assert_within
 
 

@@ -122,6 +122,14 @@ def test_no_run_is_started_that_would_not_end_in_time(launcher, tmp_path: Path, 
     assert launcher("--resume", "--budget-s", "90")["unfinished"] == 2 and not Here.started
 
 
+@pytest.mark.parametrize("said", ["CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "mha_graph.execute failed"])
+def test_a_run_that_found_no_memory_is_tried_once_more(launcher, monkeypatch, said: str) -> None:
+    monkeypatch.setattr(train, "main", lambda words: sys.exit(said))
+    content = launcher("--arms", "1")
+    assert Here.started == [name for name in ("arm-1-lr-0.01-seed-1", "arm-1-lr-0.001-seed-1") for _ in range(2)]
+    assert [run["log"] for run in content["failed"]] == [said] * 2 and content["unfinished"] == 0
+
+
 def test_the_study_compares_what_the_issue_of_memory_is_about_at_two_rates_each() -> None:
     study = yaml.safe_load(STUDY.read_text())
     names = [arm["name"] for arm in study["arms"]]

@@ -2,6 +2,7 @@
 
 A fork works on a GPU only while its parent has not touched CUDA, so the parent asks NVML where a package asks CUDA
 at its import. Where that does not work out, `warm` returns None and runs are started as processes of their own.
+`Queue` keeps as many of them going as a study asks for.
 """
 
 import contextlib
@@ -10,10 +11,13 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parent.parent / "instruct" / "train.py"
+CONTEXT = 0.01  # of the GPU's memory, for each process beside its tensors
+NO_MEMORY = ("out of memory", "ALLOC_FAILED", "mha_graph")  # the last is cuDNN's way to say so
 
 
 def warm(script: Path = SCRIPT):
@@ -124,3 +128,67 @@ def _train(train, words: list[str], threads: int, share: float) -> None:
     logging.getLogger("foam_hf").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast in every layer of every step
     train.main(words)
+
+
+class Queue:
+    """The jobs of a study: waiting, running, finished.
+
+    A job has `run`, a `Run` once it is started; `tries`, how often it was; `finish()`, called when that has ended;
+    then `record`, None if it failed, and `log`, what it printed last; `what`, its name in the line that is printed.
+    """
+
+    def __init__(self, budget_s: float):
+        self.budget_s = budget_s
+        self.waiting: list = []
+        self.running: list = []
+        self.finished: list = []
+        self.started = time.monotonic()
+
+    def fill(self, start) -> None:
+        """Move jobs from those that wait to those that run, by `start(job)`, as there is room and time."""
+        raise NotImplementedError
+
+    def put_off(self, job) -> None:
+        """Let a job wait that ran out of memory the first time."""
+        raise NotImplementedError
+
+    def ended(self, job) -> str:
+        """Keep what a job has found, and say it in a few words."""
+        raise NotImplementedError
+
+    def report(self):
+        """Write what has been found so far; called after each job."""
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    def left(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    def collect(self) -> None:
+        """Take in the runs that have ended."""
+        for job in [job for job in self.running if job.run.poll() is not None]:
+            self.running.remove(job)
+            job.finish()
+            if not job.record and job.tries == 1 and any(words in job.log for words in NO_MEMORY):
+                self.put_off(job)
+                continue
+            self.finished.append(job)
+            said = self.ended(job)
+            print(f"{self.elapsed():6.0f} s  {job.what}  {said}  ({self.left()} left)", flush=True)
+            self.report()
+
+    def run(self, start) -> None:
+        """Run all jobs, those too that join meanwhile, or as many as end within the budget."""
+        try:
+            while self.waiting or self.running:
+                self.collect()
+                if self.elapsed() > self.budget_s:
+                    break
+                self.fill(start)
+                if not self.running and self.waiting:
+                    break  # no time for any of them
+                time.sleep(0.1)
+        finally:
+            for job in self.running:  # out of time, or interrupted: leave no process behind
+                job.run.terminate()

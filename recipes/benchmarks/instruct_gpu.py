@@ -23,12 +23,10 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "glue")]
 
-from forked import Run, warm  # noqa: E402
+from forked import CONTEXT, Queue, Run, warm  # noqa: E402
 from table import write_json  # noqa: E402
 
 PARTS = ("alone", "search", "final")
-CONTEXT = 0.01  # of the GPU's memory, for each process beside its tensors
-NO_MEMORY = ("out of memory", "ALLOC_FAILED", "mha_graph")  # the last is cuDNN's way to say so
 KEPT = (  # of a run's results.json; what is not here names folders or quotes the data
     "method",
     "dtype",
@@ -101,6 +99,7 @@ class Job:
         if part == "final" and first:
             settings["eval_before"] = True  # the untrained model's scores, once a data set
         self.name = (part, dataset, self.arm, rate, seed)
+        self.what = f"{part} {dataset} | {self.arm} | lr {rate:g} seed {seed}"
         self.key = json.dumps([part, dataset, self.arm, settings, rest], sort_keys=True)
         number = study["arms"].index(arm)
         stage = study["seeds"].index(seed) + 1 if part == "final" else 0
@@ -141,9 +140,12 @@ class Job:
             if path.name != "log.txt":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
+    @property
+    def log(self) -> str:
+        return (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-1500:]
+
     def failure(self) -> dict:
-        log = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
-        return {"part": self.part, "dataset": self.dataset, "arm": self.arm, "rate": self.rate, "log": log[-1500:]}
+        return {"part": self.part, "dataset": self.dataset, "arm": self.arm, "rate": self.rate, "log": self.log}
 
 
 def best_rate(jobs: list[Job]) -> float | None:
@@ -164,22 +166,19 @@ def kept(options: argparse.Namespace, rest: list[str]) -> dict[tuple, dict]:
     return {(part, *(run[name] for name in names)): run for part, runs in lists.items() for run in runs}
 
 
-class Study:
+class Study(Queue):
     """All jobs: waiting, running, finished; a final run joins once the search has chosen its learning rate."""
 
     def __init__(self, options: argparse.Namespace, rest: list[str]):
+        super().__init__(options.budget_s)
         self.options, self.rest = options, rest
         study = options.study
         self.lines = options.out / "runs.jsonl"
         text = self.lines.read_text(encoding="utf-8") if self.lines.is_file() else ""
         self.earlier = {entry["key"]: entry["record"] for entry in map(json.loads, text.splitlines())}
         self.kept = kept(options, rest) if options.resume else {}
-        self.running: list[Job] = []
-        self.finished: list[Job] = []
-        self.waiting: list[Job] = []
         self.chosen: dict[tuple[str, str], float | None] = {}
         self.searches: dict[tuple[str, str], list[Job]] = {}
-        self.started = time.monotonic()
         if "alone" in options.parts:
             dataset, seed = study["alone"]["dataset"], study["search_seed"]
             self.add(Job(options, rest, "alone", dataset, arm, arm["rates"][dataset][1], seed) for arm in options.arms)
@@ -213,36 +212,25 @@ class Study:
                 seeds = self.options.study["seeds"]
                 self.add([Job(self.options, self.rest, "final", dataset, arm, rate, seed) for seed in seeds])
 
-    def elapsed(self) -> float:
-        return time.monotonic() - self.started
+    def put_off(self, job: Job) -> None:
+        job.order = (True, True, *job.order)  # once more, when the GPU has emptied
+        self.waiting.append(job)
+        print(f"{self.elapsed():6.0f} s  out of memory, put off: {job.folder}", flush=True)
 
-    def collect(self) -> None:
-        """Take in the runs that have ended."""
-        for job in [job for job in self.running if job.run.poll() is not None]:
-            self.running.remove(job)
-            job.finish()
-            if not job.record and job.tries == 1 and any(words in job.failure()["log"] for words in NO_MEMORY):
-                job.order = (True, True, *job.order)  # once more, when the GPU has emptied
-                self.waiting.append(job)
-                print(f"{self.elapsed():6.0f} s  out of memory, put off: {job.folder}", flush=True)
-                continue
-            self.finished.append(job)
-            said = f"FAILED, see {job.folder / 'log.txt'}"
-            if job.record:
-                with open(self.lines, "a", encoding="utf-8") as stream:
-                    stream.write(json.dumps({"key": job.key, "record": job.record}) + "\n")
-                after = job.record["after"]
-                loss, match = after["eval_loss"], after.get("exact_match")
-                said = "diverged" if loss is None else f"loss {loss:.4f}"
-                said += "" if match is None else f", exact match {100 * match:.1f}%"
-                said += f", {job.record['seconds']:.0f} s"
-            self.choose()
-            left = len(self.waiting) + len(self.running)
-            what = f"{job.part} {job.dataset} | {job.arm} | lr {job.rate:g} seed {job.seed}"
-            print(f"{self.elapsed():6.0f} s  {what}  {said}  ({left} left)", flush=True)
-            self.report()
+    def ended(self, job: Job) -> str:
+        said = f"FAILED, see {job.folder / 'log.txt'}"
+        if job.record:
+            with open(self.lines, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"key": job.key, "record": job.record}) + "\n")
+            after = job.record["after"]
+            loss, match = after["eval_loss"], after.get("exact_match")
+            said = "diverged" if loss is None else f"loss {loss:.4f}"
+            said += "" if match is None else f", exact match {100 * match:.1f}%"
+            said += f", {job.record['seconds']:.0f} s"
+        self.choose()
+        return said
 
-    def fill(self, train) -> None:
+    def fill(self, start) -> None:
         """Start what there is room for; a run that is measured alone waits for the others, and they for it."""
         while self.waiting and len(self.running) < self.options.jobs:
             alone = self.waiting[0].part == "alone" or any(job.part == "alone" for job in self.running)
@@ -250,7 +238,7 @@ class Study:
                 break
             job = self.waiting.pop(0)
             self.running.append(job)
-            job.start(train, self.options.jobs)
+            start(job)
 
     def report(self) -> dict:
         finished = sorted(self.finished, key=lambda job: (job.order, job.rate))  # whichever ended first
@@ -267,7 +255,7 @@ class Study:
             "search": records["search"],
             "runs": records["final"],
             "failed": [job.failure() for job in finished if not job.record],
-            "unfinished": len(self.waiting) + len(self.running),
+            "unfinished": self.left(),
             "seconds": round(self.elapsed(), 1),
         }
         write_json(self.options.json, content)
@@ -279,20 +267,12 @@ def main(argv: list[str] | None = None) -> dict:
     started = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
     study = Study(options, rest)
+    train = None
     if study.waiting:
         train = warm()
         kind = "forks" if train else "fresh processes"
         print(f"Imported in {time.monotonic() - started:.0f} s; runs are {kind}.", flush=True)
-    try:
-        while study.waiting or study.running:
-            study.collect()
-            if study.elapsed() > options.budget_s:
-                break
-            study.fill(train)
-            time.sleep(0.1)
-    finally:
-        for job in study.running:  # out of time, or interrupted: leave no process behind
-            job.run.terminate()
+    study.run(lambda job: job.start(train, options.jobs))
     content = study.report()
     counts = ", ".join(f"{len(content[name])} {name}" for name in ("alone", "search", "runs", "failed"))
     print(f"{counts}, {content['unfinished']} unfinished: {options.json}")

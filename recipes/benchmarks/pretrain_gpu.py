@@ -21,12 +21,10 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "glue")]
 
-from forked import Run, warm  # noqa: E402
+from forked import CONTEXT, Queue, Run, warm  # noqa: E402
 from table import write_json  # noqa: E402
 
 SCRIPT = HERE.parent / "pretrain" / "train.py"
-CONTEXT = 0.01  # of the GPU's memory, for each process beside its tensors
-NO_MEMORY = ("out of memory", "ALLOC_FAILED")
 MARGIN = 1.15  # a run may take so much longer than the longest like it
 KEPT = (  # of a run's results.json; what is not here names folders
     "parameters",
@@ -104,6 +102,7 @@ class Job:
         }
         self.model, self.arm, self.rate, self.seed = model, arm["name"], rate, seed
         self.identity = {"model": model, "arm": self.arm, "learning_rate": rate, "seed": seed}
+        self.what = f"{model} | {self.arm} | lr {rate:g} seed {seed}"
         self.key = json.dumps([model, self.arm, settings, rest], sort_keys=True)
         number = study["arms"].index(arm)
         # One rate of every arm first: a study cut short is still a comparison.
@@ -134,6 +133,7 @@ class Job:
             if path.name != "log.txt":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
+    @property
     def log(self) -> str:
         return (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-1500:]
 
@@ -150,10 +150,11 @@ def plan(options: argparse.Namespace, rest: list[str]) -> list[Job]:
     return sorted(jobs, key=lambda job: job.order)
 
 
-class Study:
+class Study(Queue):
     """The runs: waiting, running, finished, and those of other arms or models that the JSON had before."""
 
     def __init__(self, options: argparse.Namespace, rest: list[str]):
+        super().__init__(options.budget_s)
         self.options, self.rest = options, rest
         self.made = json.loads((options.tokens / "tokens.json").read_text(encoding="utf-8"))
         jobs = plan(options, rest)
@@ -171,41 +172,26 @@ class Study:
         ]
         self.finished = [job for job in jobs if job.record]
         self.waiting = [job for job in jobs if not job.record]
-        self.running: list[Job] = []
-        self.started = time.monotonic()
 
-    def elapsed(self) -> float:
-        return time.monotonic() - self.started
+    def put_off(self, job: Job) -> None:
+        self.waiting.insert(0, job)  # again, with all the memory it can get
 
-    def collect(self) -> None:
-        """Take in the runs that have ended."""
-        for job in [job for job in self.running if job.run.poll() is not None]:
-            self.running.remove(job)
-            job.finish()
-            if job.record is None and job.tries == 1 and any(word in job.log() for word in NO_MEMORY):
-                self.waiting.insert(0, job)  # again, with all the memory it can get
-                continue
-            self.finished.append(job)
-            value = job.record and job.record["perplexity"]
-            said = (
-                f"FAILED, see {job.folder / 'log.txt'}" if job.record is None else f"perplexity {value or 'diverged'}"
-            )
-            left = len(self.waiting) + len(self.running)
-            what = f"{job.model} | {job.arm} | lr {job.rate:g} seed {job.seed}"
-            print(f"{self.elapsed():6.0f} s  {what}  {said}  ({left} left)", flush=True)
-            self.report()
+    def ended(self, job: Job) -> str:
+        if job.record is None:
+            return f"FAILED, see {job.folder / 'log.txt'}"
+        return f"perplexity {job.record['perplexity'] or 'diverged'}"
 
     def fits(self, job: Job) -> bool:
         """Whether a run is likely to end within the budget: as long as the longest of its model, or the one before."""
         known = [other.record["wall_seconds"] for other in self.finished if other.record and other.model == job.model]
         return self.elapsed() + MARGIN * max(known, default=0) < self.options.budget_s
 
-    def fill(self, train) -> None:
+    def fill(self, start) -> None:
         """Start what there is room and time for."""
         while self.waiting and len(self.running) < self.options.jobs and self.fits(self.waiting[0]):
             job = self.waiting.pop(0)
             self.running.append(job)
-            job.start(train, self.options.jobs)
+            start(job)
 
     def report(self) -> dict:
         finished = sorted(self.finished, key=lambda job: job.order)
@@ -216,8 +202,8 @@ class Study:
             "data": {name: self.made[name] for name in ("tokenizer", "vocab_size", "counts")},
             "jobs": self.options.jobs,
             "runs": [*self.others, *(job.record for job in finished if job.record)],
-            "failed": [{**job.identity, "log": job.log()} for job in finished if not job.record],
-            "unfinished": len(self.waiting) + len(self.running),
+            "failed": [{**job.identity, "log": job.log} for job in finished if not job.record],
+            "unfinished": self.left(),
             "seconds": round(self.elapsed(), 1),
         }
         write_json(self.options.json, content)
@@ -234,18 +220,7 @@ def main(argv: list[str] | None = None) -> dict:
         kind = "forks" if train else "fresh processes"
         print(f"Imported in {study.elapsed():.0f} s; {len(study.waiting)} runs of {options.steps} steps, {kind}.")
         sys.stdout.flush()
-    try:
-        while study.waiting or study.running:
-            study.collect()
-            if study.elapsed() > options.budget_s:
-                break
-            study.fill(train)
-            if not study.running and study.waiting:  # none of them would end in time
-                break
-            time.sleep(0.1)
-    finally:
-        for job in study.running:  # out of time, or interrupted: leave no process behind
-            job.run.terminate()
+    study.run(lambda job: job.start(train, options.jobs))
     content = study.report()
     counts = f"{len(content['runs'])} runs, {len(content['failed'])} failed, {content['unfinished']} unfinished"
     print(f"{counts}: {options.json}" + ("; the same command with --resume goes on" if content["unfinished"] else ""))

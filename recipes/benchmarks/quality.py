@@ -26,12 +26,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import quality_table  # noqa: E402
-from forked import Run, warm  # noqa: E402
+from forked import CONTEXT, Queue, Run, warm  # noqa: E402
 from quality_plan import read_plan  # noqa: E402
 
 SCRIPT = HERE / "quality_run.py"
-CONTEXT = 0.01  # of the GPU's memory, for each process beside its tensors
-NO_MEMORY = ("out of memory", "ALLOC_FAILED", "mha_graph")  # the last is cuDNN's way to say so
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -75,6 +73,7 @@ class Job:
         plan = options.plan
         spec = plan["tasks"][task]
         self.part, self.task, self.arm, self.rate, self.seed = part, task, arm, rate, seed
+        self.what = f"{part} {task} | {arm['name']} | lr {rate:g} seed {seed}"
         settings = {**plan["settings"], **spec["settings"], **arm["settings"]}
         if part == "tuning":
             settings |= spec["tuning"]
@@ -119,16 +118,13 @@ class Job:
         shutil.rmtree(self.folder)
 
 
-class Study:
+class Study(Queue):
     """All jobs: waiting, running, finished; a result run joins once its arm's learning rate is chosen."""
 
     def __init__(self, options: argparse.Namespace):
+        super().__init__(options.budget_s)
         self.options, self.plan = options, options.plan
-        self.started = time.monotonic()
         self.earlier = {record["key"]: record for record in quality_table.read_runs([options.runs])}
-        self.running: list[Job] = []
-        self.finished: list[Job] = []
-        self.waiting: list[Job] = []
         self.chosen: dict[tuple[str, str], float | None] = {}
         self.widened: dict[tuple[str, str], int] = {}
         self.tunings = {
@@ -188,61 +184,34 @@ class Study:
         if more:
             self.add(more)
 
-    def elapsed(self) -> float:
-        return time.monotonic() - self.started
+    def put_off(self, job: Job) -> None:
+        job.order = (True, True, *job.order)  # once more, when the GPU has emptied
+        self.waiting.append(job)
 
-    def left(self) -> int:
-        return len(self.waiting) + len(self.running)
-
-    def collect(self) -> None:
-        """Take in the runs that have ended."""
-        for job in [job for job in self.running if job.run.poll() is not None]:
-            self.running.remove(job)
-            job.finish()
-            if not job.record and job.tries == 1 and any(words in job.log for words in NO_MEMORY):
-                job.order = (True, True, *job.order)  # once more, when the GPU has emptied
-                self.waiting.append(job)
-                continue
-            self.finished.append(job)
-            if job.record:
-                with open(self.options.runs, "a", encoding="utf-8") as stream:
-                    stream.write(json.dumps(job.record, allow_nan=False) + "\n")
-                score = job.record["score"]
-                said = "diverged" if score is None else f"{score:.4f}"
-            else:
-                said = f"FAILED: {' '.join(job.log.split())[-300:]}"
-            self.choose()
-            what = f"{job.part} {job.task} | {job.arm['name']} | lr {job.rate:g} seed {job.seed}"
-            print(f"{self.elapsed():6.0f} s  {what}  {said}  ({self.left()} left)", flush=True)
+    def ended(self, job: Job) -> str:
+        if job.record:
+            with open(self.options.runs, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(job.record, allow_nan=False) + "\n")
+            score = job.record["score"]
+            said = "diverged" if score is None else f"{score:.4f}"
+        else:
+            said = f"FAILED: {' '.join(job.log.split())[-300:]}"
+        self.choose()
+        return said
 
     def fits(self, job: Job) -> bool:
         """Whether a run would end within the budget, by those of its task that have ended in this call."""
         walls = [done.record["wall_s"] for done in self.finished if done.task == job.task and done.run and done.record]
         return self.elapsed() + (statistics.fmean(walls) if walls else 0) < self.options.budget_s
 
-    def fill(self, module, folder: Path) -> None:
-        threads = self.options.threads or max(1, (os.cpu_count() or 1) // self.options.jobs)
+    def fill(self, start) -> None:
         for job in list(self.waiting):
             if len(self.running) >= self.options.jobs:
                 break
             if self.fits(job):
                 self.waiting.remove(job)
                 self.running.append(job)
-                job.start(module, folder, self.options.jobs, threads)
-
-    def run(self, module, folder: Path) -> None:
-        try:
-            while self.waiting or self.running:
-                self.collect()
-                if self.elapsed() > self.options.budget_s:
-                    break
-                self.fill(module, folder)
-                if not self.running and self.waiting:
-                    break  # no time for any of them
-                time.sleep(0.1)
-        finally:
-            for job in self.running:  # out of time, or interrupted: leave no process behind
-                job.run.terminate()
+                start(job)
 
 
 def next_rate(rates: list[float], best: float) -> float | None:
@@ -280,14 +249,15 @@ def main(argv: list[str] | None = None) -> Study | None:
     options.runs.parent.mkdir(parents=True, exist_ok=True)
     mend(options.runs)
     study = Study(options)
-    module = None
+    module, threads = None, 1
     if study.waiting:
+        threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
         module = warm(SCRIPT)
         kind = "forks" if module else "fresh processes"
         now = datetime.datetime.now(datetime.timezone.utc).date()
         print(f"{study.left()} runs wait; they are {kind}; {platform.node()}, {now}", flush=True)
     with tempfile.TemporaryDirectory(prefix="quality-") as folder:
-        study.run(module, Path(folder))
+        study.run(lambda job: job.start(module, Path(folder), options.jobs, threads))
     failed = sum(not job.record for job in study.finished)
     print(quality_table.markdown(options.plan, [job.record for job in study.finished if job.record]))
     print(f"\n{len(study.finished) - failed} runs, {failed} failed, {study.left()} not run: {options.runs}")
