@@ -40,7 +40,7 @@ from foam_hf.update import Hyper
 STRIPE = 128  # S, rows of a program of the big pass
 ROW_ELEMENTS = 1024  # R * C: a program reads a stretch of a row that is long enough for the memory's pages
 THREAD_ELEMENTS = 8
-REGISTERS = 72  # of a thread: fewer spill, more leave fewer programs to hide the latency of memory
+REGISTERS = 80  # of a thread: fewer spill, more leave fewer programs to hide the latency of memory
 LANES = tl.constexpr(256)  # means of a program of the small passes
 # weight, gradient, first moment, row means, column means; rows, columns, matrices, stream; where its row sums, column
 # sums and means of row means begin in the buffers; where a shard's first row is in the whole tensor, the rows of a

@@ -7,19 +7,17 @@ import shlex
 import sys
 from pathlib import Path
 
-import pytest
 import yaml
 
 from tests.instruct_runs import ROOT, load_script, sums, write_jsonl
 
 load_script()
-sys.path += [str(ROOT / "recipes" / "benchmarks"), str(ROOT / "recipes" / "glue")]
+sys.path += [str(ROOT / "recipes" / "benchmarks")]
 
-import glue_gpu  # noqa: E402
 import instruct_arguments  # noqa: E402
 import instruct_gpu  # noqa: E402
 import instruct_table  # noqa: E402
-import table  # noqa: E402
+import quality  # noqa: E402
 
 PAGE = ROOT / "recipes" / "quantized" / "int8.md"
 STUDY = ROOT / "recipes" / "benchmarks" / "int8_study.yaml"
@@ -58,23 +56,20 @@ def test_the_arms_of_the_study_differ_in_their_weights(tmp_path: Path) -> None:
     assert len(study.waiting) == 6 * (1 + 2 * 3)  # each arm alone, and three rates on two data sets
 
 
-def test_glue_is_measured_with_and_without_int8_weights(tmp_path: Path) -> None:
-    (words,) = commands("glue_gpu")
-    options, rest = glue_gpu.parse(words[1:])
-    first, second = (
-        glue_gpu.Job(options, rest, "final", "cola", optimizer, "1e-4", 1).command for optimizer in options.optimizer
+def test_glue_is_measured_with_and_without_int8_weights() -> None:
+    (words,) = commands("quality")
+    options = quality.parse(words[1:])
+    fp32, int8 = (
+        quality.Job(options, "result", "cola", arm, 1e-4, options.seeds[0]).told for arm in options.plan["arms"]
     )
-    assert "--int8_weights" not in first
-    place = second.index("--int8_weights")
-    del second[place : place + 2]
-    assert [word for word in first if "/final/" not in word] == [word for word in second if "/final/" not in word]
+    assert int8["settings"].pop("int8_weights") is True
+    assert fp32 == int8
 
 
-@pytest.mark.parametrize("module", [instruct_table, table])
-def test_the_tables_are_those_of_the_results(module, tmp_path: Path) -> None:
-    (words,) = commands(module.__name__)
+def test_the_table_is_that_of_the_results(tmp_path: Path) -> None:
+    (words,) = commands("instruct_table")
     results = [word for word in words[1:] if word.endswith(".json") and (ROOT / word).is_file()]
     copy = tmp_path / "int8.md"
     copy.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    module.main([*(str(ROOT / word) for word in results), "--readme", str(copy)])
+    instruct_table.main([*(str(ROOT / word) for word in results), "--readme", str(copy)])
     assert copy.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
