@@ -15,23 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foam_hf.kernels import (
+from foam_hf.kernel_parts import kept_finite, random_bits, random_bits_at, ratio, root, scale_of, store, unfold
+from foam_hf.kernel_tables import (
     MAX_WARPS,
     TRITON_DTYPES,
     AddressTable,
     Entry,
     Geometry,
     device_of,
-    kept_finite,
     numbers,
     owner_table,
-    random_bits,
-    random_bits_at,
-    ratio,
-    root,
-    scale_of,
-    store,
-    unfold,
     upload,
 )
 from foam_hf.places import Group

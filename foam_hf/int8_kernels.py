@@ -18,7 +18,8 @@ from torch import Tensor
 
 from foam_hf.int8_codes import MAX_CODE, MIN_SCALE
 from foam_hf.int8_weights import Int8Weight
-from foam_hf.kernels import (
+from foam_hf.kernel_parts import kept_finite, philox, random_bits_at, ratio, root, scale_of, store, unfold
+from foam_hf.kernel_tables import (
     DIRECT_LAUNCH,
     MAX_COLUMNS,
     MAX_WARPS,
@@ -26,21 +27,13 @@ from foam_hf.kernels import (
     AddressTable,
     Entry,
     Geometry,
-    Launch,
     device_of,
-    kept_finite,
     numbers,
     owner_table,
-    philox,
-    random_bits_at,
-    ratio,
-    root,
-    scale_of,
-    store,
     takes_ptx,
-    unfold,
     upload,
 )
+from foam_hf.kernels import Launch
 from foam_hf.update import Hyper, Member
 
 # Elements of a program of the update and of a warp of it, and registers of a thread.

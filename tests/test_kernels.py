@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from foam_hf import factored_kernels, kernels
+from foam_hf import factored_kernels, kernel_tables, kernels
 from foam_hf.kernel_choice import use_kernels
 from foam_hf.optimizer import FOAM
 from tests.reference import Reference
@@ -190,7 +190,7 @@ def test_the_order_of_a_checkpoints_keys_does_not_matter(monkeypatch, second_mom
 
 
 def test_what_the_kernel_does_not_take_still_trains(monkeypatch):
-    monkeypatch.setattr(kernels, "MAX_COLUMNS", 64)
+    monkeypatch.setattr(kernel_tables, "MAX_COLUMNS", 64)
     weights = [
         torch.randn(8, 12, device=DEVICE).t(),
         torch.randn(2, 300, device=DEVICE),
