@@ -62,9 +62,10 @@ class StepPlan:
         if not self._launches:
             return  # without tables there is nothing to keep
         self._places = [numpy.array([self._numbers[i] for i in launch.streams]) for *_, launch in self._launches]
-        self._indices: list[Tensor | None] = [None] * len(self._launches)
+        self._in_order = [numpy.array_equal(places, numpy.arange(len(params))) for places in self._places]
+        self._indices: list[Tensor | None] = [None] * len(self._launches)  # the places on the device, once needed
         self._sharded = any(is_sharded(p) for p in self._updated)
-        self._all_params, self._all_states = params, states
+        self._groups, self._all_params, self._all_states = list(groups), params, states
         moments = [(known, name) for known in self._states for name in known if isinstance(known[name], Tensor)]
         self._holders, self._names = [known for known, _ in moments], [name for _, name in moments]
         self._rules = _rules(groups)
@@ -87,7 +88,8 @@ class StepPlan:
         if not self._launches:
             return False
         if not (
-            _same(params, self._all_params)
+            _same(groups, self._groups)
+            and _same(params, self._all_params)
             and _same(states, self._all_states)
             and _rules(groups) == self._rules
             and self._current_addresses() == self._addresses
@@ -134,11 +136,10 @@ class StepPlan:
         """Those of launch ``i``, in the order of its table."""
         if grad_scale is None or grad_scale.numel() == 1:
             return grad_scale
-        places = self._places[i]
-        if numpy.array_equal(places, numpy.arange(grad_scale.numel())):
+        if self._in_order[i]:
             return grad_scale
         if self._indices[i] is None:
-            self._indices[i] = torch.from_numpy(places).to(grad_scale.device)
+            self._indices[i] = torch.from_numpy(self._places[i]).to(grad_scale.device)
         return grad_scale[self._indices[i]]
 
     def _current_addresses(self) -> list[int]:
@@ -196,7 +197,7 @@ def _gradients(params: list[Tensor], sharded: bool) -> tuple[list[Any], numpy.nd
 
     It runs in every step, over hundreds of small tensors, hence the passes without a line of Python for each.
     """
-    with torch._C.DisableTorchFunctionSubclass():  # to be asked by each INT8 weight
+    with torch._C.DisableTorchFunctionSubclass():  # INT8 weights would answer in Python
         grads = list(map(_GRAD, params))
     if not sharded:
         try:

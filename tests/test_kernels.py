@@ -223,6 +223,18 @@ def test_moved_gradients_keep_the_plan(monkeypatch, second_moment):
         assert_within(p, q, "five steps against float64, float32 weights")
 
 
+def test_a_param_group_put_in_place_of_another_counts_at_once(monkeypatch):
+    monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
+    p = torch.nn.Parameter(torch.randn(4, 64, device=DEVICE))
+    optimizer = FOAM([p], lr=0.01, level=3)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.0}
+    optimizer.step()
+    assert torch.equal(p, before)
+
+
 def test_a_gradient_of_another_alignment_is_followed(monkeypatch):
     monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
     weight, (first, second) = drawn(torch.float32, steps=2, shapes=[(3, 512)])
