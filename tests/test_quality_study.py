@@ -113,7 +113,7 @@ def test_every_committed_plan_holds_what_the_recipes_know(path: Path, tmp_path: 
                 continue
             recipe, training, *_ = arguments.parse(quality_run.words_of({**job.told, "folder": str(tmp_path)}))
             assert recipe.task_name == [task]
-            training.pop("bf16")  # torch refuses it where there is no GPU
+            training.pop("bf16", None)  # torch refuses it where there is no GPU
             args = arguments.build_training_arguments({**training, "use_cpu": True}, tmp_path, 1)
             if arm["optim"] == "foam":
                 assert args.optim_args == ",".join(
@@ -270,6 +270,16 @@ def test_a_best_rate_at_an_end_is_searched_beyond_as_often_as_the_plan_says(tmp_
         if expected is not None:
             assert [(job.part, job.rate) for job in study.waiting] == [("tuning", expected)]
     assert [(job.part, job.rate, job.seed) for job in study.waiting] == [("result", 1.0, 1), ("result", 1.0, 2)]
+
+
+def test_one_rate_needs_no_tuning(tmp_path: Path) -> None:
+    plan = {**TINY, "arms": [{"name": "AdamW", "optim": "adamw_torch", "rates": [0.01]}]}
+    (tmp_path / "plan.yaml").write_text(dumped(plan))
+    words = ["--plan", str(tmp_path / "plan.yaml"), "--runs", str(tmp_path / "runs.jsonl")]
+    options = quality.parse(words)
+    assert quality.count(options) == {"tuning": 0, "result": 2}
+    study = quality.Study(options)
+    assert [(job.part, job.rate, job.seed) for job in study.waiting] == [("result", 0.01, 1), ("result", 0.01, 2)]
 
 
 def test_jobs_take_turns_and_a_budget_starts_nothing_that_would_not_end(tmp_path: Path) -> None:

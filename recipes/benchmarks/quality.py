@@ -132,6 +132,7 @@ class Study(Queue):
                 Job(options, "tuning", task, arm, rate, seed)
                 for seed in self.plan["tuning_seeds"]
                 for rate in arm["rates"][task]
+                if len(arm["rates"][task]) > 1  # one is chosen as it is
             ]
             for task in options.tasks
             for arm in options.arms
@@ -168,6 +169,8 @@ class Study(Queue):
                 continue
             records = [job.record for job in jobs if job.record]
             rate = quality_table.best_rate(records, self.plan["tasks"][task]["better"])
+            if not jobs:
+                (rate,) = next(arm["rates"][task] for arm in self.options.arms if arm["name"] == name)
             if rate is not None and (wider := self.widen(task, name, rate)):
                 more += wider
                 continue
@@ -233,7 +236,8 @@ def mend(runs: Path) -> None:
 def count(options: argparse.Namespace) -> dict[str, int]:
     """How many runs of each part a plan has, before any search goes on beyond an end."""
     pairs = [(arm, task) for arm in options.arms for task in options.tasks if task in arm["tasks"]]
-    tuned = sum(len(arm["rates"][task]) for arm, task in pairs if "rates" in arm)
+    tried = [len(arm["rates"][task]) for arm, task in pairs if "rates" in arm]
+    tuned = sum(number for number in tried if number > 1)
     return {
         "tuning": tuned * len(options.plan["tuning_seeds"]),
         "result": len(pairs) * len(options.seeds),
