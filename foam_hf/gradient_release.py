@@ -193,12 +193,11 @@ class GradientRelease:
     @torch.no_grad()
     def _update(self, params: list[Tensor]) -> None:
         """Update ``params`` in one launch, and free their gradients."""
-        grads = _grads(params)
-        if any(grad is None for grad in grads):  # somebody took one
-            params, grads = [p for p in params if p.grad is not None], [grad for grad in grads if grad is not None]
+        found = _grads(params)
+        params = [p for p, grad in zip(params, found, strict=True) if grad is not None]  # somebody may have taken one
         if not params:
             return
-        scale = self._clipping(grads) if self.max_grad_norm else None
+        scale = self._clipping([grad for grad in found if grad is not None]) if self.max_grad_norm else None
         first = id(params[0])
         self._plans[first] = self._optimizer._step_some(params, self._places, self._plans.get(first), scale)
         with torch._C.DisableTorchFunctionSubclass():

@@ -134,9 +134,7 @@ class StepPlan:
 
     def _scales(self, i: int, grad_scale: Tensor | None) -> Tensor | None:
         """Those of launch ``i``, in the order of its table."""
-        if grad_scale is None or grad_scale.numel() == 1:
-            return grad_scale
-        if self._in_order[i]:
+        if grad_scale is None or grad_scale.numel() == 1 or self._in_order[i]:
             return grad_scale
         if self._indices[i] is None:
             self._indices[i] = torch.from_numpy(self._places[i]).to(grad_scale.device)

@@ -175,8 +175,7 @@ class FOAM(torch.optim.Optimizer):
         if found_inf is not None and bool(found_inf):
             self._members()  # as in torch's fused AdamW, state exists after a first step that was skipped
             return loss
-        params = list(itertools.chain.from_iterable(group["params"] for group in self.param_groups))
-        states = list(self.state.values())
+        params, states = list(self._parameters()), list(self.state.values())
         if self._plan is None or not self._plan.holds(self.param_groups, params, states):
             members = self._members()
             self._plan = StepPlan(self.param_groups, params, list(self.state.values()), members)
@@ -316,7 +315,7 @@ class FOAM(torch.optim.Optimizer):
         self._plan, self._watch = None, Watch()
 
     def _parameters(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
+        return itertools.chain.from_iterable(group["params"] for group in self.param_groups)
 
 
 def check_gradient(p: Tensor, i: int) -> None:

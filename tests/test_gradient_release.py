@@ -48,6 +48,14 @@ def make(build: Callable[[], nn.Module] = tiny_llama, dtype: torch.dtype = torch
     return model, FOAM(groups, **{"lr": 1e-2, **options})
 
 
+def make_mlp(int8: bool = False, **options: Any) -> Any:
+    """The plain model in bfloat16, with ``int8`` one weight of it in INT8, and its optimizer without groups."""
+    model = tiny_mlp().to(DEVICE, torch.bfloat16)
+    if int8:
+        model.input.weight = nn.Parameter(Int8Weight.from_float(model.input.weight, 16))
+    return model, FOAM(model.parameters(), **{"lr": 1e-2, "level": 3, **options})
+
+
 def batches(model: nn.Module, count: int = 4) -> Iterator[dict[str, Tensor]]:
     classifies = type(model).__name__ in ("TinyMLP", "RobertaForSequenceClassification")
     data = classification_data() if classifies else language_data()
@@ -118,13 +126,9 @@ def test_every_rule_and_the_kernels_give_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, kernel: str, options: dict[str, Any]
 ) -> None:
     monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
-    int8, options = "int8" in options, {name: value for name, value in options.items() if name != "int8"}
     runs = []
     for released in (False, True):
-        model = tiny_mlp().to(DEVICE, torch.bfloat16)
-        if int8:
-            model.input.weight = nn.Parameter(Int8Weight.from_float(model.input.weight, 16))
-        optimizer = FOAM(model.parameters(), **{"lr": 1e-2, "level": 3, **options})
+        model, optimizer = make_mlp(**options)
         if released:
             enable_gradient_release(model, optimizer)
         train(model, optimizer, count=3)
@@ -395,14 +399,10 @@ def test_gradients_clipped_in_one_launch_give_the_bits_of_one_by_one(
     monkeypatch: pytest.MonkeyPatch, kernel: str, options: dict[str, Any]
 ) -> None:
     monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
-    int8, options = "int8" in options, {name: value for name, value in options.items() if name != "int8"}
     runs, launches = [], []
     for limit in (0, 2**20):  # with 0, none waits
         monkeypatch.setattr(gradient_release, "WAITING", limit)
-        model = tiny_mlp().to(DEVICE, torch.bfloat16)
-        if int8:
-            model.input.weight = nn.Parameter(Int8Weight.from_float(model.input.weight, 16))
-        optimizer = FOAM(model.parameters(), lr=1e-2, level=3, **options)
+        model, optimizer = make_mlp(**options)
         handle = enable_gradient_release(model, optimizer, max_grad_norm=0.05)
         model(**next(batches(model)))["loss"].backward()
         launches.append(len(handle._norms))

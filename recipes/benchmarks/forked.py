@@ -133,8 +133,9 @@ def _train(train, words: list[str], threads: int, share: float) -> None:
 class Queue:
     """The jobs of a study: waiting, running, finished.
 
-    A job has `run`, a `Run` once it is started; `tries`, how often it was; `finish()`, called when that has ended;
-    then `record`, None if it failed, and `log`, what it printed last; `what`, its name in the line that is printed.
+    A job has `order`, by which a study may sort those that wait; `run`, a `Run` once it is started; `tries`, how often
+    it was; `finish()`, called when that has ended; then `record`, None if it failed, and `log`, what it printed last;
+    `what`, its name in the line that is printed.
     """
 
     def __init__(self, budget_s: float):
@@ -149,8 +150,9 @@ class Queue:
         raise NotImplementedError
 
     def put_off(self, job) -> None:
-        """Let a job wait that ran out of memory the first time."""
-        raise NotImplementedError
+        """Let a job wait that ran out of memory the first time: behind all others, when the GPU has emptied."""
+        job.order = (True, True, *job.order)
+        self.waiting.append(job)
 
     def ended(self, job) -> str:
         """Keep what a job has found, and say it in a few words."""

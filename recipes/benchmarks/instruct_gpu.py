@@ -213,8 +213,7 @@ class Study(Queue):
                 self.add([Job(self.options, self.rest, "final", dataset, arm, rate, seed) for seed in seeds])
 
     def put_off(self, job: Job) -> None:
-        job.order = (True, True, *job.order)  # once more, when the GPU has emptied
-        self.waiting.append(job)
+        super().put_off(job)
         print(f"{self.elapsed():6.0f} s  out of memory, put off: {job.folder}", flush=True)
 
     def ended(self, job: Job) -> str:

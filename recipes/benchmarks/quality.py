@@ -124,6 +124,7 @@ class Study(Queue):
     def __init__(self, options: argparse.Namespace):
         super().__init__(options.budget_s)
         self.options, self.plan = options, options.plan
+        self.arms = {arm["name"]: arm for arm in options.arms}
         self.earlier = {record["key"]: record for record in quality_table.read_runs([options.runs])}
         self.chosen: dict[tuple[str, str], float | None] = {}
         self.widened: dict[tuple[str, str], int] = {}
@@ -150,7 +151,7 @@ class Study(Queue):
 
     def widen(self, task: str, name: str, best: float) -> list[Job]:
         """Tuning runs at one more rate, beyond the best, if that lies at an end of those tried."""
-        arm = next(arm for arm in self.options.arms if arm["name"] == name)
+        arm = self.arms[name]
         beyond = next_rate(arm["rates"][task], best)
         wider = self.widened.get((task, name), 0)
         if beyond is None or wider >= self.plan["widen"]:
@@ -167,15 +168,16 @@ class Study(Queue):
         for (task, name), jobs in self.tunings.items():
             if (task, name) in self.chosen or not all(job in self.finished for job in jobs):
                 continue
-            records = [job.record for job in jobs if job.record]
-            rate = quality_table.best_rate(records, self.plan["tasks"][task]["better"])
-            if not jobs:
-                (rate,) = next(arm["rates"][task] for arm in self.options.arms if arm["name"] == name)
+            if jobs:
+                records = [job.record for job in jobs if job.record]
+                rate = quality_table.best_rate(records, self.plan["tasks"][task]["better"])
+            else:
+                (rate,) = self.arms[name]["rates"][task]
             if rate is not None and (wider := self.widen(task, name, rate)):
                 more += wider
                 continue
             self.chosen[task, name] = rate
-            follow = [(arm, rate) for arm in self.options.arms if arm["name"] == name]
+            follow = [(self.arms[name], rate)]
             if name == self.plan["base"] and rate is not None:
                 follow += [(arm, arm["times"] * rate) for arm in self.options.arms if "times" in arm]
             more += [
@@ -186,10 +188,6 @@ class Study(Queue):
             ]
         if more:
             self.add(more)
-
-    def put_off(self, job: Job) -> None:
-        job.order = (True, True, *job.order)  # once more, when the GPU has emptied
-        self.waiting.append(job)
 
     def ended(self, job: Job) -> str:
         if job.record:
