@@ -104,11 +104,23 @@ def test_a_study_goes_on_from_its_json_alone(finished, tmp_path: Path) -> None:
     assert len(again.finished) == len(content["alone"]) + len(content["search"]) + len(of_lora)
     with pytest.raises(SystemExit, match="of another study or other settings; expected the same ones"):
         instruct_gpu.Study(*instruct_gpu.parse([*where, "--max_length", "32"]))
+    # An arm may join; one that has changed makes it another study.
+    joined = {"name": "more", "rates": {"sums": [0.02, 0.01]}, "settings": {"optim": "adamw_torch"}}
+    where[1] = str(tmp_path / "study.yaml")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**TINY, "arms": [*TINY["arms"], joined]}))
+    more = instruct_gpu.Study(*instruct_gpu.parse(where))
+    assert len(more.finished) == len(again.finished) and sum(job.arm == "more" for job in more.waiting) == 3
+    (tmp_path / "study.yaml").write_text(
+        yaml.safe_dump({**TINY, "arms": [{**TINY["arms"][0], "settings": {}}, joined]})
+    )
+    with pytest.raises(SystemExit, match="of another study"):
+        instruct_gpu.Study(*instruct_gpu.parse(where))
 
 
 def test_a_study_searches_then_runs_its_seeds_and_says_what_failed(finished) -> None:
     folder, said, content = finished
     assert "runs are forks" in said
+    assert said.index("Rehearsed") < said.index("alone sums")
     assert {run["arm"] for run in content["alone"]} == {"LoRA"}  # FOAM's second rate, -1, is none
     assert [(run["arm"], run["learning_rate"], run["seed"]) for run in content["search"]] == [
         ("FOAM", 0.001, 9),
@@ -143,7 +155,7 @@ def test_a_study_goes_on_where_it_was_cut_off(finished) -> None:
     cut = json.loads((folder / "runs" / "results-before.json").read_text())
     assert len(cut["search"]) == 2 and cut["unfinished"] > 0 and not cut["runs"]
     said = said.split("THEN\n")[1]
-    assert said.count("search sums") == 1 and said.count("final sums") == 2
+    assert "Rehearsed" not in said and said.count("search sums") == 1 and said.count("final sums") == 2
     losses = [run["after"]["eval_loss"] for run in before["search"] if run["arm"] == "LoRA"]
     assert [run["after"]["eval_loss"] for run in content["search"]] == losses
 
@@ -154,7 +166,7 @@ def test_every_setting_of_the_study_is_one_that_the_recipe_knows(tmp_path: Path)
         write_jsonl(tmp_path / dataset["file"], sums())
     options, rest = instruct_gpu.parse(["--data", str(tmp_path), "--model", "model", "--out", str(tmp_path / "out")])
     jobs = instruct_gpu.Study(options, rest).waiting
-    assert len(jobs) == 12 * (1 + 2 * 3)  # alone, and three rates on two data sets
+    assert len(jobs) == 13 * (1 + 2 * 3)  # alone, and three rates on two data sets
     jobs += [instruct_gpu.Job(options, rest, "final", "gsm8k", arm, 1e-4, 1) for arm in options.arms]
     for job in jobs:
         recipe, args, _ = instruct_arguments.parse(job.words)

@@ -1,10 +1,10 @@
 """Ways to tune a chat model, compared on one GPU: a learning-rate search on a seed of its own, then the seeds.
 
 A study (instruct_study.yaml) names arms and data sets. Each run is recipes/instruct/train.py; `--jobs` of them share
-the GPU. Speed and memory are measured apart (`alone`), one run at a time. Rerun the same command to go on: finished
-runs are lines of OUT/runs.jsonl; where that is lost, --resume takes those of the JSON. The JSON is rewritten after
-every run, whole or not at all; the tables of recipes/instruct/instruct_table.py come from it. Sample answers, which
-quote the data, stay out of it.
+the GPU. Speed and memory are measured apart (`alone`), one run at a time, the first after a rehearsal. Rerun the same
+command to go on: finished runs are lines of OUT/runs.jsonl; where that is lost, --resume takes those of the JSON. The
+JSON is rewritten after every run, whole or not at all; the tables of recipes/instruct/instruct_table.py come from it.
+Sample answers, which quote the data, stay out of it.
 
     python recipes/instruct/gguf_models.py smollm2-135m smollm2
     python recipes/benchmarks/instruct_gpu.py --model smollm2 --data folder --out runs --json results.json --jobs 8
@@ -155,11 +155,13 @@ def best_rate(jobs: list[Job]) -> float | None:
 
 
 def kept(options: argparse.Namespace, rest: list[str]) -> dict[tuple, dict]:
-    """The runs of the JSON by their names, if it is of the same study and the same words for train.py."""
+    """The JSON's runs by their names; its study and words must be the same, but arms may have joined."""
     if not options.json.is_file():
         return {}
     content = json.loads(options.json.read_text(encoding="utf-8"))
-    if (content["study"], content["extra"]) != (options.study, rest):
+    before, now = content["study"], options.study
+    shared = [arm for arm in now["arms"] if arm in before["arms"]]
+    if content["extra"] != rest or {**before, "arms": now["arms"]} != now or shared != before["arms"]:
         raise SystemExit(f"--resume: {options.json} is of another study or other settings; expected the same ones")
     lists = {"alone": content["alone"], "search": content["search"], "final": content["runs"]}
     names = ("dataset", "arm", "learning_rate", "seed")
@@ -261,6 +263,21 @@ class Study(Queue):
         return content
 
 
+def rehearse(study: Study, train) -> None:
+    """Run the first of the runs that are timed once for nothing: on a cold machine it waits for files."""
+    started = time.monotonic()
+    job = next((job for job in study.waiting if job.part == "alone"), None)
+    if job is None:
+        return
+    job.start(train, 1)
+    while job.run.poll() is None and study.elapsed() < study.budget_s:
+        time.sleep(0.1)
+    job.run.terminate()
+    shutil.rmtree(job.folder)
+    job.tries = 0
+    print(f"Rehearsed in {time.monotonic() - started:.0f} s.", flush=True)
+
+
 def main(argv: list[str] | None = None) -> dict:
     options, rest = parse(argv)
     started = time.monotonic()
@@ -271,6 +288,7 @@ def main(argv: list[str] | None = None) -> dict:
         train = warm()
         kind = "forks" if train else "fresh processes"
         print(f"Imported in {time.monotonic() - started:.0f} s; runs are {kind}.", flush=True)
+        rehearse(study, train)
     study.run(lambda job: job.start(train, options.jobs))
     content = study.report()
     counts = ", ".join(f"{len(content[name])} {name}" for name in ("alone", "search", "runs", "failed"))

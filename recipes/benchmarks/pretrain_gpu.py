@@ -1,6 +1,7 @@
 """Optimizers compared by pretraining a small LLaMA on one GPU: two learning rates each, the same tokens in all runs.
 
-A study (pretrain_study.yaml) names models and arms. Each run is recipes/pretrain/train.py on tokens made before;
+A study (pretrain_study.yaml) names models and arms. Where an arm's best rate lies at an end of those tried, one more
+beyond it joins, as often as the study's `widen` says. Each run is recipes/pretrain/train.py on tokens made before;
 `--jobs` of them share the GPU. There is one JSON, rewritten after every run, whole or not at all; with --resume the
 runs that it has are kept. recipes/benchmarks/pretrain_report.py makes the table and the pictures from it.
 
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -22,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "glue")]
 
 from forked import CONTEXT, Queue, Run, warm  # noqa: E402
+from quality_plan import next_rate  # noqa: E402
 from table import write_json  # noqa: E402
 
 SCRIPT = HERE.parent / "pretrain" / "train.py"
@@ -88,7 +91,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 class Job:
     """One run: its settings, its record once it is finished."""
 
-    def __init__(self, options: argparse.Namespace, rest: list[str], model: str, arm: dict, rate: float, seed: int):
+    def __init__(
+        self, options: argparse.Namespace, rest: list[str], model: str, arm: dict, rate: float, seed: int, turn: int
+    ):
         study, shape = options.study, options.study["models"][model]
         settings = {**study["settings"], **shape["settings"], **arm["settings"]}
         if "optim_args" in settings:
@@ -106,7 +111,7 @@ class Job:
         self.key = json.dumps([model, self.arm, settings, rest], sort_keys=True)
         number = study["arms"].index(arm)
         # One rate of every arm first: a study cut short is still a comparison.
-        self.order = (options.models.index(model), options.seeds.index(seed), arm["rates"].index(rate), number)
+        self.order = (options.models.index(model), options.seeds.index(seed), turn, number)
         self.folder = options.out / model / f"arm-{number + 1}-lr-{rate:g}-seed-{seed}"
         words = {**settings, "dataset_path": options.tokens, "output_dir": self.folder, "disable_tqdm": True}
         self.words = [word for name, value in words.items() for word in (f"--{name}", str(value))] + rest
@@ -139,13 +144,13 @@ class Job:
 
 
 def plan(options: argparse.Namespace, rest: list[str]) -> list[Job]:
-    """All runs of the study, in the order in which they start."""
+    """The runs that the study names, in the order in which they start."""
     jobs = [
-        Job(options, rest, model, arm, rate, seed)
+        Job(options, rest, model, arm, rate, seed, turn)
         for model in options.models
         for seed in options.seeds
         for arm in options.arms
-        for rate in arm["rates"]
+        for turn, rate in enumerate(arm["rates"])
     ]
     return sorted(jobs, key=lambda job: job.order)
 
@@ -157,26 +162,49 @@ class Study(Queue):
         super().__init__(options.budget_s)
         self.options, self.rest = options, rest
         self.made = json.loads((options.tokens / "tokens.json").read_text(encoding="utf-8"))
-        jobs = plan(options, rest)
         earlier: list[dict] = []
         if options.resume and options.json.is_file():
             earlier = json.loads(options.json.read_text(encoding="utf-8"))["runs"]
-        found = {record["key"]: record for record in earlier}
-        for job in jobs:
-            job.record = found.get(job.key)
-        mine = {json.dumps(job.identity) for job in jobs}
+        self.earlier = {record["key"]: record for record in earlier}
+        self.arms: dict[tuple[str, str], list[Job]] = {}
+        self.add(plan(options, rest))
+        mine = {json.dumps(job.identity) for jobs in self.arms.values() for job in jobs}
         self.others = [
             record
             for record in earlier
             if json.dumps({name: record[name] for name in ("model", "arm", "learning_rate", "seed")}) not in mine
         ]
-        self.finished = [job for job in jobs if job.record]
-        self.waiting = [job for job in jobs if not job.record]
+
+    def add(self, jobs: list[Job]) -> None:
+        """Put jobs into the queue; those that the JSON has are done, and what follows from them joins too."""
+        for job in jobs:
+            self.arms.setdefault((job.model, job.arm), []).append(job)
+            job.record = self.earlier.get(job.key)
+            (self.finished if job.record else self.waiting).append(job)
+        self.waiting.sort(key=lambda job: job.order)
+        for model, arm in {(job.model, job.arm): None for job in jobs}:
+            self.widen(model, arm)
+
+    def widen(self, model: str, name: str) -> None:
+        """Add the rate beyond an arm's best, if that lies at an end of those tried and all of them have ended."""
+        jobs = self.arms[model, name]
+        if not all(job in self.finished for job in jobs):
+            return
+        scores: dict[float, list[float | None]] = {}
+        for job in jobs:
+            scores.setdefault(job.rate, []).append(job.record and job.record["perplexity"])
+        means = {rate: statistics.fmean(found) for rate, found in scores.items() if None not in found}
+        arm = next(arm for arm in self.options.study["arms"] if arm["name"] == name)
+        beyond = next_rate(list(scores), min(means, key=means.get)) if means else None
+        if beyond is not None and len(scores) < len(arm["rates"]) + self.options.study.get("widen", 0):
+            seeds = self.options.seeds
+            self.add([Job(self.options, self.rest, model, arm, beyond, seed, len(scores)) for seed in seeds])
 
     def put_off(self, job: Job) -> None:
         self.waiting.insert(0, job)  # again, with all the memory it can get
 
     def ended(self, job: Job) -> str:
+        self.widen(job.model, job.arm)
         if job.record is None:
             return f"FAILED, see {job.folder / 'log.txt'}"
         return f"perplexity {job.record['perplexity'] or 'diverged'}"

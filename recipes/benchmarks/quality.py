@@ -27,7 +27,7 @@ sys.path.insert(0, str(HERE))
 
 import quality_table  # noqa: E402
 from forked import CONTEXT, Queue, Run, warm  # noqa: E402
-from quality_plan import read_plan  # noqa: E402
+from quality_plan import next_rate, read_plan  # noqa: E402
 
 SCRIPT = HERE / "quality_run.py"
 
@@ -213,15 +213,6 @@ class Study(Queue):
                 self.waiting.remove(job)
                 self.running.append(job)
                 start(job)
-
-
-def next_rate(rates: list[float], best: float) -> float | None:
-    """The rate beyond `best` at the distance of the two at that end, to two digits; None if `best` is inside."""
-    ordered = sorted(rates)
-    if len(ordered) < 2 or best not in (ordered[0], ordered[-1]):
-        return None
-    first, second = ordered[:2] if best == ordered[0] else ordered[:-3:-1]
-    return float(f"{first * first / second:.2g}")
 
 
 def mend(runs: Path) -> None:

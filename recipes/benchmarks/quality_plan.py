@@ -130,3 +130,12 @@ def _filled(arm: dict, tasks: dict) -> dict:
             raise ValueError(f"arm {name!r} has no learning rates for {missing[0]}")
         filled["rates"] = {task: [float(rate) for rate in per_task[task]] for task in wanted}
     return filled
+
+
+def next_rate(rates: list[float], best: float) -> float | None:
+    """The rate beyond `best` at the distance of the two at that end, to two digits; None if `best` is inside."""
+    ordered = sorted(rates)
+    if len(ordered) < 2 or best not in (ordered[0], ordered[-1]):
+        return None
+    first, second = ordered[:2] if best == ordered[0] else ordered[:-3:-1]
+    return float(f"{first * first / second:.2g}")
