@@ -122,6 +122,32 @@ def test_no_run_is_started_that_would_not_end_in_time(launcher, tmp_path: Path, 
     assert launcher("--resume", "--budget-s", "90")["unfinished"] == 2 and not Here.started
 
 
+def test_the_search_goes_on_beyond_an_end_and_resumes(tokens: Path, tmp_path: Path, monkeypatch) -> None:
+    """AdamW's best is the lowest of all that may be tried; FOAM's rates have their best inside after one more."""
+    scores = {("AdamW", rate): 100 + 1000 * rate for rate in (4e-3, 2e-3, 1e-3, 5e-4)}
+    scores |= {("FOAM, level 2", 2e-2): 60, ("FOAM, level 2", 1e-2): 70, ("FOAM, level 2", 4e-2): 65}
+    rates = {"AdamW": [4e-3, 2e-3], "FOAM, level 2": [2e-2, 1e-2]}
+    content = {**TINY, "widen": 2, "arms": [{**arm, "rates": rates[arm["name"]]} for arm in TINY["arms"]]}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    where = ["--study", str(tmp_path / "study.yaml"), "--tokens", str(tokens), "--out", str(tmp_path), "--resume"]
+    options, rest = pretrain_gpu.parse(where)
+    study = pretrain_gpu.Study(options, rest)
+    ran = []
+    while study.waiting:
+        job = study.waiting.pop(0)
+        job.record = {**job.identity, "key": job.key, "perplexity": scores[job.arm, job.rate], "wall_seconds": 1.0}
+        study.finished.append(job)
+        ran.append((job.arm, job.rate))
+        study.ended(job)
+    assert ran == [
+        *(("AdamW", 4e-3), ("FOAM, level 2", 2e-2), ("AdamW", 2e-3), ("FOAM, level 2", 1e-2)),
+        *(("AdamW", 1e-3), ("FOAM, level 2", 4e-2), ("AdamW", 5e-4)),
+    ]
+    assert len(study.report()["runs"]) == 7
+    again = pretrain_gpu.Study(options, rest)
+    assert not again.waiting and len(again.finished) == 7 and not again.others
+
+
 @pytest.mark.parametrize("said", ["CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "mha_graph.execute failed"])
 def test_a_run_that_found_no_memory_is_tried_once_more(launcher, monkeypatch, said: str) -> None:
     monkeypatch.setattr(train, "main", lambda words: sys.exit(said))
@@ -228,3 +254,26 @@ def test_the_tables_in_the_readme_are_those_of_the_results(tmp_path: Path) -> No
         pretrain_report.renewed((RECIPE / "README.md").read_text(), pretrain_report.section(content, "results"))
     )
     assert copy.read_text() == (RECIPE / "README.md").read_text()
+
+
+def test_the_readmes_perplexities_are_those_of_the_study() -> None:
+    content = json.loads((RECIPE / "results" / "study.json").read_text())
+    arms = {arm.name: arm for arm in pretrain_report.arms(content, "llama-60m")}
+    names = {
+        "`foam_muon`, `level=2,scale=1`": "FOAM-Muon, level 2",
+        "Muon": "Muon",
+        "GaLore, rank 128": "GaLore",
+        "`foam`, `level=2`": "FOAM, level 2",
+        "`foam_adam_mini`, `level=2`": "FOAM-Adam-mini, level 2",
+        "AdamW with FOAM's scale of 0.25 on its matrices": "AdamW, matrices at a quarter of the rate",
+        "APOLLO, rank 128": "APOLLO",
+        "`foam`, the default (`level=8`)": "FOAM, level 8",
+        "AdamW": "AdamW",
+        "`foam`, `second_moment=factored,scale=1`": "FOAM, level 8, factored, scale 1",
+    }
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("Training from scratch", 1)[1]
+    rows = [line.strip("| ").split(" | ") for line in text.split("\n\n")[1].splitlines()[2:]]
+    assert [name for name, _, _ in rows] == list(names)
+    for name, perplexity, share in rows:
+        arm = arms[names[name]]
+        assert perplexity == f"{arm.perplexity:.1f}" and share == f"{100 * arm.layers / arms['AdamW'].layers:.3g}%"

@@ -251,10 +251,10 @@ def test_a_study_goes_on_where_it_was_cut_off(finished, tmp_path: Path) -> None:
 
 
 def test_a_best_rate_at_an_end_is_searched_beyond_as_often_as_the_plan_says(tmp_path: Path) -> None:
-    assert quality.next_rate([1e-4, 2e-4, 4e-4], 4e-4) == 8e-4
-    assert quality.next_rate([4e-4, 2e-4, 1e-4], 1e-4) == 5e-5
-    assert quality.next_rate([2e-3, 6e-3, 2e-2], 2e-2) == 0.067
-    assert quality.next_rate([1e-4, 2e-4, 4e-4], 2e-4) is None and quality.next_rate([1e-4], 1e-4) is None
+    assert quality_plan.next_rate([1e-4, 2e-4, 4e-4], 4e-4) == 8e-4
+    assert quality_plan.next_rate([4e-4, 2e-4, 1e-4], 1e-4) == 5e-5
+    assert quality_plan.next_rate([2e-3, 6e-3, 2e-2], 2e-2) == 0.067
+    assert quality_plan.next_rate([1e-4, 2e-4, 4e-4], 2e-4) is None and quality.next_rate([1e-4], 1e-4) is None
     plan = {**TINY, "widen": 2, "arms": TINY["arms"][:1]}
     (tmp_path / "plan.yaml").write_text(dumped(plan))
     words = ["--plan", str(tmp_path / "plan.yaml"), "--runs", str(tmp_path / "runs.jsonl")]
@@ -508,6 +508,49 @@ def test_the_page_holds_what_the_committed_runs_say() -> None:
             assert quality_table.with_table(page, f"{path.stem} tuning", table) == page, path.name
     for path in sorted((BENCHMARKS / "results").glob("similarity-*.json")):
         assert update_similarity.markdown(json.loads(path.read_text(encoding="utf-8"))) in page, path.name
+
+
+def readme_rows(title: str) -> dict[str, list[str]]:
+    """First cell -> the others, of the README's first table behind `title`."""
+    text = (BENCHMARKS.parent.parent / "README.md").read_text(encoding="utf-8").split(title, 1)[1]
+    lines = text[text.index("| ---") :].split("\n\n", 1)[0].splitlines()[1:]
+    cells = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+    return {first: rest for first, *rest in cells}
+
+
+def test_the_readmes_quality_is_that_of_the_studies() -> None:
+    plan = quality_plan.read_plan(BENCHMARKS / "quality_main.yaml")
+    runs = quality_table.current(plan, quality_table.read_runs([BENCHMARKS / "results" / "quality_main.jsonl"]))
+    averages = quality_table.averages(plan, runs)
+    chats = json.loads((BENCHMARKS.parent / "instruct" / "results" / "smollm2-135m.json").read_text())["runs"]
+    arms = {  # of the README: of the GLUE study, of the chat study
+        "AdamW": ("AdamW", "AdamW, fp32"),
+        "`foam`, `second_moment=factored,scale=1`": (
+            "FOAM, factored, level 8, scale 1",
+            "FOAM, factored, scale 1, bf16",
+        ),
+        "`foam`, `second_moment=factored`": ("FOAM, factored, level 8, scale 0.25", "FOAM, factored, bf16"),
+        "`foam`, the default": ("FOAM, block, level 8, scale 0.25", "FOAM, block, bf16"),
+        "AdamW with FOAM's scale of 0.25 on its matrices": ("AdamW, folded weights at a quarter of the rate", None),
+        "Adafactor": ("Adafactor", None),
+        "8-bit AdamW": ("AdamW, 8 bit", "8-bit AdamW, bf16"),
+        "LoRA, AdamW": ("LoRA, rank 8, AdamW", "LoRA, AdamW"),
+        "Adam-mini": ("Adam-mini", None),
+        "APOLLO, rank 8": ("APOLLO, rank 8", None),
+        "GaLore, rank 8": ("GaLore, rank 8", None),
+    }
+    rows = readme_rows("**Quality.**")
+    assert rows.keys() == arms.keys()
+    for name, (glue, chat) in arms.items():
+        pair = quality_table.paired(averages[glue], averages["AdamW"])
+        assert pair is not None
+        said = "" if glue == "AdamW" else quality_table.shown(*pair[1:], 100, 1, "+")
+        losses = [
+            [run["after"]["eval_loss"] for run in chats if (run["dataset"], run["arm"]) == (dataset, chat)]
+            for dataset in ("gsm8k", "alpaca")
+        ]
+        means = ", ".join(f"{sum(found) / len(found):.3f}" for found in losses if found)
+        assert rows[name] == [said, means, quality_table._state(runs, glue)[1]], name
 
 
 def test_the_pages_commands_are_accepted_and_its_counts_true(capsys) -> None:

@@ -225,16 +225,6 @@ def test_table_of_options_is_that_of_optim_args_and_foam():
             assert default == str(defaults[key]).removeprefix("torch.")
 
 
-def test_quoted_scores_are_those_of_the_recipes_table():
-    recipe = (REPO / "recipes" / "glue" / "README.md").read_text(encoding="utf-8")
-    average = next(line for line in recipe.splitlines() if line.startswith("| average |"))
-    quoted = re.findall(r"^\| `(\w+)` \| (\d+\.\d\d ± \d+\.\d\d) \| (\d+\.\d\d MB) \|$", TEXT, re.MULTILINE)
-    assert [name for name, _, _ in quoted] == ["adamw_torch", "foam"]
-    for _, score, size in quoted:
-        assert f" {score} |" in average
-        assert f" {size} |" in recipe
-
-
 def test_versions_are_those_of_pyproject():
     project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lowest = {

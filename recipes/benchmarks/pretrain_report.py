@@ -21,7 +21,7 @@ from foam_hf.memory import format_bytes  # noqa: E402
 START, END = "<!-- tables: made by recipes/benchmarks/pretrain_report.py -->", "<!-- end of tables -->"
 NONE = "Not measured yet."
 PICTURES = {"tokens": "perplexity_tokens", "state": "perplexity_state"}
-OURS = ("#e08a1e", "#b8620c", "#f0b05c", "#8a4a08", "#d96b4a", "#a83c28", "#f28f6b")
+OURS = ("#e08a1e", "#b8620c", "#f0b05c", "#8a4a08", "#d96b4a", "#a83c28", "#f28f6b", "#c9a227")
 PEERS = ("#1f3b63", "#2a7f7f", "#7f97b8", "#777777", "#5aa9a9", "#44546a", "#a9b8cc", "#999966")
 
 
@@ -67,6 +67,10 @@ def arms(content: dict, model: str) -> list[Arm]:
     )
 
 
+def devices(found: list[Arm]) -> str:
+    return ", ".join(sorted({run["device"] for arm in found for run in arm.runs}))
+
+
 def models(content: dict) -> list[str]:
     return list(dict.fromkeys(run["model"] for run in content["runs"]))
 
@@ -87,15 +91,15 @@ def model_table(content: dict, model: str) -> str:
         ]
         for arm in found
     ]
-    run = content["runs"][0]
     parameters = next(run["parameters"] for run in content["runs"] if run["model"] == model)
     tokens = sorted({run["tokens"] for run in content["runs"] if run["model"] == model})
     counts = content["data"]["counts"]
     seeds = len({run["seed"] for run in content["runs"] if run["model"] == model})
     title = (
         f"**{model}**, {parameters / 1e6:.1f} M parameters, {' and '.join(f'{n / 1e6:.1f}' for n in tokens)} M "
-        f"tokens a run, {seeds} seed{'s' * (seeds != 1)}, on {run['device']}; {counts['train']['tokens'] / 1e6:.1f} M "
-        f"tokens of text, {content['data']['tokenizer']}; perplexity on held-out documents:"
+        f"tokens a run, {seeds} seed{'s' * (seeds != 1)}, on {devices(found)}; "
+        f"{counts['train']['tokens'] / 1e6:.1f} M tokens of text, {content['data']['tokenizer']}; "
+        "perplexity on held-out documents:"
     )
     return f"{title}\n\n{table(header, lines)}"
 
@@ -163,7 +167,7 @@ def draw(content: dict, folder: Path) -> list[Path]:
             axes.yaxis.set_major_formatter(ScalarFormatter())
             axes.yaxis.set_minor_formatter(ScalarFormatter())
             axes.grid(True, which="both", alpha=0.2)
-            axes.set_title(f"{model}, {found[0].best[0]['device']}" if found else model, fontsize=10)
+            axes.set_title(f"{model}, {devices(found)}" if found else model, fontsize=10)
             if kind == "tokens":
                 axes.set(xlabel="million tokens")
                 for arm in found:
