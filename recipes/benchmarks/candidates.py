@@ -1,7 +1,8 @@
 """Variants of FOAM's rules that are studied before any of them may enter the product: one readable class, float32.
 
 `quality.py` trains with them beside the product; `quality.md` says what was found. With no switch thrown, `Candidate`
-is `foam_hf.FOAM` (a test holds the two together). Matrices only; plain parameters get AdamW.
+is `foam_hf.FOAM` (a test holds the two together). Matrices only; plain parameters get AdamW. Parameters of one shape
+are updated together, as (count, rows, columns): many small operations are what a small model would wait for.
 
     G = g + R: block means (unfolded) and residual;  M: the bias-corrected first moment;  V: the second moment
     U = (M + weight * R + ...) / (sqrt(V) + eps)
@@ -69,18 +70,21 @@ class Candidate(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:
         loss = closure() if closure else None
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self.state[p]
-                    state["step"] = state.get("step", 0) + 1
-                    folds = _folds(p, group)
-                    U = self.folded_update(p.grad, state, group) if folds else adam_update(p.grad, state, group)
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(U, alpha=group["lr"] * (group["scale"] if p.dim() > 1 else 1.0))
+            for alike in _alike(group):
+                state, *_ = [self.state[p] for p in alike]  # the first's is that of all, the others' stay empty
+                state["step"] = state.get("step", 0) + 1
+                if state.setdefault("count", len(alike)) != len(alike):
+                    raise ValueError(f"{len(alike)} parameters of a shape have gradients; expected {state['count']}")
+                G = torch.stack([p.grad for p in alike])
+                update = self.folded_update if _folds(alike[0], group) else adam_update
+                U = update(G, state, group)
+                torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+                rate = group["lr"] * (group["scale"] if alike[0].dim() > 1 else 1.0)
+                torch._foreach_sub_(alike, list(U), alpha=rate)
         return loss
 
     def folded_update(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """U of one matrix, whose state moves on."""
+        """U of one matrix, or of many as (count, rows, columns), whose state moves on."""
         (b1, b2), t, n, level, first = group["betas"], state["step"], G.shape[-1], group["level"], self.first(group)
         c1, c2 = 1 - b1**t, 1 - b2**t
         factored = group["second_moment"] == "factored"
@@ -90,9 +94,9 @@ class Candidate(torch.optim.Optimizer):
         folded_m = state["folded_exp_avg"] / c1 if self.keeps_first() else folded_g
         M, R = unfold(folded_m, first, n), G - unfold(folded_g, first, n)
         if self.switches["two_way"]:
-            rows = G.shape[0]
-            M = M + unfold(state["column_exp_avg"], level, rows).T / c1
-            R = R - unfold(fold(R.T, level), level, rows).T
+            rows = G.shape[-2]
+            M = M + unfold(state["column_exp_avg"], level, rows).mT / c1
+            R = R - unfold(fold(R.mT, level), level, rows).mT
 
         rho = group["residual_scale"] * self.weight(folded_m, R, state, c2)
         corrected = self.switches["residual_in_correction"]
@@ -124,14 +128,14 @@ class Candidate(torch.optim.Optimizer):
             average(state, "folded_exp_avg", folded_g, b1)
         if self.switches["two_way"]:
             R = G - unfold(folded_g, first, G.shape[-1])
-            average(state, "column_exp_avg", fold(R.T, level), b1)
+            average(state, "column_exp_avg", fold(R.mT, level), b1)
         if group["second_moment"] == "factored":
-            average(state, "row_exp_avg_sq", squares.mean(1), b2)
-            average(state, "col_exp_avg_sq", squares.mean(0), b2)
+            average(state, "row_exp_avg_sq", squares.mean(-1), b2)
+            average(state, "col_exp_avg_sq", squares.mean(-2), b2)
         else:
             average(state, "folded_exp_avg_sq", fold(squares, level), b2)
         if self.switches["agreement"] is not None:
-            average(state, "mean_square", folded_g.square().mean(), b2)
+            average(state, "mean_square", mean_of(folded_g.square()), b2)
 
     def weight(self, m: Tensor, R: Tensor, state: dict[str, Any], c2: float) -> Tensor | float:
         """What multiplies residual_scale, from the corrected folded moment, the residual and the state."""
@@ -140,12 +144,12 @@ class Candidate(torch.optim.Optimizer):
         if (power := self.switches["agreement"]) is not None:
             # Gradients that agree over the steps have m as large as g; noise leaves sqrt((1 - b1) / (1 + b1)) of it.
             square = state["mean_square"] / c2
-            weight = weight * (m.square().mean() / square.clamp_min(tiny)).clamp(max=1.0) ** (power / 2)
+            weight = weight * (mean_of(m.square()) / square.clamp_min(tiny)).clamp(max=1.0) ** (power / 2)
         if (start := self.switches["residual_start"]) is not None:
             done = min(1.0, state["step"] / self.switches["total_steps"])
             weight = weight * (start + (1 - start) * done)
         if (limit := self.switches["residual_limit"]) is not None:
-            rms_m, rms_r = m.square().mean().sqrt(), R.square().mean().sqrt()
+            rms_m, rms_r = mean_of(m.square()).sqrt(), mean_of(R.square()).sqrt()
             weight = weight * (limit * rms_m / rms_r.clamp_min(tiny)).clamp(max=1.0)
         return weight
 
@@ -154,10 +158,25 @@ def _folds(p: Tensor, group: dict[str, Any]) -> bool:
     return p.dim() > 1 and not (group["level"] == 0 and group["second_moment"] == "block")
 
 
+def _alike(group: dict[str, Any]) -> list[list[Tensor]]:
+    """The parameters that have a gradient, those of one shape together."""
+    found: dict[torch.Size, list[Tensor]] = {}
+    for p in group["params"]:
+        if p.grad is not None:
+            found.setdefault(p.shape, []).append(p)
+    return list(found.values())
+
+
 def average(state: dict[str, Any], name: str, new: Tensor, beta: float) -> Tensor:
     """The running average `name`, started at zero, with `new` in it."""
-    old = state.setdefault(name, torch.zeros_like(new))
-    return old.lerp_(new, 1 - beta)
+    if name not in state:
+        state[name] = torch.zeros_like(new)
+    return state[name].lerp_(new, 1 - beta)
+
+
+def mean_of(x: Tensor) -> Tensor:
+    """The mean over each matrix of (..., rows, columns), as (..., 1, 1)."""
+    return x.mean((-2, -1), keepdim=True)
 
 
 def factored_moment(G: Tensor, state: dict[str, Any]) -> Tensor:
@@ -165,7 +184,8 @@ def factored_moment(G: Tensor, state: dict[str, Any]) -> Tensor:
     if "row_exp_avg_sq" not in state:
         return torch.zeros_like(G)
     r, c = state["row_exp_avg_sq"], state["col_exp_avg_sq"]
-    return torch.outer(r / r.mean().clamp_min(torch.finfo(torch.float32).tiny), c)
+    r = r / r.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return r.unsqueeze(-1) * c.unsqueeze(-2)
 
 
 def adam_update(G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
