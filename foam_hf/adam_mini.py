@@ -95,7 +95,6 @@ def rows_of_blocks(model: nn.Module, names: Iterable[str], config: Any) -> dict[
     owners = {
         id(p): (name, module) for name, module in model.named_modules() for p in module.parameters(recurse=False)
     }
-    heads = _head_sizes(config)
     found: dict[str, int | None] = {}
     by_row: dict[str, list[str]] = {}
     for name in names:
@@ -107,7 +106,8 @@ def rows_of_blocks(model: nn.Module, names: Iterable[str], config: Any) -> dict[
         elif isinstance(module, nn.modules.conv._ConvNd):
             found[name] = p[0].numel() // p.shape[-1]
         elif last in _QUERIES_AND_KEYS and isinstance(module, nn.Linear):
-            size = next((size for size in heads if p.shape[0] % size == 0), None)
+            nearest = _nearest_config(model, module_name, config)
+            size = next((size for size in _head_sizes(nearest) if p.shape[0] % size == 0), None)
             found[name] = size or 1
             if size is None:
                 by_row.setdefault(f"the config tells no head size that divides {p.shape[0]} rows", []).append(name)
@@ -120,6 +120,14 @@ def rows_of_blocks(model: nn.Module, names: Iterable[str], config: Any) -> dict[
     for reason, members in by_row.items():
         logger.info("adam_mini: one second moment a row for %d weights, as %s: %s", len(members), reason, members[0])
     return found
+
+
+def _nearest_config(model: nn.Module, module_name: str, config: Any) -> Any:
+    """The config of the innermost part of `model` around a module that has its own, as a vision tower has."""
+    parts = module_name.split(".")
+    around = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts), 0, -1))
+    found = (getattr(module, "config", None) for module in around)
+    return next((inner for inner in found if inner is not None and _head_sizes(inner)), config)
 
 
 def _head_sizes(config: Any) -> list[int]:

@@ -27,7 +27,7 @@ SHARD_BYTES = 5 * 10**9
 _CHAT_TEMPLATES = "additional_chat_templates"
 # What a training folder holds beside a model, and other weights of the same one.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
-_NOT_COPIED_NAMES = ("trainer_state.json", "config.json")
+_NOT_COPIED_NAMES = ("trainer_state.json", "config.json", "foam_checkpoint.json")
 _DTYPE_NAMES = {"I8": "int8", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64", "U8": "uint8"}
 
 
@@ -192,7 +192,10 @@ def _int8_config(source: Path) -> dict[str, Any]:
 def _weight_files(source: Path) -> list[Path]:
     index = source / _INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index} is damaged; expected JSON with a weight_map of tensors to files") from None
         return [source / name for name in names]
     if not (source / _SINGLE).is_file():
         raise ValueError(f"{source} holds neither {_SINGLE} nor {_INDEX}; expected one of them")
@@ -231,7 +234,10 @@ def _write_shards(sizes: Mapping[str, int], tensor: Callable[[str], Tensor], fol
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file({name: tensor(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        try:
+            save_file({name: tensor(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # how it says that a disk is full
+            raise OSError(f"{file}: {error}") from error
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

@@ -212,9 +212,16 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> int:
 
 
 def check_files(plan: Int8Plan, checkpoint_files: list[str], block_size: int) -> None:
-    """Raise ValueError if the safetensors files do not hold sound codes and scales of every weight of `plan`."""
-    held = TensorFiles(checkpoint_files).int8_weights(block_size)
-    ends = {end for name in held for end in _ends(name)}
+    """Raise ValueError if the safetensors files do not hold sound codes and scales of every weight of `plan`.
+
+    What they hold as a plain weight, as a head whose vocabulary was resized, leaves the plan.
+    """
+    files = TensorFiles(checkpoint_files)
+    held = files.int8_weights(block_size)
+    ends, plain = ({end for name in some for end in _ends(name)} for some in (held, files.kinds))
+    for name in [name for name in plan.blocks if ends.isdisjoint(_ends(name)) and not plain.isdisjoint(_ends(name))]:
+        logger.warning(f"INT8: {name} is no INT8 weight in the checkpoint, and stays as it is there")
+        del plan.blocks[name]
     missing = [name for name in plan.blocks if ends.isdisjoint(_ends(name))]
     if missing and len(held) < len(plan.blocks):  # else transformers renames what it loads
         raise ValueError(

@@ -200,8 +200,13 @@ class Int8Quantizer(HfQuantizer):
     def get_quantize_ops(self) -> Any:
         return _quantize_operation()(self.plan)
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """`model.dequantize()`: each weight in the dtype that it shows, or all in `dtype`.
+
+        The config's dtype, which transformers would take, is not the weights' after `model.to(...)`.
+        """
         dequantize_(model, dtype)
+        self.remove_quantization_config(model)
         return model
 
 

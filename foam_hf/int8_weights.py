@@ -128,6 +128,15 @@ class Int8Weight(Tensor):
         where = str(self.device), self.requires_grad
         return repr((__version__, tuple(self.shape), self.dtype, self.block_size, *where))
 
+    def share_memory_(self) -> Int8Weight:
+        """As in torch, of codes and scales."""
+        self.codes.share_memory_()
+        self.scales.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return self.codes.is_shared() and self.scales.is_shared()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         hidden = {key: value for key, value in self.__dict__.items() if key not in ("codes", "scales")}
         return _rebuild, (self.codes, self.scales, self.dtype, self.requires_grad, hidden)

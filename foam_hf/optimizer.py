@@ -292,12 +292,18 @@ class FOAM(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint. Hyperparameters come from it, as in torch; state keeps the dtypes it was saved in.
 
+        ``nonfinite`` is no hyperparameter of a checkpoint: it stays what it is here, so that a run that was stopped by
+        a gradient can go on and skip it.
+
         Raises:
             ValueError: it was written by another optimizer, for another level or rule, or for parameters of other
                 shapes; nothing is changed then.
         """
         saved_states = check_checkpoint(state_dict, self.param_groups)
-        state_dict = {**state_dict, "param_groups": [with_dtype(group) for group in state_dict["param_groups"]]}
+        groups = [with_dtype(group) for group in state_dict["param_groups"]]
+        for mine, group in zip(self.param_groups, groups, strict=True):
+            group["nonfinite"] = mine["nonfinite"]
+        state_dict = {**state_dict, "param_groups": groups}
         replaced = {
             f"{name}={mine[name]} by {saved[name]}"
             for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)

@@ -157,11 +157,12 @@ def foam_parameter_names(
 
 
 def _convolutions(model: nn.Module) -> set[str]:
-    """Names of the weights of convolutions."""
+    """Names of the parameters of convolutions, those of parametrized weights too."""
     return {
-        f"{name}.weight".lstrip(".")
+        f"{name}.{own}".lstrip(".")
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.conv._ConvNd)
+        for own, _ in module.named_parameters()
     }
 
 

@@ -21,7 +21,6 @@ import logging
 import os
 import re
 import shutil
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,23 +28,17 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from foam_hf.checkpoint_files import Damaged, Unfinished, check_without_manifest
+
 logger = logging.getLogger("foam_hf")
 
 MANIFEST = "foam_checkpoint.json"
 PIECE = 1 << 26  # bytes of a file under one checksum: the pieces are read in parallel
 _READ = 1 << 20
 _WRITING: dict[str, Any] = {"version": 1, "complete": False}
-_STATE = "trainer_state.json"  # what Trainer writes last
+_SENTINEL = "checkpoint-is-incomplete.txt"  # of `enable_jit_checkpoint`, removed once the manifest is written
 
 _running: ContextVar[_Save | None] = ContextVar("foam_hf_save", default=None)
-
-
-class _Unfinished(Exception):
-    """A checkpoint whose save did not come to its end: nothing is wrong with the disk."""
-
-
-class _Damaged(Exception):
-    """A checkpoint that is not what was saved."""
 
 
 # saving
@@ -68,7 +61,7 @@ def saving(original: Callable[..., Any], is_ours: Callable[[Any], bool]) -> Call
             result = original(self, model, trial, *args, **kwargs)
             save.finish()
         except Exception as error:
-            if _is_of_the_disk(error):
+            if _is_of_the_disk(error) and not save.is_whole:  # else it is of an upload, or an old one's deletion
                 raise OSError(save.failure(error)) from error
             raise
         finally:
@@ -98,7 +91,7 @@ class _Save:
 
     def __init__(self, trainer: Any, folder: Path) -> None:
         self.trainer, self.folder = trainer, folder
-        self._finished = False
+        self._finished = self.is_whole = False
 
     def begin(self) -> None:
         if self.trainer.args.should_save:
@@ -121,6 +114,7 @@ class _Save:
             found = {path.relative_to(self.folder).as_posix(): sums for path, sums in _checksums(files).items()}
             _write_manifest(self.folder, {"version": 1, "complete": True, "piece": PIECE, "files": found})
             _to_disk(self.folder.parent)
+        self.is_whole = True
 
     def delete_unfinished(self) -> None:
         """Trainer would keep one that was never finished, and delete a whole one for it."""
@@ -148,7 +142,8 @@ def _is_of_the_disk(error: Exception) -> bool:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(MANIFEST))
+    kept = (path for path in folder.rglob("*") if path.is_file() and path.name != _SENTINEL)
+    return (path for path in kept if not path.name.startswith(MANIFEST))
 
 
 def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
@@ -228,6 +223,35 @@ def loading_best(original: Callable[..., Any], is_ours: Callable[[Any], bool]) -
     return _load_best_model
 
 
+def refusing_missing_weights(original: Callable[..., Any], is_ours: Callable[[Any], bool]) -> Callable[..., Any]:
+    """`Trainer._issue_warnings_after_load`, which only warns about weights that a checkpoint did not bring."""
+
+    @functools.wraps(original)
+    def _issue_warnings_after_load(self: Any, load_result: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_ours(self.args):
+            refuse_missing(self.model, load_result.missing_keys)
+        return original(self, load_result, *args, **kwargs)
+
+    return _issue_warnings_after_load
+
+
+def refuse_missing(model: Any, missing: list[str]) -> None:
+    """Raise ValueError if a trained weight is under no name in what was loaded."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):  # tied ones have several
+        if p.requires_grad:
+            names.setdefault(id(p), []).append(name)
+    absent = [known[0] for known in names.values() if set(known) <= set(missing)]
+    if absent:
+        raise ValueError(
+            f"the checkpoint brought no values for {len(absent)} of {len(names)} trained weights of "
+            f"{type(model).__name__}, {absent[0]} the first: it is of another model, or transformers saves this one "
+            "under other names, which from_pretrained reads and Trainer does not (Mixtral's experts). Expected a "
+            "checkpoint with all trained weights, or training without resume_from_checkpoint and "
+            "load_best_model_at_end"
+        )
+
+
 def _agreed(trainer: Any, decide: Callable[[], str | None]) -> str | None:
     """What `decide` says in the main process, in all of them; also its ValueError."""
     outcome: list[Any] = [None, None]
@@ -253,10 +277,10 @@ def _choose(output: Path) -> str | None:
     for folder in folders:
         try:
             _check(folder)
-        except _Unfinished as problem:
+        except Unfinished as problem:
             passed.append(f"{folder.name} ({problem})")
             continue
-        except _Damaged as problem:
+        except Damaged as problem:
             raise ValueError(_refusal(folder, problem)) from None
         if passed:
             logger.warning(f"training resumes from {folder}, as newer checkpoints are incomplete: {', '.join(passed)}")
@@ -273,7 +297,7 @@ def _whole(folder: Path) -> str:
     if folder.is_dir():  # otherwise Trainer says what is missing
         try:
             _check(folder)
-        except (_Unfinished, _Damaged) as problem:
+        except (Unfinished, Damaged) as problem:
             raise ValueError(_refusal(folder, problem)) from None
     return str(folder)
 
@@ -288,7 +312,7 @@ def _instead(folder: Path) -> str:
         if other != folder:
             try:
                 _check(other)
-            except (_Unfinished, _Damaged):
+            except (Unfinished, Damaged):
                 continue
             return f"; the newest complete checkpoint beside it is {other}"
     return "; no other checkpoint there is complete"
@@ -311,90 +335,31 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise _Damaged(f"{MANIFEST} is damaged") from None
+        raise Damaged(f"{MANIFEST} is damaged") from None
     return content
 
 
 def _check(folder: Path) -> None:
-    """Raise _Unfinished or _Damaged if a checkpoint is not what was saved."""
+    """Raise Unfinished or Damaged if a checkpoint is not what was saved."""
     manifest = _read_manifest(folder)
     if manifest is None:
-        _check_without_manifest(folder)
+        check_without_manifest(folder)
         return
     if manifest == _WRITING:
-        raise _Unfinished("its save did not finish")
-    told = manifest["files"]
+        raise Unfinished("its save did not finish")
+    told = {name: sums for name, sums in manifest["files"].items() if name != _SENTINEL}  # of earlier versions
     for name, sums in told.items():
         path = folder / name
         if not path.is_file():
-            raise _Damaged(f"{name} is missing (if that is meant, delete {MANIFEST} too)")
+            raise Damaged(f"{name} is missing (if that is meant, delete {MANIFEST} too)")
         if path.stat().st_size != sums["bytes"]:
-            raise _Damaged(f"{name} has {path.stat().st_size} bytes, it was saved with {sums['bytes']}")
+            raise Damaged(f"{name} has {path.stat().st_size} bytes, it was saved with {sums['bytes']}")
     if manifest["piece"] != PIECE:
-        raise _Damaged(f"{MANIFEST} has checksums of {manifest['piece']} bytes each; expected {PIECE}")
+        raise Damaged(f"{MANIFEST} has checksums of {manifest['piece']} bytes each; expected {PIECE}")
     found = _checksums([folder / name for name in told])
     for name, sums in told.items():
         if found[folder / name] != sums:
-            raise _Damaged(f"{name} has other contents than were saved")
-
-
-# checkpoints without a manifest
-
-
-def _check_without_manifest(folder: Path) -> None:
-    """What the files say of themselves: JSON that ends, safetensors of the right length, zip files with their CRCs."""
-    names = {path.name for path in folder.iterdir()}
-    if _STATE not in names:
-        raise _Unfinished(f"it has no {_STATE}, which is written last")
-    try:
-        json.loads((folder / _STATE).read_bytes())
-    except ValueError:
-        raise _Unfinished(f"{_STATE} is cut off or damaged") from None
-    for present, missing in (("optimizer.pt", "scheduler.pt"), ("scheduler.pt", "optimizer.pt")):
-        if present in names and missing not in names and not any("optimizer" in name for name in names - {present}):
-            raise _Damaged(f"it has {present} but no {missing}, and Trainer would leave out both")
-    for index in folder.glob("*.index.json"):
-        for name in set(_json(index).get("weight_map", {}).values()) - names:
-            raise _Damaged(f"{name} is missing, of which {index.name} tells")
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors":
-            _check_safetensors(path)
-        elif path.suffix in (".pt", ".pth") or path.name == "training_args.bin":
-            _check_zip(path)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError:
-        raise _Damaged(f"{path.name} is cut off or damaged") from None
-    if not isinstance(content, dict):
-        raise _Damaged(f"{path.name} is no JSON object")
-    return content
-
-
-def _check_safetensors(path: Path) -> None:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        content = file.read(length) if length <= size else b""
-    try:
-        header = json.loads(content)
-        data = max((told["data_offsets"][1] for name, told in header.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise _Damaged(f"{path.name} is cut off or damaged: it has no readable header") from None
-    if 8 + length + data != size:
-        raise _Damaged(f"{path.name} has {size} bytes, and its header tells of {8 + length + data}")
-
-
-def _check_zip(path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, zlib.error, OSError) as error:
-        raise _Damaged(f"{path.name} is cut off or damaged: {error}") from None
-    if bad is not None:
-        raise _Damaged(f"{path.name} is damaged: {bad} in it has another CRC than was saved")
+            raise Damaged(f"{name} has other contents than were saved")
 
 
 def foam_of(trainer: Any) -> Any:

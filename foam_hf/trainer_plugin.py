@@ -14,7 +14,8 @@ What this file relies on, in transformers 4.57 to 5.x, and what it is for:
   know of FSDP is in `trainer_fsdp`.
 * `Trainer._save_checkpoint` and what it calls last, `Trainer._load_best_model`: wrapped for whole checkpoints, see
   `trainer_checkpoints`. `Trainer.train`'s first argument is `resume_from_checkpoint`.
-* `Trainer._load_from_checkpoint`: wrapped where it is, so that INT8 checkpoints meet models that hold the same.
+* `Trainer._load_from_checkpoint`: wrapped where it is, so that INT8 checkpoints meet models that hold the same, and
+  `Trainer._issue_warnings_after_load`, so that no trained weight is left as it was.
 * `transformers.modelcard.extract_hyperparameters_from_trainer`: wrapped, so that model cards name the optimizer.
 
 If something that is to be wrapped moves, importing transformers raises an ImportError that names it.
@@ -131,6 +132,9 @@ def register_trainer(trainer_module: types.ModuleType) -> None:
         _wrap(trainer_class, "_load_from_checkpoint", refusing_other_checkpoints)
     _wrap(trainer_class, "_save_checkpoint", functools.partial(trainer_checkpoints.saving, is_ours=_is_ours))
     _wrap(trainer_class, "_load_best_model", functools.partial(trainer_checkpoints.loading_best, is_ours=_is_ours))
+    if hasattr(trainer_class, "_issue_warnings_after_load"):
+        refusing = functools.partial(trainer_checkpoints.refusing_missing_weights, is_ours=_is_ours)
+        _wrap(trainer_class, "_issue_warnings_after_load", refusing)
     _wrap(trainer_class, "_push_from_checkpoint", trainer_checkpoints.finishing)
     rotates = trainer_class if hasattr(trainer_class, "_rotate_checkpoints") else trainer_module  # 4.x, 5.x
     name = "_rotate_checkpoints" if rotates is trainer_class else "rotate_checkpoints"
@@ -216,7 +220,7 @@ def _binding_train(original: Callable[..., Any]) -> Callable[..., Any]:
         _bind_memory_callbacks(self)
         token = _trainer.set(self)
         try:
-            with _gradient_release(self), _naming_parameters(self.model):
+            with _gradient_release(self), _naming_parameters(self):
                 result = original(self, *args, **kwargs)
                 if (optimizer := trainer_checkpoints.foam_of(self)) is not None:
                     optimizer.check_gradients()  # of the last step
@@ -228,23 +232,24 @@ def _binding_train(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _naming_parameters(model: Any) -> Iterator[None]:
-    """An optimizer knows its parameters by number alone."""
+def _naming_parameters(trainer: Any) -> Iterator[None]:
+    """An optimizer knows its parameters by number alone; the model may be made when training begins."""
     from foam_hf.nonfinite import NonfiniteGradientError
 
     try:
         yield
     except NonfiniteGradientError as error:
-        error.name(model)
+        error.name(trainer.model)
         raise
 
 
 def _gradient_release(trainer: Any) -> AbstractContextManager[None]:
-    if not _releases_gradients(trainer.args):
+    searches = _is_ours(trainer.args) and getattr(trainer, "hp_search_backend", None) is not None
+    if not (searches or _releases_gradients(trainer.args)):  # a search sets a trial's arguments when training begins
         return nullcontext()
     from foam_hf.trainer_release import released
 
-    return released(trainer)
+    return released(trainer, _releases_gradients)
 
 
 def _bind_memory_callbacks(trainer: Any) -> None:

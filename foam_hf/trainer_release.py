@@ -8,7 +8,7 @@ Trainer clips and measures gradients with `trainer.accelerator.clip_grad_norm_`,
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,8 @@ def refuse_arguments(args: Any) -> None:
 def _refuse_run(trainer: Any) -> None:
     """The same for what only the trainer knows."""
     refuse_arguments(trainer.args)
-    refuse_distributed(trainer.model)
+    if trainer.model is not None:  # between the trials of a hyperparameter search there is none
+        refuse_distributed(trainer.model)
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"gradient_release=true trains on one GPU: got {trainer.args.n_gpu}, which DataParallel would share; "
@@ -53,14 +54,25 @@ def _refuse_run(trainer: Any) -> None:
 
 
 @contextmanager
-def released(trainer: Any) -> Iterator[None]:
-    """Release gradients as soon as training begins, and not after this context.
+def released(trainer: Any, asked: Callable[[Any], bool]) -> Iterator[None]:
+    """Release gradients as soon as training begins, if the arguments then are `asked`, and not after this context.
 
     Raises:
         ValueError: the run needs gradients to outlive the backward pass.
     """
-    _refuse_run(trainer)
-    args = trainer.args
+    if asked(trainer.args):
+        _refuse_run(trainer)
+    callback = _Release(trainer, asked)
+    trainer.add_callback(callback)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(callback)
+        callback.remove()
+
+
+def _warn(args: Any) -> None:
+    """Say what releasing gradients changes."""
     if args.should_log and args.max_grad_norm:
         logger.warning(
             f"gradient_release=true: max_grad_norm={args.max_grad_norm} bounds the norm of each weight's gradient on "
@@ -72,27 +84,25 @@ def released(trainer: Any) -> Iterator[None]:
             "gradient_release=true: a model compiled as a whole (torch_compile=True) returns all gradients at once, "
             "so less memory is saved, or none"
         )
-    callback = _Release(trainer)
-    trainer.add_callback(callback)
-    trainer.accelerator.clip_grad_norm_ = callback.grad_norm
-    try:
-        yield
-    finally:
-        del trainer.accelerator.clip_grad_norm_
-        trainer.remove_callback(callback)
-        callback.remove()
 
 
 class _Release(TrainerCallback):
     """Registers the hooks, again where `auto_find_batch_size` begins anew."""
 
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: Any, asked: Callable[[Any], bool]) -> None:
+        self._trainer, self._asked = trainer, asked
         self._handle: GradientRelease | None = None
+        self._accelerator: Any = None  # whose clip_grad_norm_ is ours
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.remove()
         trainer = self._trainer
+        if not self._asked(trainer.args):
+            return
+        _refuse_run(trainer)
+        _warn(trainer.args)
+        self._accelerator = trainer.accelerator  # a hyperparameter search has made a new one by now
+        self._accelerator.clip_grad_norm_ = self.grad_norm
         self._handle = enable_gradient_release(
             trainer.model, trainer.optimizer, max_grad_norm=trainer.args.max_grad_norm
         )
@@ -103,6 +113,9 @@ class _Release(TrainerCallback):
 
     def remove(self) -> None:
         handle, self._handle = self._handle, None
+        accelerator, self._accelerator = self._accelerator, None
+        if accelerator is not None:
+            del accelerator.clip_grad_norm_
         if handle is None:
             return
         if handle.unfinished:

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import foam_hf.update
 from foam_hf import FOAM, foam_param_groups
@@ -129,6 +130,15 @@ def test_a_head_size_of_the_config_goes_before_hidden_size_over_heads():
     found = blocks(tiny_models.tiny_llama(head_dim=16))
     assert found["model.layers.0.self_attn.q_proj.weight"] == (16, True)
     assert found["model.layers.0.self_attn.k_proj.weight"] == (16, True)
+
+
+def test_each_part_of_a_model_has_the_heads_of_its_own_config():
+    vision = CLIPVisionConfig(hidden_size=32, num_attention_heads=8, num_hidden_layers=1, intermediate_size=32)
+    text = LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=32, vocab_size=64)
+    config = LlavaConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_index=3)
+    found = blocks(LlavaForConditionalGeneration(config))
+    sizes = {name: size for name, (size, _) in found.items() if name.endswith("q_proj.weight")}
+    assert sorted(sizes.values()) == [4, 16] and all((size == 4) == ("vision" in name) for name, size in sizes.items())
 
 
 def test_blocks_of_encoders_and_their_biases():

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -125,6 +126,28 @@ def test_an_export_that_fails_half_way_leaves_nothing(
     code, out, err = run(capsys, checkpoint, tmp_path / "plain")
     assert (code, err) == (1, f"foam-hf export: cannot write {tmp_path / 'plain'}: No space left on device\n")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_full_disk_in_the_words_of_safetensors(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("I/O error: File too large")
+
+    monkeypatch.setattr(int8_checkpoint, "save_file", full)
+    code, _, err = run(capsys, checkpoint, tmp_path / "plain")
+    assert code == 1 and err.endswith("plain: model.safetensors: I/O error: File too large\n")
+
+
+def test_a_training_checkpoint_is_exported_without_its_manifest_and_a_damaged_index_is_named(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkpoint / "foam_checkpoint.json").write_text("{}")
+    assert run(capsys, checkpoint, tmp_path / "plain")[0] == 0
+    assert not (tmp_path / "plain/foam_checkpoint.json").exists()
+    (checkpoint / "model.safetensors.index.json").write_text("{}")
+    code, _, err = run(capsys, checkpoint, tmp_path / "other")
+    assert code == 1 and "model.safetensors.index.json is damaged; expected JSON with a weight_map" in err
 
 
 def test_what_cannot_be_exported_is_named(

@@ -177,6 +177,30 @@ def test_an_lm_head_is_int8_on_request_unless_it_is_the_embedding(
     assert "the LM head of Qwen2ForCausalLM is its embedding" in caplog.text
 
 
+def test_a_head_that_was_resized_is_plain_in_the_checkpoint_and_when_it_is_loaded(
+    plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(plain, head=True)
+    model.resize_token_embeddings(72)
+    assert len(int8_names(model)) == 14
+    model.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, "foam_hf"):
+        assert_same_bits(bits(load(tmp_path, head=True)), bits(model))
+    assert "lm_head.weight is no INT8 weight in the checkpoint" in caplog.text
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Int8Config(dequantize=True))
+    assert not int8_names(loaded) and torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_weights_are_dequantized_to_the_dtype_that_they_show(plain: Path, tmp_path: Path) -> None:
+    model = load(plain)
+    model.save_pretrained(tmp_path)  # the config's dtype is a name from now on
+    model.to(torch.bfloat16)
+    model.dequantize()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not int8_names(model)
+    model(torch.tensor([[1, 2, 3]]))
+    assert {p.dtype for p in load(plain).dequantize(torch.float16).parameters()} >= {torch.float16}
+
+
 def test_named_modules_stay(plain: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "foam_hf"):
         names = int8_names(load(plain, modules_to_not_convert=["down_proj", r"model\.layers\.1\..*", "no_such"]))

@@ -293,6 +293,15 @@ def test_copies_and_files_keep_every_bit(trip):
     assert other.weight.grad is not None
 
 
+def test_memory_is_shared_between_processes():
+    layer = int8_linear()
+    assert not layer.weight.is_shared()
+    expected = layer.weight.dequantize()
+    layer.share_memory()
+    assert layer.weight.is_shared() and layer.weight.codes.is_shared() and layer.weight.scales.is_shared()
+    assert torch.equal(layer.weight.dequantize(), expected)
+
+
 def test_a_module_moves_and_changes_dtype_with_its_codes():
     layer = int8_linear()
     codes, scales = layer.weight.codes.clone(), layer.weight.scales.clone()

@@ -163,6 +163,13 @@ def test_convolutions_are_no_matrices():
     assert len([p for group in foam_param_groups(net) if "level" not in group for p in group["params"]]) == 3
 
 
+def test_a_parametrized_convolution_is_no_matrix_either():
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 8, 3)), nn.Linear(8, 8))
+    groups = foam_param_groups(net, second_moment="muon")
+    folded = [p for group in groups if group["second_moment"] == "muon" for p in group["params"]]
+    assert [p is net[1].weight for p in folded] == [True]
+
+
 def test_momentum_belongs_to_muon():
     p = nn.Parameter(torch.zeros(4, 4))
     with pytest.raises(ValueError, match=r"momentum=0.9; expected betas, for the other rules"):

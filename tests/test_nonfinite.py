@@ -16,6 +16,7 @@ from foam_hf.int8_weights import Int8Weight
 from foam_hf.nonfinite import NonfiniteGradientError
 from tests.reference import Reference
 from tests.test_trainer_runs import make_trainer
+from tests.tiny_models import tiny_roberta
 from tests.tolerances import assert_within
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -228,6 +229,25 @@ def test_a_trainer_stops_with_the_weights_name_before_it_saves(tmp_path: Path) -
     with pytest.raises(FloatingPointError, match=r"step 3: .*in the model: roberta\."):
         trainer.train()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_run_that_stopped_goes_on_from_its_checkpoint_and_skips(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "trainer_class": Poison}
+    with pytest.raises(FloatingPointError, match="step 3"):
+        make_trainer(tmp_path, **settings).train()
+    trainer = make_trainer(tmp_path, optim_args="level=3,nonfinite=skip", **settings)
+    trainer.calls = 2
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4 and trainer.optimizer.param_groups[0]["nonfinite"] == "skip"
+    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+
+
+def test_the_weights_of_a_model_that_training_makes_are_named(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, trainer_class=Poison, max_steps=3)
+    trainer.model_init, first = (lambda: tiny_roberta()), trainer.model
+    with pytest.raises(FloatingPointError, match=r"step 3: .*in the model: roberta\."):
+        trainer.train()
+    assert trainer.model is not first
 
 
 def test_a_trainer_leaves_out_a_whole_step_that_clipping_made_nan(tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 from foam_hf import trainer_checkpoints
 from foam_hf.trainer_checkpoints import MANIFEST
 from tests.test_trainer_runs import assert_same_bits, make_trainer, weights
+from tests.tiny_models import tiny_qwen2, tiny_roberta
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
@@ -165,3 +167,58 @@ def test_killed_processes_go_on_exactly(tmp_path: Path) -> None:
     main = runpy.run_path(str(script))["main"]
     found = main(["--kills", "2", "--parts", "kills", "--results", str(tmp_path / "faults.json")])["kills"]
     assert found["trials"] == 2 == found.get("exact", 0) + found.get("refused", 0)
+
+
+class OnDemand(Trainer):
+    """Marks a checkpoint while it is written, as enable_jit_checkpoint does."""
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoint-is-incomplete.txt").write_text("being written")
+        super()._save_checkpoint(*args, **kwargs)
+        (folder / "checkpoint-is-incomplete.txt").unlink()
+
+
+def test_a_mark_of_transformers_that_goes_again_is_no_file_of_a_checkpoint(whole, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    make_trainer(tmp_path, trainer_class=OnDemand, **SAVING).train()
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    manifest = tmp_path / "checkpoint-4" / MANIFEST
+    assert_same_bits(resume(tmp_path), whole[1])
+    content = json.loads(manifest.read_text())  # of a version that took it for one
+    content["files"]["checkpoint-is-incomplete.txt"] = {"bytes": 13, "crc32": [1]}
+    manifest.write_text(json.dumps(content))
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    assert_same_bits(resume(tmp_path), whole[1])
+
+
+def test_an_upload_that_fails_is_not_taken_for_a_failed_save(monkeypatch, run: Path, whole) -> None:
+    def unreachable(self: Any, *args: Any) -> None:
+        raise ConnectionError("the hub is unreachable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_push_from_checkpoint", trainer_checkpoints.finishing(unreachable))
+        trainer = make_trainer(run, **SAVING)
+        trainer.args.push_to_hub = True
+        with pytest.raises(ConnectionError, match="^the hub is unreachable$"):
+            trainer.train(resume_from_checkpoint=True)
+    shutil.rmtree(run / "checkpoint-4")
+    assert_same_bits(resume(run), whole[1])  # from checkpoint 6, which is whole
+
+
+def test_a_checkpoint_that_lacks_a_trained_weight_is_refused(run: Path) -> None:
+    file = run / "checkpoint-4" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("query.weight"))
+    save_file({key: value for key, value in tensors.items() if key != name}, file, metadata={"format": "pt"})
+    (run / "checkpoint-4" / MANIFEST).unlink()
+    with pytest.raises(ValueError, match=rf"no values for 1 of \d+ trained weights of Roberta.*, {name} the first"):
+        resume(run)
+    frozen = tiny_roberta()
+    frozen.get_parameter(name).requires_grad_(False)
+    trainer_checkpoints.refuse_missing(frozen, [name])
+    tied = tiny_qwen2()
+    trainer_checkpoints.refuse_missing(tied, ["lm_head.weight"])
+    with pytest.raises(ValueError, match="model.embed_tokens.weight the first"):
+        trainer_checkpoints.refuse_missing(tied, ["lm_head.weight", "model.embed_tokens.weight"])

@@ -298,3 +298,44 @@ def _train_as_one_rank(folder: Path, rank: int) -> None:
         trainer.train()
     (folder / f"{rank}.txt").write_text(str(caught.value))
     torch.distributed.destroy_process_group()
+
+
+class Search(Trainer):
+    """A trial of a hyperparameter search: it sets arguments, and makes a new accelerator, inside of train()."""
+
+    trial_args = "level=3,gradient_release=true"
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        self.args.optim_args = self.trial_args
+        self.create_accelerator_and_postprocess()
+
+
+@pytest.mark.parametrize("before", ["level=3", "level=3,gradient_release=true"])
+def test_the_trials_of_a_search_release_gradients_by_their_own_arguments(tmp_path: Path, before: str) -> None:
+    found = []
+    trainer = make(tmp_path, trainer_class=Search, optim_args=before)
+    trainer.hp_search_backend = "some"
+    for trial_args, releases in ((Search.trial_args, True), ("level=3", False)):
+        trainer.trial_args, seen = trial_args, []
+        trainer.model = trainer.model_wrapped = tiny_llama()
+        trainer.optimizer = trainer.lr_scheduler = None
+        watch = Watch(trainer, seen)
+        trainer.add_callback(watch)
+        torch.manual_seed(42)
+        trainer.train()
+        trainer.remove_callback(watch)
+        assert seen == [releases] * 6
+        assert "clip_grad_norm_" not in vars(trainer.accelerator)
+        found.append(trainer.model)
+    for p, q in zip(*(model.parameters() for model in found), strict=True):
+        assert torch.equal(p, q)
+
+
+class Watch(TrainerCallback):
+    """Whether gradients were released when a step came."""
+
+    def __init__(self, trainer: Trainer, seen: list[bool]) -> None:
+        self.trainer, self.seen = trainer, seen
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.seen.append(all(p.grad is None for p in self.trainer.model.parameters()))

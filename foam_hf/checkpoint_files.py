@@ -1,0 +1,75 @@
+"""What the files of a checkpoint say of themselves: JSON that ends, safetensors of the right length, sound zips."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+_STATE = "trainer_state.json"  # what Trainer writes last
+
+
+class Unfinished(Exception):
+    """A checkpoint whose save did not come to its end: nothing is wrong with the disk."""
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what was saved."""
+
+
+def check_without_manifest(folder: Path) -> None:
+    """What the files say of themselves: JSON that ends, safetensors of the right length, zip files with their CRCs."""
+    names = {path.name for path in folder.iterdir()}
+    if _STATE not in names:
+        raise Unfinished(f"it has no {_STATE}, which is written last")
+    try:
+        json.loads((folder / _STATE).read_bytes())
+    except ValueError:
+        raise Unfinished(f"{_STATE} is cut off or damaged") from None
+    for present, missing in (("optimizer.pt", "scheduler.pt"), ("scheduler.pt", "optimizer.pt")):
+        if present in names and missing not in names and not any("optimizer" in name for name in names - {present}):
+            raise Damaged(f"it has {present} but no {missing}, and Trainer would leave out both")
+    for index in folder.glob("*.index.json"):
+        for name in set(_json(index).get("weight_map", {}).values()) - names:
+            raise Damaged(f"{name} is missing, of which {index.name} tells")
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            _check_safetensors(path)
+        elif path.suffix in (".pt", ".pth") or path.name == "training_args.bin":
+            _check_zip(path)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        raise Damaged(f"{path.name} is cut off or damaged") from None
+    if not isinstance(content, dict):
+        raise Damaged(f"{path.name} is no JSON object")
+    return content
+
+
+def _check_safetensors(path: Path) -> None:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        content = file.read(length) if length <= size else b""
+    try:
+        header = json.loads(content)
+        data = max((told["data_offsets"][1] for name, told in header.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise Damaged(f"{path.name} is cut off or damaged: it has no readable header") from None
+    if 8 + length + data != size:
+        raise Damaged(f"{path.name} has {size} bytes, and its header tells of {8 + length + data}")
+
+
+def _check_zip(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, zlib.error, OSError) as error:
+        raise Damaged(f"{path.name} is cut off or damaged: {error}") from None
+    if bad is not None:
+        raise Damaged(f"{path.name} is damaged: {bad} in it has another CRC than was saved")
