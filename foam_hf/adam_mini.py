@@ -102,7 +102,7 @@ def rows_of_blocks(model: nn.Module, names: Iterable[str], config: Any) -> dict[
         module_name, module = owners[id(p)]
         last = module_name.removesuffix(".base_layer").rpartition(".")[2]
         if p.dim() < 2:
-            found[name] = None if p.dim() == 0 or name.endswith("bias") else 0
+            found[name] = None if p.dim() == 0 or name.rpartition(".")[2].startswith("bias") else 0
         elif isinstance(module, nn.modules.conv._ConvNd):
             found[name] = p[0].numel() // p.shape[-1]
         elif last in _QUERIES_AND_KEYS and isinstance(module, nn.Linear):

@@ -108,6 +108,7 @@ class GradientRelease:
         self._limit = waiting_limit(p for p in optimizer._parameters() if p.requires_grad)
         self._buckets: dict[tuple[torch.device, int], Bucket] = {}  # by device and stream
         self._plans: dict[int, StepPlan] = {}  # by the first parameter of a bucket
+        self._used: dict[int, StepPlan] = {}  # those of this step: the others may hold state that is no more
         self._updated: set[int] = set()  # parameters that this step has updated, or that wait for it
         self._norms: list[Tensor] = []
         self._warned = False
@@ -118,7 +119,6 @@ class GradientRelease:
             if p.requires_grad
         ]
         self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-        self._handles.append(optimizer.register_step_post_hook(self._after_step))
         _active.add(self)
 
     def remove(self) -> None:
@@ -128,6 +128,7 @@ class GradientRelease:
         self._handles.clear()
         self._buckets.clear()
         self._plans.clear()
+        self._used.clear()
         _active.discard(self)
 
     @property
@@ -164,6 +165,10 @@ class GradientRelease:
         (grad,) = _grads([p])
         if grad is None:
             return  # another hook took it
+        if not self._updated:  # the first of a step
+            self._places = _places(self._optimizer)
+        if id(p) not in self._places:
+            return  # taken out of the optimizer since: nobody updates it
         if id(p) in self._updated:
             raise RuntimeError(
                 f"{self._names.get(id(p), 'a parameter')} got a second gradient before optimizer.step(), and gradient "
@@ -181,8 +186,6 @@ class GradientRelease:
 
     def _take_up(self, p: Tensor) -> None:
         """Note that this step updates ``p``."""
-        if id(p) not in self._places:
-            self._places = _places(self._optimizer)  # a group was added
         check_gradient(p, self._places[id(p)][1])
         self._updated.add(id(p))
 
@@ -199,7 +202,8 @@ class GradientRelease:
             return
         scale = self._clipping([grad for grad in found if grad is not None]) if self.max_grad_norm else None
         first = id(params[0])
-        self._plans[first] = self._optimizer._step_some(params, self._places, self._plans.get(first), scale)
+        plan = self._optimizer._step_some(params, self._places, self._plans.get(first), scale)
+        self._plans[first] = self._used[first] = plan
         with torch._C.DisableTorchFunctionSubclass():
             for p in params:
                 p.grad = None
@@ -219,20 +223,32 @@ class GradientRelease:
             )
         closure = kwargs["closure"] if "closure" in kwargs else next(iter(args[1:]), None)
         if closure is None:
-            self._update_rest()
+            self._end()
             return None
 
         def evaluate() -> Any:
-            loss = closure()
-            self._update_rest()
-            return loss
+            try:
+                return closure()
+            finally:
+                self._end()
 
         return (args[0], evaluate), {}
+
+    def _end(self) -> None:
+        """Update what is left, and be ready for another backward pass, whatever becomes of the rest of this step."""
+        try:
+            self._update_rest()
+        finally:
+            self._updated.clear()
+            self._norms.clear()
+            self._plans, self._used = self._used, {}
 
     def _update_rest(self) -> None:
         """Update what has a gradient that no hook has seen."""
         self._update_waiting()  # of a backward pass that failed
         rest = [p for p in self._optimizer._parameters() if p.grad is not None]
+        if rest:
+            self._places = _places(self._optimizer)
         for p in rest:
             self._take_up(p)
         for device in {p.device for p in rest}:
@@ -245,10 +261,6 @@ class GradientRelease:
                 "model.to() has moved, if quantized, and those unfrozen or added later need enable_gradient_release "
                 "anew; the updates are right, but memory is not saved"
             )
-
-    def _after_step(self, *_: Any) -> None:
-        self._updated.clear()
-        self._norms.clear()
 
 
 class Bucket:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 State = MutableMapping[str, Any]
 Unfinished = Any  # a FactoredMoment or FactoredLaunch: ``sums`` and ``store``
-_GRAD, _DTYPE = operator.attrgetter("grad"), operator.attrgetter("dtype")
+_GRAD, _DTYPE, _STEP = operator.attrgetter("grad"), operator.attrgetter("dtype"), operator.itemgetter("step")
 Told = Callable[[dict[str, Any], torch.device], Tensor | None]
 # Rules with an update of their own, on any device; no kernel takes them, and they need whole tensors.
 _UPDATES: dict[str, Callable[[Tensor, Tensor, State, Level, Hyper], None]] = {
@@ -68,7 +68,7 @@ class StepPlan:
         self._groups, self._all_params, self._all_states = list(groups), params, states
         moments = [(known, name) for known in self._states for name in known if isinstance(known[name], Tensor)]
         self._holders, self._names = [known for known, _ in moments], [name for _, name in moments]
-        self._rules = _rules(groups)
+        self._rules, self._steps = _rules(groups), list(map(_STEP, self._states))
         self._grad_kinds, self._grads = _gradients(params, self._sharded)
         self._addresses = self._current_addresses()
 
@@ -92,7 +92,7 @@ class StepPlan:
             and _same(params, self._all_params)
             and _same(states, self._all_states)
             and _rules(groups) == self._rules
-            and self._current_addresses() == self._addresses
+            and self._current_state() == (self._steps, self._addresses)
         ):
             return False
         kinds, addresses = _gradients(params, self._sharded)
@@ -114,6 +114,8 @@ class StepPlan:
         """
         for state in self._states:
             state["step"] += 1
+        if self._launches:  # those of one launch share a step: another's count would be another's bias correction
+            self._steps = list(map(_STEP, self._states))
         unfinished: list[tuple[Unfinished, Hyper, Tensor | None]] = []
         for i, (group, member, launch) in enumerate(self._launches):
             h, left_out = hyper(group, member), told(group, launch.geometry.device)
@@ -139,6 +141,13 @@ class StepPlan:
         if self._indices[i] is None:
             self._indices[i] = torch.from_numpy(self._places[i]).to(grad_scale.device)
         return grad_scale[self._indices[i]]
+
+    def _current_state(self) -> tuple[list[int], list[int]] | None:
+        """Steps and addresses; None where somebody has taken state away."""
+        try:
+            return list(map(_STEP, self._states)), self._current_addresses()
+        except (KeyError, TypeError):
+            return None
 
     def _current_addresses(self) -> list[int]:
         # What a kernel was told the address of must still be there when it runs again.
@@ -187,7 +196,10 @@ def _same(some: list[Any], others: list[Any]) -> bool:
 
 
 def _rules(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    return [(group["level"], group["second_moment"], group["mini_rows"], group["plain_state"]) for group in groups]
+    return [
+        (group["level"], group["second_moment"], group["mini_rows"], group["plain_state"], len(group["params"]))
+        for group in groups
+    ]
 
 
 def _gradients(params: list[Tensor], sharded: bool) -> tuple[list[Any], numpy.ndarray]:

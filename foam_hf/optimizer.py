@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -299,6 +300,11 @@ class FOAM(torch.optim.Optimizer):
             ValueError: it was written by another optimizer, for another level or rule, or for parameters of other
                 shapes; nothing is changed then.
         """
+        pre_hooks, post_hooks = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
+        state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
+        for pre_hook in pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         saved_states = check_checkpoint(state_dict, self.param_groups)
         groups = [with_dtype(group) for group in state_dict["param_groups"]]
         for mine, group in zip(self.param_groups, groups, strict=True):
@@ -310,7 +316,14 @@ class FOAM(torch.optim.Optimizer):
             for name in self.defaults
             if name != "lr" and name in saved and plain(saved[name]) != plain(mine[name])
         }
-        super().load_state_dict(state_dict)
+        # Hooks see the state as it is saved and as it stays: torch would call them around what is put right below.
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            self._optimizer_load_state_dict_pre_hooks = pre_hooks
+            self._optimizer_load_state_dict_post_hooks = post_hooks
         if replaced:
             warnings.warn(f"the checkpoint replaces hyperparameters: {', '.join(sorted(replaced))}", stacklevel=2)
         # torch casts state to the dtype of its parameter, which would round float32 moments of bfloat16 weights.
@@ -319,6 +332,8 @@ class FOAM(torch.optim.Optimizer):
                 if name != "step":
                     self.state[p][name] = as_state_of(p, name, value)
         self._plan, self._watch = None, Watch()
+        for post_hook in post_hooks.values():
+            post_hook(self)
 
     def _parameters(self) -> Iterator[Tensor]:
         return itertools.chain.from_iterable(group["params"] for group in self.param_groups)

@@ -182,3 +182,8 @@ def test_rows_that_no_block_divides_are_refused():
     with pytest.raises(ValueError, match="mini_rows is out of range: got -1"):
         FOAM([p], second_moment="adam_mini", mini_rows=-1)
     FOAM([p], mini_rows=4)  # another rule
+
+
+def test_biases_of_a_recurrent_layer_have_adam():
+    found = blocks(nn.Sequential(nn.LSTM(4, 4)))
+    assert {name for name, (size, _) in found.items() if size is None} == {"0.bias_ih_l0", "0.bias_hh_l0"}

@@ -540,3 +540,95 @@ def test_enabling_twice_is_refused() -> None:
             enable_gradient_release(model, second)
     handle.remove()
     enable_gradient_release(model, second)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+def test_a_layer_that_is_skipped_in_some_steps_has_its_own_step_count(monkeypatch, kernel: str) -> None:
+    """A kept launch of both layers would give the second the first one's bias correction."""
+    monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
+    found = []
+    for release in (False, True):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in "ab"})
+        model["big"] = nn.Linear(16, 64, bias=False)  # so that the others wait for each other
+        model.to(DEVICE)
+        optimizer = FOAM(model.parameters(), lr=1e-2, level=2)
+        handle = enable_gradient_release(model, optimizer) if release else None
+        for step in range(6):
+            x = torch.randn(4, 16, generator=torch.Generator().manual_seed(step)).to(DEVICE)
+            hidden = model["b"](x)
+            (model["a"](hidden) if step % 2 == 0 else hidden).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert handle is None or len(handle._plans) <= 2  # none that holds state of before
+        found.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+
+
+def test_a_step_that_raised_ends_the_step() -> None:
+    model = nn.Linear(8, 8).to(DEVICE)
+    optimizer = FOAM(model.parameters(), lr=1e-2, level=1)
+    enable_gradient_release(model, optimizer, max_grad_norm=1.0)
+    told = 0
+    for step in range(4):
+        x = torch.full((2, 8), float("nan") if step == 1 else 1.0, device=DEVICE)
+        model(x).square().sum().backward()
+        try:
+            optimizer.step()
+            optimizer.check_gradients()
+        except FloatingPointError:
+            told += 1
+    assert told == 1 and optimizer.state[model.weight]["step"] == 4
+
+    def closure() -> Tensor:
+        loss = model(torch.ones(2, 8, device=DEVICE)).square().sum()
+        loss.backward()
+        if fails:
+            raise ValueError("a bad batch")
+        return loss
+
+    fails = True
+    with pytest.raises(ValueError, match="a bad batch"):
+        optimizer.step(closure)
+    fails = False
+    optimizer.step(closure)
+    assert optimizer.state[model.weight]["step"] == 6
+
+
+def drop_the_first(optimizer: FOAM) -> None:
+    del optimizer.param_groups[0]
+
+
+def turn_around(optimizer: FOAM) -> None:
+    optimizer.param_groups[:] = optimizer.param_groups[::-1]
+
+
+def move_one(optimizer: FOAM) -> None:
+    first, *_, last = optimizer.param_groups
+    last["params"] = [*first["params"], *last["params"]]
+    first["params"] = []
+
+
+def take_one_out(optimizer: FOAM) -> None:
+    optimizer.param_groups[0]["params"] = []
+
+
+@pytest.mark.parametrize("change", [drop_the_first, turn_around, move_one, take_one_out])
+def test_groups_that_change_between_steps_count_as_without_release(change: Callable[[FOAM], None]) -> None:
+    found = []
+    for release in (False, True):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in "abc"}).to(DEVICE)
+        rates = zip(model.values(), (1e-1, 1e-2, 1e-3), strict=True)
+        optimizer = FOAM([{"params": [layer.weight], "lr": lr} for layer, lr in rates], level=1)
+        if release:
+            enable_gradient_release(model, optimizer)
+        for step in range(2):
+            if step:
+                change(optimizer)
+            sum(layer(torch.ones(2, 8, device=DEVICE)).square().sum() for layer in model.values()).backward()
+            optimizer.step()
+            for p in model.parameters():
+                p.grad = None
+        found.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def test_a_run_writes_down_what_it_did(method, models, data, tmp_path, capsys):
 def test_fully_trained_weights_load_in_plain_transformers(models, data, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    train.main(flags(models["qwen2.5"], data, tmp_path, "--eos_token", "<|im_end|>"))
+    train.main(flags(models["qwen2.5"], data, tmp_path, "--eos_token", "<|im_end|>", "--learning_rate", "0.01"))
     before = AutoModelForCausalLM.from_pretrained(models["qwen2.5"])
     after = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert after.dtype == torch.bfloat16
@@ -403,7 +404,7 @@ def test_a_model_without_a_chat_template_needs_one(models, data, tmp_path):
         (["--dtype", "float16"], ["--dtype: got float16", "bfloat16, float32"]),
         (["--eval_samples", "1.5"], ["--eval_samples: got 1.5"]),
         (["--eval_samples", "-1"], ["--eval_samples: got -1"]),
-        (["--eval_samples", "12"], ["12 of 12 examples"]),
+        (["--eval_samples", "12"], ["12 of 12 rows"]),
         (["--train_samples", "0"], ["--train_samples: got 0", "at least 1"]),
         (["--optm", "foam"], ["unknown key 'optm'", "'optim'"]),
         (["--optim_args", "levl=8"], ["levl", "level"]),
@@ -417,6 +418,8 @@ def test_a_model_without_a_chat_template_needs_one(models, data, tmp_path):
         (["--dataset_path", "nowhere.jsonl"], ["no file or folder nowhere.jsonl"]),
         (["--dataset_name", "a/b"], ["--dataset_path", "--dataset_name", "got both"]),
         (["--lora_target_modules", "nothing", "--method", "lora"], ["nothing"]),
+        (["--resume_from_checkpoint", "nowhere"], ["--resume_from_checkpoint: no folder nowhere"]),
+        (["--max_length", "4"], ["--max_length: got 4, which cuts off every answer of the 9 train examples"]),
     ],
 )
 def test_what_cannot_work_is_one_sentence(more, words, models, data, tmp_path):
@@ -506,7 +509,7 @@ def test_counted_bytes_are_those_of_a_run(method, optim, models, data, tmp_path,
 
     options = {
         "AdamW": ["--optim", "adamw_torch_fused"],
-        "FOAM": ["--optim", "foam"],
+        "FOAM": ["--optim", "foam", "--optim_args", "level=8,scale=0.25"],
         method_bytes.LEAN: ["--optim_args", "fold_embeddings=true,fold_head=true,gradient_release=true"],
     }[optim]
     meters = []
@@ -546,3 +549,21 @@ def test_commands_of_the_readmes_name_scripts_configs_and_flags_that_exist(readm
         assert (readme.parent / name).is_file(), name
     for flag in re.findall(r"`--(\w+)", text):
         assert flag in {action.dest for action in instruct_arguments.build_parser()._actions}, flag
+
+
+def test_a_finished_run_is_kept_and_another_of_its_folder_goes_on(models, data, tmp_path, capsys):
+    words = flags(models["llama"], data, tmp_path / "out", "--save_strategy", "epoch")
+    results = train.main(words)
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    assert train.main([*words, "--resume_from_checkpoint", "true"]) == results
+    assert "is finished: its results are kept" in capsys.readouterr().out
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    longer = train.main([*words, "--resume_from_checkpoint", "true", "--max_steps", "4"])
+    assert longer["steps"] == 4 and "Resuming from" in capsys.readouterr().out
+
+
+def test_modules_for_adapters_may_be_a_list_of_the_config():
+    recipe = types.SimpleNamespace(
+        method="lora", lora_r=2, lora_alpha=4, lora_dropout=0.0, lora_target_modules=["q_proj", "v_proj"]
+    )
+    assert chat_models.lora_config(recipe).target_modules == {"q_proj", "v_proj"}

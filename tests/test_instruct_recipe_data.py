@@ -218,3 +218,32 @@ def test_real_instructions_are_read_whole(name, count):
     found = load(REAL_DATA / f"{name}.jsonl", eval_samples=100)
     assert found.counts["train"]["rows"] == count
     assert len(found.train) + 100 + found.counts["train"]["empty_rows_left_out"] == count
+
+
+def test_answers_of_one_conversation_are_never_on_both_sides(tmp_path):
+    rows = []
+    for i in range(10):
+        turns = [({"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"})] * 4
+        rows.append({"messages": [message for turn in turns for message in turn]})
+    found = load(write_jsonl(tmp_path / "data.jsonl", rows), eval_samples=0.2)
+    sides = [{row["prompt"][0]["content"] for row in side} for side in (found.train, found.held_out)]
+    assert (len(found.train), len(found.held_out)) == (32, 8)
+    assert (len(sides[0]), len(sides[1])) == (8, 2) and not sides[0] & sides[1]
+
+
+def test_a_number_is_an_answer_and_an_empty_cell_makes_no_other_of_it(tmp_path):
+    rows = [{"instruction": f"{i} - {i}", "output": 0} for i in range(4)]
+    assert rows_of(load(write_jsonl(tmp_path / "data.jsonl", rows))) == [(f"{i} - {i}", "0") for i in range(4)]
+    (tmp_path / "data.csv").write_text("instruction,output\na,12\nb,NA\nc,\nd,None\n")
+    found = load(tmp_path / "data.csv", eval_samples=1)
+    assert rows_of(found) == [("a", "12"), ("b", "NA"), ("d", "None")]
+    assert found.counts["train"]["empty_rows_left_out"] == 1
+    pairs = load(write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "1 + 1 =", "completion": 2}] * 5))
+    assert pairs.train[0] == {"prompt": "1 + 1 =", "completion": "2"}
+
+
+@pytest.mark.parametrize(("content", "words"), [("", "there are no rows"), ('{"a": 1}\n{"a": \n', "JSON")])
+def test_a_file_that_is_empty_or_cut_off_is_named_with_the_reason(content, words, tmp_path):
+    (tmp_path / "data.jsonl").write_text(content)
+    with pytest.raises(SystemExit, match=f"Cannot read .*data.jsonl: .*{words}"):
+        load(tmp_path / "data.jsonl")

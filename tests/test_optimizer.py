@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 import warnings
+from typing import Any
 
 import numpy
 import pytest
@@ -441,3 +442,66 @@ def test_learns_a_real_function():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
+
+
+def start_anew(state: dict[str, Any]) -> None:
+    for value in state.values():
+        if isinstance(value, torch.Tensor):
+            value.zero_()
+    state["step"] = 0
+
+
+@pytest.mark.parametrize("edit", [start_anew, dict.clear])
+def test_state_that_is_reset_between_steps_counts(monkeypatch, edit) -> None:
+    found = []
+    for kernel in ("reference", "triton"):
+        monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
+        torch.manual_seed(0)
+        a, b = (torch.nn.Parameter(torch.randn(4, 8)) for _ in range(2))
+        optimizer = FOAM([a, b], lr=1e-2, level=1)
+        for step in range(5):
+            for p in (a, b):
+                p.grad = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+            if step == 3:
+                edit(optimizer.state[b])
+            optimizer.step()
+        assert (optimizer.state[a]["step"], optimizer.state[b]["step"]) == (5, 2)
+        found.append(b.detach())
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+def test_a_parameter_that_moves_to_the_next_group_has_its_learning_rate(monkeypatch, kernel: str) -> None:
+    monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
+    a, b, c = (torch.nn.Parameter(torch.randn(8, 8)) for _ in range(3))
+    optimizer = FOAM([{"params": [a, b], "lr": 1e-2}, {"params": [c], "lr": 0.0}], level=1)
+    for moves in (False, True):
+        if moves:  # the order of all parameters stays the same
+            optimizer.param_groups[0]["params"], optimizer.param_groups[1]["params"] = [a], [b, c]
+        before = b.detach().clone()
+        for p in (a, b, c):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert torch.equal(b, before) == moves
+
+
+def test_hooks_of_loading_may_change_the_state() -> None:
+    weight = torch.nn.Parameter(torch.randn(8, 8))
+    optimizer = FOAM([weight], level=1)
+    weight.grad = torch.ones(8, 8)
+    optimizer.step()
+    saved = optimizer.state_dict()
+
+    def without(state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "folded_exp_avg": torch.zeros_like(state["folded_exp_avg"])}
+
+    before = optimizer.register_load_state_dict_pre_hook(
+        lambda _, content: {**content, "state": {key: without(state) for key, state in content["state"].items()}}
+    )
+    optimizer.load_state_dict(saved)
+    assert not optimizer.state[weight]["folded_exp_avg"].any()
+    before.remove()
+    optimizer.register_load_state_dict_post_hook(lambda it: it.state[weight]["folded_exp_avg"].fill_(2.0))
+    optimizer.load_state_dict(saved)
+    assert bool((optimizer.state[weight]["folded_exp_avg"] == 2.0).all())
+    assert saved["state"][0]["folded_exp_avg"].any()

@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -565,3 +566,22 @@ def test_the_readme_names_every_config_and_flag() -> None:
         assert f"`{config.name}`" in readme
     for field in pretrain_arguments.dataclasses.fields(pretrain_arguments.PretrainArguments):
         assert f"`--{field.name}`" in readme, field.name
+
+
+def test_a_finished_run_is_kept_and_no_step_is_taken_beyond_the_last(tokens: Path, tmp_path: Path, capsys) -> None:
+    words = ["--max_steps", "4", "--save_steps", "2", "--save_strategy", "steps", "--hub_token", "hf_secret"]
+    results = run(tmp_path, tokens, *words)
+    file = tmp_path / "out" / "results.json"
+    before = file.read_bytes()
+    assert b"hf_secret" not in before
+    assert run(tmp_path, tokens, *words, "--resume_from_checkpoint", "true") == results
+    assert "is finished: its results are kept" in capsys.readouterr().out and file.read_bytes() == before
+    file.unlink()
+    with pytest.raises(SystemExit, match="checkpoint-4 is at step 4 of --max_steps 4; expected more steps"):
+        run(tmp_path, tokens, *words, "--resume_from_checkpoint", "true")
+
+
+def test_the_last_step_of_an_epoch_is_counted_as_what_it_is() -> None:
+    recipe = SimpleNamespace(total_batch_size=128, sequence_length=16)
+    counted = train.Tokens(recipe, SimpleNamespace(train=[None] * 317))
+    assert [counted.at(step) for step in (1, 2, 3, 4, 6)] == [128 * 16, 256 * 16, 317 * 16, 445 * 16, 634 * 16]

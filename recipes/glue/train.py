@@ -173,7 +173,7 @@ def earlier_work(output_dir: Path, settings: dict, training: dict) -> tuple[dict
 
 def run(recipe: GlueArguments, args: TrainingArguments, training: dict, task_name: str, splits: dict) -> dict:
     """Train, evaluate and save one task with one seed; what its results.json holds."""
-    own = ("task_name", "seeds", "seed", "output_dir", "resume_from_checkpoint")
+    own = ("task_name", "seeds", "seed", "output_dir", "resume_from_checkpoint", "hub_token", "push_to_hub_token")
     settings = {name: value for name, value in {**dataclasses.asdict(recipe), **training}.items() if name not in own}
     settings = json.loads(json.dumps(settings, default=str))
     output_dir = Path(args.output_dir)

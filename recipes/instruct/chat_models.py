@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from foam_hf import Int8Config, foam_param_groups
 from foam_hf.int8_quantizer import quantize_model_
 from foam_hf.memory import adamw_state_bytes, expected_state_bytes, format_bytes
+from foam_hf.storages import storages, total
 
 
 def load(recipe: InstructArguments, output_dir: Path):
@@ -100,11 +101,13 @@ def lora_config(recipe: InstructArguments):
     from peft import LoraConfig
 
     targets = recipe.lora_target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = [part.strip() for part in targets.split(",")]
     return LoraConfig(
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
-        target_modules=targets if targets == "all-linear" else [part.strip() for part in targets.split(",")],
+        target_modules=targets,
         task_type="CAUSAL_LM",
     )
 
@@ -113,7 +116,7 @@ def adapter_saving(model) -> str:
     """One line on how little an optimizer can save on adapters."""
     trained = [p for p in model.parameters() if p.requires_grad]
     adamw, foam = adamw_state_bytes(trained), expected_state_bytes(foam_param_groups(model))
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = total(storages(model.parameters()))
     return (
         f"Adapters: {sum(p.numel() for p in trained):,} trained weights. AdamW keeps {format_bytes(adamw)} of state "
         f"for them, FOAM {format_bytes(foam)} (short dimensions fold into one value a row): at most "

@@ -41,15 +41,10 @@ def load_instructions(recipe, whole_conversations: bool = False) -> Instructions
     counts: dict = {}
     rows = {}
     for split, raw in splits.items():
-        rows[split], counts[split] = _convert(raw, f"{where}, {split}", whole_conversations)
+        rows[split], counts[split], origins = _convert(raw, f"{where}, {split}", whole_conversations)
     wanted = recipe.eval_samples
     if "held_out" not in rows:
-        total = len(rows["train"])
-        share = max(1, round(wanted * total)) if wanted < 1 else int(wanted)
-        if not 1 <= share < total:
-            raise SystemExit(f"--eval_samples: {wanted:g} of {total} examples leaves none on one side.")
-        divided = rows["train"].train_test_split(test_size=share, seed=recipe.split_seed)
-        rows = {"train": divided["train"], "held_out": divided["test"]}
+        rows = _divide(rows["train"], origins, wanted, recipe.split_seed)
     elif wanted >= 1:
         rows["held_out"] = rows["held_out"].select(range(min(int(wanted), len(rows["held_out"]))))
     if recipe.train_samples is not None:
@@ -58,6 +53,23 @@ def load_instructions(recipe, whole_conversations: bool = False) -> Instructions
         for split, part in rows.items():
             rows[split] = part.add_column("chat_template_kwargs", [recipe.template_kwargs] * len(part))
     return Instructions(**rows, counts=counts)
+
+
+def _divide(examples: datasets.Dataset, origins: list[int], wanted: float, seed: int) -> dict:
+    """Examples to train on and held-out ones; those of one row, as the answers of a conversation, stay together."""
+    of_row: dict[int, list[int]] = {}
+    for i, origin in enumerate(origins):
+        of_row.setdefault(origin, []).append(i)
+    total = len(of_row)
+    share = max(1, round(wanted * total)) if wanted < 1 else int(wanted)
+    if not 1 <= share < total:
+        raise SystemExit(f"--eval_samples: {wanted:g} of {total} rows leaves none on one side.")
+    groups = datasets.Dataset.from_dict({"examples": list(of_row.values())})
+    divided = groups.train_test_split(test_size=share, seed=seed)
+    return {
+        name: examples.select([i for group in divided[part]["examples"] for i in group])
+        for name, part in (("train", "train"), ("held_out", "test"))
+    }
 
 
 def _read(dataset_path: str | None, dataset_name: str | None, dataset_config: str | None) -> tuple[dict, str]:
@@ -75,12 +87,16 @@ def _read(dataset_path: str | None, dataset_name: str | None, dataset_config: st
             kinds = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in EXTENSIONS)
             if not kinds or kinds[0].suffix not in EXTENSIONS:
                 raise SystemExit(f"--dataset_path: {path} is not, or does not hold, {', '.join(EXTENSIONS)} files.")
+            # An empty cell is empty text: pandas would make 12 a 12.0 beside it, and take "NA" for another.
+            how = {"keep_default_na": False} if kinds[0].suffix == ".csv" else {}
             if path.is_file():
-                loaded = datasets.load_dataset(EXTENSIONS[path.suffix], data_files=str(path))
+                loaded = datasets.load_dataset(EXTENSIONS[path.suffix], data_files=str(path), **how)
             else:
-                loaded = datasets.load_dataset(str(path))
+                loaded = datasets.load_dataset(str(path), **how)
     except Exception as error:  # whatever the hub, pyarrow or pandas raise
-        raise SystemExit(f"Cannot read {where}: {type(error).__name__}: {one_line(error)}") from None
+        cause = error.__cause__ or error  # datasets wraps the one that says what is wrong
+        said = "there are no rows" if isinstance(cause, StopIteration) else one_line(cause)
+        raise SystemExit(f"Cannot read {where}: {type(cause).__name__}: {said}") from None
     if "train" not in loaded:
         raise SystemExit(f"{where} has the splits {', '.join(loaded)}; expected one called train.")
     splits = {"train": loaded["train"]}
@@ -90,14 +106,14 @@ def _read(dataset_path: str | None, dataset_name: str | None, dataset_config: st
     return splits, where
 
 
-def _convert(raw: datasets.Dataset, where: str, whole_conversations: bool) -> tuple[datasets.Dataset, dict]:
-    """Prompt/completion rows, and counts of rows, of what was left out, and of examples made of them."""
+def _convert(raw: datasets.Dataset, where: str, whole_conversations: bool) -> tuple[datasets.Dataset, dict, list[int]]:
+    """Prompt/completion rows, counts of rows, of what was left out and of examples made of them, and whose each is."""
     columns = raw.column_names
     layout = next((name for name, needed in LAYOUTS.items() if set(needed) <= set(columns)), None)
     if layout is None:
         raise SystemExit(f"{where}: found the columns {', '.join(columns)}; expected {EXPECTED}.")
     used = {*LAYOUTS[layout], *(("input",) if layout == "alpaca" else ())}
-    converted, empty = [], 0
+    converted, origins, empty = [], [], 0
     for number, row in enumerate(raw, 1):
         if layout == "alpaca":
             made = _from_alpaca(row)
@@ -106,6 +122,7 @@ def _convert(raw: datasets.Dataset, where: str, whole_conversations: bool) -> tu
         else:
             made = _from_messages(row, layout, f"{where}, row {number}", whole_conversations)
         converted += made
+        origins += [number] * len(made)
         empty += not made
     counts = {
         "layout": layout,
@@ -116,12 +133,17 @@ def _convert(raw: datasets.Dataset, where: str, whole_conversations: bool) -> tu
     }
     if not converted:
         raise SystemExit(f"{where}: no example is left of {len(raw)} rows; all of them lack a prompt or an answer.")
-    return datasets.Dataset.from_list(converted), counts
+    return datasets.Dataset.from_list(converted), counts, origins
+
+
+def _text(value) -> str:
+    """A cell as text; a number may be an answer."""
+    return "" if value is None else str(value)
 
 
 def _from_alpaca(row: dict) -> list[dict]:
-    parts = [str(row[name]).strip() for name in ("instruction", "input") if row.get(name)]
-    question, answer = "\n\n".join(filter(None, parts)), str(row["output"] or "").strip()
+    parts = [_text(row.get(name)).strip() for name in ("instruction", "input")]
+    question, answer = "\n\n".join(filter(None, parts)), _text(row["output"]).strip()
     return [_turn([{"role": "user", "content": question}], answer)] if question and answer else []
 
 
@@ -133,7 +155,8 @@ def _from_pair(row: dict, where: str) -> list[dict]:
     elif isinstance(prompt, list) or isinstance(completion, list):
         raise SystemExit(f"{where}: expected prompt and completion both as text, or both as messages, got a mix.")
     else:
-        good = str(prompt or "").strip() and str(completion or "").strip()
+        prompt, completion = _text(prompt), _text(completion)
+        good = prompt.strip() and completion.strip()
     return [{"prompt": prompt, "completion": completion}] if good else []
 
 

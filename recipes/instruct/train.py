@@ -4,8 +4,10 @@ Keys are the fields of InstructArguments (instruct_arguments.py) and of TRL's SF
 the YAML config (smollm2-135m.yaml beside this script if none is named), and that over the defaults.
 """
 
+import json
 import logging
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -66,8 +68,11 @@ def check_end_of_answers(row: dict, trainer: SFTTrainer, template_kwargs: dict) 
     """SystemExit where answers, as the chat template writes them, do not end in a token that ends generation."""
     tokenizer = trainer.processing_class
     messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+    content = next((words for message in reversed(messages) if (words := message["content"].strip())), None)
+    if content is None:
+        return
     text = tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
-    end = tokenizer(text.rpartition(messages[-1]["content"].strip())[2], add_special_tokens=False)["input_ids"]
+    end = tokenizer(text.rpartition(content)[2], add_special_tokens=False)["input_ids"]
     stops = answers.stop_tokens(trainer.model, tokenizer)
     if not set(end) & set(stops):
         raise SystemExit(
@@ -88,6 +93,11 @@ def count_cuts(recipe: InstructArguments, data: Instructions, trainer: SFTTraine
         packed = args.packing if split == "train" or args.eval_packing is None else args.eval_packing
         lengths["dropped_without_answer"] = None if packed else len(rows) - len(prepared)
         data.counts[split] = {**data.counts.get(split, {}), "used": len(rows), **lengths}
+        if not len(prepared):
+            raise SystemExit(
+                f"--max_length: got {args.max_length}, which cuts off every answer of the {len(rows)} "
+                f"{split.replace('_', '-')} examples; the longest has {lengths['longest']} tokens."
+            )
     say(describe(data.counts, trainer.args.max_length))
 
 
@@ -132,10 +142,36 @@ def question_and_answer(row: dict) -> tuple[str | list[dict], str]:
     return row["prompt"], completion if isinstance(completion, str) else completion[-1]["content"]
 
 
+def earlier_work(args, settings: dict) -> tuple[dict | None, str | None]:
+    """Results of the same run if it finished, and the checkpoint to go on from, as --resume_from_checkpoint asks."""
+    wanted, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
+    word = str(wanted).lower()
+    if wanted is None or word in ("false", "0", "no"):
+        return None, None
+    if word not in ("true", "1", "yes"):
+        if not os.path.isdir(wanted):
+            raise SystemExit(f"--resume_from_checkpoint: no folder {wanted}; expected a checkpoint, or true.")
+        return None, wanted
+    file = output_dir / "results.json"
+    if file.is_file():
+        finished, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(settings, default=str))
+        own = ("output_dir", "resume_from_checkpoint")
+        keys = {**now, **finished["settings"]}.keys() - set(own)
+        if all(now.get(key) == finished["settings"].get(key) for key in keys):
+            say(f"{output_dir} is finished: its results are kept.")
+            return finished, None
+    checkpoint = get_last_checkpoint(args.output_dir) if output_dir.is_dir() else None
+    say(f"Resuming from {checkpoint}." if checkpoint else f"No checkpoint in {output_dir}: starting anew.")
+    return None, checkpoint
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Run what the arguments ask for; the results, as in the results.json written."""
     recipe, args, settings = parse(sys.argv[1:] if argv is None else argv)
     output_dir, optim = Path(args.output_dir), getattr(args.optim, "value", args.optim)
+    finished, checkpoint = earlier_work(args, settings)
+    if finished:
+        return finished
     options = f" ({args.optim_args})" if args.optim_args else ""
     say(f"{recipe.method} | {recipe.model_name_or_path} in {recipe.dtype} | {optim}{options}, lr {args.learning_rate}")
     if args.device.type == "cpu" and recipe.dtype == "bfloat16":
@@ -148,10 +184,6 @@ def main(argv: list[str] | None = None) -> dict:
     if recipe.method not in WHOLE:
         say(chat_models.adapter_saving(trainer.model))
     before = evaluate(recipe, trainer, data) if recipe.eval_before else None
-    checkpoint = args.resume_from_checkpoint
-    if str(checkpoint).lower() == "true":
-        checkpoint = get_last_checkpoint(args.output_dir) if output_dir.is_dir() else None
-        say(f"Resuming from {checkpoint}." if checkpoint else f"No checkpoint in {output_dir}: starting anew.")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

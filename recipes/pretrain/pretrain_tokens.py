@@ -116,7 +116,7 @@ def prepare(recipe: PretrainArguments, vocab_size: int, every: int, rank: int = 
         )
     length = recipe.sequence_length
     held_out = PackedTokens(folder / "held_out.bin", meta["dtype"], length, recipe.eval_tokens // length)
-    if not len(held_out):
+    if not len(held_out) and not recipe.prepare_only:
         raise SystemExit(
             f"{meta['counts']['held_out']['tokens']} tokens are held out, fewer than one sequence of {length}; "
             "expected more text, a larger --eval_share or a shorter --sequence_length."
@@ -125,7 +125,7 @@ def prepare(recipe: PretrainArguments, vocab_size: int, every: int, rank: int = 
         train = _stream(recipe, tokenizer, meta, folder, every, rank, world)
     else:
         train = PackedTokens(folder / "train.bin", meta["dtype"], length)
-        if len(train) < recipe.total_batch_size:
+        if len(train) < recipe.total_batch_size and not recipe.prepare_only:
             raise SystemExit(
                 f"{meta['counts']['train']['tokens']} tokens to train on are {len(train)} sequences of {length}, "
                 f"fewer than a step's {recipe.total_batch_size}; expected more text, or a smaller --total_batch_size."

@@ -112,7 +112,10 @@ def build_trainer(
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     config.use_cache = False
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, recipe.dtype))
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, recipe.dtype))
+    except (ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise SystemExit(f"--config_overrides: no model can be made so: {one_line(error)}") from None
     trainer = PretrainTrainer(
         model=model,
         args=args,
@@ -156,15 +159,48 @@ def finite(value: float) -> float | None:
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint that --resume_from_checkpoint asks for; None to start anew."""
+    """The checkpoint that --resume_from_checkpoint asks for, or None; SystemExit if it is at the last step already."""
     wanted = args.resume_from_checkpoint
+    if str(wanted).lower() in ("false", "0", "no"):
+        return None
     if str(wanted).lower() in ("true", "1", "yes"):
-        found = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-        say(f"Resuming from {found}." if found else f"No checkpoint in {args.output_dir}: starting anew.")
-        return found
-    if wanted and not os.path.isdir(wanted):
+        wanted = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        say(f"Resuming from {wanted}." if wanted else f"No checkpoint in {args.output_dir}: starting anew.")
+    elif wanted and not os.path.isdir(wanted):
         raise SystemExit(f"--resume_from_checkpoint: no folder {wanted}; expected a checkpoint, or true.")
+    state = Path(wanted or "") / "trainer_state.json"
+    if wanted and args.max_steps > 0 and state.is_file():
+        step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
+        if step >= args.max_steps:  # Trainer would take one more
+            raise SystemExit(f"{wanted} is at step {step} of --max_steps {args.max_steps}; expected more steps.")
     return wanted
+
+
+def finished_results(args: TrainingArguments, settings: dict) -> dict | None:
+    """What the same run wrote, if it has finished and is only to be resumed."""
+    file = Path(args.output_dir) / "results.json"
+    if str(args.resume_from_checkpoint).lower() not in ("true", "1", "yes") or not file.is_file():
+        return None
+    results = json.loads(file.read_text(encoding="utf-8"))
+    keys = {**settings, **results["settings"]}.keys() - {"output_dir", "resume_from_checkpoint"}
+    if any(settings.get(key) != results["settings"].get(key) for key in keys):
+        return None
+    say(f"{args.output_dir} is finished: its results are kept.")
+    return results
+
+
+class Tokens:
+    """How many tokens so many steps read: the last step of an epoch may be smaller."""
+
+    def __init__(self, recipe: PretrainArguments, data: Data) -> None:
+        self.batch, self.length = recipe.total_batch_size, recipe.sequence_length
+        self.epoch = None if isinstance(data.train, PackedStream) else len(data.train)  # sequences
+
+    def at(self, step: int) -> int:
+        if self.epoch is None:
+            return step * self.batch * self.length
+        epochs, rest = divmod(step, -(-self.epoch // self.batch))
+        return (epochs * self.epoch + rest * self.batch) * self.length
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -174,6 +210,11 @@ def main(argv: list[str] | None = None) -> dict:
     args = build_training_arguments(recipe, training, optim)
     for note in notes:
         say(note)
+    secret = ("hub_token", "push_to_hub_token")
+    settings = {**dataclasses.asdict(recipe), **{key: value for key, value in training.items() if key not in secret}}
+    settings = json.loads(json.dumps(settings, default=str))
+    if not recipe.prepare_only and (finished := finished_results(args, settings)):
+        return finished
     per_process = recipe.total_batch_size // args.world_size
     with args.main_process_first(desc="tokens"):  # the others find what it has made
         data = prepare(recipe, config.vocab_size, per_process, args.process_index, args.world_size)
@@ -193,7 +234,7 @@ def main(argv: list[str] | None = None) -> dict:
     position, clock = Position(recipe, args, data), Clock()
     trainer.add_callback(position)
     trainer.add_callback(clock)
-    tokens_of_step = recipe.total_batch_size * recipe.sequence_length
+    tokens, tokens_of_step = Tokens(recipe, data), recipe.total_batch_size * recipe.sequence_length
     options = f" ({args.optim_args})" if args.optim_args else ""
     say(
         f"{recipe.model}, {trainer.model.num_parameters() / 1e6:.1f} M parameters, {recipe.dtype} | {optim}{options}, "
@@ -223,11 +264,11 @@ def main(argv: list[str] | None = None) -> dict:
         "eval_loss": finite(final["eval_loss"]),
         "perplexity": finite(perplexity(final["eval_loss"])),
         "curve": [
-            {"step": step, "tokens": step * tokens_of_step, "eval_loss": finite(loss)} for step, loss in curve.items()
+            {"step": step, "tokens": tokens.at(step), "eval_loss": finite(loss)} for step, loss in curve.items()
         ],
         "train_loss": finite(trained.training_loss),
         "steps": trained.global_step,
-        "tokens": trained.global_step * tokens_of_step,
+        "tokens": tokens.at(trained.global_step),
         "tokens_per_second": clock.steps * tokens_of_step / clock.seconds if clock.seconds else None,
         "seconds": trained.metrics["train_runtime"],
         "optimizer_state_bytes": state_bytes(trainer.optimizer),
@@ -236,7 +277,7 @@ def main(argv: list[str] | None = None) -> dict:
         "peak_cuda_bytes": peak,
         "resumed_from": checkpoint,
         "data": data.description,
-        "settings": json.loads(json.dumps({**dataclasses.asdict(recipe), **training}, default=str)),
+        "settings": settings,
         "versions": {
             "foam_hf": foam_hf.__version__,
             "transformers": transformers.__version__,
