@@ -228,9 +228,12 @@ class GradientRelease:
 
         def evaluate() -> Any:
             try:
-                return closure()
-            finally:
-                self._end()
+                loss = closure()
+            except BaseException:
+                self._forget()
+                raise
+            self._end()
+            return loss
 
         return (args[0], evaluate), {}
 
@@ -239,9 +242,15 @@ class GradientRelease:
         try:
             self._update_rest()
         finally:
-            self._updated.clear()
-            self._norms.clear()
             self._plans, self._used = self._used, {}
+            self._forget()
+
+    def _forget(self) -> None:
+        """Let another backward pass begin a step."""
+        for bucket in self._buckets.values():
+            bucket.take()
+        self._updated.clear()
+        self._norms.clear()
 
     def _update_rest(self) -> None:
         """Update what has a gradient that no hook has seen."""

@@ -93,6 +93,7 @@ class _Release(TrainerCallback):
         self._trainer, self._asked = trainer, asked
         self._handle: GradientRelease | None = None
         self._accelerator: Any = None  # whose clip_grad_norm_ is ours
+        self._warned = False
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.remove()
@@ -100,7 +101,9 @@ class _Release(TrainerCallback):
         if not self._asked(trainer.args):
             return
         _refuse_run(trainer)
-        _warn(trainer.args)
+        if not self._warned:
+            self._warned = True
+            _warn(trainer.args)
         self._accelerator = trainer.accelerator  # a hyperparameter search has made a new one by now
         self._accelerator.clip_grad_norm_ = self.grad_norm
         self._handle = enable_gradient_release(

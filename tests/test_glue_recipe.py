@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, RobertaConfig, XLNetConfig
 
 import foam_hf
 
@@ -900,3 +902,24 @@ def test_the_launcher_refuses_unknown_tasks(grid, capsys):
     with pytest.raises(SystemExit):
         glue_gpu.main([*grid, "--tasks", "colla"])
     assert "unknown task colla" in capsys.readouterr().err
+
+
+def test_texts_are_cut_at_the_models_positions_where_its_tokenizer_knows_no_limit(tiny_model: Path, flags, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["model_max_length"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    glue = flags[flags.index("--dataset_path") + 1]
+    long = tmp_path / "glue"
+    shutil.copytree(Path(glue) / "cola", long / "cola")
+    row = json.loads((long / "cola" / "train.jsonl").read_text().splitlines()[0])
+    row["sentence"] = " ".join([row["sentence"]] * 100)
+    with open(long / "cola" / "train.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    places = {"--model_name_or_path": str(folder), "--dataset_path": str(long)}
+    words = [places.get(before, word) for before, word in zip(["", *flags], flags, strict=False)]
+    assert train.main([*words, "--task_name", "cola"])["steps"] == 2
+    roberta = RobertaConfig(max_position_embeddings=514, pad_token_id=1)
+    assert (train.positions(roberta), train.positions(BertConfig())) == (512, 512)
+    assert train.positions(XLNetConfig()) == math.inf

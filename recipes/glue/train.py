@@ -89,6 +89,26 @@ def load_model(recipe: GlueArguments, task_name: str):
     return tokenizer, model
 
 
+# They number the positions of tokens from behind that of padding.
+BEHIND_PADDING = (
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "longformer",
+    "mpnet",
+)
+
+
+def positions(config) -> float:
+    """How many tokens the model has positions for."""
+    count = getattr(config, "max_position_embeddings", None)
+    if not isinstance(count, int) or count < 1:
+        return math.inf
+    return count - config.pad_token_id - 1 if config.model_type in BEHIND_PADDING else count
+
+
 def tokenize(rows: list[dict], tokenizer, max_length: int) -> list[dict]:
     """Rows as input ids (unpadded; the collator pads each batch) and labels."""
     texts = [row["text"] for row in rows]
@@ -104,7 +124,7 @@ def build_trainer(recipe: GlueArguments, args: TrainingArguments, task_name: str
     """Trainer with a fresh model on one task."""
     set_seed(args.seed)  # before the classifier's weights are drawn
     tokenizer, model = load_model(recipe, task_name)
-    length = min(recipe.max_seq_length, tokenizer.model_max_length)
+    length = min(recipe.max_seq_length, tokenizer.model_max_length, positions(model.config))
     sets = {}
     for name, rows in splits.items():
         limit = recipe.max_train_samples if name == "train" else recipe.max_eval_samples
