@@ -238,9 +238,11 @@ def refusing_missing_weights(original: Callable[..., Any], is_ours: Callable[[An
 def refuse_missing(model: Any, missing: list[str]) -> None:
     """Raise ValueError if a trained weight is under no name in what was loaded."""
     names: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):  # tied ones have several
-        if p.requires_grad:
-            names.setdefault(id(p), []).append(name)
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        half = bool(module.__dict__.get("_int8_waiting"))  # codes without scales, which say so at the first forward
+        for own, p in module.named_parameters(recurse=False):
+            if p.requires_grad and not (half and own == "weight"):
+                names.setdefault(id(p), []).append(f"{module_name}.{own}".lstrip("."))  # tied ones have several
     absent = [known[0] for known in names.values() if set(known) <= set(missing)]
     if absent:
         raise ValueError(

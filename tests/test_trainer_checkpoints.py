@@ -218,6 +218,9 @@ def test_a_checkpoint_that_lacks_a_trained_weight_is_refused(run: Path) -> None:
     frozen = tiny_roberta()
     frozen.get_parameter(name).requires_grad_(False)
     trainer_checkpoints.refuse_missing(frozen, [name])
+    shared = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)})
+    shared["b"] = shared["a"]
+    trainer_checkpoints.refuse_missing(shared, ["a.weight", "a.bias"])
     tied = tiny_qwen2()
     trainer_checkpoints.refuse_missing(tied, ["lm_head.weight"])
     with pytest.raises(ValueError, match="model.embed_tokens.weight the first"):
