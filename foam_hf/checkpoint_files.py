@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+MANIFEST = "foam_checkpoint.json"  # says which files are whole: see trainer_checkpoints
 _STATE = "trainer_state.json"  # what Trainer writes last
 
 

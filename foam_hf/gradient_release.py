@@ -104,7 +104,7 @@ class GradientRelease:
         self._optimizer = optimizer
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._check(optimizer)
-        self._places = _places(optimizer)
+        self._places: Places = {}  # of the step under way: groups may change between steps
         self._limit = waiting_limit(p for p in optimizer._parameters() if p.requires_grad)
         self._buckets: dict[tuple[torch.device, int], Bucket] = {}  # by device and stream
         self._plans: dict[int, StepPlan] = {}  # by the first parameter of a bucket

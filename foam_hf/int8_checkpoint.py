@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from foam_hf.checkpoint_files import MANIFEST
 from foam_hf.int8_weights import Int8Weight
 
 METHOD = "foam_int8"  # quantization_config["quant_method"] of such a checkpoint
@@ -27,7 +28,7 @@ SHARD_BYTES = 5 * 10**9
 _CHAT_TEMPLATES = "additional_chat_templates"
 # What a training folder holds beside a model, and other weights of the same one.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
-_NOT_COPIED_NAMES = ("trainer_state.json", "config.json", "foam_checkpoint.json")
+_NOT_COPIED_NAMES = ("trainer_state.json", "config.json", MANIFEST)
 _DTYPE_NAMES = {"I8": "int8", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64", "U8": "uint8"}
 
 

@@ -28,11 +28,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from foam_hf.checkpoint_files import Damaged, Unfinished, check_without_manifest
+from foam_hf.checkpoint_files import MANIFEST, Damaged, Unfinished, check_without_manifest
 
 logger = logging.getLogger("foam_hf")
 
-MANIFEST = "foam_checkpoint.json"
 PIECE = 1 << 26  # bytes of a file under one checksum: the pieces are read in parallel
 _READ = 1 << 20
 _WRITING: dict[str, Any] = {"version": 1, "complete": False}

@@ -154,10 +154,9 @@ def earlier_work(args, settings: dict) -> tuple[dict | None, str | None]:
         return None, wanted
     file = output_dir / "results.json"
     if file.is_file():
-        finished, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(settings, default=str))
-        own = ("output_dir", "resume_from_checkpoint")
-        keys = {**now, **finished["settings"]}.keys() - set(own)
-        if all(now.get(key) == finished["settings"].get(key) for key in keys):
+        finished = json.loads(file.read_text(encoding="utf-8"))
+        keys = {**settings, **finished["settings"]}.keys() - {"output_dir", "resume_from_checkpoint"}
+        if all(settings.get(key) == finished["settings"].get(key) for key in keys):
             say(f"{output_dir} is finished: its results are kept.")
             return finished, None
     checkpoint = get_last_checkpoint(args.output_dir) if output_dir.is_dir() else None

@@ -158,12 +158,16 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def resumes_newest(args: TrainingArguments) -> bool:
+    return str(args.resume_from_checkpoint).lower() in ("true", "1", "yes")
+
+
 def find_checkpoint(args: TrainingArguments) -> str | None:
     """The checkpoint that --resume_from_checkpoint asks for, or None; SystemExit if it is at the last step already."""
     wanted = args.resume_from_checkpoint
     if str(wanted).lower() in ("false", "0", "no"):
         return None
-    if str(wanted).lower() in ("true", "1", "yes"):
+    if resumes_newest(args):
         wanted = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
         say(f"Resuming from {wanted}." if wanted else f"No checkpoint in {args.output_dir}: starting anew.")
     elif wanted and not os.path.isdir(wanted):
@@ -179,7 +183,7 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
 def finished_results(args: TrainingArguments, settings: dict) -> dict | None:
     """What the same run wrote, if it has finished and is only to be resumed."""
     file = Path(args.output_dir) / "results.json"
-    if str(args.resume_from_checkpoint).lower() not in ("true", "1", "yes") or not file.is_file():
+    if not resumes_newest(args) or not file.is_file():
         return None
     results = json.loads(file.read_text(encoding="utf-8"))
     keys = {**settings, **results["settings"]}.keys() - {"output_dir", "resume_from_checkpoint"}
