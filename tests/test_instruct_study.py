@@ -166,7 +166,7 @@ def test_every_setting_of_the_study_is_one_that_the_recipe_knows(tmp_path: Path)
         write_jsonl(tmp_path / dataset["file"], sums())
     options, rest = instruct_gpu.parse(["--data", str(tmp_path), "--model", "model", "--out", str(tmp_path / "out")])
     jobs = instruct_gpu.Study(options, rest).waiting
-    assert len(jobs) == 13 * (1 + 2 * 3)  # alone, and three rates on two data sets
+    assert len(jobs) == 14 * (1 + 2 * 3)  # alone, and three rates on two data sets
     jobs += [instruct_gpu.Job(options, rest, "final", "gsm8k", arm, 1e-4, 1) for arm in options.arms]
     for job in jobs:
         recipe, args, _ = instruct_arguments.parse(job.words)
@@ -177,6 +177,7 @@ def test_every_setting_of_the_study_is_one_that_the_recipe_knows(tmp_path: Path)
             job.rate,
             job.seed,
         )
+        assert args.adam_beta1 == arm["settings"].get("adam_beta1", 0.9)
         assert args.optim_args == arm["settings"].get("optim_args") and recipe.dtype == arm["settings"]["dtype"]
         assert recipe.eval_exact_match == (job.part == "final" and job.dataset == "gsm8k")
         assert recipe.eval_before == (job.part == "final" and job.arm == options.arms[0]["name"])

@@ -19,6 +19,8 @@ from tests.pretrain_runs import text as document
 train = load_script()
 sys.path.append(str(ROOT / "recipes" / "benchmarks"))
 
+import candidates  # noqa: E402
+import other_optimizers  # noqa: E402
 import pretrain_arguments  # noqa: E402
 import pretrain_gpu  # noqa: E402
 import pretrain_report  # noqa: E402
@@ -82,6 +84,10 @@ def launcher(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pretrain_gpu, "warm", lambda script: None)
     monkeypatch.setattr(pretrain_gpu, "Run", Here)
     monkeypatch.setattr(Here, "started", [])
+    monkeypatch.setitem(
+        other_optimizers.OTHERS, "candidate", "adamw_torch"
+    )  # taken back after the test, as `build` is
+    monkeypatch.setattr(other_optimizers, "build", other_optimizers.build)
     places = ["--study", str(tmp_path / "study.yaml"), "--tokens", str(tokens), "--out", str(tmp_path / "runs")]
     return lambda *words: pretrain_gpu.main([*places, "--jobs", "1", *words])
 
@@ -120,6 +126,23 @@ def test_no_run_is_started_that_would_not_end_in_time(launcher, tmp_path: Path, 
     (tmp_path / "runs" / "results.json").write_text(json.dumps(content))
     Here.started.clear()
     assert launcher("--resume", "--budget-s", "90")["unfinished"] == 2 and not Here.started
+
+
+def test_a_candidate_trains_with_its_switches_and_the_runs_settings(launcher, tmp_path: Path, monkeypatch) -> None:
+    given = "level=2,scale=0.5,agreement=1,two_way=true"
+    settings = {"optim": "candidate", "optim_args": given, "adam_beta1": 0.8}
+    arms = [{"name": "candidate", "rates": [1e-2], "settings": settings}]
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**TINY, "arms": arms}))
+    made, build = [], candidates.build
+    monkeypatch.setattr(candidates, "build", lambda *given: made.append(build(*given)) or made[-1])
+    content = launcher()
+    (run,) = content["runs"]
+    *_, optimizer = made
+    folded = next(group for group in optimizer.param_groups if group["level"] == 2)
+    assert (folded["scale"], folded["betas"][0]) == (0.5, 0.8)
+    switches = {name: value for name, value in optimizer.switches.items() if value is not None}
+    assert switches == {"agreement": 1, "two_way": True}
+    assert run["perplexity"] < VOCAB and 0 < run["layers_state_bytes"] < run["optimizer_state_bytes"]
 
 
 def test_the_search_goes_on_beyond_an_end_and_resumes(tokens: Path, tmp_path: Path, monkeypatch) -> None:
@@ -164,10 +187,17 @@ def test_the_study_compares_what_the_issue_of_memory_is_about_at_two_rates_each(
         assert name in names  # those that the report's targets compare
     known = {option.value for option in OptimizerNames} | {*FOAM_NAMES}
     for arm in study["arms"]:
-        assert arm["settings"]["optim"] in known | set(pretrain_arguments.OTHERS)
+        assert arm["settings"]["optim"] in known | {*pretrain_arguments.OTHERS, "candidate"}
         assert len(arm["rates"]) == 2
     step = study["settings"]["sequence_length"] * study["settings"]["total_batch_size"]
     assert study["tokens"] % step == 0
+
+
+def test_the_long_study_repeats_arms_of_the_short_one_on_100_million_tokens() -> None:
+    short, long = (yaml.safe_load(STUDY.with_name(f"pretrain_{name}.yaml").read_text()) for name in ("study", "long"))
+    assert long["settings"] == short["settings"] and long["tokens"] >= 1e8
+    known = {arm["name"]: arm["settings"] for arm in short["arms"]}
+    assert {arm["name"]: arm["settings"] for arm in long["arms"]}.items() <= known.items()
 
 
 def test_every_arm_of_the_study_is_accepted_by_the_recipe(tokens: Path, tmp_path: Path) -> None:
@@ -181,6 +211,7 @@ def test_every_arm_of_the_study_is_accepted_by_the_recipe(tokens: Path, tmp_path
         config = train.model_config(recipe)
         assert config.hidden_size == {"llama-60m": 512, "llama-20m": 256}[job.model]
         assert training["max_steps"] == 800 and training["eval_steps"] == 800 // options.study["evaluations"]
+        optim = "adamw_torch" if optim == "candidate" else optim  # the launcher's, not the recipe's
         args = pretrain_arguments.build_training_arguments(recipe, training, optim)
         assert args.train_batch_size * args.gradient_accumulation_steps == settings["total_batch_size"]
         assert "{" not in str(args.optim_args)
@@ -247,12 +278,10 @@ def test_the_report_gives_the_best_rate_the_others_and_the_targets(tmp_path: Pat
 
 
 def test_the_tables_in_the_readme_are_those_of_the_results(tmp_path: Path) -> None:
-    results = sorted((RECIPE / "results").glob("study*.json"))
+    contents = [json.loads(path.read_text()) for path in sorted((RECIPE / "results").glob("*.json"))]
     copy = tmp_path / "README.md"
-    content = json.loads(results[0].read_text()) if results else None
-    copy.write_text(
-        pretrain_report.renewed((RECIPE / "README.md").read_text(), pretrain_report.section(content, "results"))
-    )
+    text = "\n\n".join(pretrain_report.section(content, "results") for content in contents)
+    copy.write_text(pretrain_report.renewed((RECIPE / "README.md").read_text(), text))
     assert copy.read_text() == (RECIPE / "README.md").read_text()
 
 

@@ -1,6 +1,6 @@
 """The table of recipes/pretrain/README.md and two pictures, from the JSON of recipes/benchmarks/pretrain_gpu.py.
 
-python recipes/benchmarks/pretrain_report.py recipes/pretrain/results/study.json --readme recipes/pretrain/README.md
+python recipes/benchmarks/pretrain_report.py recipes/pretrain/results/*.json --readme recipes/pretrain/README.md
 """
 
 import argparse
@@ -131,9 +131,9 @@ def verdicts(content: dict, model: str) -> str:
     return table(["target", "at most", "measured", "met"], lines) if lines else ""
 
 
-def section(content: dict | None, folder: str) -> str:
+def section(content: dict, folder: str) -> str:
     """All that stands between the markers; `folder` is that of the pictures, as the README sees it."""
-    if content is None or not content["runs"]:
+    if not content["runs"]:
         return NONE
     parts = []
     for model in models(content):
@@ -209,20 +209,19 @@ def renewed(readme: str, text: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("results", nargs="*", type=Path, help="the study's JSON; none: not measured yet")
+    parser.add_argument("results", nargs="*", type=Path, help="the JSON of each study; none: not measured yet")
     parser.add_argument("--readme", type=Path, help="replace what is between its markers; else print it")
     options = parser.parse_args(argv)
-    if len(options.results) > 1:
-        parser.error(f"got {len(options.results)} files; expected the one JSON of a study")
-    content = json.loads(options.results[0].read_text(encoding="utf-8")) if options.results else None
-    where = options.results[0].parent if content else Path(".")
-    folder = os.path.relpath(where, options.readme.parent if options.readme else ".")
-    text = section(content, Path(folder).as_posix())
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in options.results]
+    beside = options.readme.parent if options.readme else Path(".")
+    folders = [Path(os.path.relpath(path.parent, beside)).as_posix() for path in options.results]
+    texts = [section(content, folder) for content, folder in zip(contents, folders, strict=True)]
+    text = "\n\n".join(texts) or NONE
     if options.readme is None:
         print(text)
         return
     options.readme.write_text(renewed(options.readme.read_text(encoding="utf-8"), text), encoding="utf-8")
-    drawn = draw(content, where) if content and content["runs"] else []
+    drawn = [path for content, at in zip(contents, options.results, strict=True) for path in draw(content, at.parent)]
     print(", ".join(map(str, [options.readme, *drawn])))
 
 

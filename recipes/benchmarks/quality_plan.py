@@ -19,7 +19,7 @@ PLAN = {
     "widen": "how often an arm whose best rate lies at an end of those tried gets one more beyond it (default: 0)",
     "seeds": "seeds of the runs that are reported",
     "tasks": "name -> runner, better, settings, tuning",
-    "arms": "list of arms",
+    "arms": "list of arms, or the file name of the plan whose arms they are",
 }
 TASK = {
     "runner": "glue, or pydoc for tiny_language.py",
@@ -45,6 +45,8 @@ def read_plan(path: Path) -> dict:
     """The plan of a file, its arms expanded; SystemExit names what is wrong in it."""
     try:
         plan = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if isinstance(plan, dict) and isinstance(plan.get("arms"), str):
+            plan["arms"] = yaml.safe_load((Path(path).parent / plan["arms"]).read_text(encoding="utf-8"))["arms"]
     except (OSError, yaml.YAMLError) as error:
         raise SystemExit(f"Cannot read the plan {path}: {' '.join(str(error).split())}") from None
     try:
