@@ -104,6 +104,12 @@ def test_a_study_goes_on_from_its_json_alone(finished, tmp_path: Path) -> None:
     assert len(again.finished) == len(content["alone"]) + len(content["search"]) + len(of_lora)
     with pytest.raises(SystemExit, match="of another study or other settings; expected the same ones"):
         instruct_gpu.Study(*instruct_gpu.parse([*where, "--max_length", "32"]))
+    # What a command is not asked for stays.
+    part = instruct_gpu.Study(*instruct_gpu.parse([*where, "--arms", "1", "--parts", "search,final"]))
+    assert [job.arm for job in part.finished] == ["LoRA"] * 4
+    saved = part.report()
+    for name in ("alone", "search", "runs", "chosen"):
+        assert sorted(map(str, saved[name])) == sorted(map(str, content[name])), name
     # An arm may join; one that has changed makes it another study.
     joined = {"name": "more", "rates": {"sums": [0.02, 0.01]}, "settings": {"optim": "adamw_torch"}}
     where[1] = str(tmp_path / "study.yaml")

@@ -19,8 +19,6 @@ from tests.pretrain_runs import text as document
 train = load_script()
 sys.path.append(str(ROOT / "recipes" / "benchmarks"))
 
-import candidates  # noqa: E402
-import other_optimizers  # noqa: E402
 import pretrain_arguments  # noqa: E402
 import pretrain_gpu  # noqa: E402
 import pretrain_report  # noqa: E402
@@ -84,10 +82,6 @@ def launcher(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pretrain_gpu, "warm", lambda script: None)
     monkeypatch.setattr(pretrain_gpu, "Run", Here)
     monkeypatch.setattr(Here, "started", [])
-    monkeypatch.setitem(
-        other_optimizers.OTHERS, "candidate", "adamw_torch"
-    )  # taken back after the test, as `build` is
-    monkeypatch.setattr(other_optimizers, "build", other_optimizers.build)
     places = ["--study", str(tmp_path / "study.yaml"), "--tokens", str(tokens), "--out", str(tmp_path / "runs")]
     return lambda *words: pretrain_gpu.main([*places, "--jobs", "1", *words])
 
@@ -126,23 +120,6 @@ def test_no_run_is_started_that_would_not_end_in_time(launcher, tmp_path: Path, 
     (tmp_path / "runs" / "results.json").write_text(json.dumps(content))
     Here.started.clear()
     assert launcher("--resume", "--budget-s", "90")["unfinished"] == 2 and not Here.started
-
-
-def test_a_candidate_trains_with_its_switches_and_the_runs_settings(launcher, tmp_path: Path, monkeypatch) -> None:
-    given = "level=2,scale=0.5,agreement=1,two_way=true"
-    settings = {"optim": "candidate", "optim_args": given, "adam_beta1": 0.8}
-    arms = [{"name": "candidate", "rates": [1e-2], "settings": settings}]
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**TINY, "arms": arms}))
-    made, build = [], candidates.build
-    monkeypatch.setattr(candidates, "build", lambda *given: made.append(build(*given)) or made[-1])
-    content = launcher()
-    (run,) = content["runs"]
-    *_, optimizer = made
-    folded = next(group for group in optimizer.param_groups if group["level"] == 2)
-    assert (folded["scale"], folded["betas"][0]) == (0.5, 0.8)
-    switches = {name: value for name, value in optimizer.switches.items() if value is not None}
-    assert switches == {"agreement": 1, "two_way": True}
-    assert run["perplexity"] < VOCAB and 0 < run["layers_state_bytes"] < run["optimizer_state_bytes"]
 
 
 def test_the_search_goes_on_beyond_an_end_and_resumes(tokens: Path, tmp_path: Path, monkeypatch) -> None:
@@ -187,7 +164,7 @@ def test_the_study_compares_what_the_issue_of_memory_is_about_at_two_rates_each(
         assert name in names  # those that the report's targets compare
     known = {option.value for option in OptimizerNames} | {*FOAM_NAMES}
     for arm in study["arms"]:
-        assert arm["settings"]["optim"] in known | {*pretrain_arguments.OTHERS, "candidate"}
+        assert arm["settings"]["optim"] in known | set(pretrain_arguments.OTHERS)
         assert len(arm["rates"]) == 2
     step = study["settings"]["sequence_length"] * study["settings"]["total_batch_size"]
     assert study["tokens"] % step == 0
@@ -211,7 +188,6 @@ def test_every_arm_of_the_study_is_accepted_by_the_recipe(tokens: Path, tmp_path
         config = train.model_config(recipe)
         assert config.hidden_size == {"llama-60m": 512, "llama-20m": 256}[job.model]
         assert training["max_steps"] == 800 and training["eval_steps"] == 800 // options.study["evaluations"]
-        optim = "adamw_torch" if optim == "candidate" else optim  # the launcher's, not the recipe's
         args = pretrain_arguments.build_training_arguments(recipe, training, optim)
         assert args.train_batch_size * args.gradient_accumulation_steps == settings["total_batch_size"]
         assert "{" not in str(args.optim_args)
@@ -306,3 +282,7 @@ def test_the_readmes_perplexities_are_those_of_the_study() -> None:
     for name, perplexity, share in rows:
         arm = arms[names[name]]
         assert perplexity == f"{arm.perplexity:.1f}" and share == f"{100 * arm.layers / arms['AdamW'].layers:.3g}%"
+    long = json.loads((RECIPE / "results" / "study_100m.json").read_text())
+    ends = {arm.name: f"{arm.perplexity:.1f}" for arm in pretrain_report.arms(long, "llama-60m-long")}
+    said = f"{ends['AdamW']}, `level=2` at {ends['FOAM, level 2']}, the default\nat {ends['FOAM, level 8']}."
+    assert f"AdamW ends at a perplexity of {said}" in text

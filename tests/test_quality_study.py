@@ -26,6 +26,7 @@ sys.path[:0] = [str(BENCHMARKS), str(ROOT / "recipes" / "glue")]
 import arguments  # noqa: E402
 import quality  # noqa: E402
 import quality_plan  # noqa: E402
+import quality_rates  # noqa: E402
 import quality_run  # noqa: E402
 import quality_table  # noqa: E402
 import update_similarity  # noqa: E402
@@ -194,6 +195,43 @@ def test_the_average_over_tasks_is_paired_by_seed() -> None:
     assert "| F | 2 | 65.00 ± 5.00 | +5.00 ± 5.00 | 10.0% | 0.50% |" in said
     assert "| AdamW | 3 | 60.00 ± 0.00 |  | 10.0% | 0.50% |" in said
     assert "| F | 2, the highest tried | 3 |" in said
+
+
+def test_runs_of_several_plans_are_pooled_by_what_they_ran_not_by_its_name() -> None:
+    def plan(*arms: tuple[str, float], tasks: tuple[str, ...] = ("cola", "mrpc"), beta: float = 0.9) -> dict:
+        return quality_plan.expand({
+            **TINY, "settings": {"adam_beta1": beta}, "tasks": dict.fromkeys(tasks), "base": "AdamW",
+            "arms": [{"name": "AdamW", "optim": "adamw", "rates": [1.0, 2.0]},
+                     *({"name": name, "optim": "foam", "optim_args": {"scale": scale}, "rates": [1.0, 2.0]}
+                       for name, scale in arms)],
+        })  # fmt: skip
+
+    def runs(task: str, arm: str, rate: float, *scores: float | None) -> list[dict]:
+        return [
+            {
+                "part": "tuning" if i % 2 else "result",
+                "task": task,
+                "arm": arm,
+                "rate": rate,
+                "seed": i,
+                "score": score,
+            }
+            for i, score in enumerate(scores)
+        ]
+
+    one, two = plan(("F", 1), ("only here", 0.5)), plan(("scale 1", 1), tasks=("mrpc",))
+    first = runs("cola", "AdamW", 1.0, *[0.5, 0.7] * 5) + runs("cola", "AdamW", 2.0, 0.9)  # one run is never the best
+    first += runs("cola", "F", 1.0, *[0.4, 0.8, None] * 5) + runs("cola", "only here", 1.0, 0.9)
+    first += runs("mrpc", "AdamW", 1.0, *[0.8] * 10) + runs("mrpc", "F", 1.0, *[0.7] * 6)
+    second = runs("mrpc", "AdamW", 2.0, *[0.9] * 10) + runs("mrpc", "scale 1", 1.0, *[0.8] * 6)
+    said = quality_rates.markdown([(one, first), (two, second)]).splitlines()
+    assert "| AdamW | 60.0 ± 3.3 (10) | 90.0 (1) |" in said  # 0.1 / sqrt(9), of the deviation 0.1 * sqrt(10 / 9)
+    assert "| F | 60.0 ± 6.7 (10) |  |" in said and "only here" not in "".join(said)
+    assert "| F | 75.0 ± 1.5 (12) |  |" in said  # the other plan's "scale 1"
+    # 0.5 * (0.60 + 0.75) - 0.5 * (0.60 + 0.90)
+    assert said[-1].startswith("| F | 67.5 ± 3.4 | -7.5 ± 3.8 |")
+    other = [(one, first), (plan(("scale 1", 1), tasks=("mrpc",), beta=0.5), second)]
+    assert "scale 1" not in quality_rates.markdown(other) and "75.0" not in quality_rates.markdown(other)
 
 
 # ---- the launcher ----
@@ -506,8 +544,19 @@ def test_the_page_holds_what_the_committed_runs_say() -> None:
         if f"<!-- table: {path.stem} tuning -->" in page:
             table = quality_table.tuning_markdown(plan, quality_table.read_runs([path]))
             assert quality_table.with_table(page, f"{path.stem} tuning", table) == page, path.name
+    table = quality_rates.markdown(rates_plans())
+    assert quality_table.with_table(page, "rates", table) == page
     for path in sorted((BENCHMARKS / "results").glob("similarity-*.json")):
         assert update_similarity.markdown(json.loads(path.read_text(encoding="utf-8"))) in page, path.name
+
+
+def rates_plans() -> list[tuple[dict, list[dict]]]:
+    """The plans that the page's command of quality_rates.py names, with their runs."""
+    page = (BENCHMARKS / "quality.md").read_text(encoding="utf-8")
+    (command,) = [line for line in page.splitlines() if "quality_rates.py " in line]
+    names = [word for word in shlex.split(command) if word.startswith("quality_")]
+    files = [(BENCHMARKS / f"{name}.yaml", BENCHMARKS / "results" / f"{name}.jsonl") for name in names]
+    return [(quality_plan.read_plan(plan), quality_table.read_runs([runs])) for plan, runs in files]
 
 
 def readme_rows(title: str) -> dict[str, list[str]]:
@@ -551,6 +600,15 @@ def test_the_readmes_quality_is_that_of_the_studies() -> None:
         ]
         means = ", ".join(f"{sum(found) / len(found):.3f}" for found in losses if found)
         assert rows[name] == [said, means, quality_table._state(runs, glue)[1]], name
+    plans = rates_plans()
+    row = next(
+        line
+        for line in reversed(quality_rates.markdown(plans).splitlines())
+        if line.startswith("| FOAM, factored, level 8, scale 1 |")
+    )
+    text = (BENCHMARKS.parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"[{row.split('|')[3].strip(' +')} ahead]" in text
+    assert f"Over all {sum(len(runs) for _, runs in plans):,} runs" in text
 
 
 def test_the_pages_commands_are_accepted_and_its_counts_true(capsys) -> None:

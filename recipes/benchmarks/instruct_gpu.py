@@ -27,6 +27,7 @@ from forked import CONTEXT, Queue, Run, warm  # noqa: E402
 from table import write_json  # noqa: E402
 
 PARTS = ("alone", "search", "final")
+LISTS = {"alone": "alone", "search": "search", "final": "runs"}  # where each part's records are in the JSON
 KEPT = (  # of a run's results.json; what is not here names folders or quotes the data
     "method",
     "dtype",
@@ -154,8 +155,8 @@ def best_rate(jobs: list[Job]) -> float | None:
     return min((pair for pair in losses if pair[0] is not None), default=(None, None))[1]
 
 
-def kept(options: argparse.Namespace, rest: list[str]) -> dict[tuple, dict]:
-    """The JSON's runs by their names; its study and words must be the same, but arms may have joined."""
+def kept(options: argparse.Namespace, rest: list[str]) -> dict:
+    """What the JSON has, empty without one; its study and words must be the same, but arms may have joined."""
     if not options.json.is_file():
         return {}
     content = json.loads(options.json.read_text(encoding="utf-8"))
@@ -163,9 +164,7 @@ def kept(options: argparse.Namespace, rest: list[str]) -> dict[tuple, dict]:
     shared = [arm for arm in now["arms"] if arm in before["arms"]]
     if content["extra"] != rest or {**before, "arms": now["arms"]} != now or shared != before["arms"]:
         raise SystemExit(f"--resume: {options.json} is of another study or other settings; expected the same ones")
-    lists = {"alone": content["alone"], "search": content["search"], "final": content["runs"]}
-    names = ("dataset", "arm", "learning_rate", "seed")
-    return {(part, *(run[name] for name in names)): run for part, runs in lists.items() for run in runs}
+    return content
 
 
 class Study(Queue):
@@ -178,7 +177,13 @@ class Study(Queue):
         self.lines = options.out / "runs.jsonl"
         text = self.lines.read_text(encoding="utf-8") if self.lines.is_file() else ""
         self.earlier = {entry["key"]: entry["record"] for entry in map(json.loads, text.splitlines())}
-        self.kept = kept(options, rest) if options.resume else {}
+        before = kept(options, rest) if options.resume else {}
+        self.kept = {
+            (part, *(run[name] for name in ("dataset", "arm", "learning_rate", "seed"))): run
+            for part in PARTS
+            for run in before.get(LISTS[part], [])
+        }
+        self.kept_choices = before.get("chosen", [])
         self.chosen: dict[tuple[str, str], float | None] = {}
         self.searches: dict[tuple[str, str], list[Job]] = {}
         if "alone" in options.parts:
@@ -241,20 +246,34 @@ class Study(Queue):
             self.running.append(job)
             start(job)
 
+    def leaves_out(self, part: str, dataset: str, arm: str, rate: float, seed: int) -> bool:
+        """Whether a run of the JSON is of an arm, a data set or a part that this command was not asked for."""
+        if part == "final" and self.chosen.get((dataset, arm), rate) != rate:
+            return False  # at a rate that is not the best any more
+        jobs = [*self.finished, *self.waiting, *self.running]
+        return all(job.name != (part, dataset, arm, rate, seed) for job in jobs)
+
     def report(self) -> dict:
         finished = sorted(self.finished, key=lambda job: (job.order, job.rate))  # whichever ended first
-        records = {part: [job.record for job in finished if job.part == part and job.record] for part in PARTS}
+        records = {
+            part: [
+                *(run for name, run in self.kept.items() if name[0] == part and self.leaves_out(*name)),
+                *(job.record for job in finished if job.part == part and job.record),
+            ]
+            for part in PARTS
+        }
         content = {
             "model": self.options.label or self.options.model,
             "study": self.options.study,
             "extra": self.rest,
             "chosen": [
-                {"dataset": dataset, "arm": name, "learning_rate": rate}
-                for (dataset, name), rate in self.chosen.items()
+                *(one for one in self.kept_choices if (one["dataset"], one["arm"]) not in self.chosen),
+                *(
+                    {"dataset": dataset, "arm": name, "learning_rate": rate}
+                    for (dataset, name), rate in self.chosen.items()
+                ),
             ],
-            "alone": records["alone"],
-            "search": records["search"],
-            "runs": records["final"],
+            **{LISTS[part]: found for part, found in records.items()},
             "failed": [job.failure() for job in finished if not job.record],
             "unfinished": self.left(),
             "seconds": round(self.elapsed(), 1),

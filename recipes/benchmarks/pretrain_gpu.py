@@ -88,24 +88,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return options, rest
 
 
-def take_candidates() -> None:
-    """Let the recipe's `--optim` be `candidate` too, with candidates.py's options, in this process and its forks."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    import candidates
-    import other_optimizers
-
-    others = other_optimizers.build
-
-    def build(name: str, model, args, decaying: set[str]):
-        if name != "candidate":
-            return others(name, model, args, decaying)
-        pairs = [pair.split("=") for pair in args.optim_args.split(",")]
-        return candidates.build(model, args, {option: yaml.safe_load(value) for option, value in pairs})
-
-    other_optimizers.OTHERS["candidate"] = "adamw_torch"
-    other_optimizers.build = build
-
-
 class Job:
     """One run: its settings, its record once it is finished."""
 
@@ -262,7 +244,6 @@ def main(argv: list[str] | None = None) -> dict:
     study = Study(options, rest)
     train = None
     if study.waiting:
-        take_candidates()
         train = warm(SCRIPT)
         kind = "forks" if train else "fresh processes"
         print(f"Imported in {study.elapsed():.0f} s; {len(study.waiting)} runs of {options.steps} steps, {kind}.")
