@@ -108,7 +108,7 @@ def test_a_study_goes_on_from_its_json_alone(finished, tmp_path: Path) -> None:
     part = instruct_gpu.Study(*instruct_gpu.parse([*where, "--arms", "1", "--parts", "search,final"]))
     assert [job.arm for job in part.finished] == ["LoRA"] * 4
     saved = part.report()
-    for name in ("alone", "search", "runs", "chosen"):
+    for name in ("alone", "search", "runs", "chosen", "failed"):
         assert sorted(map(str, saved[name])) == sorted(map(str, content[name])), name
     # An arm may join; one that has changed makes it another study.
     joined = {"name": "more", "rates": {"sums": [0.02, 0.01]}, "settings": {"optim": "adamw_torch"}}

@@ -123,6 +123,13 @@ def test_every_committed_plan_holds_what_the_recipes_know(path: Path, tmp_path: 
                 )
 
 
+def test_a_plan_that_takes_the_arms_of_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("[]")
+    (tmp_path / "plan.yaml").write_text(dumped({**TINY, "arms": "empty.yaml"}))
+    with pytest.raises(SystemExit, match="plan.yaml: arms names empty.yaml, which has none; expected a plan"):
+        quality_plan.read_plan(tmp_path / "plan.yaml")
+
+
 # ---- statistics, by hand ----
 
 
@@ -206,30 +213,25 @@ def test_runs_of_several_plans_are_pooled_by_what_they_ran_not_by_its_name() -> 
                        for name, scale in arms)],
         })  # fmt: skip
 
-    def runs(task: str, arm: str, rate: float, *scores: float | None) -> list[dict]:
+    def runs(task: str, arm: str, rate: float, *scores: float | None, start: int = 0) -> list[dict]:
         return [
-            {
-                "part": "tuning" if i % 2 else "result",
-                "task": task,
-                "arm": arm,
-                "rate": rate,
-                "seed": i,
-                "score": score,
-            }
-            for i, score in enumerate(scores)
+            {"part": ("result", "tuning")[i % 2], "task": task, "arm": arm, "rate": rate, "seed": i, "score": score}
+            for i, score in enumerate(scores, start)
         ]
 
     one, two = plan(("F", 1), ("only here", 0.5)), plan(("scale 1", 1), tasks=("mrpc",))
     first = runs("cola", "AdamW", 1.0, *[0.5, 0.7] * 5) + runs("cola", "AdamW", 2.0, 0.9)  # one run is never the best
     first += runs("cola", "F", 1.0, *[0.4, 0.8, None] * 5) + runs("cola", "only here", 1.0, 0.9)
     first += runs("mrpc", "AdamW", 1.0, *[0.8] * 10) + runs("mrpc", "F", 1.0, *[0.7] * 6)
-    second = runs("mrpc", "AdamW", 2.0, *[0.9] * 10) + runs("mrpc", "scale 1", 1.0, *[0.8] * 6)
+    second = runs("mrpc", "AdamW", 2.0, *[0.9] * 10) + runs("mrpc", "scale 1", 1.0, *[0.8] * 6, start=6)
     said = quality_rates.markdown([(one, first), (two, second)]).splitlines()
     assert "| AdamW | 60.0 ± 3.3 (10) | 90.0 (1) |" in said  # 0.1 / sqrt(9), of the deviation 0.1 * sqrt(10 / 9)
     assert "| F | 60.0 ± 6.7 (10) |  |" in said and "only here" not in "".join(said)
     assert "| F | 75.0 ± 1.5 (12) |  |" in said  # the other plan's "scale 1"
     # 0.5 * (0.60 + 0.75) - 0.5 * (0.60 + 0.90)
-    assert said[-1].startswith("| F | 67.5 ± 3.4 | -7.5 ± 3.8 |")
+    assert said[-1] == "| F | 22 | 67.5 ± 3.4 | -7.5 ± 3.8 |"
+    twice = quality_rates.markdown([(one, first), (two, second), (two, second)])
+    assert twice.splitlines() == said  # a seed counts once
     other = [(one, first), (plan(("scale 1", 1), tasks=("mrpc",), beta=0.5), second)]
     assert "scale 1" not in quality_rates.markdown(other) and "75.0" not in quality_rates.markdown(other)
 
@@ -601,14 +603,11 @@ def test_the_readmes_quality_is_that_of_the_studies() -> None:
         means = ", ".join(f"{sum(found) / len(found):.3f}" for found in losses if found)
         assert rows[name] == [said, means, quality_table._state(runs, glue)[1]], name
     plans = rates_plans()
-    row = next(
-        line
-        for line in reversed(quality_rates.markdown(plans).splitlines())
-        if line.startswith("| FOAM, factored, level 8, scale 1 |")
-    )
+    table = quality_rates.markdown(plans).split("\n\n")[-1].splitlines()
+    rows = {name: cells for name, *cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in table)}
+    ours, adamw = rows["FOAM, factored, level 8, scale 1"], rows["AdamW"]
     text = (BENCHMARKS.parent.parent / "README.md").read_text(encoding="utf-8")
-    assert f"[{row.split('|')[3].strip(' +')} ahead]" in text
-    assert f"Over all {sum(len(runs) for _, runs in plans):,} runs" in text
+    assert f"({adamw[0]} and {ours[0]} runs), that line is [{ours[2].removeprefix('+')} ahead]" in text
 
 
 def test_the_pages_commands_are_accepted_and_its_counts_true(capsys) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foam_hf import foam_param_groups
 from foam_hf.folding import fold, unfold
 
 SWITCHES = {
@@ -153,14 +152,6 @@ class Candidate(torch.optim.Optimizer):
             rms_m, rms_r = mean_of(m.square()).sqrt(), mean_of(R.square()).sqrt()
             weight = weight * (limit * rms_m / rms_r.clamp_min(tiny)).clamp(max=1.0)
         return weight
-
-
-def build(model: torch.nn.Module, args: Any, options: dict[str, Any]) -> Candidate:
-    """A candidate over `model` with the rate, betas, eps and decay of TrainingArguments."""
-    groups = foam_param_groups(model, weight_decay=args.weight_decay)
-    return Candidate(
-        groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, **options
-    )
 
 
 def _folds(p: Tensor, group: dict[str, Any]) -> bool:

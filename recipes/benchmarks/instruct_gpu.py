@@ -183,7 +183,7 @@ class Study(Queue):
             for part in PARTS
             for run in before.get(LISTS[part], [])
         }
-        self.kept_choices = before.get("chosen", [])
+        self.kept_choices, self.kept_failures = before.get("chosen", []), before.get("failed", [])
         self.chosen: dict[tuple[str, str], float | None] = {}
         self.searches: dict[tuple[str, str], list[Job]] = {}
         if "alone" in options.parts:
@@ -246,6 +246,11 @@ class Study(Queue):
             self.running.append(job)
             start(job)
 
+    def asked(self, part: str, dataset: str, arm: str) -> bool:
+        """Whether this command was asked for such a run."""
+        given = self.options
+        return part in given.parts and dataset in given.datasets and arm in (one["name"] for one in given.arms)
+
     def leaves_out(self, part: str, dataset: str, arm: str, rate: float, seed: int) -> bool:
         """Whether a run of the JSON is of an arm, a data set or a part that this command was not asked for."""
         if part == "final" and self.chosen.get((dataset, arm), rate) != rate:
@@ -274,7 +279,10 @@ class Study(Queue):
                 ),
             ],
             **{LISTS[part]: found for part, found in records.items()},
-            "failed": [job.failure() for job in finished if not job.record],
+            "failed": [
+                *(one for one in self.kept_failures if not self.asked(one["part"], one["dataset"], one["arm"])),
+                *(job.failure() for job in finished if not job.record),
+            ],
             "unfinished": self.left(),
             "seconds": round(self.elapsed(), 1),
         }

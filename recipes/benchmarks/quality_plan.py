@@ -46,7 +46,12 @@ def read_plan(path: Path) -> dict:
     try:
         plan = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         if isinstance(plan, dict) and isinstance(plan.get("arms"), str):
-            plan["arms"] = yaml.safe_load((Path(path).parent / plan["arms"]).read_text(encoding="utf-8"))["arms"]
+            other = yaml.safe_load((Path(path).parent / plan["arms"]).read_text(encoding="utf-8"))
+            if not isinstance(other, dict) or not isinstance(other.get("arms"), list):
+                raise SystemExit(
+                    f"{path}: arms names {plan['arms']}, which has none; expected a plan with a list of arms"
+                )
+            plan["arms"] = other["arms"]
     except (OSError, yaml.YAMLError) as error:
         raise SystemExit(f"Cannot read the plan {path}: {' '.join(str(error).split())}") from None
     try:

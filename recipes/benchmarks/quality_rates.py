@@ -26,20 +26,25 @@ Scores = dict[tuple[str, str], dict[float, list[float]]]  # (task, arm) -> rate 
 
 def key_of(plan: dict, arm: dict) -> str:
     """What an arm runs, whatever its name is; its tasks aside."""
-    return json.dumps(
-        [arm["optim"], arm["optim_args"], arm["lora"], {**plan["settings"], **arm["settings"]}], sort_keys=True
-    )
+    settings = {**plan["settings"], **arm["settings"]}
+    return json.dumps([plan["model"], arm["optim"], arm["optim_args"], arm["lora"], settings], sort_keys=True)
 
 
 def pooled(plans: list[tuple[dict, list[dict]]]) -> tuple[dict[str, str], Scores]:
     """The names of the arms that at least two plans have, by what they run, and their finite scores.
 
-    An arm is called as in the first plan that has it. Tasks are the first plan's, with its settings.
+    An arm is called as in the first plan that has it. Tasks are the first plan's, with its settings; a seed that two
+    plans have at one rate is one run. SystemExit for tasks whose tuning runs are others, or where lower is better.
     """
     names: dict[str, str] = {}
     plans_with: dict[str, set[int]] = {}
     scores: Scores = {}
     tasks = plans[0][0]["tasks"]
+    if other := [task for task, spec in tasks.items() if spec["tuning"] or spec["better"] != "higher"]:
+        raise SystemExit(
+            f"task {other[0]}: expected one whose tuning runs are as its results, and higher scores better"
+        )
+    seen = set()
     for number, (plan, runs) in enumerate(plans):
         keys = {arm["name"]: key_of(plan, arm) for arm in plan["arms"]}
         for run in runs:
@@ -49,13 +54,17 @@ def pooled(plans: list[tuple[dict, list[dict]]]) -> tuple[dict[str, str], Scores
                 continue
             names.setdefault(key, run["arm"])
             plans_with.setdefault(key, set()).add(number)
+            which = (task, key, run["rate"], run["seed"])
+            if which in seen:
+                continue
+            seen.add(which)
             scores.setdefault((task, key), {}).setdefault(run["rate"], []).append(run["score"])
     return {key: names[key] for key, found in plans_with.items() if len(found) > 1}, scores
 
 
-def best(found: dict[float, list[float]]) -> tuple[float, float] | None:
-    """Mean and error at the rate of the highest mean, among those with enough runs."""
-    means = [mean_and_error(values) for values in found.values() if len(values) >= FEWEST]
+def best(found: dict[float, list[float]]) -> tuple[float, float, int] | None:
+    """Mean, error and number of runs at the rate of the highest mean, among those with enough of them."""
+    means = [(*mean_and_error(values), len(values)) for values in found.values() if len(values) >= FEWEST]
     return max(means, default=None)
 
 
@@ -78,7 +87,7 @@ def markdown(plans: list[tuple[dict, list[dict]]]) -> str:
             lines.append([names[key], *cells])
             bests[task, key] = best(found)
         parts.append(_table(lines))
-    lines = [["each at its best rate", "average", "difference"]]
+    lines = [["each at its best rate", "runs", "average", "difference"]]
     others = [bests.get((task, base)) for task in tasks]
     for key, name in names.items():
         found = [bests.get((task, key)) for task in tasks]
@@ -89,13 +98,14 @@ def markdown(plans: list[tuple[dict, list[dict]]]) -> str:
         if key != base and None not in others:
             mean, other = average_of(others)
             said = shown(average - mean, math.hypot(error, other), 100, 1, "+")
-        lines.append([name, shown(average, error, 100, 1), said])
+        runs = sum(count for *_, count in found)
+        lines.append([name, str(runs), shown(average, error, 100, 1), said])
     return "\n\n".join([*parts, _table(lines)])
 
 
-def average_of(found: list[tuple[float, float]]) -> tuple[float, float]:
+def average_of(found: list[tuple[float, float, int]]) -> tuple[float, float]:
     """The mean of independent means, and its error."""
-    return sum(mean for mean, _ in found) / len(found), math.hypot(*(error for _, error in found)) / len(found)
+    return sum(mean for mean, *_ in found) / len(found), math.hypot(*(error for _, error, _ in found)) / len(found)
 
 
 def main(argv: list[str] | None = None) -> None:

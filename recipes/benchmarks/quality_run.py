@@ -14,10 +14,11 @@ HERE = Path(__file__).resolve().parent
 GLUE = HERE.parent / "glue"
 sys.path[:0] = [str(HERE), str(GLUE)]
 
-import candidates  # noqa: E402
 import tiny_language  # noqa: E402
+from candidates import Candidate  # noqa: E402
 from table import write_json  # noqa: E402
 
+from foam_hf import foam_param_groups  # noqa: E402
 from foam_hf.memory import state_bytes  # noqa: E402
 from foam_hf.param_groups import foam_parameter_names  # noqa: E402
 
@@ -115,20 +116,19 @@ def glue(job: dict) -> dict:
 def build_optimizer(arm: dict, trainer):
     """A candidate or Adam-mini over the Trainer's model, with Trainer's betas, eps and decay."""
     args, model, options = trainer.args, trainer.model, dict(arm["optim_args"])
+    common = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if arm["optim"] == "candidate":
         if options.get("residual_start") is not None:
             batches = -(-len(trainer.train_dataset) // args.train_batch_size)
             default = args.max_steps if args.max_steps > 0 else int(batches * args.num_train_epochs)
             options.setdefault("total_steps", default)
-        return candidates.build(model, args, options)
+        return Candidate(foam_param_groups(model, weight_decay=args.weight_decay), **common, **options)
     from adam_mini import Adam_mini
 
     config = model.config
     optimizer = Adam_mini(
         model.named_parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
+        **common,
         weight_decay=args.weight_decay,
         dim=config.hidden_size,
         n_heads=config.num_attention_heads,
