@@ -86,10 +86,10 @@ def second_moments(p: Tensor, mini_rows: int) -> int:
 def rows_of_blocks(model: nn.Module, names: Iterable[str], config: Any) -> dict[str, int | None]:
     """``mini_rows`` of the parameters of ``model`` with these names, by its config; None where plain Adam is meant.
 
-    A head of a query or key where the config tells its size; all of a norm; an output channel of a convolution; a row
-    of all other matrices, embeddings too. Biases have plain Adam, as in Adam-mini. Queries, keys and values in one
-    weight get a second moment for each row, and so do transposed weights (``Conv1D``, whose rows are inputs): finer
-    than a head, and logged.
+    A head of a query or key where its layer or the config tells its size; all of a norm; an output channel of a
+    convolution; a row of all other matrices, embeddings too. Biases have plain Adam, as in Adam-mini. Queries, keys
+    and values in one weight get a second moment for each row, and so do transposed weights (``Conv1D``, whose rows are
+    inputs): finer than a head, and logged.
     """
     parameters = dict(model.named_parameters())
     owners = {
@@ -106,8 +106,9 @@ def rows_of_blocks(model: nn.Module, names: Iterable[str], config: Any) -> dict[
         elif isinstance(module, nn.modules.conv._ConvNd):
             found[name] = p[0].numel() // p.shape[-1]
         elif last in _QUERIES_AND_KEYS and isinstance(module, nn.Linear):
-            nearest = _nearest_config(model, module_name, config)
-            size = next((size for size in _head_sizes(nearest) if p.shape[0] % size == 0), None)
+            around = model.get_submodule(module_name.removesuffix(".base_layer").rpartition(".")[0])
+            sizes = [getattr(around, "head_dim", None), *_head_sizes(_nearest_config(model, module_name, config))]
+            size = next((n for n in sizes if isinstance(n, int) and n > 0 and p.shape[0] % n == 0), None)
             found[name] = size or 1
             if size is None:
                 by_row.setdefault(f"the config tells no head size that divides {p.shape[0]} rows", []).append(name)
@@ -132,9 +133,16 @@ def _nearest_config(model: nn.Module, module_name: str, config: Any) -> Any:
 
 def _head_sizes(config: Any) -> list[int]:
     """The sizes of a head that a model's config tells, likeliest first."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    sizes = [getattr(text, "head_dim", None), getattr(text, "d_kv", None)]
-    hidden, count = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+    text = config.get_text_config() if hasattr(type(config), "get_text_config") else config
+
+    def told(name: str) -> Any:
+        try:
+            return getattr(text, name, None)
+        except RuntimeError:  # transformers' own, where layers differ
+            return None
+
+    sizes = [told("head_dim"), told("d_kv")]
+    hidden, count = told("hidden_size"), told("num_attention_heads")
     if isinstance(hidden, int) and isinstance(count, int) and count and hidden % count == 0:
         sizes.append(hidden // count)
     return [size for size in sizes if isinstance(size, int) and size > 0]

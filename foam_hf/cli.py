@@ -211,6 +211,8 @@ def _copy_recipe(name: str, dest: str | None) -> int:
     target = Path(dest if dest is not None else name)
     if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise CommandError(f"{target} exists already and is left as it is; expected a new or an empty folder", code=1)
+    if target.resolve() == Path.cwd():
+        raise CommandError(f"{target} is the folder you are in, which cannot be replaced; expected a new one", code=1)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".foam-hf-", dir=target.parent) as workspace:

@@ -171,7 +171,10 @@ def chosen_optimizers(
         if chosen.count(name) > 1:
             raise ValueError(f"--optim has {name!r} twice; for several levels of FOAM: --level 2,8")
     pairs = split_optim_args(optim_args)
-    for key, _ in pairs:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"--optim-args: {key!r} is given twice, in {optim_args!r}; expected each key once")
         if not any(key in option_keys(name) for name in chosen):
             known = sorted({key for name in chosen for key in option_keys(name)})
             raise ValueError(f"--optim-args: none of {', '.join(chosen)} has {key!r}; they have {', '.join(known)}")
@@ -183,7 +186,10 @@ def chosen_optimizers(
             continue
         if "level" in arguments:
             raise ValueError(f"the level is given twice, --level {levels} and --optim-args {optim_args}; expected one")
-        rows += [(name, {"level": level.strip(), **arguments}) for level in levels.split(",")]
+        given = [level.strip() for level in levels.split(",")]
+        if twice := [level for level in given if given.count(level) > 1]:
+            raise ValueError(f"--level has {twice[0]} twice, got {levels}; expected levels that differ")
+        rows += [(name, {"level": level, **arguments}) for level in given]
     if levels is not None and not any("level" in option_keys(name) for name in chosen):
         raise ValueError(f"--level is FOAM's, and none of {', '.join(chosen)} has it; expected foam in --optim")
     return rows

@@ -130,12 +130,15 @@ def export_checkpoint(source: str | Path, destination: str | Path, dtype: torch.
         The number of INT8 weights that were converted.
 
     Raises:
-        ValueError: `source` is no INT8 checkpoint, or a damaged one; `destination` exists and is not empty.
+        ValueError: `source` is no INT8 checkpoint, or a damaged one; `destination` exists and is not empty, or is the
+            current folder.
         OSError: a file cannot be read or written.
     """
     source, destination = Path(source), Path(destination)
     if destination.is_symlink() or destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
         raise ValueError(f"{destination} exists already and is left as it is; expected a new or an empty folder")
+    if destination.resolve() == Path.cwd():
+        raise ValueError(f"{destination} is the folder you are in, which cannot be replaced; expected a new one")
     config = _int8_config(source)
     files = TensorFiles(_weight_files(source))
     converted = files.int8_weights(config["quantization_config"].get("block_size", 128))

@@ -96,7 +96,7 @@ def plan_int8(
         logger.warning("modules_to_not_convert: %r names no weight that would become INT8", entry)
     if not plan.blocks:
         raise ValueError(
-            f"no weight of {type(model).__name__} can become INT8: {plan or 'none folds'}; "
+            f"no weight of {type(model).__name__} can become INT8: {str(plan) or 'none is left'}; "
             "expected nn.Linear weights inside the base model, of widths that 16 divides"
         )
     return plan

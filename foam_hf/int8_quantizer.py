@@ -173,7 +173,9 @@ class Int8Quantizer(HfQuantizer):
             module = module_of(model, name)
             rows, width = module.weight.shape
             self._dtypes[name] = module.weight.dtype
-            module.register_parameter("weight", None)
+            # Models initialize what is missing, and look at all weights as they do: this one is no part of the model.
+            module.register_parameter("weight", None)  # its place in the order of parameters
+            module.__dict__["weight"] = torch.empty(rows, width, dtype=self._dtypes[name], device="meta")
             module.register_buffer(CODES, torch.empty(rows, width, dtype=torch.int8, device="meta"))
             module.register_buffer(SCALES, torch.empty(rows, width // block, dtype=torch.float32, device="meta"))
 
@@ -185,6 +187,7 @@ class Int8Quantizer(HfQuantizer):
                 weight = Int8Weight(getattr(module, CODES), getattr(module, SCALES), dtype=self._dtypes[name])
                 delattr(module, CODES)
                 delattr(module, SCALES)
+                del module.__dict__["weight"]
                 if plain:
                     module.weight = nn.Parameter(weight.dequantize())
                 else:

@@ -37,6 +37,9 @@ class NonfiniteGradientError(FloatingPointError):
         super().__init__(message)
         self.parameters = parameters
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, [])  # what comes back from another process: the message, no tensors
+
     def name(self, model: nn.Module) -> None:
         """Let the message end with the names that ``model`` has for the parameters."""
         names = {id(p): name for name, p in model.named_parameters()}

@@ -79,9 +79,18 @@ def _check_number(name: str, value: Any, *, below: float = math.inf, positive: b
         raise ValueError(f"{name} is out of range: got {value!r}; expected {legal}")
 
 
+SCHEDULER_FIELDS = (
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "max_momentum",
+    "base_momentum",
+)  # torch's schedulers write these
+
+
 def check_field_names(group: dict[Any, Any], known: Iterable[str]) -> None:
     """Raise ValueError for a field of a param group that looks like a misspelling of one in ``known``."""
-    known = [*known, "params"]
+    known = [*known, "params", *SCHEDULER_FIELDS]
     for name in group:
         # Other tools tag groups with keys of their own; only a likely misspelling of ours is an error.
         if not isinstance(name, str):

@@ -38,13 +38,22 @@ def refuse_ready_made_optimizer(trainer: Any) -> None:
         refuse_other_optimizer(trainer.model, f"the optimizer {cls.__name__}")
 
 
-def refusing_other_checkpoints(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Trainer._load_from_checkpoint`, which only warns about weights that it does not find, with a check before."""
+def refusing_other_checkpoints(original: Callable[..., Any], is_ours: Callable[[Any], bool]) -> Callable[..., Any]:
+    """`Trainer._load_from_checkpoint`, which only warns about weights that it does not find, with a check before.
+
+    Under FOAM trained weights keep their dtypes: PEFT makes adapters in bfloat16 float32 ones as it loads them.
+    """
 
     @functools.wraps(original)
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
         _refuse_other_checkpoint(self.model, Path(resume_from_checkpoint))
-        return original(self, resume_from_checkpoint, *args, **kwargs)
+        dtypes = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
+        result = original(self, resume_from_checkpoint, *args, **kwargs)
+        if is_ours(self.args):
+            for name, p in self.model.named_parameters():
+                if p.dtype != dtypes.get(name, p.dtype):
+                    p.data = p.data.to(dtypes[name])
+        return result
 
     return _load_from_checkpoint
 

@@ -129,7 +129,8 @@ def register_trainer(trainer_module: types.ModuleType) -> None:
     _wrap(trainer_class, "get_optimizer_cls_and_kwargs", _building_foam)
     _wrap(trainer_class, "train", _binding_train)
     if hasattr(trainer_class, "_load_from_checkpoint"):  # a help to users, not what training rests on
-        _wrap(trainer_class, "_load_from_checkpoint", refusing_other_checkpoints)
+        refusing = functools.partial(refusing_other_checkpoints, is_ours=_is_ours)
+        _wrap(trainer_class, "_load_from_checkpoint", refusing)
     _wrap(trainer_class, "_save_checkpoint", functools.partial(trainer_checkpoints.saving, is_ours=_is_ours))
     _wrap(trainer_class, "_load_best_model", functools.partial(trainer_checkpoints.loading_best, is_ours=_is_ours))
     if hasattr(trainer_class, "_issue_warnings_after_load"):

@@ -11,6 +11,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import foam_hf.update
 from foam_hf import FOAM, foam_param_groups
+from foam_hf.adam_mini import rows_of_blocks
 from foam_hf.int8_weights import Int8Weight
 from tests import tiny_models
 from tests.reference import MiniReference
@@ -187,3 +188,22 @@ def test_rows_that_no_block_divides_are_refused():
 def test_biases_of_a_recurrent_layer_have_adam():
     found = blocks(nn.Sequential(nn.LSTM(4, 4)))
     assert {name for name, (size, _) in found.items() if size is None} == {"0.bias_ih_l0", "0.bias_hh_l0"}
+
+
+def test_heads_have_their_own_layers_size_where_layers_differ() -> None:
+    """As in Gemma 4: its config raises for what differs by the layer."""
+
+    class Config:
+        def __getattr__(self, name: str) -> int:
+            raise RuntimeError(f"{name} is a per-layer attribute")
+
+    class Attention(nn.Module):
+        def __init__(self, head_dim: int) -> None:
+            super().__init__()
+            self.head_dim = head_dim
+            self.q_proj, self.k_proj = nn.Linear(8, 32), nn.Linear(8, 32)
+
+    model = nn.ModuleList([Attention(8), Attention(16), Attention(12)])
+    model.config = Config()
+    rows = rows_of_blocks(model, [name for name, _ in model.named_parameters()], model.config)
+    assert [rows[f"{layer}.q_proj.weight"] for layer in range(3)] == [8, 16, 1]  # 12 does not divide 32

@@ -285,6 +285,12 @@ def test_copy_never_overwrites(bundled: Path, capsys: pytest.CaptureFixture[str]
     assert "glue exists already" in capsys.readouterr().err
     (bundled / "file").write_text("mine")
     assert cli.main(["recipes", "copy", "glue", "file"]) == 1
+    assert "file exists already" in capsys.readouterr().err
+    Path("here").mkdir()
+    os.chdir("here")
+    assert cli.main(["recipes", "copy", "glue", "."]) == 1
+    assert ". is the folder you are in, which cannot be replaced; expected a new one" in capsys.readouterr().err
+    os.chdir("..")
     assert [path.read_text() for path in bundled.rglob("*") if path.is_file()] == ["mine", "mine"]
 
 

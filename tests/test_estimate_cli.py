@@ -233,6 +233,8 @@ def test_the_picture_is_drawn_beside_the_table(estimate, model, tmp_path, suffix
         (["llama-60m", "--optim", "foam,foam"], "--optim has 'foam' twice"),
         (["llama-60m", "--optim", "adafactor", "--level", "2"], "--level is FOAM's, and none of adafactor has it"),
         (["llama-60m", "--level", "2", "--optim-args", "level=8"], "the level is given twice"),
+        (["llama-60m", "--level", "8,2, 8"], "--level has 8 twice, got 8,2, 8; expected levels that differ"),
+        (["llama-60m", "--optim-args", "level=2,level=5"], "'level' is given twice, in 'level=2,level=5'"),
         (["llama-60m", "--level", "99"], "level must be an integer from 0 to 16, or row, got '99'"),
         (["llama-60m", "--optim-args", "levle=8"], "has 'levle'; they have"),
         (["llama-60m", "--optim-args", "level"], "is not of the form key=value"),

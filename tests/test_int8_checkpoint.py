@@ -198,3 +198,12 @@ def test_a_damaged_checkpoint_is_not_exported(
 )
 def test_the_block_of_a_width(width: int, block_size: int, expected: int | None) -> None:
     assert int8_block(width, block_size) == expected
+
+
+def test_the_folder_one_is_in_is_not_replaced(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    code, _, err = run(capsys, checkpoint, ".")
+    assert code == 1 and ". is the folder you are in, which cannot be replaced; expected a new one" in err

@@ -201,6 +201,11 @@ def test_weights_are_dequantized_to_the_dtype_that_they_show(plain: Path, tmp_pa
     assert {p.dtype for p in load(plain).dequantize(torch.float16).parameters()} >= {torch.float16}
 
 
+def test_a_choice_that_leaves_nothing_is_refused(plain: Path) -> None:
+    with pytest.raises(ValueError, match="no weight of LlamaForCausalLM can become INT8: none is left; expected"):
+        load(plain, modules_to_not_convert=["model"])
+
+
 def test_named_modules_stay(plain: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "foam_hf"):
         names = int8_names(load(plain, modules_to_not_convert=["down_proj", r"model\.layers\.1\..*", "no_such"]))
@@ -274,6 +279,50 @@ def test_a_checkpoint_holds_codes_and_scales_as_plain_tensors_and_returns_bit_fo
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_same_bits(bits(again), bits(model))
     assert all(p.requires_grad for p in again.parameters())
+
+
+def tiny(name: str) -> Any:
+    """A model whose `_init_weights` looks at weights of its parts."""
+    import transformers as hf
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    image = {"image_size": 16, "patch_size": 4}
+    text = {"vocab_size": 64, **sizes, "max_position_embeddings": 16}
+    heads = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    if name == "t5":
+        return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=64, **heads))
+    if name == "modernbert":
+        return hf.ModernBertForSequenceClassification(hf.ModernBertConfig(vocab_size=64, pad_token_id=0, **sizes))
+    if name == "dinov2":
+        return hf.Dinov2ForImageClassification(hf.Dinov2Config(**sizes, **image))
+    if name == "siglip":
+        return hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config={**sizes, **image}))
+    if name == "mamba":
+        return hf.MambaForCausalLM(
+            hf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=16, time_step_rank=16)
+        )
+    convolutions = {"conv_dim": (16,), "conv_kernel": (3,), "conv_stride": (2,), "num_feat_extract_layers": 1}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    return hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(vocab_size=64, **sizes, **convolutions, **positions))
+
+
+@pytest.mark.parametrize("name", ["t5", "modernbert", "dinov2", "siglip", "mamba", "wav2vec2"])
+def test_models_that_look_at_their_weights_as_they_initialize_come_back(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    auto = type(model)
+    model.save_pretrained(tmp_path / "plain")
+    saved = load(tmp_path / "plain", auto)
+    assert int8_names(saved)
+    saved.save_pretrained(tmp_path / "int8")
+    back = auto.from_pretrained(tmp_path / "int8")
+    assert [name for name, _ in back.named_parameters()] == [name for name, _ in saved.named_parameters()]
+    assert int8_names(back) == int8_names(saved)
+    assert_same_bits(bits(back), bits(saved))
+    plain = auto.from_pretrained(tmp_path / "int8", quantization_config=Int8Config(dequantize=True))
+    assert not int8_names(plain)
+    for (where, p), q in zip(plain.named_parameters(), saved.parameters(), strict=True):
+        q = q.dequantize() if isinstance(q, Int8Weight) else q
+        assert torch.equal(p, q), where
 
 
 def test_a_reloaded_model_is_saved_again(saved: Path, tmp_path: Path) -> None:

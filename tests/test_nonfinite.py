@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -279,3 +280,12 @@ def test_rules_of_whole_tensors_leave_out_the_whole(monkeypatch, options, kernel
     with pytest.raises(NonfiniteGradientError):
         train(weight, gradients[:2], nonfinite="error", **options)[1].check_gradients()  # a GPU's word comes later
     assert bool(train(weight, gradients, nonfinite="ignore", **options)[0].isnan().any())
+
+
+def test_the_error_comes_back_from_another_process() -> None:
+    p = torch.nn.Parameter(torch.ones(2, 4))
+    p.grad = torch.full((2, 4), math.nan)
+    with pytest.raises(NonfiniteGradientError) as caught:
+        FOAM([p]).step()
+    back = pickle.loads(pickle.dumps(caught.value))
+    assert type(back) is NonfiniteGradientError and str(back) == str(caught.value) and back.parameters == []

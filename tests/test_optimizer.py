@@ -169,6 +169,16 @@ def test_learning_rate_as_a_tensor_and_under_schedulers():
     assert_within(weights(nets[0]), weights(nets[1]), "one step against float64, float32 weights")
 
 
+def test_groups_that_a_scheduler_has_written_to_make_another_optimizer():
+    net = model()
+    optimizer = FOAM(net.parameters(), lr=1e-2)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=10)
+    again = FOAM([dict(group) for group in optimizer.param_groups])
+    assert again.param_groups[0]["max_momentum"] == optimizer.param_groups[0]["max_momentum"]
+    with pytest.raises(ValueError, match=r"'momentun'; did you mean 'momentum'"):
+        FOAM([{"params": [torch.nn.Parameter(torch.ones(2))], "momentun": 0.9}])
+
+
 def test_closure_is_evaluated_with_gradients_and_its_loss_returned():
     net = model()
     optimizer = FOAM(net.parameters())

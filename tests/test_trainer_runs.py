@@ -328,3 +328,23 @@ def _train_as_one_rank(folder: Path) -> None:
 
 if __name__ == "__main__":
     launch(2, _train_as_one_rank, Path(sys.argv[1]))
+
+
+def test_adapters_in_bfloat16_resume_as_they_were(tmp_path: Path) -> None:
+    """PEFT makes float32 ones of them as it loads: without stochastic rounding the run would be another."""
+    from peft import LoraConfig, get_peft_model
+
+    def trainer() -> Trainer:
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, task_type="CAUSAL_LM")
+        model = get_peft_model(tiny_llama().to(torch.bfloat16), config, autocast_adapter_dtype=False)
+        settings = {"model": model, "train_dataset": language_data(), "save_strategy": "steps", "save_steps": 4}
+        return make_trainer(tmp_path, max_steps=8, **settings)
+
+    whole = trainer()
+    whole.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for (name, p), q in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert p.dtype == q.dtype == torch.bfloat16 and torch.equal(p, q), name
+    assert any(p.requires_grad for p in resumed.model.parameters())
