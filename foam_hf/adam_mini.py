@@ -107,8 +107,8 @@ def rows_of_blocks(model: nn.Module, names: Iterable[str], config: Any) -> dict[
             found[name] = p[0].numel() // p.shape[-1]
         elif last in _QUERIES_AND_KEYS and isinstance(module, nn.Linear):
             around = model.get_submodule(module_name.removesuffix(".base_layer").rpartition(".")[0])
-            sizes = [getattr(around, "head_dim", None), *_head_sizes(_nearest_config(model, module_name, config))]
-            size = next((n for n in sizes if isinstance(n, int) and n > 0 and p.shape[0] % n == 0), None)
+            nearest = _nearest_config(model, module_name, config)
+            size = next((size for size in _head_sizes(nearest, around) if p.shape[0] % size == 0), None)
             found[name] = size or 1
             if size is None:
                 by_row.setdefault(f"the config tells no head size that divides {p.shape[0]} rows", []).append(name)
@@ -131,9 +131,9 @@ def _nearest_config(model: nn.Module, module_name: str, config: Any) -> Any:
     return next((inner for inner in found if inner is not None and _head_sizes(inner)), config)
 
 
-def _head_sizes(config: Any) -> list[int]:
-    """The sizes of a head that a model's config tells, likeliest first."""
-    text = config.get_text_config() if hasattr(type(config), "get_text_config") else config
+def _head_sizes(config: Any, layer: nn.Module | None = None) -> list[int]:
+    """The sizes of a head that a layer and a model's config tell, likeliest first."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
 
     def told(name: str) -> Any:
         try:
@@ -141,7 +141,7 @@ def _head_sizes(config: Any) -> list[int]:
         except RuntimeError:  # transformers' own, where layers differ
             return None
 
-    sizes = [told("head_dim"), told("d_kv")]
+    sizes = [getattr(layer, "head_dim", None), told("head_dim"), told("d_kv")]
     hidden, count = told("hidden_size"), told("num_attention_heads")
     if isinstance(hidden, int) and isinstance(count, int) and count and hidden % count == 0:
         sizes.append(hidden // count)

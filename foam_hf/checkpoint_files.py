@@ -12,6 +12,14 @@ MANIFEST = "foam_checkpoint.json"  # says which files are whole: see trainer_che
 _STATE = "trainer_state.json"  # what Trainer writes last
 
 
+def check_destination(folder: Path) -> None:
+    """Raise ValueError for a folder that cannot be written whole or not at all, by a rename into its place."""
+    if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already and is left as it is; expected a new or an empty folder")
+    if folder.resolve() == Path.cwd():
+        raise ValueError(f"{folder} is the folder you are in, which cannot be replaced; expected a new one")
+
+
 class Unfinished(Exception):
     """A checkpoint whose save did not come to its end: nothing is wrong with the disk."""
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from foam_hf import __version__, estimate_command
+from foam_hf.checkpoint_files import check_destination
 from foam_hf.optim_args import FOAM_NAMES
 
 _PICTURES = (".png", ".pdf", ".svg")
@@ -209,10 +210,10 @@ def _copy_recipe(name: str, dest: str | None) -> int:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise CommandError(f"no recipe {name!r}; {hint}expected one of {', '.join(recipes)}")
     target = Path(dest if dest is not None else name)
-    if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise CommandError(f"{target} exists already and is left as it is; expected a new or an empty folder", code=1)
-    if target.resolve() == Path.cwd():
-        raise CommandError(f"{target} is the folder you are in, which cannot be replaced; expected a new one", code=1)
+    try:
+        check_destination(target)
+    except ValueError as error:
+        raise CommandError(str(error), code=1) from None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".foam-hf-", dir=target.parent) as workspace:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from foam_hf.checkpoint_files import MANIFEST
+from foam_hf.checkpoint_files import MANIFEST, check_destination
 from foam_hf.int8_weights import Int8Weight
 
 METHOD = "foam_int8"  # quantization_config["quant_method"] of such a checkpoint
@@ -135,10 +135,7 @@ def export_checkpoint(source: str | Path, destination: str | Path, dtype: torch.
         OSError: a file cannot be read or written.
     """
     source, destination = Path(source), Path(destination)
-    if destination.is_symlink() or destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
-        raise ValueError(f"{destination} exists already and is left as it is; expected a new or an empty folder")
-    if destination.resolve() == Path.cwd():
-        raise ValueError(f"{destination} is the folder you are in, which cannot be replaced; expected a new one")
+    check_destination(destination)
     config = _int8_config(source)
     files = TensorFiles(_weight_files(source))
     converted = files.int8_weights(config["quantization_config"].get("block_size", 128))

@@ -119,8 +119,6 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
             near = difflib.get_close_matches(key.lower(), _OPTIM_ARGS, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"optim_args: unknown key {key!r}.{hint} The keys of FOAM are {', '.join(_OPTIM_ARGS)}.")
-        if key in parsed:
-            raise ValueError(f"optim_args: {key!r} is given twice, in {optim_args!r}; expected each key once.")
         convert, legal = _OPTIM_ARGS[key]
         try:
             parsed[key] = convert(text)
@@ -130,14 +128,17 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
 
 
 def split_optim_args(optim_args: str | Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """The pairs of key and value in `optim_args`, blanks stripped; ValueError where "=" or a side of it is missing."""
+    """The pairs of key and value in `optim_args`, blanks stripped.
+
+    ValueError where "=" or a side of it is missing, and for a key that is given twice.
+    """
     if optim_args is None or (isinstance(optim_args, str) and not optim_args.strip()):
         return []
     if isinstance(optim_args, Mapping):
         return [(str(key), str(value)) for key, value in optim_args.items()]
     if not isinstance(optim_args, str):
         raise ValueError(f"optim_args must be a string like 'level=8,scale=0.25' or a dict, got {optim_args!r}.")
-    pairs = []
+    pairs: dict[str, str] = {}
     for piece in optim_args.split(","):
         key, equals, value = (part.strip() for part in piece.partition("="))
         if not (key and equals and value):
@@ -145,5 +146,7 @@ def split_optim_args(optim_args: str | Mapping[str, Any] | None) -> list[tuple[s
                 f"optim_args: {piece.strip()!r} in {optim_args!r} is not of the form key=value; "
                 "expected something like 'level=8,scale=0.25'."
             )
-        pairs.append((key, value))
-    return pairs
+        if key in pairs:
+            raise ValueError(f"optim_args: {key!r} is given twice, in {optim_args!r}; expected each key once.")
+        pairs[key] = value
+    return list(pairs.items())

@@ -79,13 +79,8 @@ def _check_number(name: str, value: Any, *, below: float = math.inf, positive: b
         raise ValueError(f"{name} is out of range: got {value!r}; expected {legal}")
 
 
-SCHEDULER_FIELDS = (
-    "initial_lr",
-    "max_lr",
-    "min_lr",
-    "max_momentum",
-    "base_momentum",
-)  # torch's schedulers write these
+# What torch's schedulers write into groups.
+SCHEDULER_FIELDS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
 
 
 def check_field_names(group: dict[Any, Any], known: Iterable[str]) -> None:

@@ -194,6 +194,9 @@ def test_heads_have_their_own_layers_size_where_layers_differ() -> None:
     """As in Gemma 4: its config raises for what differs by the layer."""
 
     class Config:
+        def get_text_config(self) -> Config:
+            return self
+
         def __getattr__(self, name: str) -> int:
             raise RuntimeError(f"{name} is a per-layer attribute")
 

@@ -556,9 +556,7 @@ def rates_plans() -> list[tuple[dict, list[dict]]]:
     """The plans that the page's command of quality_rates.py names, with their runs."""
     page = (BENCHMARKS / "quality.md").read_text(encoding="utf-8")
     (command,) = [line for line in page.splitlines() if "quality_rates.py " in line]
-    names = [word for word in shlex.split(command) if word.startswith("quality_")]
-    files = [(BENCHMARKS / f"{name}.yaml", BENCHMARKS / "results" / f"{name}.jsonl") for name in names]
-    return [(quality_plan.read_plan(plan), quality_table.read_runs([runs])) for plan, runs in files]
+    return quality_rates.load([word for word in shlex.split(command) if word.startswith("quality_")])
 
 
 def readme_rows(title: str) -> dict[str, list[str]]:

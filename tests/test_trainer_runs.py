@@ -311,25 +311,6 @@ def test_two_processes_follow_one(tmp_path: Path) -> None:
     assert_close(ranks[0]["float32"], weights(single), "two processes against one, 10 steps")
 
 
-def _train_as_one_rank(folder: Path) -> None:
-    found = {}
-    runs: dict[str, dict[str, Any]] = {
-        "float32": {"dtype": torch.float32},
-        "bfloat16": {"dtype": torch.bfloat16},
-        "bfloat16, muon": {"dtype": torch.bfloat16, "optim": "foam_muon"},
-    }
-    for name, settings in runs.items():
-        trainer = language_trainer(folder / name, ddp_backend="gloo", **settings)
-        assert trainer.args.world_size == 2
-        trainer.train()
-        found[name] = weights(trainer)
-    torch.save(found, folder / f"rank{trainer.args.process_index}.pt")
-
-
-if __name__ == "__main__":
-    launch(2, _train_as_one_rank, Path(sys.argv[1]))
-
-
 def test_adapters_in_bfloat16_resume_as_they_were(tmp_path: Path) -> None:
     """PEFT makes float32 ones of them as it loads: without stochastic rounding the run would be another."""
     from peft import LoraConfig, get_peft_model
@@ -348,3 +329,22 @@ def test_adapters_in_bfloat16_resume_as_they_were(tmp_path: Path) -> None:
     for (name, p), q in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert p.dtype == q.dtype == torch.bfloat16 and torch.equal(p, q), name
     assert any(p.requires_grad for p in resumed.model.parameters())
+
+
+def _train_as_one_rank(folder: Path) -> None:
+    found = {}
+    runs: dict[str, dict[str, Any]] = {
+        "float32": {"dtype": torch.float32},
+        "bfloat16": {"dtype": torch.bfloat16},
+        "bfloat16, muon": {"dtype": torch.bfloat16, "optim": "foam_muon"},
+    }
+    for name, settings in runs.items():
+        trainer = language_trainer(folder / name, ddp_backend="gloo", **settings)
+        assert trainer.args.world_size == 2
+        trainer.train()
+        found[name] = weights(trainer)
+    torch.save(found, folder / f"rank{trainer.args.process_index}.pt")
+
+
+if __name__ == "__main__":
+    launch(2, _train_as_one_rank, Path(sys.argv[1]))

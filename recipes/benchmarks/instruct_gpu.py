@@ -251,18 +251,21 @@ class Study(Queue):
         given = self.options
         return part in given.parts and dataset in given.datasets and arm in (one["name"] for one in given.arms)
 
-    def leaves_out(self, part: str, dataset: str, arm: str, rate: float, seed: int) -> bool:
-        """Whether a run of the JSON is of an arm, a data set or a part that this command was not asked for."""
-        if part == "final" and self.chosen.get((dataset, arm), rate) != rate:
-            return False  # at a rate that is not the best any more
-        jobs = [*self.finished, *self.waiting, *self.running]
-        return all(job.name != (part, dataset, arm, rate, seed) for job in jobs)
+    def others(self) -> dict[tuple, dict]:
+        """The JSON's runs that are no jobs of this command, but for final ones at a rate that is not the best any more."""
+        mine = {job.name for job in [*self.finished, *self.waiting, *self.running]}
+        return {
+            name: run
+            for name, run in self.kept.items()
+            if name not in mine and (name[0] != "final" or self.chosen.get(name[1:3], name[3]) == name[3])
+        }
 
     def report(self) -> dict:
         finished = sorted(self.finished, key=lambda job: (job.order, job.rate))  # whichever ended first
+        others = self.others()
         records = {
             part: [
-                *(run for name, run in self.kept.items() if name[0] == part and self.leaves_out(*name)),
+                *(run for name, run in others.items() if name[0] == part),
                 *(job.record for job in finished if job.part == part and job.record),
             ]
             for part in PARTS

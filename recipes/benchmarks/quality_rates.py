@@ -108,15 +108,18 @@ def average_of(found: list[tuple[float, float, int]]) -> tuple[float, float]:
     return sum(mean for mean, *_ in found) / len(found), math.hypot(*(error for _, error, _ in found)) / len(found)
 
 
+def load(names: list[str]) -> list[tuple[dict, list[dict]]]:
+    """The plans of these names beside this script, with their runs."""
+    files = [(HERE / f"{name}.yaml", HERE / "results" / f"{name}.jsonl") for name in names]
+    return [(read_plan(plan), read_runs([runs])) for plan, runs in files]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("plans", nargs="+", help="names of plans beside this script, whose runs are in results/")
     parser.add_argument("--readme", type=Path, help="renew the table between its markers of `rates`")
     options = parser.parse_args(argv)
-    results = HERE / "results"
-    table = markdown(
-        [(read_plan(HERE / f"{name}.yaml"), read_runs([results / f"{name}.jsonl"])) for name in options.plans]
-    )
+    table = markdown(load(options.plans))
     if options.readme is None:
         print(table)
         return
