@@ -252,7 +252,7 @@ class Study(Queue):
         return part in given.parts and dataset in given.datasets and arm in (one["name"] for one in given.arms)
 
     def others(self) -> dict[tuple, dict]:
-        """The JSON's runs that are no jobs of this command, but for final ones at a rate that is not the best any more."""
+        """The JSON's runs that are no jobs of this command, without final ones at a rate that is the best no more."""
         mine = {job.name for job in [*self.finished, *self.waiting, *self.running]}
         return {
             name: run
