@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from foam_hf.eight_bit import SMALLEST
 from foam_hf.optim_args import FOAM_NAMES, foam_options
-from foam_hf.param_groups import foam_parameter_names
+from foam_hf.param_groups import foam_parameter_names, grouping_options
 from foam_hf.plan import Estimate
 from foam_hf.step_trace import StepTrace, trace_step, with_value
 from foam_hf.update import CHUNK_GPU
@@ -106,7 +106,9 @@ def optimizer_temporary_bytes(model: nn.Module, optim: str, optim_args: str | No
 def _foam_temporary_bytes(model: nn.Module, options: dict[str, Any]) -> int:
     """What the rules without a kernel take for each element of a chunk; where weights round, mostly random bits."""
     rule, eight_bit = options.get("second_moment", "block"), options.get("plain_state") == "8bit"
-    folded = {name for group, names in foam_parameter_names(model).items() if "folded" in group for name in names}
+    groups = foam_parameter_names(model, **grouping_options(dict(options)))
+    folded = {name for group, names in groups.items() if group.startswith("folded") for name in names}
+    plain = {name for group, names in groups.items() if group.startswith("plain") for name in names}
     most = 0
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -119,7 +121,7 @@ def _foam_temporary_bytes(model: nn.Module, options: dict[str, Any]) -> int:
             most = max(most, chunk, 6 * rows * n + 4 * min(rows, n) ** 2)
         elif rule == "adam_mini" and p.dim() > 1:
             most = max(most, chunk * (22 if half else 10))
-        elif eight_bit and name not in folded and p.numel() >= SMALLEST:
+        elif eight_bit and name in plain and p.numel() >= SMALLEST:
             most = max(most, chunk * (30 if half else 21))
     return most
 

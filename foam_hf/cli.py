@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run an unmodified training command (python, torchrun, accelerate launch, trl, ...) with "
         f"--optim {', '.join(FOAM_NAMES)} available in it and in every python it starts.",
         usage="foam-hf run [--report-memory [PICTURE]] -- COMMAND ...",
-        epilog="example: foam-hf run --report-memory -- python train.py --optim foam --optim_args level=8,scale=0.25",
+        epilog="example: foam-hf run --report-memory -- python train.py --optim foam --optim_args level=row",
     )
     run.add_argument(
         "--report-memory",

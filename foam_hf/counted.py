@@ -14,7 +14,7 @@ from foam_hf import peer_state
 from foam_hf.memory import expected_state_bytes
 from foam_hf.optim_args import FOAM_KEYS, FOAM_NAMES, foam_options, one_of_ours, split_optim_args
 from foam_hf.optimizer import FOAM
-from foam_hf.param_groups import GROUPING_OPTIONS, foam_param_groups, foam_parameter_names
+from foam_hf.param_groups import foam_param_groups, grouping_options, layer_names
 from foam_hf.storages import storages, total
 
 _PEERS: dict[str, Callable[[nn.Module], int]] = {
@@ -124,17 +124,12 @@ def count_state(
             )
         return peer_state.adam_mini(model, hidden_size=hidden_size, heads=heads)
     if optim == "muon":
-        return peer_state.muon(model, folded_names(model))
+        return peer_state.muon(model, layer_names(model))
     if target_modules:
         targets = peer_state.linear_targets(model, target_modules)
     else:
-        targets = folded_names(model) & peer_state.linear_targets(model, "all-linear")
+        targets = layer_names(model) & peer_state.linear_targets(model, "all-linear")
     return _PROJECTED[optim](model, targets, **options)
-
-
-def folded_names(model: nn.Module) -> set[str]:
-    """Names of the weights that FOAM folds by default."""
-    return {name for group, names in foam_parameter_names(model).items() if "folded" in group for name in names}
 
 
 def _foam_state(
@@ -144,9 +139,8 @@ def _foam_state(
     options.pop("gradient_release", None)
     if "state_dtype" in options:
         options["state_dtype"] = getattr(torch, options["state_dtype"])
-    wider = {name: options.pop(name, False) for name in ("fold_embeddings", "fold_head")}
-    grouping = {name: options[name] for name in GROUPING_OPTIONS if name in options}
-    groups = foam_param_groups(model, target_modules=target_modules, **wider, **grouping)
+    grouping = grouping_options(options)
+    groups = foam_param_groups(model, target_modules=target_modules, **grouping)
     return expected_state_bytes(FOAM(groups, **options).param_groups)  # a FOAM checks every value
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from foam_hf.int8_checkpoint import CODES, SCALES, TensorFiles, int8_block, kind, pair_problem
 from foam_hf.int8_weights import Int8Weight
-from foam_hf.param_groups import foam_parameter_names
+from foam_hf.param_groups import layer_names
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class Int8Plan:
 
     Attributes:
         blocks: parameter name -> columns a block, of those that become INT8.
-        left: reason -> names of the folded weights that stay as they are.
+        left: reason -> names of the layers' weights that stay as they are.
     """
 
     blocks: dict[str, int] = field(default_factory=dict)
@@ -52,7 +52,7 @@ def plan_int8(
     head: bool = False,
     modules_to_not_convert: Collection[str] | None = None,
 ) -> Int8Plan:
-    """Choose the weights that become INT8: those of `nn.Linear` modules that `foam_param_groups` folds.
+    """Choose the weights that become INT8: those of `nn.Linear` modules inside the base model.
 
     Embeddings and norms stay as they are, and so do fused experts and GPT-2's `Conv1D`, which are no `nn.Linear`,
     weights that are tied to others or belong to several modules, and widths that no block divides.
@@ -67,7 +67,7 @@ def plan_int8(
     Raises:
         ValueError: nothing can be converted.
     """
-    wanted = {name for group, names in foam_parameter_names(model).items() if "folded" in group for name in names}
+    wanted = layer_names(model)
     owners = _owners(model)
     if head:
         wanted |= _head_names(model, owners)

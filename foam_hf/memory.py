@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from foam_hf.int8_weights import Int8Weight
+from foam_hf.optim_args import default_scale
 from foam_hf.optimizer import FOAM
 from foam_hf.optimizer_state import effective_rule, state_spec
 from foam_hf.options import check_options
@@ -206,6 +207,8 @@ def _filled(param_groups: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any
     for group in param_groups:
         filled = {**defaults, **group}
         check_options(filled)
+        if filled["scale"] is None:
+            filled["scale"] = default_scale(filled["level"], filled["second_moment"])
         yield filled
 
 

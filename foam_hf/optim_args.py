@@ -58,6 +58,8 @@ _OPTIM_ARGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "seed": (lambda text: int(_in_range(int(text), 0, 2**64 - 1)), "an integer from 0 to 2**64 - 1"),
 }
 FOAM_KEYS = tuple(_OPTIM_ARGS)
+# The scale of each rule under which AdamW's learning rate is the right one, and Muon's for Muon.
+SCALES = {"block": 4.0, "factored": 1.0, "muon": 1.0, "adam_mini": 1.0}
 # Names of `optim` -> the options that they stand for.
 FOAM_NAMES: dict[str, dict[str, Any]] = {
     "foam": {},
@@ -65,6 +67,11 @@ FOAM_NAMES: dict[str, dict[str, Any]] = {
     "foam_muon": {"second_moment": "muon"},
     "foam_adam_mini": {"second_moment": "adam_mini"},
 }
+
+
+def default_scale(level: int | str, second_moment: str) -> float:
+    """The `scale` that a rule has where none is given: that of `SCALES`, and 1 where nothing folds, which is AdamW."""
+    return 1.0 if level == 0 else SCALES[second_moment]
 
 
 def one_of_ours() -> str:
@@ -137,14 +144,14 @@ def split_optim_args(optim_args: str | Mapping[str, Any] | None) -> list[tuple[s
     if isinstance(optim_args, Mapping):
         return [(str(key), str(value)) for key, value in optim_args.items()]
     if not isinstance(optim_args, str):
-        raise ValueError(f"optim_args must be a string like 'level=8,scale=0.25' or a dict, got {optim_args!r}.")
+        raise ValueError(f"optim_args must be a string like 'level=row,scale=2' or a dict, got {optim_args!r}.")
     pairs: dict[str, str] = {}
     for piece in optim_args.split(","):
         key, equals, value = (part.strip() for part in piece.partition("="))
         if not (key and equals and value):
             raise ValueError(
                 f"optim_args: {piece.strip()!r} in {optim_args!r} is not of the form key=value; "
-                "expected something like 'level=8,scale=0.25'."
+                "expected something like 'level=row,scale=2'."
             )
         if key in pairs:
             raise ValueError(f"optim_args: {key!r} is given twice, in {optim_args!r}; expected each key once.")

@@ -19,6 +19,7 @@ from foam_hf.folding import Level
 from foam_hf.int8_weights import Int8Weight
 from foam_hf.launches import StepPlan, refuse_capture
 from foam_hf.nonfinite import Watch
+from foam_hf.optim_args import default_scale
 from foam_hf.optimizer_state import check_checkpoint, effective_rule, plain, state_problem, state_spec, with_dtype
 from foam_hf.options import check_field_names, check_options, check_parameter, check_rule
 from foam_hf.places import Piece, is_sharded
@@ -32,9 +33,9 @@ class FOAM(torch.optim.Optimizer):
     """FOAM (Wen et al., arXiv 2512.07112): Adam's moments as means over blocks of ``2**level`` adjacent columns.
 
     Parameters of two or more dimensions fold along their last dimension; the others, and every group with ``level=0``
-    and ``second_moment="block"``, get AdamW as ``torch.optim.AdamW`` computes it. To keep embeddings and heads of a
-    model unfolded, pass the groups of :func:`foam_hf.foam_param_groups`. Every argument is also a field of a param
-    group.
+    and ``second_moment="block"``, get AdamW as ``torch.optim.AdamW`` computes it. Classifiers, which are trained from
+    scratch, stay unfolded in the groups of :func:`foam_hf.foam_param_groups`. Every argument is also a field of a
+    param group.
 
     Args:
         params: parameters or param groups, as for any torch optimizer. Floating dtypes, any shape and strides.
@@ -43,7 +44,9 @@ class FOAM(torch.optim.Optimizer):
         eps: added to the root of the second moment, >= 0.
         weight_decay: decoupled, as in AdamW, >= 0.
         level: blocks have ``2**level`` columns; 0 to 16, or ``"row"`` for one block a row (FOAM-Mini).
-        scale: the paper's alpha, > 0: multiplies the step of parameters with two or more dimensions.
+        scale: the paper's alpha, > 0: multiplies the step of parameters with two or more dimensions. None is the
+            rule's own, under which a learning rate for AdamW is the right one: ``foam_hf.optim_args.SCALES``, and 1
+            at ``level=0``. Groups hold the number. The paper's setting is 0.25 with unfolded embeddings and heads.
         second_moment: ``"block"``, the paper's rule; ``"factored"``: means over each row and each column; ``"muon"``:
             none, as Muon's orthogonalisation takes its place, see :mod:`foam_hf.muon`; ``"adam_mini"``: one for each
             of Adam-mini's blocks of rows, see :mod:`foam_hf.adam_mini`.
@@ -86,7 +89,7 @@ class FOAM(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         level: Level = 8,
-        scale: float = 0.25,
+        scale: float | None = None,
         second_moment: str = "block",
         residual_scale: float = 1.0,
         stochastic_rounding: bool | str = "auto",
@@ -141,6 +144,8 @@ class FOAM(torch.optim.Optimizer):
         try:
             check_field_names(group, self.defaults)
             check_options(group)
+            if group["scale"] is None:
+                group["scale"] = default_scale(group["level"], group["second_moment"])
             if len({id(p) for p in group["params"]}) < len(group["params"]):
                 raise ValueError("a parameter is listed twice in one param group; expected each parameter once")
             for p in group["params"]:

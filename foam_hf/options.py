@@ -19,7 +19,7 @@ MAX_NUMBER = 1e9  # products of two of them, over a bias correction, are float32
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Validate hyperparameters, a group's or the constructor's.
+    """Validate hyperparameters, a group's or the constructor's; a scale of None is the rule's own.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -41,7 +41,8 @@ def check_options(options: dict[str, Any]) -> None:
         _check_number(f"betas[{i}]", beta, below=1.0)
     for name in ("eps", "weight_decay", "residual_scale"):
         _check_number(name, options[name])
-    _check_number("scale", options["scale"], positive=True)
+    if options["scale"] is not None:
+        _check_number("scale", options["scale"], positive=True)
     _check_number("momentum", options["momentum"], below=1.0)
     for name, legal in (
         ("second_moment", ("block", "factored", "muon", "adam_mini")),

@@ -20,10 +20,12 @@ FOLDED_OPTIONS = (
     *("level", "scale", "second_moment", "residual_scale", "stochastic_rounding", "state_dtype"),
     "momentum",
 )
-# What decides which weights fold, or how they are grouped: a run's own value must be given to `foam_param_groups`.
-GROUPING_OPTIONS = ("second_moment",)  # Muon's and Adam-mini's
+# What decides which weights fold, or how they are grouped.
+_GROUPING_OPTIONS = ("second_moment", "fold_embeddings", "fold_head")
 # What makes a group plain AdamW, whatever the optimizer's own arguments say.
 PLAIN_OPTIONS = {"level": 0, "scale": 1.0, "second_moment": "block"}
+# Embeddings and heads where the layers have Muon: a table of vectors is no matrix to orthogonalise.
+TABLE_OPTIONS = {"second_moment": "factored", "scale": 1.0}
 
 # The names that transformers' Trainer keeps out of weight decay; searched in lower-cased names.
 _NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -35,19 +37,20 @@ def foam_param_groups(
     *,
     weight_decay: float = 0.0,
     target_modules: str | list[str] | None = None,
-    fold_embeddings: bool = False,
-    fold_head: bool = False,
+    fold_embeddings: bool | None = None,
+    fold_head: bool | None = None,
     decay_parameter_names: Collection[str] | None = None,
     **folded_options: Any,
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters of `model` into folded and plain groups, with and without weight decay.
 
-    A parameter folds if it has two or more dimensions, lies inside the base model, and is no embedding. The base model
+    A parameter folds if it has two or more dimensions and lies inside the base model or is an LM head. The base model
     is `model.base_model` where there is one (in a PEFT model, that of the wrapped model), else the whole model. The
-    rest gets plain AdamW: norms, biases, embeddings (a tied LM head is one), the LM head, fresh classifiers, and
-    PEFT's `modules_to_save` copies. With `second_moment="muon"` so do convolutions, which are no matrices. With
-    `second_moment="adam_mini"` all but biases have Adam-mini's second moments, folded or not, and weights whose blocks
-    have different numbers of rows are in groups of their own. DDP and `torch.compile` wrappers are looked through.
+    rest gets plain AdamW: norms, biases, fresh classifiers, and PEFT's `modules_to_save` copies. With
+    `second_moment="muon"` so do convolutions, and embeddings and heads that fold have the factored rule at scale 1:
+    neither are matrices to orthogonalise. With `second_moment="adam_mini"` all but biases have Adam-mini's second
+    moments, folded or not, and weights whose blocks have different numbers of rows are in groups of their own. DDP and
+    `torch.compile` wrappers are looked through.
 
     Args:
         model: any `nn.Module`; parameters with `requires_grad=False` are left out, tied ones appear once.
@@ -56,9 +59,9 @@ def foam_param_groups(
             parts of names or of regexes that match whole names; or one such regex; or `"all-linear"` for every
             `nn.Linear` and transformers `Conv1D`. Names are those of `model.named_modules()`. A weight that would not
             fold without it does not fold with it either; a list entry that matches none that folds is warned about.
-        fold_embeddings: fold embeddings too, whatever `target_modules` says; `modules_to_save` copies stay plain.
-        fold_head: fold an LM head that is a weight of its own too, likewise; one that is tied is an embedding. A model
-            without such a head is warned about.
+        fold_embeddings: None folds embeddings as all other matrices, `target_modules` permitting; True folds them
+            whatever it says, False never. An LM head that is tied is an embedding.
+        fold_head: the same for an LM head that is a weight of its own.
         decay_parameter_names: names, as in `model.named_parameters()`, that get weight decay. Default: the rule of
             `Trainer.get_decay_parameter_names`, all but biases and norms.
         **folded_options: fields of the folded groups: `level`, `scale`, `second_moment`, `residual_scale`,
@@ -66,7 +69,8 @@ def foam_param_groups(
 
     Returns:
         Groups `{"params": [...], "weight_decay": ..., ...}` in the order folded/decay, folded/no decay, plain/decay,
-        plain/no decay; empty ones are left out. Parameters keep the order of `model.named_parameters()`.
+        plain/no decay, of Muon with the tables between; empty ones are left out. Parameters keep the order of
+        `model.named_parameters()`.
 
     Raises:
         ValueError: no trainable parameter, no weight matched by `target_modules`, a weight decay that is negative, NaN
@@ -79,17 +83,16 @@ def foam_param_groups(
         fold_embeddings=fold_embeddings,
         fold_head=fold_head,
         decay_parameter_names=decay_parameter_names,
+        second_moment=folded_options.get("second_moment"),
     )
     _check_weight_decay(weight_decay)
     _check_folded_options(folded_options)
     parameters = dict(model.named_parameters())
-    rule = folded_options.get("second_moment")
-    if rule == "muon":
-        names = _with_plain(names, _convolutions(model), list(parameters))
+    kinds = {"folded": folded_options, "table": {**folded_options, **TABLE_OPTIONS}, "plain": PLAIN_OPTIONS}
     groups = []
     for group, members in names.items():
         kind, decay = group.split("/")
-        for chosen, fields in _by_rule(model, members, folded_options if kind == "folded" else PLAIN_OPTIONS, rule):
+        for chosen, fields in _by_rule(model, members, kinds[kind], folded_options.get("second_moment")):
             groups.append(
                 {
                     "params": [parameters[name] for name in chosen],
@@ -117,21 +120,23 @@ def foam_parameter_names(
     model: nn.Module,
     *,
     target_modules: str | list[str] | None = None,
-    fold_embeddings: bool = False,
-    fold_head: bool = False,
+    fold_embeddings: bool | None = None,
+    fold_head: bool | None = None,
     decay_parameter_names: Collection[str] | None = None,
+    second_moment: str | None = None,
 ) -> dict[str, list[str]]:
     """Parameter names by group: "folded/decay", "folded/no_decay", "plain/decay", "plain/no_decay".
 
-    Arguments, order and errors are those of `foam_param_groups`; empty groups are left out.
+    Of Muon also "table/decay" and "table/no_decay", embeddings and heads that fold. Arguments, order and errors are
+    those of `foam_param_groups`; empty groups are left out.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is not a torch.nn.Module, got {type(model).__name__}; expected the model to train")
     if isinstance(decay_parameter_names, str):
         raise TypeError(f"decay_parameter_names is one string, got {decay_parameter_names!r}; expected a list or set")
     for option, value in (("fold_embeddings", fold_embeddings), ("fold_head", fold_head)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{option} is not a bool, got {value!r}; expected True or False")
+        if not isinstance(value, bool | None):
+            raise TypeError(f"{option} is not a bool, got {value!r}; expected True, False or None")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         frozen = sum(1 for _ in model.parameters())
@@ -139,21 +144,38 @@ def foam_parameter_names(
             f"the model has no trainable parameter, got {type(model).__name__} with {frozen} frozen ones; "
             "expected at least one with requires_grad=True"
         )
-    folded, embeddings, heads = _foldable(model, trainable)
-    if fold_head and not heads:
-        logger.warning("fold_head: %s has no trainable LM head of its own, so none folds", type(model).__name__)
-    wider = (embeddings if fold_embeddings else set()) | (heads if fold_head else set())
+    layers, embeddings, heads = _foldable(model, trainable)
+    choices = ((embeddings, fold_embeddings), (heads, fold_head))
+    asked: set[int] = set().union(*(ids for ids, wanted in choices if wanted))
+    folded = layers.union(*(ids for ids, wanted in choices if wanted is None))
     if target_modules is not None:
-        folded = _narrow(model, folded, wider, target_modules)
-    folded = folded | wider
+        folded = _narrow(model, folded, asked, target_modules)
+    folded |= asked
+    tables, unfit = set(), set()
+    if second_moment == "muon":
+        tables, unfit = embeddings | heads, _convolutions(model)
     decay = set(_decay_parameter_names(model) if decay_parameter_names is None else decay_parameter_names)
     groups: dict[str, list[str]] = {
-        f"{kind}/{rule}": [] for kind in ("folded", "plain") for rule in ("decay", "no_decay")
+        f"{kind}/{rule}": [] for kind in ("folded", "table", "plain") for rule in ("decay", "no_decay")
     }
     for name, p in trainable.items():
-        kind = "folded" if id(p) in folded else "plain"
+        kind = "plain" if id(p) not in folded or name in unfit else "table" if id(p) in tables else "folded"
         groups[f"{kind}/{'decay' if name in decay else 'no_decay'}"].append(name)
     return {group: members for group, members in groups.items() if members}
+
+
+def grouping_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `foam_param_groups` among `options`, from which those go that are no fields of a group."""
+    found = {name: options[name] for name in _GROUPING_OPTIONS if name in options}
+    for name in ("fold_embeddings", "fold_head"):
+        options.pop(name, None)
+    return found
+
+
+def layer_names(model: nn.Module) -> set[str]:
+    """Names of the trainable matrices inside the base model that are no embeddings."""
+    groups = foam_parameter_names(model, fold_embeddings=False, fold_head=False)
+    return {name for group, names in groups.items() if group.startswith("folded") for name in names}
 
 
 def _convolutions(model: nn.Module) -> set[str]:
@@ -166,21 +188,8 @@ def _convolutions(model: nn.Module) -> set[str]:
     }
 
 
-def _with_plain(names: dict[str, list[str]], plain: set[str], order: list[str]) -> dict[str, list[str]]:
-    """`names` by group, those in `plain` moved to the plain groups; all names are in `order`."""
-    old = {name: group.split("/") for group, members in names.items() for name in members}
-    groups: dict[str, list[str]] = {
-        f"{kind}/{rule}": [] for kind in ("folded", "plain") for rule in ("decay", "no_decay")
-    }
-    for name in order:
-        if name in old:
-            kind, decay = old[name]
-            groups[f"{'plain' if name in plain else kind}/{decay}"].append(name)
-    return {group: members for group, members in groups.items() if members}
-
-
 def _foldable(model: nn.Module, trainable: Mapping[str, Tensor]) -> tuple[set[int], set[int], set[int]]:
-    """Ids of the trainable parameters that fold by default, and of the embeddings and LM heads that do on request."""
+    """Ids of the trainable matrices: of the layers, of the embeddings, of the LM heads."""
     base, heads = _base_model_and_heads(model)
     inside = {id(p) for p in base.parameters()} | heads
     embeddings = {

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from foam_hf import trainer_checkpoints
-from foam_hf.optim_args import FOAM_NAMES, foam_options
+from foam_hf.optim_args import FOAM_NAMES, default_scale, foam_options
 from foam_hf.places import is_sharded
 from foam_hf.trainer_fsdp import fsdp_in_use, refuse_with_fsdp, unsupported_fsdp
 from foam_hf.trainer_int8 import refuse_other_optimizer, refuse_ready_made_optimizer, refusing_other_checkpoints
@@ -158,7 +158,7 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
 
     from foam_hf.memory import summarize
     from foam_hf.optimizer import FOAM
-    from foam_hf.param_groups import GROUPING_OPTIONS, foam_param_groups
+    from foam_hf.param_groups import foam_param_groups, grouping_options
 
     if model is None:
         raise ValueError(
@@ -175,10 +175,8 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
         model,
         weight_decay=args.weight_decay,
         target_modules=args.optim_target_modules,
-        fold_embeddings=options.pop("fold_embeddings", False),
-        fold_head=options.pop("fold_head", False),
         decay_parameter_names=_decay_parameter_names(model, trainer),
-        **{key: options[key] for key in GROUPING_OPTIONS if key in options},
+        **grouping_options(options),
     )
     kwargs = {
         "lr": args.learning_rate,
@@ -193,7 +191,7 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
         if all("level" in group for group in groups):  # only plain groups name theirs
             logger.warning(
                 f"optim={_name(args.optim)!r}: no trainable weight of {type(model).__name__} folds, so this run keeps "
-                "AdamW's state; expected weights of two or more dimensions in the base model, or fold_embeddings=true"
+                "AdamW's state; expected weights of two or more dimensions in the base model"
             )
     return FOAM, {"params": groups, **kwargs}
 
@@ -328,7 +326,11 @@ def _description(args: Any) -> str:
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     signature = inspect.signature(FOAM).parameters.values()
     effective = {p.name: p.default for p in signature if p.kind is keyword_only}
-    effective |= {"fold_embeddings": False, "fold_head": False, **_options(args)}
+    if args.optim_target_modules is None:  # else these decide, unless the options are given
+        effective |= {"fold_embeddings": True, "fold_head": True}
+    effective |= _options(args)
+    if effective["scale"] is None:
+        effective["scale"] = default_scale(effective["level"], effective["second_moment"])
     del effective["mini_rows"]  # each group has its own
     if effective["second_moment"] != "muon":
         del effective["momentum"]

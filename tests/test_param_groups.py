@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from foam_hf import FOAM, foam_param_groups
-from foam_hf.param_groups import FOLDED_OPTIONS, foam_parameter_names
+from foam_hf.optim_args import SCALES
+from foam_hf.param_groups import FOLDED_OPTIONS, foam_parameter_names, layer_names
 from tests import tiny_models
 
 LAYERS = range(tiny_models.LAYERS)
@@ -32,9 +33,9 @@ def expected_roberta() -> dict[str, list[str]]:
     norms = ["roberta.embeddings.LayerNorm"]
     norms += [f"{layer}.{part}.LayerNorm" for layer in layers for part in ("attention.output", "output")]
     return {
-        "folded/decay": [f"{layer}.{name}.weight" for layer in layers for name in dense],
-        "plain/decay": [f"roberta.embeddings.{name}.weight" for name in embeddings]
-        + ["classifier.dense.weight", "classifier.out_proj.weight"],
+        "folded/decay": [f"roberta.embeddings.{name}.weight" for name in embeddings]
+        + [f"{layer}.{name}.weight" for layer in layers for name in dense],
+        "plain/decay": ["classifier.dense.weight", "classifier.out_proj.weight"],
         "plain/no_decay": [f"{norm}.{kind}" for norm in norms for kind in ("weight", "bias")]
         + [f"{layer}.{name}.bias" for layer in layers for name in dense]
         + ["classifier.dense.bias", "classifier.out_proj.bias"],
@@ -45,15 +46,15 @@ def expected_llama() -> dict[str, list[str]]:
     norms = ("input_layernorm.weight", "post_attention_layernorm.weight")
     return {
         "folded/decay": [f"model.layers.{i}.self_attn.{name}.weight" for i in LAYERS for name in ATTENTION]
-        + [f"model.layers.{i}.mlp.{name}.weight" for i in LAYERS for name in MLP],
-        "plain/decay": ["model.embed_tokens.weight", "lm_head.weight"],
+        + [f"model.layers.{i}.mlp.{name}.weight" for i in LAYERS for name in MLP]
+        + ["model.embed_tokens.weight", "lm_head.weight"],
         "plain/no_decay": [name for i in LAYERS for name in decoder_layer(i, norms)] + ["model.norm.weight"],
     }
 
 
 def expected_qwen2() -> dict[str, list[str]]:
     names = expected_llama()
-    names["plain/decay"] = ["model.embed_tokens.weight"]  # the LM head is the same tensor
+    names["folded/decay"].remove("lm_head.weight")  # the same tensor as the embedding
     names["plain/no_decay"] += [f"model.layers.{i}.self_attn.{name}.bias" for i in LAYERS for name in ATTENTION[:3]]
     return names
 
@@ -63,8 +64,8 @@ def expected_gpt2() -> dict[str, list[str]]:
     conv1d = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     norms = [f"{block}.{norm}" for block in blocks for norm in ("ln_1", "ln_2")] + ["transformer.ln_f"]
     return {
-        "folded/decay": [f"{block}.{name}.weight" for block in blocks for name in conv1d],
-        "plain/decay": ["transformer.wte.weight", "transformer.wpe.weight"],
+        "folded/decay": ["transformer.wte.weight", "transformer.wpe.weight"]
+        + [f"{block}.{name}.weight" for block in blocks for name in conv1d],
         "plain/no_decay": [f"{norm}.{kind}" for norm in norms for kind in ("weight", "bias")]
         + [f"{block}.{name}.bias" for block in blocks for name in conv1d],
     }
@@ -72,14 +73,14 @@ def expected_gpt2() -> dict[str, list[str]]:
 
 def expected_mixtral() -> dict[str, list[str]]:
     names = expected_llama()
-    attention = [name for name in names["folded/decay"] if "self_attn" in name]
+    others = [name for name in names["folded/decay"] if "mlp" not in name]
     if any("block_sparse_moe" in name for name, _ in tiny_models.tiny_mixtral().named_parameters()):  # transformers 4
         moe = [f"model.layers.{i}.block_sparse_moe" for i in LAYERS]
         experts = [f"{m}.experts.{e}.{w}.weight" for m in moe for e in range(4) for w in ("w1", "w2", "w3")]
     else:  # fused, three dimensions
         moe = [f"model.layers.{i}.mlp" for i in LAYERS]
         experts = [f"{m}.experts.{w}" for m in moe for w in ("gate_up_proj", "down_proj")]
-    names["folded/decay"] = attention + [f"{m}.gate.weight" for m in moe] + experts
+    names["folded/decay"] = others + [f"{m}.gate.weight" for m in moe] + experts
     return names
 
 
@@ -91,11 +92,11 @@ def expected_t5() -> dict[str, list[str]]:
         "folded/decay": [f"{b}.0.SelfAttention.{w}.weight" for b in encoder + decoder for w in attention]
         + [f"{b}.1.EncDecAttention.{w}.weight" for b in decoder for w in attention]
         + [f"{b}.1.DenseReluDense.{w}.weight" for b in encoder for w in feed_forward]
-        + [f"{b}.2.DenseReluDense.{w}.weight" for b in decoder for w in feed_forward],
-        "plain/decay": ["shared.weight", "lm_head.weight"],
+        + [f"{b}.2.DenseReluDense.{w}.weight" for b in decoder for w in feed_forward]
+        + ["shared.weight", "lm_head.weight"],
         # The relative position biases are embeddings of two dimensions; "bias" in their name keeps decay away.
-        "plain/no_decay": [f"{b[0]}.0.SelfAttention.relative_attention_bias.weight" for b in (encoder, decoder)]
-        + [f"{b}.{n}.layer_norm.weight" for b in encoder for n in (0, 1)]
+        "folded/no_decay": [f"{b[0]}.0.SelfAttention.relative_attention_bias.weight" for b in (encoder, decoder)],
+        "plain/no_decay": [f"{b}.{n}.layer_norm.weight" for b in encoder for n in (0, 1)]
         + [f"{b}.{n}.layer_norm.weight" for b in decoder for n in (0, 1, 2)]
         + ["encoder.final_layer_norm.weight", "decoder.final_layer_norm.weight"],
     }
@@ -105,16 +106,15 @@ def expected_lora_llama() -> dict[str, list[str]]:
     model = "base_model.model.model"
     targets = [f"{model}.layers.{i}.self_attn.{name}" for i in LAYERS for name in ("q_proj", "v_proj")]
     return {
-        "folded/decay": [f"{target}.lora_{ab}.default.weight" for target in targets for ab in "AB"],
-        "plain/decay": [f"{model}.embed_tokens.lora_embedding_{ab}.default" for ab in "AB"]
-        + ["base_model.model.lm_head.modules_to_save.default.weight"],
+        "folded/decay": [f"{model}.embed_tokens.lora_embedding_{ab}.default" for ab in "AB"]
+        + [f"{target}.lora_{ab}.default.weight" for target in targets for ab in "AB"],
+        "plain/decay": ["base_model.model.lm_head.modules_to_save.default.weight"],
     }
 
 
 def expected_mlp() -> dict[str, list[str]]:
     return {
-        "folded/decay": ["mixing", "input.weight", "output.weight"],
-        "plain/decay": ["embedding.weight"],
+        "folded/decay": ["mixing", "embedding.weight", "input.weight", "output.weight"],
         "plain/no_decay": ["input.bias", "output.bias", "norm.weight", "norm.bias"],
     }
 
@@ -178,7 +178,7 @@ def test_foam_fills_in_what_the_folded_groups_leave_open():
         foam_param_groups(tiny_models.tiny_roberta(), weight_decay=0.1), lr=3e-4, betas=(0.8, 0.9), level=5
     )
     assert [group["level"] for group in optimizer.param_groups] == [5, 0, 0]
-    assert [group["scale"] for group in optimizer.param_groups] == [0.25, 1.0, 1.0]
+    assert [group["scale"] for group in optimizer.param_groups] == [SCALES["block"], 1.0, 1.0]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
     assert all(group["lr"] == 3e-4 and group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
 
@@ -222,7 +222,7 @@ def test_decay_rule_is_trainers_own_in_the_corners():
 def test_given_decay_names_replace_the_rule():
     names = foam_parameter_names(tiny_models.tiny_mlp(), decay_parameter_names={"input.bias", "mixing", "not there"})
     assert names["folded/decay"] == ["mixing"]
-    assert names["folded/no_decay"] == ["input.weight", "output.weight"]
+    assert names["folded/no_decay"] == ["embedding.weight", "input.weight", "output.weight"]
     assert names["plain/decay"] == ["input.bias"]
 
 
@@ -237,7 +237,8 @@ def test_frozen_parameters_are_left_out():
 
 def test_a_model_without_a_head_is_its_own_base_model():
     llama = tiny_models.tiny_llama()
-    assert folded_names(llama.model) == {name.removeprefix("model.") for name in expected_llama()["folded/decay"]}
+    body = {name.removeprefix("model.") for name in expected_llama()["folded/decay"]} - {"lm_head.weight"}
+    assert folded_names(llama.model) == body
 
 
 def test_wrappers_are_looked_through():
@@ -267,27 +268,18 @@ def test_attribute_base_model_of_a_users_own_class_counts():
     assert folded_names(Classifier()) == {"base_model.weight"}
 
 
-def test_lm_head_inside_the_base_model_stays_plain_and_a_tied_one_is_an_embedding():
+def test_an_lm_head_inside_the_base_model_is_a_head_and_a_tied_one_is_an_embedding():
     t5 = tiny_models.tiny_t5()
     assert t5.base_model is t5
-    assert "lm_head.weight" not in folded_names(t5, fold_embeddings=True)
+    assert folded_names(t5) - folded_names(t5, fold_head=False) == {"lm_head.weight"}
     qwen = tiny_models.tiny_qwen2()
     assert qwen.lm_head.weight is qwen.model.embed_tokens.weight
-    assert "model.embed_tokens.weight" in folded_names(qwen, fold_embeddings=True)
+    assert "model.embed_tokens.weight" in folded_names(qwen, fold_head=False)
+    assert "model.embed_tokens.weight" not in folded_names(qwen, fold_embeddings=False, fold_head=True)
 
 
-def test_fold_head_widens_by_an_lm_head_of_its_own(kind, caplog):
-    model = tiny_models.BUILDERS[kind]()
-    with caplog.at_level("WARNING", "foam_hf"):
-        more = folded_names(model, fold_head=True) - folded_names(model)
-    assert more == ({"lm_head.weight"} if kind in ("llama", "mixtral", "t5") else set())
-    warned = f"fold_head: {type(model).__name__} has no trainable LM head of its own" in caplog.text
-    assert warned == (not more)
-
-
-def test_fold_embeddings_widens(kind):
-    model = tiny_models.BUILDERS[kind]()
-    expected = {
+def embedding_names(kind: str) -> set[str]:
+    return {
         "roberta": {f"roberta.embeddings.{e}.weight" for e in ("word_embeddings", "token_type_embeddings")}
         | {"roberta.embeddings.position_embeddings.weight"},
         "gpt2": {"transformer.wte.weight", "transformer.wpe.weight"},
@@ -296,13 +288,41 @@ def test_fold_embeddings_widens(kind):
         "lora_llama": {f"base_model.model.model.embed_tokens.lora_embedding_{ab}.default" for ab in "AB"},
         "mlp": {"embedding.weight"},
     }.get(kind, {"model.embed_tokens.weight"})
-    assert folded_names(model, fold_embeddings=True) - folded_names(model) == expected
 
 
-def test_peft_trainable_tokens_and_saved_embeddings_stay_plain():
+def test_the_papers_setting_leaves_out_an_lm_head_and_embeddings(kind):
+    model = tiny_models.BUILDERS[kind]()
+    head = {"lm_head.weight"} if kind in ("llama", "mixtral", "t5") else set()
+    everything = folded_names(model)
+    assert everything - folded_names(model, fold_head=False) == head
+    assert everything - folded_names(model, fold_embeddings=False) == embedding_names(kind)
+    layers = everything - head - embedding_names(kind)
+    assert folded_names(model, fold_embeddings=False, fold_head=False) == layers == layer_names(model)
+
+
+def test_with_muon_embeddings_and_heads_are_tables_of_the_factored_rule(kind):
+    model = tiny_models.BUILDERS[kind]()
+    names = foam_parameter_names(model, second_moment="muon")
+    head = {"lm_head.weight"} if kind in ("llama", "mixtral", "t5") else set()
+    tables = {*names.get("table/decay", []), *names.get("table/no_decay", [])}
+    assert tables == embedding_names(kind) | head
+    assert folded_names(model, second_moment="muon") == layer_names(model)
+    optimizer = FOAM(foam_param_groups(model, second_moment="muon", scale=0.5), second_moment="muon")
+    found = {
+        (group["second_moment"], group["level"], group["scale"])
+        for group in optimizer.param_groups
+        if {id(p) for p in group["params"]} & {id(p) for name, p in model.named_parameters() if name in tables}
+    }
+    assert found == {("factored", 8, 1.0)}
+    plain = foam_parameter_names(model, second_moment="muon", fold_embeddings=False, fold_head=False)
+    assert not [group for group in plain if group.startswith("table")]
+
+
+def test_peft_trainable_tokens_are_embeddings_and_saved_copies_stay_plain():
     model = tiny_models.tiny_lora_llama(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 4]})
     delta = [name for name in trainable_names(model) if "trainable_tokens_delta" in name]
-    assert delta and not folded_names(model) & set(delta) and set(delta) <= folded_names(model, fold_embeddings=True)
+    assert delta and set(delta) <= folded_names(model)
+    assert not folded_names(model, fold_embeddings=False) & set(delta)
     model = tiny_models.tiny_lora_llama(target_modules=["q_proj"], modules_to_save=["embed_tokens", "down_proj"])
     copies = [name for name in trainable_names(model) if "modules_to_save" in name]
     assert len(copies) == 1 + tiny_models.LAYERS
@@ -314,9 +334,9 @@ def test_lora_adapter_added_to_a_transformers_model_folds():
 
     model = tiny_models.tiny_llama()
     model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
-    folded = folded_names(model)
-    assert folded == {f"model.layers.{i}.self_attn.q_proj.lora_{ab}.default.weight" for i in LAYERS for ab in "AB"}
-    assert "lm_head.lora_A.default.weight" in foam_parameter_names(model)["plain/decay"]
+    layers = {f"model.layers.{i}.self_attn.q_proj.lora_{ab}.default.weight" for i in LAYERS for ab in "AB"}
+    assert folded_names(model) == layers | {f"lm_head.lora_{ab}.default.weight" for ab in "AB"}
+    assert folded_names(model, fold_head=False) == layers
 
 
 @pytest.mark.parametrize(
@@ -327,15 +347,17 @@ def test_lora_adapter_added_to_a_transformers_model_folds():
         ([r".*\.[kv]_proj"], ["self_attn.k_proj", "self_attn.v_proj"]),
         (["mlp", "*not a regex but part of nothing"], [f"mlp.{name}" for name in MLP]),
         (r".*\.0\.self_attn\.[qk]_proj", [("0", "self_attn.q_proj"), ("0", "self_attn.k_proj")]),
-        ("all-linear", [f"self_attn.{name}" for name in ATTENTION] + [f"mlp.{name}" for name in MLP]),
-        ("all_linear", [f"self_attn.{name}" for name in ATTENTION] + [f"mlp.{name}" for name in MLP]),
+        ("all-linear", [*(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{name}" for name in MLP), "lm_head"]),
+        ("all_linear", [*(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{name}" for name in MLP), "lm_head"]),
+        (["embed", "lm_head"], ["model.embed_tokens", "lm_head"]),
     ],
 )
 def test_target_modules_narrow(targets, expected):
     names = set()
     for entry in expected:
         layers, name = ([entry[0]], entry[1]) if isinstance(entry, tuple) else (LAYERS, entry)
-        names |= {f"model.layers.{i}.{name}.weight" for i in layers}
+        outside = name in ("lm_head", "model.embed_tokens")
+        names |= {f"{name}.weight"} if outside else {f"model.layers.{i}.{name}.weight" for i in layers}
     model = tiny_models.tiny_llama()
     assert folded_names(model, target_modules=targets) == names
     groups = foam_parameter_names(model, target_modules=targets)
@@ -354,14 +376,15 @@ def test_target_modules_choose_the_linear_layers_that_trainer_chooses(targets):
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and (targets == "all-linear" or check_target_module_exists(targets, name))
     }
-    # Heads keep plain AdamW here, "all-linear" or not.
-    assert folded_names(model, target_modules=targets) == theirs - {"lm_head.weight"}
+    assert folded_names(model, target_modules=targets) == theirs
+    assert folded_names(model, target_modules=targets, fold_head=False) == theirs - {"lm_head.weight"}
 
 
 def test_all_linear_leaves_free_parameters_and_takes_conv1d():
     assert folded_names(tiny_models.tiny_mlp(), target_modules="all-linear") == {"input.weight", "output.weight"}
     gpt2 = tiny_models.tiny_gpt2()
-    assert folded_names(gpt2, target_modules="all-linear") == set(expected_gpt2()["folded/decay"])
+    tied = {"transformer.wte.weight"}  # its head is linear
+    assert folded_names(gpt2, target_modules="all-linear") == layer_names(gpt2) | tied
 
 
 def test_fused_experts_can_be_targeted():
@@ -387,7 +410,7 @@ def test_no_match_lists_names_that_exist():
         foam_param_groups(tiny_models.tiny_llama(), target_modules="q_proj")
     # The head exists, and is linear, but nothing of it would fold.
     with pytest.raises(ValueError, match=r"got \['lm_head'\]"):
-        foam_param_groups(tiny_models.tiny_llama(), target_modules=["lm_head"])
+        foam_param_groups(tiny_models.tiny_llama(), target_modules=["lm_head"], fold_head=False)
     with pytest.raises(ValueError, match=r"got \[\]"):
         foam_param_groups(tiny_models.tiny_llama(), target_modules=[])
 
