@@ -147,6 +147,22 @@ def format_bytes(n: int | None) -> str:
     return f"{value:.2f} TB"
 
 
+def headline(optimizer: Any) -> str:
+    """What a FOAM optimizer gains, in one line, from shapes alone: its state beside AdamW's."""
+    trained = {
+        id(p): (p, _expected(p, group))
+        for group in _filled(optimizer.param_groups)
+        for p in group["params"]
+        if p.requires_grad
+    }
+    total, adamw = _size([*trained.values()]), adamw_state_bytes(p for p, _ in trained.values())
+    count = sum(p.numel() for p, _ in trained.values())
+    return (
+        f"FOAM: {format_bytes(total)} of optimizer state, {_percent(total, adamw)} of AdamW's {format_bytes(adamw)}, "
+        f"for {count:,} trained parameters"
+    )
+
+
 def summarize(optimizer: Any) -> str:
     """A few lines on a FOAM optimizer, from shapes alone: what folds, what stays plain, their cost, and rounding."""
     folded: dict[tuple[Any, ...], list[tuple[Tensor, int]]] = {}

@@ -316,7 +316,7 @@ class FOAM(torch.optim.Optimizer):
             group["nonfinite"] = mine["nonfinite"]
         state_dict = {**state_dict, "param_groups": groups}
         replaced = {
-            f"{name}={mine[name]} by {saved[name]}"
+            f"{name}={saved[name]}, not {mine[name]}"
             for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
             for name in self.defaults
             if name != "lr" and name in saved and plain(saved[name]) != plain(mine[name])
@@ -330,7 +330,8 @@ class FOAM(torch.optim.Optimizer):
             self._optimizer_load_state_dict_pre_hooks = pre_hooks
             self._optimizer_load_state_dict_post_hooks = post_hooks
         if replaced:
-            warnings.warn(f"the checkpoint replaces hyperparameters: {', '.join(sorted(replaced))}", stacklevel=2)
+            said = "; ".join(sorted(replaced))
+            warnings.warn(f"FOAM goes on with the hyperparameters of its checkpoint: {said}", stacklevel=2)
         # torch casts state to the dtype of its parameter, which would round float32 moments of bfloat16 weights.
         for p, saved in zip(self._parameters(), saved_states, strict=True):
             for name, value in saved.items():

@@ -12,6 +12,18 @@ from foam_hf.eight_bit import SMALLEST, eight_bit_spec
 from foam_hf.folding import Level, num_blocks
 from foam_hf.options import check_options
 
+
+class CheckpointMismatchError(ValueError):
+    """A checkpoint that FOAM wrote under other options, or for other weights; ``state_dict`` is what it holds."""
+
+    def __init__(self, message: str, state_dict: dict[str, Any] | None = None) -> None:
+        super().__init__(message, state_dict)
+        self.state_dict: dict[str, Any] = state_dict or {}
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 StateSpec = dict[str, tuple[torch.Size, torch.dtype]]
 
 
@@ -105,14 +117,16 @@ def check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
         for name in ("level", "second_moment", *older):
             value = saved.get(name, older.get(name))
             if value != group[name]:
-                raise ValueError(
+                raise CheckpointMismatchError(
                     f"the checkpoint was trained with {name}={value!r} in param group {i}, this optimizer has "
-                    f"{name}={group[name]!r}; expected the same, or training from the start"
+                    f"{name}={group[name]!r}; expected the same, or training from the start",
+                    state_dict,
                 )
     if sizes != saved_sizes:
-        raise ValueError(
+        raise CheckpointMismatchError(
             f"the checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}; "
-            "expected the same model and the same choice of folded weights"
+            "expected the same model and the same choice of folded weights (fold_embeddings, fold_head)",
+            state_dict,
         )
     for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         try:
@@ -121,7 +135,9 @@ def check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
             raise ValueError(f"param group {i} of the checkpoint is not valid: {error}") from None
         for p, key in zip(group["params"], saved["params"], strict=True):
             state = saved_state.get(key, {})
-            _check_state(key, state, state_spec(p, group))
+            problem = state_problem(state, state_spec(p, group)) if state else ""  # none if it never had a gradient
+            if problem:
+                raise CheckpointMismatchError(f"parameter {key} of the checkpoint does not fit: {problem}", state_dict)
             states.append(state)
     return states
 
@@ -132,8 +148,3 @@ def _holds_dicts(value: Any, kind: type) -> bool:
         return isinstance(value, dict) and all(isinstance(each, dict) for each in value.values())
     groups = value if isinstance(value, list) else [None]
     return all(isinstance(each, dict) and isinstance(each.get("params"), list | tuple) for each in groups)
-
-
-def _check_state(key: int, state: dict[str, Any], spec: StateSpec) -> None:
-    if state and (problem := state_problem(state, spec)):  # without state, it never had a gradient
-        raise ValueError(f"parameter {key} of the checkpoint does not fit: {problem}")

@@ -27,6 +27,7 @@ import functools
 import inspect
 import logging
 import os
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from foam_hf import trainer_checkpoints
-from foam_hf.optim_args import FOAM_NAMES, default_scale, foam_options
+from foam_hf.optim_args import FOAM_NAMES, default_scale, foam_options, parse_optim_args
 from foam_hf.places import is_sharded
 from foam_hf.trainer_fsdp import fsdp_in_use, refuse_with_fsdp, unsupported_fsdp
 from foam_hf.trainer_int8 import refuse_other_optimizer, refuse_ready_made_optimizer, refusing_other_checkpoints
@@ -44,6 +45,7 @@ from foam_hf.trainer_int8 import refuse_other_optimizer, refuse_ready_made_optim
 logger = logging.getLogger("foam_hf")
 
 _registered: set[str] = set()  # the names above that transformers did not have before us
+_announced: weakref.ref[Any] | None = None  # the arguments of the run whose first line was printed last
 _trainer: ContextVar[Any] = ContextVar("foam_hf_trainer", default=None)  # the Trainer whose train() is running
 
 
@@ -156,7 +158,7 @@ def _building_foam(original: Callable[..., Any]) -> Any:
 def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
     import torch
 
-    from foam_hf.memory import summarize
+    from foam_hf.memory import headline, summarize
     from foam_hf.optimizer import FOAM
     from foam_hf.param_groups import foam_param_groups, grouping_options
 
@@ -186,6 +188,7 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
     }
     # a throw-away optimizer holds no state yet: it validates every value and knows what the real one will keep
     preview = FOAM([dict(group) for group in groups], **kwargs)
+    _announce(args, headline(preview))
     if args.should_log:
         logger.info(summarize(preview))
         if all("level" in group for group in groups):  # only plain groups name theirs
@@ -194,6 +197,16 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
                 "AdamW's state; expected weights of two or more dimensions in the base model"
             )
     return FOAM, {"params": groups, **kwargs}
+
+
+def _announce(args: Any, line: str) -> None:
+    """Print what a run gains, once: by process 0, on stderr, unless its `log_level` asks for errors alone."""
+    global _announced
+    announced = _announced is not None and _announced() is args
+    if announced or args.process_index or args.get_process_log_level() > logging.WARNING:
+        return
+    _announced = weakref.ref(args)
+    print(line, file=sys.stderr, flush=True)
 
 
 def _decay_parameter_names(model: Any, trainer: Any) -> Any:
@@ -219,7 +232,7 @@ def _binding_train(original: Callable[..., Any]) -> Callable[..., Any]:
         _bind_memory_callbacks(self)
         token = _trainer.set(self)
         try:
-            with _gradient_release(self), _naming_parameters(self):
+            with _gradient_release(self), _naming_parameters(self), _advising(self):
                 result = original(self, *args, **kwargs)
                 if (optimizer := trainer_checkpoints.foam_of(self)) is not None:
                     optimizer.check_gradients()  # of the last step
@@ -240,6 +253,23 @@ def _naming_parameters(trainer: Any) -> Iterator[None]:
     except NonfiniteGradientError as error:
         error.name(trainer.model)
         raise
+
+
+@contextmanager
+def _advising(trainer: Any) -> Iterator[None]:
+    """A checkpoint that this run's options do not fit names those that go on with it."""
+    from foam_hf.optimizer_state import CheckpointMismatchError
+
+    try:
+        yield
+    except CheckpointMismatchError as error:
+        from foam_hf.carry_over import continuing_args
+
+        args = trainer.args
+        words = continuing_args(trainer.model, args.optim_target_modules, parse_optim_args(args.optim_args), error)
+        if words is None:
+            raise
+        raise ValueError(f"{error}. To go on with this checkpoint: optim='foam', optim_args={words!r}.") from error
 
 
 def _gradient_release(trainer: Any) -> AbstractContextManager[None]:

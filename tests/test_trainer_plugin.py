@@ -283,6 +283,22 @@ def test_one_summary_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert record.levelno == logging.INFO and re.search(r"level\W+8", record.getMessage())
 
 
+def test_a_run_says_once_what_it_gains(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = r"FOAM: [\d.]+ kB of optimizer state, [\d.]+% of AdamW's [\d.]+ kB, for [\d,]+ trained parameters\n"
+    run = make_trainer(tmp_path)
+    run.train()
+    run.create_optimizer()
+    run.optimizer = None
+    run.train()
+    out, err = capfd.readouterr()
+    assert len(re.findall(line, err)) == 1 and "FOAM" not in out
+    make_trainer(tmp_path).train()
+    assert len(re.findall(line, capfd.readouterr().err)) == 1, "a second run says it too"
+    make_trainer(tmp_path, log_level="error").train()
+    make_trainer(tmp_path, optim="adamw_torch").train()
+    assert "FOAM" not in capfd.readouterr().err
+
+
 def test_model_of_which_nothing_folds_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_roberta()
     with caplog.at_level(logging.WARNING, "foam_hf"):
