@@ -2,9 +2,10 @@
 
 python recipes/figures/pretraining_state.py --figure recipes/figures/pretraining_state.png
 
-Shapes and settings are those of the GaLore, APOLLO and FOAM papers: weights, gradients and moments are bfloat16, FOAM
-has blocks of 4 weights, GaLore and APOLLO a rank of a quarter of the hidden size; 8-bit Adam keeps the moments of the
-embedding in float32, as Trainer has it. Nothing is downloaded or allocated. Without --figure the numbers are printed.
+Shapes and settings are those of the GaLore, APOLLO and FOAM papers: weights, gradients and moments are bfloat16, the
+paper's FOAM has blocks of 4 weights and a plain embedding and head, GaLore and APOLLO a rank of a quarter of the hidden
+size; 8-bit Adam keeps the moments of the embedding in float32, as Trainer has it. FOAM and FOAM-Muon are the defaults
+of this package, with float32 state. Nothing is downloaded or allocated. Without --figure the numbers are printed.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from foam_hf.counted import count_state, folded_names
+from foam_hf.counted import count_state
 from foam_hf.memory import format_bytes
 from foam_hf.meta_models import meta_model
 from foam_hf.model_configs import load_config
+from foam_hf.param_groups import layer_names
 
 MODELS = ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-3b", "llama-7b", "llama-13b")
 # Label -> Trainer's optim and optim_args; "muon" and "adam_mini" are not Trainer's.
@@ -27,8 +29,9 @@ OPTIMIZERS = {
     "Muon": ("muon", ""),
     "GaLore": ("galore_adamw", "rank={quarter}"),
     "APOLLO": ("apollo_adamw", "rank={quarter}"),
-    "FOAM": ("foam", "level=2,state_dtype=bfloat16"),
-    "FOAM-Mini": ("foam_mini", "state_dtype=bfloat16"),
+    "FOAM, paper": ("foam", "level=2,state_dtype=bfloat16,fold_embeddings=false,fold_head=false"),
+    "FOAM": ("foam", ""),
+    "FOAM-Muon": ("foam_muon", ""),
 }
 # One model -> label -> (bytes of state, how many of them are those of the embedding, the LM head and norms).
 Counts = dict[str, tuple[int, int]]
@@ -40,7 +43,7 @@ def count(name: str) -> Counts:
     quarter = model.config.hidden_size // 4
     chosen = {label: (optim, args.format(quarter=quarter)) for label, (optim, args) in OPTIMIZERS.items()}
     whole = {label: count_state(model, *choice) for label, choice in chosen.items()}
-    inside = folded_names(model)
+    inside = layer_names(model)
     for parameter_name, p in model.named_parameters():
         p.requires_grad_(parameter_name not in inside)
     return {label: (whole[label], count_state(model, *choice)) for label, choice in chosen.items()}

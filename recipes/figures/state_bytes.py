@@ -22,18 +22,13 @@ from foam_hf.memory import adamw_state_bytes, expected_state_bytes, format_bytes
 
 START, END = "<!-- table: made by recipes/figures/state_bytes.py -->", "<!-- end of table -->"
 # Trainer's optim_args of the rows, as keyword arguments of foam_param_groups.
-DEFAULT, EMBEDDINGS = "FOAM, the default (`level=8`)", "FOAM, `fold_embeddings=true`"
+DEFAULT, PAPER = "**FOAM, the default**", "FOAM, the paper's setting (embeddings and heads plain)"
 FOAM_ROWS: dict[str, dict[str, Any]] = {
-    "FOAM, `level=2`": {"level": 2},
     DEFAULT: {"level": 8},
-    "FOAM-Mini (`level=row`)": {"level": "row"},
     "FOAM, `state_dtype=bfloat16`": {"level": 8, "state_dtype": torch.bfloat16},
-    EMBEDDINGS: {"level": 8, "fold_embeddings": True},
-    "FOAM, `fold_embeddings=true,state_dtype=bfloat16`": {
-        "level": 8,
-        "fold_embeddings": True,
-        "state_dtype": torch.bfloat16,
-    },
+    "FOAM-Mini (`level=row`)": {"level": "row"},
+    "FOAM, `level=2`": {"level": 2},
+    PAPER: {"level": 8, "fold_embeddings": False, "fold_head": False},
 }
 
 
@@ -106,7 +101,7 @@ class Counted:
         adamw_fp32: AdamW's state where weights are float32.
         adamw_bf16: the same where they are bfloat16: AdamW's moments have the dtype of the weights.
         foam: all of FOAM's state.
-        unfolded: the part of `foam` in plain groups: norms, biases, heads, and embeddings unless they fold.
+        unfolded: the part of `foam` in plain groups: norms, biases, classifiers, and what was asked to stay plain.
     """
 
     parameters: int
@@ -186,7 +181,7 @@ def draw(counted: dict[str, Counted], path: Path) -> None:
         c = counted[name]
         axes.text(0, y, f"{name}, {c.parameters / 1e6:,.0f} M parameters", weight="bold", va="center")
         bars = [("AdamW, fp32 weights", c.adamw_fp32, 0, dark), ("AdamW, bf16 weights", c.adamw_bf16, 0, light)]
-        for label, row in (("FOAM", DEFAULT), ("FOAM, fold_embeddings", EMBEDDINGS)):
+        for label, row in (("FOAM", DEFAULT), ("FOAM as in its paper", PAPER)):
             bars.append((label, c.foam[row], c.unfolded[row], blue))
         for label, size, unfolded, color in bars:
             y += 1
@@ -202,7 +197,10 @@ def draw(counted: dict[str, Counted], path: Path) -> None:
     axes.set_xlim(0, 9)
     axes.set_xlabel("bytes of optimizer state per trainable parameter")
     axes.spines[["top", "right", "left"]].set_visible(False)
-    parts = [("folded weights", blue), ("unfolded: embeddings,\nheads, norms, biases", orange)]
+    parts = [
+        ("folded weights", blue),
+        ("unfolded: norms, biases,\nclassifiers; in the paper's\nsetting embeddings, heads", orange),
+    ]
     axes.legend(
         handles=[Patch(color=color, label=label) for label, color in parts],
         title="FOAM, level 8:",

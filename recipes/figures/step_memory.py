@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-DEFAULT = "level=8,scale=0.25"
+DEFAULT = "fold_embeddings=false,fold_head=false"
 
 
 def train(options: argparse.Namespace, use_cpu: bool = False) -> None:

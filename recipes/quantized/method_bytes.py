@@ -23,7 +23,7 @@ START, END = "<!-- table: made by recipes/quantized/method_bytes.py -->", "<!-- 
 MODELS = {"Qwen2.5-0.5B": "qwen2.5-0.5b", "Qwen2.5-7B": "qwen2.5-7b", "LLaMA-3.1-8B": "llama-3.1-8b"}
 RANK = 16
 WHOLE = ("full", "int8")
-LEAN = "FOAM, lean"  # fold_embeddings, fold_head and gradient_release: one gradient at a time
+LEAN = "FOAM, released"  # with gradient_release: one gradient at a time
 OPTIMIZERS = {"full": ("AdamW", "FOAM", LEAN), "int8": ("FOAM", LEAN)}  # AdamW does not train INT8 weights
 METHODS = {  # method -> how it is described
     "full": "every weight, bf16",
@@ -77,8 +77,7 @@ def count(model: nn.Module, method: str) -> dict[str, int]:
         "FOAM": expected_state_bytes(foam_param_groups(model)),
     }
     if method in WHOLE:
-        head = not model.config.tie_word_embeddings
-        found[LEAN] = expected_state_bytes(foam_param_groups(model, fold_embeddings=True, fold_head=head))
+        found[LEAN] = found["FOAM"]
         found["largest gradient"] = max(gradients)
     return found
 
