@@ -163,18 +163,10 @@ def test_a_short_run_of_the_whole_demo(tmp_path):
     assert 0.2 < results["untrained"]["accuracy"] < 0.8
 
     # AdamW was measured: two numbers in the weight's type for each weight, and its step.
-    state, folded = results["optimizer_state_bytes"], results["folded_weights"]
-    assert state["foam"] == training["optimizer_state_bytes"]
+    state = results["optimizer_state_bytes"]
+    assert state["foam"] == training["optimizer_state_bytes"] < 0.01 * state["adamw"]
     assert state["adamw"] == training["adamw_state_bytes"]
-    assert state["foam"] - folded["foam"] == pytest.approx(state["adamw"] - folded["adamw"], rel=0.001)
-    assert folded["foam"] < 0.01 * folded["adamw"] and state["foam_folded_embeddings"] < 0.02 * state["adamw"]
-    for said in (
-        "where guessing gives",
-        "trained with optim=foam",
-        "fold_embeddings=true",
-        "from_pretrained",
-        "Done in",
-    ):
+    for said in ("where guessing gives", "trained with optim=foam", "181.71 MB -> ", "from_pretrained", "Done in"):
         assert said in done.stdout
 
     import torch
