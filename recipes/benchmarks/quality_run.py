@@ -20,9 +20,11 @@ from table import write_json  # noqa: E402
 
 from foam_hf import foam_param_groups  # noqa: E402
 from foam_hf.memory import state_bytes  # noqa: E402
-from foam_hf.param_groups import foam_parameter_names  # noqa: E402
+from foam_hf.param_groups import layer_names  # noqa: E402
 
 OWN = ("candidate", "adam_mini")  # built here; Trainer is told another name
+# What the plans mean by FOAM where an arm does not say: version 0.1.0, with which they ran.
+BEFORE = {"scale": 0.25, "fold_embeddings": False, "fold_head": False}
 
 
 def load_recipe():
@@ -48,6 +50,8 @@ def words_of(job: dict) -> list[str]:
     arm = job["arm"]
     own = arm["optim"] in OWN
     options = {} if own else arm["optim_args"]
+    if arm["optim"].startswith("foam"):
+        options = {**BEFORE, **options}
     values = {
         "task_name": job["task"],
         "model_name_or_path": job["model"],
@@ -122,7 +126,8 @@ def build_optimizer(arm: dict, trainer):
             batches = -(-len(trainer.train_dataset) // args.train_batch_size)
             default = args.max_steps if args.max_steps > 0 else int(batches * args.num_train_epochs)
             options.setdefault("total_steps", default)
-        return Candidate(foam_param_groups(model, weight_decay=args.weight_decay), **common, **options)
+        groups = foam_param_groups(model, weight_decay=args.weight_decay, fold_embeddings=False, fold_head=False)
+        return Candidate(groups, **common, **options)
     from adam_mini import Adam_mini
 
     config = model.config
@@ -140,11 +145,10 @@ def build_optimizer(arm: dict, trainer):
 
 
 def folded_share(model, optimizer) -> float | None:
-    """Bytes of state on the weights that FOAM folds, over AdamW's eight a parameter; None where no state is theirs."""
+    """Bytes of state on the layers' matrices, over AdamW's eight a parameter; None where no state is theirs."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     parameters = dict(model.named_parameters())
-    names = [name for group, members in foam_parameter_names(model).items() if "folded" in group for name in members]
-    folded = [parameters[name] for name in names]
+    folded = [parameters[name] for name in sorted(layer_names(model))]
     state = {p: optimizer.state[p] for p in folded if p in optimizer.state}
     if not state or len(state) < len(folded):
         return None

@@ -63,7 +63,8 @@ def make_optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     from foam_hf import FOAM, foam_param_groups
 
-    return FOAM(foam_param_groups(model), lr=1e-5, second_moment="factored" if name == "foam-factored" else "block")
+    groups = foam_param_groups(model, fold_embeddings=False, fold_head=False)  # as when these were measured
+    return FOAM(groups, lr=1e-5, second_moment="factored" if name == "foam-factored" else "block")
 
 
 def measure(key: dict, steps: int, device: str) -> dict:

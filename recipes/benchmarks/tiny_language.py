@@ -57,15 +57,15 @@ def build_model(settings: dict) -> nn.Module:
 
 
 def build_optimizer(model: nn.Module, arm: dict, rate: float, betas: tuple[float, float], steps: int):
-    """An arm's optimizer over a model: AdamW, FOAM or a candidate, with the product's choice of folded weights."""
+    """An arm's optimizer over a model: AdamW, FOAM or a candidate, with version 0.1.0's choice of folded weights."""
     optim, options = arm["optim"], dict(arm.get("optim_args") or {})
     if optim == "adamw_torch":
         return torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, weight_decay=0.0)
     if optim not in ("foam", "candidate"):
         raise SystemExit(f"unknown optimizer here, got {optim!r}; expected adamw_torch, foam or candidate")
-    groups = foam_hf.foam_param_groups(model)
+    groups = foam_hf.foam_param_groups(model, fold_embeddings=False, fold_head=False)
     if optim == "foam":
-        return foam_hf.FOAM(groups, lr=rate, betas=betas, **options)
+        return foam_hf.FOAM(groups, lr=rate, betas=betas, **{"scale": 0.25, **options})
     if options.get("residual_start") is not None:
         options.setdefault("total_steps", steps)
     return Candidate(groups, lr=rate, betas=betas, **options)

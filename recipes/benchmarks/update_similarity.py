@@ -25,7 +25,7 @@ import tiny_language  # noqa: E402
 from candidates import Candidate, adam_update  # noqa: E402
 from table import write_json  # noqa: E402
 
-from foam_hf.param_groups import foam_parameter_names  # noqa: E402
+from foam_hf.param_groups import layer_names  # noqa: E402
 
 LEVELS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, "row"]
 RULES = ("block", "factored")
@@ -146,7 +146,7 @@ def pydoc(options) -> tuple:
 
 def watched_weights(model: nn.Module, layers: list[int] | None) -> list[str]:
     """Names of the folded matrices, of some layers only if `layers` is given."""
-    names = [name for group, members in foam_parameter_names(model).items() if "folded" in group for name in members]
+    names = sorted(layer_names(model), key=list(dict(model.named_parameters())).index)
     names = [name for name in names if dict(model.named_parameters())[name].dim() == 2]
     if layers is not None:
         names = [name for name in names if (found := re.search(r"\.(\d+)\.", name)) and int(found[1]) in layers]
