@@ -16,6 +16,7 @@ sys.path += [str(ROOT / "recipes" / "benchmarks")]
 
 import instruct_arguments  # noqa: E402
 import instruct_gpu  # noqa: E402
+import instruct_run  # noqa: E402
 import instruct_table  # noqa: E402
 import quality  # noqa: E402
 
@@ -40,7 +41,7 @@ def test_the_arms_of_the_study_differ_in_their_weights(tmp_path: Path) -> None:
     found = {}
     for arm in options.arms:
         job = instruct_gpu.Job(options, rest, "final", "gsm8k", arm, 1e-4, 1)
-        recipe, args, _ = instruct_arguments.parse(job.words)
+        recipe, args, _ = instruct_arguments.parse(instruct_run.translate(job.words)[0])
         found[arm["name"]] = (recipe.method, recipe.dtype, "gradient_release" in args.optim_args)
         assert (str(args.optim.value), args.max_grad_norm) == ("foam", 0.0)
         assert args.optim_args.startswith("level=8,scale=0.25")

@@ -1,4 +1,4 @@
-"""Runs of a script, recipes/instruct/train.py by default, as forks of one process that has imported everything.
+"""Runs of a script as forks of one process that has imported everything.
 
 A fork works on a GPU only while its parent has not touched CUDA, so the parent asks NVML where a package asks CUDA
 at its import. Where that does not work out, `warm` returns None and runs are started as processes of their own.
@@ -15,12 +15,11 @@ import time
 import traceback
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parent.parent / "instruct" / "train.py"
 CONTEXT = 0.01  # of the GPU's memory, for each process beside its tensors
 NO_MEMORY = ("out of memory", "ALLOC_FAILED", "mha_graph")  # the last is cuDNN's way to say so
 
 
-def warm(script: Path = SCRIPT):
+def warm(script: Path):
     """The module of `script`, imported with all it needs and tried on the GPU by a fork; None if a fork failed."""
     os.environ |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     sys.modules.setdefault("torchao", None)  # peft imports it if it can, it starts CUDA, and no run needs it
@@ -84,7 +83,7 @@ class Run:
     A fork takes at most the `share` of the GPU's memory, so that what one has cached does not starve the others.
     """
 
-    def __init__(self, train, words: list[str], log: Path, threads: int, share: float, script: Path = SCRIPT):
+    def __init__(self, train, words: list[str], log: Path, threads: int, share: float, script: Path):
         log.parent.mkdir(parents=True, exist_ok=True)
         self.code: int | None = None
         self.process = None

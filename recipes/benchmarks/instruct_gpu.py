@@ -1,9 +1,10 @@
 """Ways to tune a chat model, compared on one GPU: a learning-rate search on a seed of its own, then the seeds.
 
-A study (instruct_study.yaml) names arms and data sets. Each run is recipes/instruct/train.py; `--jobs` of them share
-the GPU. Speed and memory are measured apart (`alone`), one run at a time, the first after a rehearsal. Rerun the same
-command to go on: finished runs are lines of OUT/runs.jsonl; where that is lost, --resume takes those of the JSON. The
-JSON is rewritten after every run, whole or not at all; the tables of recipes/instruct/instruct_table.py come from it.
+A study (instruct_study.yaml) names arms and data sets. An arm has learning rates to search, or takes (`swap`) those
+that the search of another has chosen. Each run is recipes/instruct/train.py, by instruct_run.py; `--jobs` of them
+share the GPU. Speed and memory are measured apart (`alone`), one run at a time, the first after a rehearsal. Rerun the
+same command to go on: finished runs are lines of OUT/runs.jsonl; where that is lost, --resume takes those of the JSON.
+The JSON is rewritten after every run, whole or not at all; instruct_table.py of the recipe makes tables of it.
 Sample answers, which quote the data, stay out of it.
 
     python recipes/instruct/gguf_models.py smollm2-135m smollm2
@@ -26,11 +27,13 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "glue")]
 from forked import CONTEXT, Queue, Run, warm  # noqa: E402
 from table import write_json  # noqa: E402
 
+RUNNER = HERE / "instruct_run.py"
 PARTS = ("alone", "search", "final")
 LISTS = {"alone": "alone", "search": "search", "final": "runs"}  # where each part's records are in the JSON
 KEPT = (  # of a run's results.json; what is not here names folders or quotes the data
     "method",
     "dtype",
+    "attention",
     "optim",
     "optim_args",
     "train_loss",
@@ -59,6 +62,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--datasets", help="some of the study's (default: all)")
     parser.add_argument("--jobs", type=int, default=4, help="runs at a time")
     parser.add_argument("--resume", action="store_true", help="keep the runs that the JSON has of the same study")
+    parser.add_argument("--memory", type=float, default=1.0, help="share of the GPU's memory for all jobs together")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="stop after so many seconds")
     options, rest = parser.parse_known_args(argv)
     options.json = options.json or options.out / "results.json"
@@ -76,11 +80,22 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
             parser.error(f"unknown {what} {', '.join(unknown)}; expected some of {', '.join(map(str, legal))}")
     if "final" in options.parts and "search" not in options.parts:
         parser.error("the part final needs search, which chooses its learning rates")
+    if not CONTEXT * options.jobs < options.memory <= 1:
+        parser.error(f"--memory: got {options.memory:g}; expected a share of 1 that leaves each job some")
     missing = [name for name in options.datasets if not (options.data / datasets[name]["file"]).is_file()]
     if missing:
         parser.error(f"--data: no file {options.data / datasets[missing[0]]['file']}")
     options.arms = [arms[number - 1] for number in numbers]
+    searched = [arm["name"] for arm in options.arms if "rates" in arm]
+    for arm in options.arms:
+        if source(arm) not in searched:
+            parser.error(f"the arm {arm['name']!r} takes the rates of {source(arm)!r}; expected that one too")
     return options, rest
+
+
+def source(arm: dict) -> str:
+    """The name of the arm whose search chooses this one's learning rates."""
+    return arm.get("swap", arm["name"])
 
 
 class Job:
@@ -104,13 +119,14 @@ class Job:
         self.key = json.dumps([part, dataset, self.arm, settings, rest], sort_keys=True)
         number = study["arms"].index(arm)
         stage = study["seeds"].index(seed) + 1 if part == "final" else 0
-        self.order = (part != "alone", arm.get("last", False), options.datasets.index(dataset), stage, number)
+        self.order = (part != "alone", int(arm.get("last", 0)), stage, options.datasets.index(dataset), number)
         self.folder = options.out / part / dataset / f"arm-{number + 1}-lr-{rate:g}-seed-{seed}"
         words = {
             **settings,
             "model_name_or_path": options.model,
             "dataset_path": options.data / study["datasets"][dataset]["file"],
             "output_dir": self.folder,
+            "prepared": options.out / "prepared",
             "disable_tqdm": True,
         }
         self.words = [word for name, value in words.items() for word in (f"--{name}", str(value))] + rest
@@ -118,11 +134,12 @@ class Job:
         self.record: dict | None = None
         self.tries = 0
 
-    def start(self, train, jobs: int) -> None:
+    def start(self, train, jobs: int, memory: float = 1.0) -> None:
         """Run beside as many others as `jobs` allows; what runs alone, or a second time, may take all memory."""
         self.began, self.tries = time.monotonic(), self.tries + 1
-        share = 1.0 if self.part == "alone" or self.tries > 1 else 1 / jobs - CONTEXT
-        self.run = Run(train, self.words, self.folder / "log.txt", max(1, (os.cpu_count() or 1) // jobs), share)
+        share = memory if self.part == "alone" or self.tries > 1 else memory / jobs - CONTEXT
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.run = Run(train, self.words, self.folder / "log.txt", threads, share, RUNNER)
 
     def finish(self) -> None:
         """Take the record from results.json, if there is one, and leave only the log: saved models fill a disk."""
@@ -188,7 +205,8 @@ class Study(Queue):
         self.searches: dict[tuple[str, str], list[Job]] = {}
         if "alone" in options.parts:
             dataset, seed = study["alone"]["dataset"], study["search_seed"]
-            self.add(Job(options, rest, "alone", dataset, arm, arm["rates"][dataset][1], seed) for arm in options.arms)
+            rates = {arm["name"]: arm["rates"][dataset][1] for arm in options.arms if "rates" in arm}
+            self.add(Job(options, rest, "alone", dataset, arm, rates[source(arm)], seed) for arm in options.arms)
         self.searches = {
             (dataset, arm["name"]): [
                 Job(options, rest, "search", dataset, arm, rate, study["search_seed"])
@@ -196,7 +214,7 @@ class Study(Queue):
             ]
             for dataset in options.datasets
             for arm in options.arms
-            if "search" in options.parts
+            if "search" in options.parts and "rates" in arm
         }
         for jobs in self.searches.values():
             self.add(jobs)
@@ -213,11 +231,12 @@ class Study(Queue):
         for (dataset, name), jobs in self.searches.items():
             if (dataset, name) in self.chosen or not all(job in self.finished for job in jobs):
                 continue
-            self.chosen[dataset, name] = rate = best_rate(jobs)
+            rate = best_rate(jobs)
+            arms = [arm for arm in self.options.arms if source(arm) == name]
+            self.chosen |= {(dataset, arm["name"]): rate for arm in arms}
             if rate is not None and "final" in self.options.parts:
-                arm = next(arm for arm in self.options.arms if arm["name"] == name)
-                seeds = self.options.study["seeds"]
-                self.add([Job(self.options, self.rest, "final", dataset, arm, rate, seed) for seed in seeds])
+                given = [(arm, rate, seed) for arm in arms for seed in self.options.study["seeds"]]
+                self.add([Job(self.options, self.rest, "final", dataset, *one) for one in given])
 
     def put_off(self, job: Job) -> None:
         super().put_off(job)
@@ -315,11 +334,11 @@ def main(argv: list[str] | None = None) -> dict:
     study = Study(options, rest)
     train = None
     if study.waiting:
-        train = warm()
+        train = warm(RUNNER)
         kind = "forks" if train else "fresh processes"
         print(f"Imported in {time.monotonic() - started:.0f} s; runs are {kind}.", flush=True)
         rehearse(study, train)
-    study.run(lambda job: job.start(train, options.jobs))
+    study.run(lambda job: job.start(train, options.jobs, options.memory))
     content = study.report()
     counts = ", ".join(f"{len(content[name])} {name}" for name in ("alone", "search", "runs", "failed"))
     print(f"{counts}, {content['unfinished']} unfinished: {options.json}")

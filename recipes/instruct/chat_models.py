@@ -25,7 +25,7 @@ def load(recipe: InstructArguments, output_dir: Path):
         raise SystemExit(f"--model_name_or_path: no folder {name}.")
     try:
         if path and recipe.method in WHOLE:
-            model, tokenizer = load_gguf(path, dtype)
+            model, tokenizer = load_gguf(path, dtype, recipe.attn_implementation)
             if recipe.method == "int8":
                 quantize_model_(model, quantization_of("int8", dtype, recipe.int8_head))
             return model, tokenizer
@@ -47,6 +47,7 @@ def load(recipe: InstructArguments, output_dir: Path):
         model = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
+            **({"attn_implementation": recipe.attn_implementation} if recipe.attn_implementation else {}),
             # A weight is quantized where it will be, and exists only there.
             **({"device_map": {"": PartialState().device}} if recipe.method == "int8" else {}),
             **({"quantization_config": quantization} if quantization else {}),

@@ -35,7 +35,7 @@ def gguf_file(name: str) -> Path | None:
     return path
 
 
-def load_gguf(path: Path, dtype: torch.dtype):
+def load_gguf(path: Path, dtype: torch.dtype, attn_implementation: str | None = None):
     """Model and tokenizer of a GGUF file, its weights unpacked to `dtype`."""
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     packed, report = AutoModelForCausalLM.from_pretrained(
@@ -49,7 +49,8 @@ def load_gguf(path: Path, dtype: torch.dtype):
         raise ValueError(f"{path} has no data for {len(missing)} weights of the model, as {missing[0]}.")
     config = packed.config
     config.__dict__.pop("quantization_config", None)  # the weights are plain now: Trainer refuses quantized ones
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
     model.load_state_dict(packed.state_dict())
     model.tie_weights()
     return model, load_gguf_tokenizer(path)

@@ -28,6 +28,9 @@ class InstructArguments:
     )
     method: str = dataclasses.field(default="full", metadata={"help": f"what to train: {', '.join(METHODS)}"})
     dtype: str = dataclasses.field(default="bfloat16", metadata={"help": f"of the weights: {', '.join(DTYPES)}"})
+    attn_implementation: str | None = dataclasses.field(
+        default=None, metadata={"help": "as from_pretrained takes it: sdpa, eager, ...; default: transformers' choice"}
+    )
     int8_head: bool = dataclasses.field(
         default=False, metadata={"help": "method int8: an LM head that is not the embedding becomes INT8 too"}
     )

@@ -1,6 +1,7 @@
 """Tables of a study's JSON; `python instruct_table.py results/*.json --readme README.md` renews the README's.
 
-The JSON comes from recipes/benchmarks/instruct_gpu.py.
+The JSON comes from recipes/benchmarks/instruct_gpu.py. `--swap` makes one table of all files: every arm on every model
+and data set, its difference from the arm whose learning rate it took, and its state.
 """
 
 import argparse
@@ -21,8 +22,10 @@ def mean(values: list[float], digits: int) -> str:
     return f"{text} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
 
 
-def rate(chosen: float, tried: list[float]) -> str:
-    """The learning rate, with a word where no higher or no lower one was tried."""
+def rate(chosen: float, tried: list[float] | None) -> str:
+    """The learning rate, with a word where no higher or no lower one was tried; none tried if it is another arm's."""
+    if tried is None:
+        return f"{chosen:g}, not tuned"
     edge = {max(tried): ", the highest tried", min(tried): ", the lowest tried"}.get(chosen, "")
     return f"{chosen:g}{edge if len(tried) > 1 else ''}"
 
@@ -30,7 +33,7 @@ def rate(chosen: float, tried: list[float]) -> str:
 def quality(content: dict, dataset: str, names: list[str]) -> list[str]:
     """Rows of one data set: the untrained model, then each arm's seeds at its best learning rate."""
     runs = [run for run in content["runs"] if run["dataset"] == dataset]
-    tried = {arm["name"]: arm["rates"][dataset] for arm in content["study"]["arms"]}
+    tried = {arm["name"]: arm["rates"][dataset] if "rates" in arm else None for arm in content["study"]["arms"]}
     matched = any("exact_match" in run["after"] for run in runs)
     rows = [["", "learning rate", "held-out loss", *(["exact match, %"] if matched else []), "seeds"]]
     before = next((run["before"] for run in runs if run["before"]), None)
@@ -93,6 +96,77 @@ def tables(content: dict, numbers: list[int] | None = None) -> str:
     return "\n\n".join(parts)
 
 
+def swap_table(contents: list[dict]) -> str:
+    """One table: rows are arms, columns are pairs of model and data set, and the state over AdamW's of each model."""
+    pairs = [(content, dataset) for content in contents for dataset in content["study"]["datasets"]]
+    pairs = [(content, dataset) for content, dataset in pairs if seeds_of(content, dataset)]
+    if not pairs:
+        return ""
+    models = [content for content in contents if any(content is one for one, _ in pairs)]
+    arms = {arm["name"]: arm for content in models for arm in content["study"]["arms"]}
+    titles = [f"{content['model']}, {dataset}" for content, dataset in pairs]
+    rows = [["", *titles, f"state over AdamW's, {' and '.join(content['model'] for content in models)}"]]
+    rows.append(["untrained", *(before(content, dataset) for content, dataset in pairs), ""])
+    for name in arms:
+        cells = [swap_cell(content, dataset, name) for content, dataset in pairs]
+        if any(cells):
+            rows.append(
+                [name, *(cell or "-" for cell in cells), ", ".join(state(content, name) for content in models)]
+            )
+    devices = ", ".join(sorted({run["device"] for content in models for run in content["runs"]}))
+    return (
+        f"Held-out loss, mean ± standard error over seeds, on {devices}. In brackets: the mean difference, seed by "
+        "seed, from the arm whose learning rate was taken. State: bytes of the optimizer over eight for each trained "
+        "weight."
+        f"\n\n{markdown(rows)}\n\n{chosen_rates(pairs)}"
+    )
+
+
+def seeds_of(content: dict, dataset: str, name: str | None = None) -> dict[int, float | None]:
+    """Held-out losses by seed, of the first arm if none is named."""
+    name = name or content["study"]["arms"][0]["name"]
+    runs = [run for run in content["runs"] if run["dataset"] == dataset and run["arm"] == name]
+    return {run["seed"]: run["after"]["eval_loss"] for run in runs}
+
+
+def before(content: dict, dataset: str) -> str:
+    found = [run["before"] for run in content["runs"] if run["dataset"] == dataset and run["before"]]
+    return f"{found[0]['eval_loss']:.4f}" if found else ""
+
+
+def swap_cell(content: dict, dataset: str, name: str) -> str:
+    """Loss and difference; empty for an arm that has no runs here."""
+    losses = seeds_of(content, dataset, name)
+    if not losses:
+        return ""
+    if None in losses.values():
+        return "diverged"
+    arm = next(arm for arm in content["study"]["arms"] if arm["name"] == name)
+    taken = seeds_of(content, dataset, arm["swap"]) if "swap" in arm else {}
+    differences = [loss - taken[seed] for seed, loss in losses.items() if taken.get(seed) is not None]
+    wanted = len(content["study"]["seeds"])
+    short = "" if len(losses) == wanted else f", {len(losses)} of {wanted} seeds"
+    return mean(list(losses.values()), 4) + (f" ({statistics.fmean(differences):+.4f})" if differences else "") + short
+
+
+def state(content: dict, name: str) -> str:
+    """Bytes of the optimizer's state over AdamW's for the same weights, in percent."""
+    run = next((run for run in content["runs"] if run["arm"] == name), None)
+    return f"{100 * run['optimizer_state_bytes'] / (8 * run['trained_parameters']):.2f}%" if run else "-"
+
+
+def chosen_rates(pairs: list[tuple[dict, str]]) -> str:
+    """A sentence with the learning rate of each arm that has runs at a searched one."""
+    words = []
+    for content, dataset in pairs:
+        for arm in content["study"]["arms"]:
+            runs = [run for run in content["runs"] if run["dataset"] == dataset and run["arm"] == arm["name"]]
+            if runs and "rates" in arm:
+                found = rate(runs[0]["learning_rate"], arm["rates"][dataset])
+                words.append(f"{arm['name']} on {content['model']}, {dataset}: {found}")
+    return f"Learning rates: {'; '.join(words)}."
+
+
 def with_tables(readme: str, text: str) -> str:
     """The README's text with what stands between the markers replaced."""
     before, rest = readme.split(START, 1)
@@ -105,11 +179,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("results", nargs="*", type=Path, help="JSON files of instruct_gpu.py")
     parser.add_argument("--readme", type=Path, help="replace the tables between its markers; else print them")
     parser.add_argument("--arms", help="numbers of the study's arms, from 1: 1,7,8 (default: all)")
+    parser.add_argument("--swap", action="store_true", help="one table of all files, by arms")
     options = parser.parse_args(argv)
     try:
         numbers = [int(word) for word in options.arms.split(",")] if options.arms else None
         contents = [json.loads(path.read_text(encoding="utf-8")) for path in options.results]
-        text = "\n\n".join(filter(None, (tables(content, numbers) for content in contents)))
+        each = [] if options.swap else [tables(content, numbers) for content in contents]
+        text = swap_table(contents) if options.swap else "\n\n".join(filter(None, each))
         if options.readme is None:
             print(text)
             return

@@ -194,6 +194,7 @@ def main(argv: list[str] | None = None) -> dict:
         "model": recipe.model_name_or_path,
         "method": recipe.method,
         "dtype": recipe.dtype,
+        "attention": trainer.model.config._attn_implementation,
         "optim": optim,
         "optim_args": args.optim_args,
         "learning_rate": args.learning_rate,
