@@ -24,6 +24,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "glue")]
 
+from before import as_before  # noqa: E402
 from forked import CONTEXT, Queue, Run, warm  # noqa: E402
 from table import write_json  # noqa: E402
 
@@ -122,7 +123,7 @@ class Job:
         self.order = (part != "alone", int(arm.get("last", 0)), stage, options.datasets.index(dataset), number)
         self.folder = options.out / part / dataset / f"arm-{number + 1}-lr-{rate:g}-seed-{seed}"
         words = {
-            **settings,
+            **as_before(settings),
             "model_name_or_path": options.model,
             "dataset_path": options.data / study["datasets"][dataset]["file"],
             "output_dir": self.folder,

@@ -15,6 +15,7 @@ GLUE = HERE.parent / "glue"
 sys.path[:0] = [str(HERE), str(GLUE)]
 
 import tiny_language  # noqa: E402
+from before import BEFORE  # noqa: E402
 from candidates import Candidate  # noqa: E402
 from table import write_json  # noqa: E402
 
@@ -23,8 +24,6 @@ from foam_hf.memory import state_bytes  # noqa: E402
 from foam_hf.param_groups import layer_names  # noqa: E402
 
 OWN = ("candidate", "adam_mini")  # built here; Trainer is told another name
-# What the plans mean by FOAM where an arm does not say: version 0.1.0, with which they ran.
-BEFORE = {"scale": 0.25, "fold_embeddings": False, "fold_head": False}
 
 
 def load_recipe():

@@ -3,8 +3,8 @@
 python recipes/figures/pretraining_state.py --figure recipes/figures/pretraining_state.png
 
 Shapes and settings are those of the GaLore, APOLLO and FOAM papers: weights, gradients and moments are bfloat16, the
-paper's FOAM has blocks of 4 weights and a plain embedding and head, GaLore and APOLLO a rank of a quarter of the hidden
-size; 8-bit Adam keeps the moments of the embedding in float32, as Trainer has it. FOAM and FOAM-Muon are the defaults
+paper's FOAM has blocks of 4 weights and a plain embedding and head, GaLore and APOLLO rank hidden size / 4; 8-bit Adam
+keeps the moments of the embedding in float32, as Trainer has it. FOAM and FOAM-Muon are the defaults
 of this package, with float32 state. Nothing is downloaded or allocated. Without --figure the numbers are printed.
 """
 
