@@ -564,15 +564,19 @@ def test_prose_is_kept_and_markup_code_and_copies_are_not(tmp_path: Path) -> Non
     files["man/man1/x.1"] = (
         f'.TH X 1\n.SH NAME\n\\fBx\\fR is the program of this page. {prose * 3}\n.PP\n.B "bold"\nof it\n'
     )
+    files["src/x.c"] = (
+        f"/* {prose * 2}\n *\n * @x: it is\n */\nint the_of_and; // {prose}\n// and to it {prose}\nx = 1;"
+    )
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     found = {document["source"]: document["text"] for document in debian_text.documents(tmp_path, set())}
-    assert list(found) == ["doc/a.html", "doc/c.pod", "man/man1/x.1"]  # b is a copy of a
+    assert list(found) == ["doc/a.html", "doc/c.pod", "man/man1/x.1", "src/x.c"]  # b is a copy of a
     assert found["doc/a.html"].startswith(prose) and found["doc/a.html"].count("\n\n") == 1
     assert "It's the last of the paragraphs" in found["doc/a.html"]
     assert found["doc/c.pod"].startswith("perl This is") and "my $x" not in found["doc/c.pod"]
     assert found["man/man1/x.1"].startswith("x is the program of this page.")
+    assert found["src/x.c"] == f"{prose * 2}".strip() + f"\n\n{prose}and to it {prose}".rstrip()  # its comments alone
 
 
 # ---- the README ----

@@ -1,7 +1,7 @@
 """Optimizers compared by pretraining a small LLaMA on one GPU: two learning rates each, the same tokens in all runs.
 
-A study (pretrain_study.yaml; pretrain_long.yaml, pretrain_defaults.yaml and pretrain_fresh.yaml beside it) names models
-and arms; where it says `fresh`, no run may see a token twice. Where an arm's best rate lies at an end of those tried, one more
+A study names models and arms: pretrain_study.yaml, or pretrain_long.yaml, pretrain_defaults.yaml, pretrain_fresh.yaml.
+Where it says `fresh`, no run may see a token twice. Where an arm's best rate lies at an end of those tried, one more
 beyond it joins, as often as the study's `widen` says. Each run is recipes/pretrain/train.py on tokens made before;
 `--jobs` of them share the GPU. There is one JSON, rewritten after every run, whole or not at all; with --resume the
 runs that it has are kept. recipes/benchmarks/pretrain_report.py makes the table and the pictures from it.
@@ -93,7 +93,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"--tokens-per-run: got {options.tokens_per_run:g}; expected at least 10 steps of {step} tokens")
     made = json.loads((options.tokens / "tokens.json").read_text(encoding="utf-8"))["counts"]["train"]["tokens"]
     if study.get("fresh") and options.steps * step > made // step * step:
-        parser.error(f"--tokens: {made} tokens to train on; expected {options.steps * step}, as no run may see one twice")
+        parser.error(
+            f"--tokens: {made} tokens to train on; expected {options.steps * step}, as no run may see one twice"
+        )
     if options.jobs < 1:
         parser.error(f"--jobs: got {options.jobs}; expected 1 or more")
     return options, rest

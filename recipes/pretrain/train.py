@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 import foam_hf  # registers optim="foam" and its companions
-from foam_hf.counted import folded_names
 from foam_hf.memory import adamw_state_bytes, state_bytes
 from foam_hf.model_configs import ModelError, load_config
+from foam_hf.param_groups import layer_names
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [] if str(HERE) in sys.path else [str(HERE)]  # the siblings, also when this file is imported
@@ -157,9 +157,9 @@ def build_trainer(
 
 
 def layers_state_bytes(model, optimizer) -> int:
-    """Bytes of the state of the weights that FOAM folds by default, whatever the optimizer."""
+    """Bytes of the state of the layers' matrices, whatever the optimizer."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's
-    inside = folded_names(model)
+    inside = layer_names(model)
     taken = {id(p) for name, p in model.named_parameters() if name in inside}
 
     class Part:
