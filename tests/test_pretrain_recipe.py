@@ -349,12 +349,11 @@ def test_perplexity_is_that_of_the_held_out_tokens_at_every_interval(finished, t
 def test_results_say_what_the_run_was_and_what_its_state_costs(finished) -> None:
     folder, results = finished
     assert json.loads((folder / "out" / "results.json").read_text()) == results
-    assert results["optim"] == "foam" and results["optim_args"] == "level=2,scale=0.25" and results["seed"] == 5
-    # 4 matrices of 32 x 32, two of 48 x 32, one of 32 x 48: a block has 4 weights and two fp32 moments.
-    matrices = 4 * 32 * 32 + 3 * 48 * 32
-    assert results["layers_state_bytes"] == matrices // 4 * 8
-    plain = 2 * VOCAB * 32 + 3 * 32  # embedding, head, three norms
-    assert results["optimizer_state_bytes"] == results["layers_state_bytes"] + plain * 8
+    assert (results["optim"], results["optim_args"], results["seed"]) == ("foam_muon", "level=8,scale=1.0", 5)
+    # 4 matrices of 32 x 32, two of 48 x 32, one of 32 x 48: a row is one block, with one fp32 momentum.
+    assert results["layers_state_bytes"] == 4 * (4 * 32 + 2 * 48 + 32)
+    tables = 2 * (VOCAB + VOCAB + 32)  # embedding and head: a moment a row, the factored rule's means of rows and columns
+    assert results["optimizer_state_bytes"] == results["layers_state_bytes"] + 4 * tables + 8 * 3 * 32  # and norms
     assert results["data"]["train"]["documents"] > 0 and results["tokens_per_second"] > 0
 
 
