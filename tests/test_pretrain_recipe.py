@@ -352,7 +352,7 @@ def test_results_say_what_the_run_was_and_what_its_state_costs(finished) -> None
     assert (results["optim"], results["optim_args"], results["seed"]) == ("foam_muon", "level=8,scale=1.0", 5)
     # 4 matrices of 32 x 32, two of 48 x 32, one of 32 x 48: a row is one block, with one fp32 momentum.
     assert results["layers_state_bytes"] == 4 * (4 * 32 + 2 * 48 + 32)
-    tables = 2 * (VOCAB + VOCAB + 32)  # embedding and head: a moment a row, the factored rule's means of rows and columns
+    tables = 2 * (VOCAB + VOCAB + 32)  # embedding and head: a moment a row, means of rows and columns
     assert results["optimizer_state_bytes"] == results["layers_state_bytes"] + 4 * tables + 8 * 3 * 32  # and norms
     assert results["data"]["train"]["documents"] > 0 and results["tokens_per_second"] > 0
 
