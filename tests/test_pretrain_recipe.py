@@ -255,14 +255,17 @@ def test_processes_share_a_stream_without_gaps(hub) -> None:
 # ---- whole runs ----
 
 
+def config_of(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_has_the_papers_settings_and_trains(config: Path, tokens: Path, tmp_path: Path) -> None:
-    settings = yaml.safe_load(config.read_text())
-    assert settings["model"] in BUILTIN and settings["model"] == config.stem
+def test_every_config_trains_and_the_papers_settings_have_files_of_their_own(
+    config: Path, tokens: Path, tmp_path: Path
+) -> None:
+    settings, paper = config_of(config), config.stem.endswith("-paper")
+    assert settings["model"] in BUILTIN and settings["model"] == config.stem.removesuffix("-paper")
     expected = {
-        "optim": "foam",
-        "optim_args": "level=2,scale=0.25",
-        "learning_rate": 1e-2,
         "adam_beta1": 0.9,
         "adam_beta2": 0.95,
         "weight_decay": 0.0,
@@ -273,12 +276,43 @@ def test_every_config_has_the_papers_settings_and_trains(config: Path, tokens: P
         "total_batch_size": 512,
         "dtype": "bfloat16",
     }
+    if paper:
+        expected |= {"optim": "foam", "learning_rate": 1e-2}
+        expected["optim_args"] = "level=2,scale=0.25,fold_embeddings=false,fold_head=false"
+        ours = config_of(config.with_name(f"{settings['model']}.yaml"))
+        assert {name for name in settings if settings[name] != ours[name]} <= {"optim", "optim_args", "learning_rate"}
+    else:
+        expected |= {"optim": "foam_muon", "optim_args": "level=8,scale=1.0"}
+        assert config.with_name(f"{config.stem}-paper.yaml") in CONFIGS
+        # The rate of the study's 512-wide model, inversely with the width.
+        assert settings["learning_rate"] == pytest.approx(1e-2 * 512 / BUILTIN[config.stem]["hidden_size"], rel=0.03)
     assert {name: settings[name] for name in expected} == expected
     quick = QUICK.split()
     results = train.main([str(config), "--dataset_path", str(tokens), "--output_dir", str(tmp_path / "out"), *quick])
     assert results["steps"] == 2 and results["tokens"] == 2 * 4 * 16
     assert math.isfinite(results["eval_loss"])
     assert {weight.dtype for weight in weights(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+def test_compiled_layers_share_a_graph_and_leave_names_and_losses(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph for each layer, and the compiler gives up beyond eight of them."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_layers = train.compile_layers
+    monkeypatch.setattr(train, "compile_layers", lambda model: compile_layers(model, backend))
+    deep = ["--config_overrides", TINY.replace("num_hidden_layers=1", "num_hidden_layers=3"), "--dtype", "float32"]
+    plain = run(tmp_path / "plain", tokens, *deep)
+    assert not graphs
+    compiled = run(tmp_path / "compiled", tokens, *deep, "--compile_layers", "true")
+    assert len(graphs) == 4  # a layer and the loss, of training and of evaluation
+    assert compiled["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-5)
+    assert weights(tmp_path / "compiled" / "out").keys() == weights(tmp_path / "plain" / "out").keys()
 
 
 @pytest.fixture(scope="module")
@@ -315,12 +349,11 @@ def test_perplexity_is_that_of_the_held_out_tokens_at_every_interval(finished, t
 def test_results_say_what_the_run_was_and_what_its_state_costs(finished) -> None:
     folder, results = finished
     assert json.loads((folder / "out" / "results.json").read_text()) == results
-    assert results["optim"] == "foam" and results["optim_args"] == "level=2,scale=0.25" and results["seed"] == 5
-    # 4 matrices of 32 x 32, two of 48 x 32, one of 32 x 48: a block has 4 weights and two fp32 moments.
-    matrices = 4 * 32 * 32 + 3 * 48 * 32
-    assert results["layers_state_bytes"] == matrices // 4 * 8
-    plain = 2 * VOCAB * 32 + 3 * 32  # embedding, head, three norms
-    assert results["optimizer_state_bytes"] == results["layers_state_bytes"] + plain * 8
+    assert (results["optim"], results["optim_args"], results["seed"]) == ("foam_muon", "level=8,scale=1.0", 5)
+    # 4 matrices of 32 x 32, two of 48 x 32, one of 32 x 48: a row is one block, with one fp32 momentum.
+    assert results["layers_state_bytes"] == 4 * (4 * 32 + 2 * 48 + 32)
+    tables = 2 * (VOCAB + VOCAB + 32)  # embedding and head: a moment a row, means of rows and columns
+    assert results["optimizer_state_bytes"] == results["layers_state_bytes"] + 4 * tables + 8 * 3 * 32  # and norms
     assert results["data"]["train"]["documents"] > 0 and results["tokens_per_second"] > 0
 
 
@@ -530,15 +563,19 @@ def test_prose_is_kept_and_markup_code_and_copies_are_not(tmp_path: Path) -> Non
     files["man/man1/x.1"] = (
         f'.TH X 1\n.SH NAME\n\\fBx\\fR is the program of this page. {prose * 3}\n.PP\n.B "bold"\nof it\n'
     )
+    files["src/x.c"] = (
+        f"/* {prose * 2}\n *\n * @x: it is\n */\nint the_of_and; // {prose}\n// and to it {prose}\nx = 1;"
+    )
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     found = {document["source"]: document["text"] for document in debian_text.documents(tmp_path, set())}
-    assert list(found) == ["doc/a.html", "doc/c.pod", "man/man1/x.1"]  # b is a copy of a
+    assert list(found) == ["doc/a.html", "doc/c.pod", "man/man1/x.1", "src/x.c"]  # b is a copy of a
     assert found["doc/a.html"].startswith(prose) and found["doc/a.html"].count("\n\n") == 1
     assert "It's the last of the paragraphs" in found["doc/a.html"]
     assert found["doc/c.pod"].startswith("perl This is") and "my $x" not in found["doc/c.pod"]
     assert found["man/man1/x.1"].startswith("x is the program of this page.")
+    assert found["src/x.c"] == f"{prose * 2}".strip() + f"\n\n{prose}and to it {prose}".rstrip()  # its comments alone
 
 
 # ---- the README ----

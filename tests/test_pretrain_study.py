@@ -12,7 +12,7 @@ import pytest
 import yaml
 from transformers.training_args import OptimizerNames
 
-from foam_hf.optim_args import FOAM_NAMES
+from foam_hf.optim_args import FOAM_NAMES, foam_options
 from tests.pretrain_runs import QUICK, RECIPE, ROOT, SHAPES, VOCAB, load_script, write_jsonl
 from tests.pretrain_runs import text as document
 
@@ -24,6 +24,7 @@ import pretrain_gpu  # noqa: E402
 import pretrain_report  # noqa: E402
 
 STUDY = ROOT / "recipes" / "benchmarks" / "pretrain_study.yaml"
+STUDIES = [STUDY.with_name(f"pretrain_{name}.yaml") for name in ("study", "long", "defaults", "fresh")]
 TINY = {
     "settings": {
         "sequence_length": 16,
@@ -177,20 +178,70 @@ def test_the_long_study_repeats_arms_of_the_short_one_on_100_million_tokens() ->
     assert {arm["name"]: arm["settings"] for arm in long["arms"]}.items() <= known.items()
 
 
-def test_every_arm_of_the_study_is_accepted_by_the_recipe(tokens: Path, tmp_path: Path) -> None:
-    where = ["--tokens", str(tokens), "--out", str(tmp_path / "runs"), "--models", "llama-60m,llama-20m"]
-    options, rest = pretrain_gpu.parse(where)
+@pytest.fixture
+def plenty(tokens: Path, tmp_path: Path) -> Path:
+    """A folder of tokens that says it has as many as any study wants."""
+    made = json.loads((tokens / "tokens.json").read_text())
+    made["counts"]["train"]["tokens"] = 10**9
+    (tmp_path / "plenty").mkdir()
+    (tmp_path / "plenty" / "tokens.json").write_text(json.dumps(made))
+    return tmp_path / "plenty"
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
+def test_every_arm_of_a_study_is_accepted_by_the_recipe(study: Path, plenty: Path, tmp_path: Path) -> None:
+    models = yaml.safe_load(study.read_text())["models"]
+    where = ["--study", str(study), "--tokens", str(plenty), "--out", str(tmp_path / "runs")]
+    options, rest = pretrain_gpu.parse([*where, "--models", ",".join(models)])
     jobs, settings = pretrain_gpu.plan(options, rest), options.study["settings"]
-    assert len(jobs) == 2 * 2 * len(options.study["arms"])
-    assert {job.rate for job in jobs[: len(options.arms)]} == {arm["rates"][0] for arm in options.arms}
+    assert len(jobs) == len(models) * sum(len(arm["rates"]) for arm in options.study["arms"])
+    # The first rate of every arm comes first.
+    assert [(job.arm, job.rate) for job in jobs[: len(options.arms)]] == [
+        (arm["name"], arm["rates"][0]) for arm in options.arms
+    ]
     for job in jobs:
         recipe, training, optim, _ = pretrain_arguments.parse([*job.words, "--use_cpu", "true"])
         config = train.model_config(recipe)
-        assert config.hidden_size == {"llama-60m": 512, "llama-20m": 256}[job.model]
-        assert training["max_steps"] == 800 and training["eval_steps"] == 800 // options.study["evaluations"]
+        assert config.hidden_size == (256 if job.model == "llama-20m" else 512)
+        assert training["max_steps"] == options.steps
+        assert training["eval_steps"] == options.steps // options.study["evaluations"]
         args = pretrain_arguments.build_training_arguments(recipe, training, optim)
         assert args.train_batch_size * args.gradient_accumulation_steps == settings["total_batch_size"]
         assert "{" not in str(args.optim_args)
+        if optim in FOAM_NAMES:
+            foam_options(optim, args.optim_args)  # raises where a key or value is none of FOAM's
+
+
+def test_studies_of_the_paper_keep_embeddings_plain_and_those_of_the_defaults_fold_them() -> None:
+    for study in STUDIES:
+        for arm in yaml.safe_load(study.read_text())["arms"]:
+            if arm["settings"]["optim"] not in FOAM_NAMES:
+                continue
+            found = foam_options(arm["settings"]["optim"], arm["settings"]["optim_args"])
+            plain = study.stem in ("pretrain_study", "pretrain_long") or "embeddings plain" in arm["name"]
+            for option in ("fold_embeddings", "fold_head"):
+                assert found.get(option) is (False if plain else None)
+            assert "scale" in found  # a study says what it ran, whatever the default is later
+
+
+def test_a_study_of_fresh_text_does_not_start_where_a_run_would_see_tokens_twice(
+    launcher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = yaml.safe_load((tmp_path / "study.yaml").read_text())
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**study, "fresh": True}))
+    assert launcher("--arms", "1", "--rates", "1e-2")["runs"]
+    with pytest.raises(SystemExit):
+        launcher("--tokens-per-run", "64000")
+    assert "expected 64000, as no run may see one twice" in capsys.readouterr().err
+
+
+def test_rates_of_the_command_line_join_those_that_the_study_had(launcher) -> None:
+    launcher("--arms", "1")
+    content = launcher("--arms", "1", "--rates", "3e-3,1e-3", "--resume")
+    assert Here.started == [f"arm-1-lr-{rate}-seed-1" for rate in ("0.01", "0.001", "0.003")]
+    assert sorted(run["learning_rate"] for run in content["runs"]) == [1e-3, 3e-3, 1e-2]
+    with pytest.raises(SystemExit):
+        launcher("--rates", "fast")
 
 
 def fabricated() -> dict[str, Any]:
@@ -223,6 +274,7 @@ def fabricated() -> dict[str, Any]:
     found += runs("GaLore", 1e-2, [3.3], 300_000_000, 45_000_000)
     found += runs("Muon", 1e-3, [2.8], 362_000_000, 100_000_000)
     found += runs("FOAM-Muon, level 2", 1e-3, [2.85], 287_000_000, 25_000_000)
+    found += runs("FOAM-Muon", 1e-2, [2.7], 1_300_000, 200_000)
     found += runs("APOLLO", 1e-2, [None], 300_000_000, 45_000_000)
     counts = {"train": {"tokens": 30_000_000}, "held_out": {"tokens": 500_000}}
     data = {"tokenizer": "trained on the data, 32000 tokens", "vocab_size": 32000, "counts": counts}
@@ -238,8 +290,8 @@ def test_the_report_gives_the_best_rate_the_others_and_the_targets(tmp_path: Pat
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
-    assert "| 21.14 ± 1.49 | 0.001 | diverged (0.003) | 464.00 MB | 200.00 MB | 100% |" in rows["AdamW"]
-    assert "| 18.17 | 0.01 |  | 314.00 MB | 50.00 MB | 25% |" in rows["FOAM, level 2"]
+    assert "| 21.14 ± 1.49 | 0.001 | diverged (0.003) | 464.00 MB | 100% | 200.00 MB | 100% |" in rows["AdamW"]
+    assert "| 18.17 | 0.01 |  | 314.00 MB | 67.7% | 50.00 MB | 25% |" in rows["FOAM, level 2"]
     assert "| 0.15% |" in rows["FOAM-Mini"] and "| diverged |" in rows["APOLLO"]
     order = [name for name in rows if name in ("Muon", "FOAM, level 2", "AdamW", "GaLore", "APOLLO")]
     assert order == ["Muon", "FOAM, level 2", "AdamW", "GaLore", "APOLLO"]  # the best first
@@ -247,6 +299,8 @@ def test_the_report_gives_the_best_rate_the_others_and_the_targets(tmp_path: Pat
     assert rows["perplexity of FOAM-Muon, level 2 / of Muon"].endswith("| 1.01 | 1.051 | no |")
     assert rows["the layers' state, FOAM-Mini / AdamW"].endswith("| 0.01 | 0.002 | yes |")
     assert rows["the layers' state, FOAM-Muon / Muon"].endswith("| 0.26 | 0.250 | yes |")
+    assert rows["perplexity of FOAM-Muon / of AdamW"].endswith("| 1 | 0.704 | yes |")
+    assert rows["the whole state, FOAM-Muon / AdamW"].endswith("| 0.01 | 0.003 | yes |")
     assert "2 runs of the study are missing." in text
     pictures = [f"perplexity_{kind}-llama-60m.png" for kind in ("tokens", "state")]
     assert all(f"](results/{name})" in text for name in pictures)

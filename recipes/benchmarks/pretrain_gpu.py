@@ -1,6 +1,7 @@
 """Optimizers compared by pretraining a small LLaMA on one GPU: two learning rates each, the same tokens in all runs.
 
-A study (pretrain_study.yaml) names models and arms. Where an arm's best rate lies at an end of those tried, one more
+A study names models and arms: pretrain_study.yaml, or pretrain_long.yaml, pretrain_defaults.yaml, pretrain_fresh.yaml.
+Where it says `fresh`, no run may see a token twice. Where an arm's best rate lies at an end of those tried, one more
 beyond it joins, as often as the study's `widen` says. Each run is recipes/pretrain/train.py on tokens made before;
 `--jobs` of them share the GPU. There is one JSON, rewritten after every run, whole or not at all; with --resume the
 runs that it has are kept. recipes/benchmarks/pretrain_report.py makes the table and the pictures from it.
@@ -43,6 +44,7 @@ KEPT = (  # of a run's results.json; what is not here names folders
     "seconds",
     "optimizer_state_bytes",
     "layers_state_bytes",
+    "adamw_state_bytes",
     "peak_cuda_bytes",
     "device",
     "versions",
@@ -60,6 +62,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--models", help="some of the study's, with commas (default: the first)")
     parser.add_argument("--arms", help="numbers of the study's arms, from 1 (default: all)")
     parser.add_argument("--seeds", help="numbers with commas (default: the study's)")
+    parser.add_argument("--rates", help="learning rates with commas, for all of --arms (default: the study's)")
     parser.add_argument("--tokens-per-run", type=float, help="default: the study's")
     parser.add_argument("--jobs", type=int, default=4, help="runs at a time")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="stop after so many seconds")
@@ -76,13 +79,23 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         options.seeds = [int(word) for word in options.seeds.split(",")] if options.seeds else study["seeds"]
     except ValueError:
         parser.error(f"--seeds: got {options.seeds}; expected whole numbers, as in 1,2,3")
-    options.arms = [study["arms"][int(number) - 1] for number in numbers]
+    try:
+        rates = [float(word) for word in options.rates.split(",")] if options.rates else None
+    except ValueError:
+        parser.error(f"--rates: got {options.rates}; expected numbers, as in 5e-3,1e-2")
+    arms = [study["arms"][int(number) - 1] for number in numbers]
+    options.arms = [{**arm, "rates": rates or arm["rates"]} for arm in arms]
     if not (options.tokens / "tokens.json").is_file():
         parser.error(f"--tokens: no tokens.json in {options.tokens}; expected what train.py --prepare_only made")
     step = study["settings"]["sequence_length"] * study["settings"]["total_batch_size"]
     options.steps = round((options.tokens_per_run or study["tokens"]) / step)
     if options.steps < 10:
         parser.error(f"--tokens-per-run: got {options.tokens_per_run:g}; expected at least 10 steps of {step} tokens")
+    made = json.loads((options.tokens / "tokens.json").read_text(encoding="utf-8"))["counts"]["train"]["tokens"]
+    if study.get("fresh") and options.steps * step > made // step * step:
+        parser.error(
+            f"--tokens: {made} tokens to train on; expected {options.steps * step}, as no run may see one twice"
+        )
     if options.jobs < 1:
         parser.error(f"--jobs: got {options.jobs}; expected 1 or more")
     return options, rest
@@ -109,7 +122,7 @@ class Job:
         self.identity = {"model": model, "arm": self.arm, "learning_rate": rate, "seed": seed}
         self.what = f"{model} | {self.arm} | lr {rate:g} seed {seed}"
         self.key = json.dumps([model, self.arm, settings, rest], sort_keys=True)
-        number = study["arms"].index(arm)
+        number = [known["name"] for known in study["arms"]].index(self.arm)
         # One rate of every arm first: a study cut short is still a comparison.
         self.order = (options.models.index(model), options.seeds.index(seed), turn, number)
         self.folder = options.out / model / f"arm-{number + 1}-lr-{rate:g}-seed-{seed}"
@@ -194,7 +207,7 @@ class Study(Queue):
         for job in jobs:
             scores.setdefault(job.rate, []).append(job.record and job.record["perplexity"])
         means = {rate: statistics.fmean(found) for rate, found in scores.items() if None not in found}
-        arm = next(arm for arm in self.options.study["arms"] if arm["name"] == name)
+        arm = next(arm for arm in self.options.arms if arm["name"] == name)
         beyond = next_rate(list(scores), min(means, key=means.get)) if means else None
         if beyond is not None and len(scores) < len(arm["rates"]) + self.options.study.get("widen", 0):
             seeds = self.options.seeds

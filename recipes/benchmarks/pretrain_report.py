@@ -76,9 +76,14 @@ def models(content: dict) -> list[str]:
 
 
 def model_table(content: dict, model: str) -> str:
-    header = ["optimizer", "perplexity", "learning rate", "at other rates", "state", "of it the layers'", "of AdamW's"]
+    header = ["optimizer", "perplexity", "learning rate", "at other rates"]
+    header += ["state", "of AdamW's", "of it the layers'", "of AdamW's"]
     found = arms(content, model)
-    adamw = next((arm.layers for arm in found if arm.name == "AdamW"), None)
+    adamw = next((arm for arm in found if arm.name == "AdamW"), None)
+
+    def share(part: int, whole: int | None) -> str:
+        return f"{100 * part / whole:.3g}%" if whole else ""
+
     lines = [
         [
             arm.name,
@@ -86,8 +91,9 @@ def model_table(content: dict, model: str) -> str:
             "" if arm.rate is None else f"{arm.rate:g}",
             "; ".join(f"{arm.score(rate)} ({rate:g})" for rate in sorted(arm.by_rate) if rate != arm.rate),
             format_bytes(arm.state),
+            share(arm.state, adamw and adamw.state),
             format_bytes(arm.layers),
-            f"{100 * arm.layers / adamw:.3g}%" if adamw else "",
+            share(arm.layers, adamw and adamw.layers),
         ]
         for arm in found
     ]
@@ -120,11 +126,17 @@ def verdicts(content: dict, model: str) -> str:
     def layers(one: Arm, other: Arm) -> float:
         return one.layers / other.layers
 
+    def whole(one: Arm, other: Arm) -> float:
+        return one.state / other.state
+
     for peer in ("AdamW", "GaLore"):
         names = ("FOAM, level 2", peer)
         add(f"perplexity of FOAM, level 2 / of {peer}", names, ratio, "1", lambda a, b: ratio(a, b) <= 1)
     names = ("FOAM-Mini", "AdamW")
     add("the layers' state, FOAM-Mini / AdamW", names, layers, "0.01", lambda a, b: layers(a, b) < 0.01)
+    names = ("FOAM-Muon", "AdamW")  # the name's default: embeddings and head fold too
+    add("perplexity of FOAM-Muon / of AdamW", names, ratio, "1", lambda a, b: ratio(a, b) <= 1)
+    add("the whole state, FOAM-Muon / AdamW", names, whole, "0.01", lambda a, b: whole(a, b) <= 0.01)
     names = ("FOAM-Muon, level 2", "Muon")
     add("perplexity of FOAM-Muon, level 2 / of Muon", names, ratio, "1.01", lambda a, b: ratio(a, b) <= 1.01)
     add("the layers' state, FOAM-Muon / Muon", names, layers, "0.26", lambda a, b: layers(a, b) <= 0.26)

@@ -1,10 +1,11 @@
-"""English text from Debian's documentation packages, for pretraining where no data hub answers.
+"""English text from Debian's documentation and source packages, for pretraining where no data hub answers.
 
     python recipes/pretrain/debian_text.py --out corpus
 
-needs Debian with `apt-get` and `dpkg-deb`, no root, and downloads about 400 MB. It writes a .jsonl file for each
-package, a line for each document: {"source": its file, "text": its paragraphs}. Markup, code blocks, menus, what
-is not English prose, and every paragraph that an earlier document had are left out. Nothing is installed.
+needs Debian with `apt-get` and `dpkg-deb`, no root, downloads about 800 MB and unpacks one package at a time, at most
+1.5 GB. It writes a .jsonl file for each package, a line for each document: {"source": file, "text": its paragraphs}.
+Of source packages it takes the comments. Markup, code, menus, what is not English prose, and every paragraph that an
+earlier document had are left out. Nothing is installed.
 """
 
 import argparse
@@ -28,6 +29,9 @@ PACKAGES = (
     *("libreoffice-help-en-us", "installation-guide-amd64", "qtbase5-doc-html", "racket-doc", "octave-doc"),
     *("maxima-doc", "git-doc", "postgis-doc", "debian-policy", "developers-reference", "harden-doc", "exim4-doc-html"),
     *("debian-reference-en", "aptitude-doc-en", "debian-faq", "manpages", "manpages-dev"),
+    *("linux-doc-6.12", "python-sklearn-doc", "python-statsmodels-doc", "python-astropy-doc", "petsc3.18-doc"),
+    *("sagemath-doc", "lazarus-doc-2.2", "llvm-19-doc", "linux-source-6.1", "gcc-12-source", "golang-1.19-src"),
+    *("rust-src", "golang-github-aws-aws-sdk-go-dev", "golang-google-api-dev"),
 )
 DROPPED = re.compile(r"<(script|style|head|nav|footer|pre|svg|math|select)\b.*?</\1\s*>|<!--.*?-->", re.I | re.S)
 BLOCK = re.compile(
@@ -40,6 +44,9 @@ POD_MARK = re.compile(r"\b[A-Z]<+ ?([^<>]*?) ?>+")
 ROFF_FONT = re.compile(r"\\f(?:\[\w*\]|\(..|.)|\\[&%/,|^]|\\s[+-]?\d+")
 ROFF_SIGNS = {r"\-": "-", r"\(aq": "'", r"\(dq": '"', r"\(co": "(c)", r"\(bu": "", r"\e": "\\", r"\ ": " "}
 WORD = re.compile(r"[A-Za-z']+")
+SOURCE = (".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".go", ".rs")
+COMMENT = re.compile(r"/(?:\*.*?\*/|/[^\n]*(?:\n[ \t]*//[^\n]*)*)", re.S)  # a slash first: regexes find that fast
+COMMENT_MARK = re.compile(r"^[ \t]*(?:/\*+!?|\*+/|\*|//[/!]?)[ \t]?|\*+/[ \t]*$", re.M)
 COMMON = frozenset(
     re.findall(
         r"\w+",
@@ -57,6 +64,8 @@ def paragraphs(path: str, text: str) -> Iterator[str]:
     elif re.search(r"\.pod$", path):
         blocks = [block for block in re.split(r"\n\s*\n", text) if not block.startswith(("=", " ", "\t"))]
         text = "\n\n".join(POD_MARK.sub(r"\1", POD_MARK.sub(r"\1", block)) for block in blocks)
+    elif path.endswith(SOURCE):
+        text = "\n\n".join(COMMENT_MARK.sub("", found) for found in COMMENT.findall(text))
     elif re.search(r"/man/man\d/", path):
         text = _without_roff(text)
     elif path.endswith(".dict.dz"):
@@ -93,7 +102,7 @@ def read(file: Path) -> str | None:
     """A file's text, unpacked; None for what holds no text for us."""
     name = file.name.removesuffix(".gz")
     inside = file.as_posix()
-    wanted = name.endswith((".html", ".htm", ".xhtml", ".txt", ".pod", ".dict.dz")) or "/man/man" in inside
+    wanted = name.endswith((".html", ".htm", ".xhtml", ".txt", ".pod", ".dict.dz", *SOURCE)) or "/man/man" in inside
     if not wanted and not ("/fortunes/" in inside and not file.suffix):
         return None
     if re.search(r"copyright|changelog|/LICEN|/NEWS", inside, re.I):
@@ -164,6 +173,9 @@ def main(argv: list[str] | None = None) -> None:
             unpacked = Path(scratch, "files")
             deb = max(debs.glob(f"{package}_*.deb"))
             subprocess.run(["dpkg-deb", "-x", str(deb), str(unpacked)], check=True)
+            for archive in unpacked.rglob("*.tar.xz"):  # of the packages NAME-source
+                subprocess.run(["tar", "-xf", str(archive), "-C", str(archive.parent)], check=True)
+                archive.unlink()
             found = characters = 0
             with open(options.out / f"{package}.jsonl", "w", encoding="utf-8") as stream:
                 for document in documents(unpacked, seen):

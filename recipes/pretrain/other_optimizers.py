@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from foam_hf.counted import folded_names
+from foam_hf.param_groups import layer_names
 
 # What --optim may say beside Trainer's names, and the name that TrainingArguments gets instead.
 OTHERS = {"muon": "adamw_torch", "adam_mini": "adamw_torch"}
@@ -69,7 +69,7 @@ def build(name: str, model: nn.Module, args: Any, decaying: set[str]) -> Optimiz
         )
     if not hasattr(torch.optim, "Muon"):
         raise SystemExit(f"--optim muon: torch {torch.__version__} has no torch.optim.Muon; expected 2.9 or newer.")
-    inside = folded_names(model)  # what FOAM folds: the matrices of the layers
+    inside = layer_names(model)  # embeddings and heads are none to orthogonalise
     matrices = [p for key, p in named.items() if key in inside and p.dim() == 2]
     taken = {id(p) for p in matrices}
     groups = [

@@ -51,6 +51,10 @@ class PretrainArguments:
     tokens_path: str | None = dataclasses.field(
         default=None, metadata={"help": "folder for tokens and tokenizer (default: tokens in --output_dir)"}
     )
+    compile_layers: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "compile a decoder layer and the loss: seconds, where --torch_compile has a minute"},
+    )
     prepare_only: bool = dataclasses.field(default=False, metadata={"help": "make --tokens_path, then stop"})
 
 

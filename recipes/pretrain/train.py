@@ -13,18 +13,19 @@ import os
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 import yaml
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, PretrainedConfig, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import foam_hf  # registers optim="foam" and its companions
-from foam_hf.counted import folded_names
 from foam_hf.memory import adamw_state_bytes, state_bytes
 from foam_hf.model_configs import ModelError, load_config
+from foam_hf.param_groups import layer_names
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [] if str(HERE) in sys.path else [str(HERE)]  # the siblings, also when this file is imported
@@ -64,6 +65,19 @@ def model_config(recipe: PretrainArguments) -> PretrainedConfig:
         say(f"max_position_embeddings: {recipe.sequence_length} instead of {config.max_position_embeddings}.")
         config.max_position_embeddings = recipe.sequence_length
     return config
+
+
+def compile_layers(model: PreTrainedModel, backend: Any = "inductor") -> None:
+    """Compile the decoder layers, which share one graph, and the loss, which then never holds fp32 logits, in place.
+
+    The names of the weights stay. SystemExit for a model without layers.
+    """
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None:
+        raise SystemExit(f"--compile_layers: {type(model).__name__} has no list of layers; expected --torch_compile.")
+    for layer in layers:
+        layer.compile(backend=backend, dynamic=False)
+    model.loss_function = torch.compile(model.loss_function, backend=backend, dynamic=False)
 
 
 def perplexity(loss: float) -> float:
@@ -116,6 +130,8 @@ def build_trainer(
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, recipe.dtype))
     except (ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise SystemExit(f"--config_overrides: no model can be made so: {one_line(error)}") from None
+    if recipe.compile_layers:
+        compile_layers(model)
     trainer = PretrainTrainer(
         model=model,
         args=args,
@@ -141,9 +157,9 @@ def build_trainer(
 
 
 def layers_state_bytes(model, optimizer) -> int:
-    """Bytes of the state of the weights that FOAM folds by default, whatever the optimizer."""
+    """Bytes of the state of the layers' matrices, whatever the optimizer."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's
-    inside = folded_names(model)
+    inside = layer_names(model)
     taken = {id(p) for name, p in model.named_parameters() if name in inside}
 
     class Part:
