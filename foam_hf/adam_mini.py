@@ -5,10 +5,12 @@ tensor (Zhang et al., arXiv 2406.16793). With ``mean_B`` the mean over such a bl
 
     m <- b1 m + (1 - b1) fold(G)
     v <- b2 v + (1 - b2) mean_B(G * G)                                     one value for a block
-    U  = ((unfold(m) + rho R) / c1) / (sqrt((v + rho^2 R^2) / c2) + eps)
+    U  = ((unfold(m) + rho R) / c1) / (sqrt((v + rho^2 R^2) / c2) + eps), at most 16 in magnitude
 
 That is the paper's rule with Adam-mini's second moment in the place of the folded one; the residual's square stays in
-the denominator, where it bounds what ``R / c1`` does in the first steps. At ``level=0`` there is no residual, and the
+the denominator, where it bounds what ``R / c1`` does in the first steps. A second moment of many elements does not
+bound the momentum of one among them: Adam-mini moves the only one of a million that has a gradient by 1,000 times the
+learning rate, hence the limit of 16. At ``level=0`` there is no residual, and the
 rule is Adam-mini's own. The formula is our choice, and the combination of the paper (arXiv 2512.07112) may differ.
 """
 
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from foam_hf.folding import Level, block_width, blocked, num_blocks, split_moment
 from foam_hf.int8_update import Int8Rows
 from foam_hf.int8_weights import Int8Weight
-from foam_hf.update import Fraction, Hyper, PlainRows, _as_rows, _chunks, _load, _store, fold, step_
+from foam_hf.update import Fraction, Hyper, PlainRows, _as_rows, _chunks, _load, _store, bounded_, fold, step_
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +43,13 @@ def adam_mini_rule(G: Tensor, m: Tensor, v: Tensor, h: Hyper) -> Fraction:
     g = fold(G)
     m.lerp_(g, 1 - h.b1)
     if G.shape[-1] == 1:  # a mean of one leaves no residual
-        return m / h.c1, (v / h.c2).sqrt_().add_(h.eps)
+        S = (v / h.c2).sqrt_()
+        return bounded_(m / h.c1, S), S + h.eps
     R = G - g
     RR = R.square()
-    torch.add(v / h.c2, RR, alpha=h.rho**2 / h.c2, out=RR)
+    S = torch.add(v / h.c2, RR, alpha=h.rho**2 / h.c2, out=RR).sqrt_()
     torch.add(m / h.c1, R, alpha=h.rho / h.c1, out=R)
-    return R, RR.sqrt_().add_(h.eps)
+    return bounded_(R, S), S.add_(h.eps)
 
 
 def update_adam_mini(p: Tensor, grad: Tensor, state: MutableMapping[str, Any], level: Level, h: Hyper) -> None:

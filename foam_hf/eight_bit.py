@@ -23,7 +23,7 @@ from torch import Tensor
 from foam_hf.folding import Level
 from foam_hf.int8_update import Int8Rows
 from foam_hf.int8_weights import Int8Weight
-from foam_hf.update import Hyper, PlainRows, _as_rows, _chunks, _load, adam_rule, step_
+from foam_hf.update import Hyper, PlainRows, _as_rows, _chunks, _load, adam_rule, bounded_, step_
 
 BLOCK = 256  # elements that share a scale
 SMALLEST = 4096  # elements of the smallest tensor that is quantized, as in bitsandbytes
@@ -57,7 +57,11 @@ def update_8bit(p: Tensor, grad: Tensor, state: MutableMapping[str, Any], level:
     for rows in _block_chunks(len(weight), n, p.device):
         W, G = weight.load(rows, h), _load(gradient, rows)
         m, v = first.load(rows, n), root.load(rows, n).square_()
-        step_(W, adam_rule(G, m, v, h), h)
+        _, denominator = fraction = adam_rule(G, m, v, h)
+        # A first moment that shrinks stays at a code whose neighbour is further away than it shrinks in a step, while
+        # the scale of its root goes on to shrink.
+        bounded_(m, denominator - h.c1 * h.eps)
+        step_(W, fraction, h)
         weight.store(rows, W, h)
         first.store(rows, m)
         root.store(rows, v.sqrt_())

@@ -28,13 +28,14 @@ from foam_hf.kernel_tables import (
     upload,
 )
 from foam_hf.places import Group
-from foam_hf.update import Hyper
+from foam_hf.update import LARGEST_CENTER, LARGEST_STEP, Hyper
 
 STRIPE = 128  # S, rows of a program of the big pass
 ROW_ELEMENTS = 1024  # R * C: a program reads a stretch of a row that is long enough for the memory's pages
 THREAD_ELEMENTS = 8
 REGISTERS = 80  # of a thread: fewer spill, more leave fewer programs to hide the latency of memory
 LANES = tl.constexpr(256)  # means of a program of the small passes
+_LARGEST, _CENTER_SHARE = tl.constexpr(LARGEST_STEP), tl.constexpr(1 / LARGEST_CENTER)
 # weight, gradient, first moment, row means, column means; rows, columns, matrices, stream; where its row sums, column
 # sums and means of row means begin in the buffers; where a shard's first row is in the whole tensor, the rows of a
 # whole matrix and of all of them; where its column sums for other ranks begin
@@ -161,9 +162,13 @@ def _update_kernel(
             if F != C:
                 center = tl.where(finite, center, float("nan"))  # so that each element of a block can see that
         center = unfold(center, R, C, F)
-        denominator = root(r * c + (1 - b2) * inv_c2 * gg, NVIDIA) + eps
+        size = root(r * c + (1 - b2) * inv_c2 * gg, NVIDIA)
+        numerator = center + rho * g
+        limit = size * _LARGEST
+        numerator = tl.where(tl.abs(numerator) > limit, tl.where(numerator > 0, limit, -limit), numerator)  # NaN stays
+        denominator = tl.maximum(size, tl.abs(center) * _CENTER_SHARE) + eps
         written = mask
-        w = w * decay - step_size * ratio(center + rho * g, denominator, NVIDIA)
+        w = w * decay - step_size * ratio(numerator, denominator, NVIDIA)
         if CHECKED:
             kept = finite[:, None] if F == C else center == center
             gg = tl.where(kept, gg, 0.0)

@@ -6,14 +6,16 @@ For a matrix ``W`` of (rows, n), or each of the matrices that leading dimensions
     g  = fold(G),  R = G - unfold(g)
     m <- mu m + (1 - mu) g                                  folded momentum, all that is kept
     B  = unfold((1 - mu) g + mu m) + rho R                  Nesterov's look-ahead, of the folded gradient
-    W <- W (1 - lr weight_decay) - lr scale 0.2 sqrt(max(rows, n)) orthogonal(B)
+    W <- W (1 - lr weight_decay) - lr scale 0.2 sqrt(max(rows, n)) orthogonal(B)      at most 16 lr scale an element
 
 ``orthogonal`` is Muon's Newton-Schulz iteration in bfloat16, and the factor that of torch.optim.Muon with
 ``adjust_lr_fn="match_rms_adamw"``: a step has the root mean square of an AdamW step. Momentum (``lerp``, without bias
 correction), Nesterov, decay, coefficients, 5 iterations and the smallest norm of 1e-7 are torch.optim.Muon's, so that
-``level=0, scale=1`` is torch.optim.Muon. ``orthogonal`` forgets the length of ``B``: what counts is how much of it is
-residual. How it is weighed is our choice, as in the paper's rule for Adam (arXiv 2512.07112): a running mean, and the
-residual of one step beside it. The paper's own combination with Muon may differ.
+``level=0, scale=1`` is torch.optim.Muon, but for the limit, which no element of a matrix of fewer than 3,787 rows
+and columns reaches, and in larger ones only one that is nearly alone in its row and column. ``orthogonal`` forgets
+the length of ``B``: what counts is how much of it is residual. How it is weighed is our choice, as in the paper's
+rule for Adam (arXiv 2512.07112): a running mean, and the residual of one step beside it. The paper's own
+combination with Muon may differ.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ from torch import Tensor
 from foam_hf.folding import Level, block_width, blocked, num_blocks, split_moment
 from foam_hf.int8_update import Int8Rows
 from foam_hf.int8_weights import Int8Weight
-from foam_hf.update import Hyper, PlainRows, _as_rows, _chunks, _load, _store, fold
+from foam_hf.update import LARGEST_STEP, Hyper, PlainRows, _as_rows, _chunks, _load, _store, fold
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, from Keller Jordan's Muon
 ITERATIONS, SMALLEST_NORM = 5, 1e-7
+LARGEST_VALUE = 1.3  # singular values, and so elements, of what five iterations give
 
 
 def newton_schulz(B: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float) -> Tensor:
@@ -79,13 +82,16 @@ def update_muon(p: Tensor, grad: Tensor, state: MutableMapping[str, Any], level:
     width = block_width(level, n)
     weight = Int8Rows(p) if isinstance(p, Int8Weight) else PlainRows(p, n)
     gradient, momentum = _as_rows(grad, n), _as_rows(state["folded_momentum"], num_blocks(level, n))
-    step = h.lr * (0.2 * math.sqrt(max(rows, n))) * h.scale
+    size = 0.2 * math.sqrt(max(rows, n))
+    step = h.lr * size * h.scale
     for first in range(0, len(weight), rows):
         chunks = [range(first + chunk.start, first + chunk.stop) for chunk in _chunks(rows, n, p.device)]
         direction = torch.empty(rows, n, dtype=torch.bfloat16, device=p.device)
         for chunk in chunks:
             direction[chunk.start - first : chunk.stop - first] = _direction(gradient, momentum, chunk, width, h)
         direction = orthogonalize(direction, COEFFICIENTS, ITERATIONS, SMALLEST_NORM)
+        if size > LARGEST_STEP / LARGEST_VALUE:  # smaller matrices have no element that is limited
+            direction = direction.clamp(-LARGEST_STEP / size, LARGEST_STEP / size)
         for chunk in chunks:
             W = weight.load(chunk, h)
             W.add_(direction[chunk.start - first : chunk.stop - first], alpha=-step)

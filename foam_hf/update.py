@@ -27,6 +27,12 @@ from foam_hf.rounding import random_bits, stochastic_round_
 
 Fraction = tuple[Tensor, Tensor]
 
+# No element moves by more than this times ``lr * scale`` in a step. Adam's own bound at its default betas, and so the
+# block rule's, is 7.4: what has an element's own second moment, or a block's, never gets there and is not limited.
+LARGEST_STEP = 16.0
+# How much larger than an element's second moment what its block adds may be, as roots; dense gradients stay below it.
+LARGEST_CENTER = 4.0
+
 
 @dataclass(frozen=True)
 class Hyper:
@@ -105,15 +111,26 @@ def block_rule(G: Tensor, m: Tensor, v: Tensor, h: Hyper) -> Fraction:
 
 
 def factored_rule(G: Tensor, m: Tensor, V: Tensor, h: Hyper) -> Fraction:
-    """Second moment from row and column means.  U = (m / c1 + rho R) / (sqrt((b2 V + (1 - b2) G*G) / c2) + eps)
+    """Second moment from row and column means.  U = N / (max(S, |C| / 4) + eps), where
+
+        C = m / c1 - rho fold(G),  S = sqrt((b2 V + (1 - b2) G*G) / c2),  N = C + rho G, at most 16 S
 
     ``V``, overwritten, is what the means of the steps before say, see ``FactoredMoment``. As in Adam, an element's own
-    square is in its second moment, so a first or sudden gradient cannot blow up the step.
+    square is in its second moment. ``C`` is its block's: where the block has a gradient and the element has none, as
+    behind a dead unit, S is zero or near it, and so is U. Both limits are beyond what dense gradients reach.
     """
     g = fold(G)
     m.lerp_(g, 1 - h.b1)
-    V.mul_(h.b2 / h.c2).addcmul_(G, G, value=(1 - h.b2) / h.c2)
-    return torch.add(m / h.c1 - h.rho * g, G, alpha=h.rho), V.sqrt_().add_(h.eps)
+    S = V.mul_(h.b2 / h.c2).addcmul_(G, G, value=(1 - h.b2) / h.c2).sqrt_()
+    C = m / h.c1 - h.rho * g
+    N = bounded_(torch.add(C, G, alpha=h.rho), S)
+    return N, torch.maximum(S, C.abs_().div_(LARGEST_CENTER), out=S).add_(h.eps)
+
+
+def bounded_(N: Tensor, S: Tensor) -> Tensor:
+    """``N``, an update times its root of a second moment ``S``, within what a step may be."""
+    limit = S * LARGEST_STEP
+    return torch.minimum(torch.maximum(N, -limit, out=N), limit, out=N)
 
 
 def adam_rule(G: Tensor, m: Tensor, v: Tensor, h: Hyper) -> Fraction:

@@ -64,7 +64,9 @@ class Reference:
                         denominator = math.sqrt((v + self.rho**2 * R * R) / c2) + self.eps
                         U[i, j] = (m + self.rho * R) / c1 / denominator
                     else:
-                        U[i, j] = (m / c1 + self.rho * R) / (math.sqrt(V[i, j].item()) + self.eps)
+                        root = math.sqrt(V[i, j].item())
+                        numerator = max(-16 * root, min(m / c1 + self.rho * R, 16 * root))
+                        U[i, j] = numerator / (max(root, abs(m / c1 - self.rho * mean) / 4) + self.eps)
         self.weight *= torch.where(kept, 1.0, 1 - self.lr * self.decay).reshape(self.weight.shape)
         self.weight -= self.lr * self.scale * U.reshape(self.weight.shape)
         return self.weight
@@ -105,7 +107,8 @@ class MuonReference:
                     B[row, start:stop] = ahead + self.rho * (G[i, row, start:stop] - mean)
             U[i] = self.orthogonal(B)
         self.weight *= 1 - self.lr * self.decay
-        self.weight -= self.lr * self.scale * 0.2 * max(rows, n) ** 0.5 * U.view_as(self.weight)
+        U = (0.2 * max(rows, n) ** 0.5 * U).clamp(-16, 16)
+        self.weight -= self.lr * self.scale * U.view_as(self.weight)
         return self.weight
 
     @staticmethod
@@ -147,7 +150,8 @@ class MiniReference:
                 mean = math.fsum(G[i, start:stop].tolist()) / (stop - start)
                 self.m[i, j] = b1 * self.m[i, j] + (1 - b1) * mean
                 R = self.rho * (G[i, start:stop] - mean)
-                U[i, start:stop] = (self.m[i, j] + R) / c1 / (((v + R * R) / c2).sqrt() + self.eps)
+                root = ((v + R * R) / c2).sqrt()
+                U[i, start:stop] = ((self.m[i, j] + R) / c1).clamp(-16 * root, 16 * root) / (root + self.eps)
         self.weight *= 1 - self.lr * self.decay
         self.weight -= self.lr * self.scale * U.view_as(self.weight)
         return self.weight

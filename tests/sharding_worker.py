@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from foam_hf import FOAM
 from foam_hf.places import local
 from foam_hf.sharding import pieces_of
-from tests.tolerances import error
+from tests.tolerances import TOLERANCES, error
 
 BF16 = torch.bfloat16
 Case = tuple[tuple[int, ...], tuple[Any, ...]]
@@ -241,6 +241,30 @@ def other_gradients(world: int) -> None:
         assert bool((whole(q) != 0).all()) is moved and not (bool((whole(q) != 0).any()) and not moved)
 
 
+def safe_steps(world: int) -> None:
+    """Columns that never have a gradient, spikes, and rows that are seldom alive, of which ranks have some each."""
+    mesh = init_device_mesh("cpu", (world,))
+    torch.manual_seed(3)
+    for rule, kind, kernel in itertools.product(("block", "factored"), (torch.float32, BF16), ("reference", "triton")):
+        os.environ["FOAM_HF_KERNEL"] = kernel
+        p = nn.Parameter(distribute_tensor(torch.zeros(9, 32), mesh, [Shard(0)]))
+        optimizer = FOAM([p], lr=1e-3, scale=2.0, level=4, second_moment=rule, state_dtype=kind)
+        for t in range(4):
+            before = whole(p).detach().clone()
+            grad = torch.randn(9, 32)
+            grad[:, 3] = 0.0
+            grad[:4] *= t in (0, 3)
+            grad[7, 8] *= 1e5 if t == 2 else 1.0
+            p.grad = distribute_tensor(grad, mesh, [Shard(0)])
+            optimizer.step()
+            moved = (whole(p) - before).abs().max().item() / 2e-3
+            case = f"largest step in units of lr * scale, {rule}"
+            assert moved <= TOLERANCES[case].allowed * (1 + 1e-5), (case, kind, kernel, moved)
+            optimizer.state[p]["step"] += 1000 if t == 0 else 0  # late, where a square hardly counts in its own moment
+        assert rule == "block" or not whole(p)[:, 3].any()
+    os.environ.pop("FOAM_HF_KERNEL")
+
+
 def places(world: int) -> None:
     """Where torch says that shards begin, strided ones too."""
     mesh = init_device_mesh("cpu", (world // 2, 2)) if world > 2 else init_device_mesh("cpu", (1, 2))
@@ -266,5 +290,6 @@ def check_all(world: int) -> dict[str, float]:
     round_trips(world)
     refusals(world)
     other_gradients(world)
+    safe_steps(world)
     places(world)
     return found
