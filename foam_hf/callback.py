@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -40,7 +41,8 @@ def _never_raising(event: Callable[..., None]) -> Callable[..., None]:
 class OptimizerMemoryCallback(TrainerCallback):
     """Measure the optimizer's state, any optimizer's, and report it through the Trainer.
 
-    After the first optimizer step it logs, with `trainer.log`, so that the console, TensorBoard, W&B and
+    It measures the Trainer's model, and the loss where that has weights (sentence-transformers). After the first
+    optimizer step it logs, with `trainer.log`, so that the console, TensorBoard, W&B and
     `trainer_state.json` get them:
 
     * `optim/state_bytes`: of this process, measured; `optim/state_bytes_per_param`: the same for each trainable
@@ -65,6 +67,7 @@ class OptimizerMemoryCallback(TrainerCallback):
 
     Attributes:
         trainer: the Trainer, or a weak proxy of it; `import foam_hf` binds it when training starts.
+        heard: an event of training has reached this callback.
     """
 
     def __init__(self, plot: str | os.PathLike[str] | None = None) -> None:
@@ -72,11 +75,12 @@ class OptimizerMemoryCallback(TrainerCallback):
             raise ValueError(f"plot is no picture, got {os.fspath(plot)!r}; expected a file ending in {_ENDINGS}")
         self.plot = None if plot is None else Path(plot)
         self.trainer: Any = None
+        self.heard = False
         self._watch: BatchWatch | None = None
         self._recorder: StepRecorder | None = None
         self._to_record = False
         self._first: MemoryBreakdown | None = None
-        self._to_measure = self._to_log = False
+        self._to_measure = self._to_log = self._hears_steps = False
         self._resumed_without_state = False
         self._warnings: set[str] = set()
 
@@ -95,6 +99,8 @@ class OptimizerMemoryCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Start afresh; warn if training resumes from a checkpoint that has no optimizer."""
+        self.heard = True
+        args, model = self._trained(args, model)
         self._take_hooks_off()
         self._first, self._to_measure, self._to_log = None, True, False
         if model is not None:
@@ -121,6 +127,8 @@ class OptimizerMemoryCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Record the step after the first one: from then on there is state."""
+        self.heard = True
+        args, model = self._trained(args, model)
         if self._to_record and self._first is not None and model is not None and optimizer is not None:
             self._to_record = False
             self._recorder = StepRecorder(model, optimizer, _gpus(model))
@@ -147,14 +155,8 @@ class OptimizerMemoryCallback(TrainerCallback):
         """Measure after the first step that was taken: state exists by now, and gradients exist still."""
         if self._recorder is not None:
             self._recorder.after_optimizer()
-        skipped = getattr(optimizer, "step_was_skipped", False)  # accelerate, when a loss scale overflowed
-        if self._to_measure and not skipped and model is not None and optimizer is not None:
-            self._to_measure = False  # also if it fails: a second try would fail too
-            self._first = breakdown(model, optimizer)
-            self._to_log = True
-            # An optimizer that keeps nothing, as SGD, has lost nothing: only now is this one known to keep something.
-            if self._resumed_without_state and self._first.state > 0:
-                self._warn_of_lost_state(state, "but the optimizer's state was not restored")
+        self._hears_steps = True
+        self._measure(state, self._trained(args, model)[1], optimizer)
 
     @_never_raising
     def on_step_end(
@@ -167,6 +169,9 @@ class OptimizerMemoryCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Log the first measurement, now that the step counts; draw the step that was recorded."""
+        args, model = self._trained(args, model)
+        if not self._hears_steps:  # a training loop of somebody else's, with this event alone
+            self._measure(state, model, optimizer)
         if self._recorder is not None and self.plot is not None:
             recorder, self._recorder = self._recorder, None
             title = f"{type(model).__name__}, {_name(optimizer)}: GPU memory through step {state.global_step}"
@@ -193,6 +198,7 @@ class OptimizerMemoryCallback(TrainerCallback):
         """Print the table on the main process."""
         if self._to_record:
             self._warn_once(f"{self.plot} is not drawn: training had no second step, the first one with all memory")
+        args, model = self._trained(args, model)
         own = None
         try:
             own = self._row(model, optimizer)
@@ -203,14 +209,52 @@ class OptimizerMemoryCallback(TrainerCallback):
             printed = table(measured, _name(optimizer), self._predicted(args, model, optimizer))
             tqdm.write("\n" + printed)  # write: a progress bar may be open
 
+    def _trained(self, args: Any, model: Any) -> tuple[Any, Any]:
+        """Trainer's arguments and model: setfit gives callbacks its own, whose model is no module."""
+        if model is None or isinstance(model, nn.Module):
+            return args, model
+        try:
+            return self.trainer.args, self.trainer.model
+        except (AttributeError, ReferenceError):
+            raise TypeError(
+                f"the model that callbacks get is no torch.nn.Module but a {type(model).__name__}, and no Trainer is "
+                "known; expected `import foam_hf` before training"
+            ) from None
+
+    def _with_loss(self, model: nn.Module) -> nn.Module:
+        """`model`, and a loss of the Trainer that has weights of its own."""
+        try:
+            loss = getattr(self.trainer, "loss", None)
+        except ReferenceError:  # of a weak proxy
+            return model
+        losses = [one for one in (loss.values() if isinstance(loss, dict) else [loss]) if isinstance(one, nn.Module)]
+        known = {id(p) for p in model.parameters()}
+        weighty = [one for one in losses if any(id(p) not in known for p in one.parameters())]
+        return nn.ModuleList([model, *weighty]) if weighty else model
+
+    def _measure(self, state: TrainerState, model: Any, optimizer: Any) -> None:
+        """Once, after a step that was taken."""
+        skipped = getattr(optimizer, "step_was_skipped", False)  # accelerate, when a loss scale overflowed
+        if not self._to_measure or skipped or model is None or optimizer is None:
+            return
+        self._to_measure = False  # also if it fails: a second try would fail too
+        self._first = breakdown(self._with_loss(model), optimizer)
+        self._to_log = True
+        # An optimizer that keeps nothing, as SGD, has lost nothing: only now is this one known to keep something.
+        if self._resumed_without_state and self._first.state > 0:
+            self._warn_of_lost_state(state, "but the optimizer's state was not restored")
+
     def _row(self, model: Any, optimizer: Any) -> dict[str, int | None] | None:
-        return None if self._first is None else row(self._first, breakdown(model, optimizer))
+        return None if self._first is None else row(self._first, breakdown(self._with_loss(model), optimizer))
 
     def _predicted(self, args: TrainingArguments, model: Any, optimizer: Any) -> Predicted | None:
         watch = self._watch
         self._take_hooks_off()  # or the model's copy would have them
         try:
-            return None if watch is None else predict(model, _inner(optimizer), args, watch, on_gpu=bool(_gpus(model)))
+            if watch is None:
+                return None
+            whole, on_gpu = self._with_loss(model), bool(_gpus(model))
+            return predict(model, _inner(optimizer), args, watch, on_gpu=on_gpu, whole=whole)
         except Exception as error:  # what was measured is told all the same
             self._warn_once(f"the report lacks what was predicted ({type(error).__name__}: {error})")
             return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import numbers
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,12 +20,11 @@ from torch.utils.hooks import RemovableHandle
 from foam_hf.launches import StepPlan
 from foam_hf.optimizer import FOAM, Places, check_gradient
 from foam_hf.places import is_sharded
+from foam_hf.releases import active
 
 logger = logging.getLogger("foam_hf")
 
 WAITING = 256 * 2**20  # bytes of gradients that wait for each other at most, before the last of them comes
-
-_active: weakref.WeakSet[GradientRelease] = weakref.WeakSet()  # a release lives as long as its hooks
 
 
 def enable_gradient_release(
@@ -119,7 +117,7 @@ class GradientRelease:
             if p.requires_grad
         ]
         self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-        _active.add(self)
+        active.add(self)
 
     def remove(self) -> None:
         """Restore the ordinary backward pass. What the last one has updated stays updated."""
@@ -129,7 +127,7 @@ class GradientRelease:
         self._buckets.clear()
         self._plans.clear()
         self._used.clear()
-        _active.discard(self)
+        active.discard(self)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -154,7 +152,7 @@ class GradientRelease:
                 f"{foreign[0]}; expected the model that the optimizer was made for, after all changes of its weights"
             )
         ours = {id(p) for p in params}
-        if any(ours & {id(p) for p in other._optimizer._parameters()} for other in _active):
+        if any(ours & {id(p) for p in other._optimizer._parameters()} for other in active):
             raise RuntimeError(
                 "gradient release is enabled for these parameters already, and would update them twice; expected "
                 "remove() of the first handle before"

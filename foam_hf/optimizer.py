@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foam_hf.decided import Decided
 from foam_hf.eight_bit import require_bitsandbytes
 from foam_hf.folding import Level
 from foam_hf.int8_weights import Int8Weight
@@ -23,6 +24,7 @@ from foam_hf.optim_args import default_scale
 from foam_hf.optimizer_state import check_checkpoint, effective_rule, plain, state_problem, state_spec, with_dtype
 from foam_hf.options import check_field_names, check_options, check_parameter, check_rule
 from foam_hf.places import Piece, is_sharded
+from foam_hf.releases import expect_release, is_released
 from foam_hf.sharding import as_state_of, empty_state, follow_placements, pieces_of
 from foam_hf.update import Hyper, Member
 
@@ -34,8 +36,8 @@ class FOAM(torch.optim.Optimizer):
 
     Parameters of two or more dimensions fold along their last dimension; the others, and every group with ``level=0``
     and ``second_moment="block"``, get AdamW as ``torch.optim.AdamW`` computes it. Classifiers, which are trained from
-    scratch, stay unfolded in the groups of :func:`foam_hf.foam_param_groups`. Every argument is also a field of a
-    param group.
+    scratch, stay unfolded in the groups of :func:`foam_hf.foam_param_groups`. Every argument but ``decided`` is
+    also a field of a param group.
 
     Args:
         params: parameters or param groups, as for any torch optimizer. Floating dtypes, any shape and strides.
@@ -67,6 +69,8 @@ class FOAM(torch.optim.Optimizer):
         plain_state: ``"full"``, or ``"8bit"`` for moments of 8 bits, by bitsandbytes, of tensors that do not fold and
             have 4096 elements or more, see :mod:`foam_hf.eight_bit`.
         seed: of the stochastic rounding; its bits are a function of seed, step, parameter and element alone.
+        decided: what a group in ``params`` does not say is as decided there for each of its weights; a group whose
+            weights differ becomes several. No field of a group.
 
     State of a folded parameter of shape (..., n), where b = ceil(n / 2**level): ``folded_exp_avg`` (..., b), and
     ``folded_exp_avg_sq`` (..., b) or, with the factored rule, ``row_exp_avg_sq`` (...,) and ``col_exp_avg_sq`` (...,
@@ -75,7 +79,8 @@ class FOAM(torch.optim.Optimizer):
     ``exp_avg`` and ``exp_avg_sq``, as the parameter; with 8 bits, their codes and scales. And ``step``, an integer.
 
     Raises:
-        ValueError: a hyperparameter out of range, no parameters, a duplicate parameter.
+        ValueError: a hyperparameter out of range, no parameters, a duplicate parameter, a trainable one that
+            ``decided`` does not know.
         TypeError: a parameter that is not a floating point tensor, or a hyperparameter of another type.
         ImportError: ``plain_state="8bit"`` without bitsandbytes.
     """
@@ -99,6 +104,7 @@ class FOAM(torch.optim.Optimizer):
         mini_rows: int = 1,
         plain_state: str = "full",
         seed: int = 0,
+        decided: Decided | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -120,7 +126,9 @@ class FOAM(torch.optim.Optimizer):
         check_options(defaults)
         self._plan: StepPlan | None = None  # holds addresses: never copied, pickled or resumed
         self._watch = Watch()
-        super().__init__(params, defaults)
+        super().__init__(params if decided is None else decided.applied_to(params), defaults)
+        if decided is not None and decided.released:
+            expect_release(self)
         if any(group["plain_state"] == "8bit" for group in self.param_groups) and any(
             p.device.type != "meta" for p in self._parameters()
         ):
@@ -157,7 +165,13 @@ class FOAM(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    _step_supports_amp_scaling = True
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``step`` unscales: only where torch.amp.GradScaler cannot, as clipping needs it done before.
+
+        It refuses float16 weights, and finds no gradients of those that are released, which ``step`` refuses in words.
+        """
+        return any(p.dtype == torch.float16 for p in self._parameters()) or is_released(self)
 
     @torch._disable_dynamo
     @torch.no_grad()

@@ -59,7 +59,15 @@ class BatchWatch:
         self._handle.remove()
 
 
-def predict(model: nn.Module, optimizer: Any, args: Any, watch: BatchWatch, *, on_gpu: bool) -> Predicted:
+def predict(
+    model: nn.Module,
+    optimizer: Any,
+    args: Any,
+    watch: BatchWatch,
+    *,
+    on_gpu: bool,
+    whole: nn.Module | None = None,
+) -> Predicted:
     """What a run of `args` (TrainingArguments) with `model` was predicted to hold; nothing is allocated.
 
     Args:
@@ -67,20 +75,22 @@ def predict(model: nn.Module, optimizer: Any, args: Any, watch: BatchWatch, *, o
         optimizer: that ran, without wrappers; a script may have made it without `args.optim`.
         watch: tells the batch.
         on_gpu: estimate activations too.
+        whole: what holds all weights that are trained, if that is not `model`.
     """
-    model = on_meta(model)
+    whole = on_meta(model if whole is None else whole)
     optim = _name_of_choice(args, optimizer)
     release = optim in FOAM_NAMES and bool(foam_options(optim, args.optim_args).get("gradient_release"))
-    counted, state = count_bytes(model, "sgd"), None  # which keeps nothing
+    counted, state = count_bytes(whole, "sgd"), None  # which keeps nothing
     if optim:
         counted = count_bytes(
-            model, optim, args.optim_args, target_modules=args.optim_target_modules, gradient_release=release
+            whole, optim, args.optim_args, target_modules=args.optim_target_modules, gradient_release=release
         )
         state = counted.state
     predicted = Predicted(counted.weights, counted.gradients, state)
     if not on_gpu or watch.largest is None:
         return predicted
     batch, sequence = watch.largest
+    model = on_meta(model)
     shape = f"for {batch} x {sequence} tokens, the largest batch seen"
     try:
         estimate = activation_bytes(

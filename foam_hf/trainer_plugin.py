@@ -6,12 +6,11 @@ What this file relies on, in transformers 4.57 to 5.x, and what it is for:
   New members go into the private maps of `enum.Enum` (`_member_map_`, `_member_names_`, `_value2member_map_`).
 * `TrainingArguments.__post_init__`: wrapped, so that a bad `optim_args` fails before a model is loaded.
 * `Trainer.get_optimizer_cls_and_kwargs(args, model)`, static: wrapped; the one road to the optimizer. Its caller,
-  `Trainer.create_optimizer`, takes the param groups from the returned kwargs' "params".
+  `Trainer.create_optimizer`, also wrapped, makes param groups by weight decay and passes the returned kwargs on.
 * `Trainer.get_decay_parameter_names(model)`: called. Where it cannot be, `foam_param_groups` has an equal rule.
-* `Trainer.train`: wrapped, to refuse sharded training, to hand the trainer to `OptimizerMemoryCallback` and to release
-  gradients, for which `trainer_release` says what it needs. It reads
-  `trainer.callback_handler.callbacks`, `is_deepspeed_enabled` and `accelerator.parallelism_config`; what it needs to
-  know of FSDP is in `trainer_fsdp`.
+* `Trainer.train`: wrapped, to refuse sharded training, to hand the trainer to `OptimizerMemoryCallback`, see
+  `trainer_report`, and to release gradients, see `trainer_release`. It reads `is_deepspeed_enabled` and
+  `accelerator.parallelism_config`; what it needs to know of FSDP is in `trainer_fsdp`.
 * `Trainer._save_checkpoint` and what it calls last, `Trainer._load_best_model`: wrapped for whole checkpoints, see
   `trainer_checkpoints`. `Trainer.train`'s first argument is `resume_from_checkpoint`.
 * `Trainer._load_from_checkpoint`: wrapped where it is, so that INT8 checkpoints meet models that hold the same, and
@@ -33,7 +32,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 from foam_hf import trainer_checkpoints
@@ -41,12 +39,14 @@ from foam_hf.optim_args import FOAM_NAMES, default_scale, foam_options, parse_op
 from foam_hf.places import is_sharded
 from foam_hf.trainer_fsdp import fsdp_in_use, refuse_with_fsdp, unsupported_fsdp
 from foam_hf.trainer_int8 import refuse_other_optimizer, refuse_ready_made_optimizer, refusing_other_checkpoints
+from foam_hf.trainer_report import bind_reports, expect_report
+from foam_hf.wrapping import require, wrap
 
 logger = logging.getLogger("foam_hf")
 
-_registered: set[str] = set()  # the names above that transformers did not have before us
 _announced: weakref.ref[Any] | None = None  # the arguments of the run whose first line was printed last
-_trainer: ContextVar[Any] = ContextVar("foam_hf_trainer", default=None)  # the Trainer whose train() is running
+_registered: set[str] = set()  # those of `FOAM_NAMES` that transformers did not have before us
+_trainer: ContextVar[Any] = ContextVar("foam_hf_trainer", default=None)  # the Trainer that is at work
 
 
 def _name(optim: Any) -> str:
@@ -54,24 +54,25 @@ def _name(optim: Any) -> str:
 
 
 def _is_ours(args: Any) -> bool:
-    return _name(args.optim) in _registered
+    return _name(getattr(args, "optim", None)) in _registered
 
 
 def register_names(training_args: types.ModuleType) -> None:
     """Add `FOAM_NAMES`, `foam` and its kin, to `transformers.training_args.OptimizerNames`. Idempotent."""
-    names = _require(training_args, "OptimizerNames")
+    names = require(training_args, "OptimizerNames")
     for value in FOAM_NAMES:
         existing = names._value2member_map_.get(value)
         if existing is None:
             _add_member(names, value.upper(), value)
             _registered.add(value)
-        elif "__reduce_ex__" in vars(existing):  # added by us before
+        elif "__reduce_ex__" in vars(existing):  # added by us before, or by an earlier import of this package
+            _pickle_by_this_package(existing)
             _registered.add(value)
         else:
             _registered.discard(value)
             logger.warning("transformers has its own optim=%r: foam_hf leaves it alone, and it is the one used", value)
-    arguments = _require(training_args, "TrainingArguments")
-    _wrap(arguments, "__post_init__", _checking_post_init)
+    arguments = require(training_args, "TrainingArguments")
+    wrap(arguments, "__post_init__", _checking_post_init)
 
 
 def _add_member(names: Any, name: str, value: str) -> None:
@@ -81,14 +82,18 @@ def _add_member(names: Any, name: str, value: str) -> None:
     member._value_ = value
     member.__objclass__ = names
     member._sort_order_ = len(names._member_names_)
-    # pickles name a function of this package, so that loading one registers the member first
-    member.__reduce_ex__ = lambda protocol: (optimizer_name, (value,))
+    _pickle_by_this_package(member)
     names._member_names_.append(name)
     names._member_map_[name] = member
     names._value2member_map_[value] = member
     if hasattr(names, "_hashable_values_"):  # Python >= 3.12
         names._hashable_values_.append(value)
     type.__setattr__(names, name, member)
+
+
+def _pickle_by_this_package(member: Any) -> None:
+    """Pickles name a function of this package, so that loading one registers the member first."""
+    member.__reduce_ex__ = lambda protocol: (optimizer_name, (member.value,))
 
 
 def optimizer_name(value: str) -> Any:
@@ -127,48 +132,85 @@ def _releases_gradients(args: Any) -> bool:
 
 def register_trainer(trainer_module: types.ModuleType) -> None:
     """Teach `transformers.trainer.Trainer` to build FOAM and to serve `OptimizerMemoryCallback`. Idempotent."""
-    trainer_class = _require(trainer_module, "Trainer")
-    _wrap(trainer_class, "get_optimizer_cls_and_kwargs", _building_foam)
-    _wrap(trainer_class, "train", _binding_train)
+    trainer_class = require(trainer_module, "Trainer")
+    wrap(trainer_class, "get_optimizer_cls_and_kwargs", _building_foam)
+    wrap(trainer_class, "create_optimizer", _creating_optimizer)
+    wrap(trainer_class, "train", _binding_train)
     if hasattr(trainer_class, "_load_from_checkpoint"):  # a help to users, not what training rests on
         refusing = functools.partial(refusing_other_checkpoints, is_ours=_is_ours)
-        _wrap(trainer_class, "_load_from_checkpoint", refusing)
-    _wrap(trainer_class, "_save_checkpoint", functools.partial(trainer_checkpoints.saving, is_ours=_is_ours))
-    _wrap(trainer_class, "_load_best_model", functools.partial(trainer_checkpoints.loading_best, is_ours=_is_ours))
+        wrap(trainer_class, "_load_from_checkpoint", refusing)
+    wrap(trainer_class, "_save_checkpoint", functools.partial(trainer_checkpoints.saving, is_ours=_is_ours))
+    wrap(trainer_class, "_load_best_model", functools.partial(trainer_checkpoints.loading_best, is_ours=_is_ours))
     if hasattr(trainer_class, "_issue_warnings_after_load"):
         refusing = functools.partial(trainer_checkpoints.refusing_missing_weights, is_ours=_is_ours)
-        _wrap(trainer_class, "_issue_warnings_after_load", refusing)
-    _wrap(trainer_class, "_push_from_checkpoint", trainer_checkpoints.finishing)
+        wrap(trainer_class, "_issue_warnings_after_load", refusing)
+    wrap(trainer_class, "_push_from_checkpoint", trainer_checkpoints.finishing)
     rotates = trainer_class if hasattr(trainer_class, "_rotate_checkpoints") else trainer_module  # 4.x, 5.x
     name = "_rotate_checkpoints" if rotates is trainer_class else "rotate_checkpoints"
-    _wrap(rotates, name, trainer_checkpoints.finishing)
+    wrap(rotates, name, trainer_checkpoints.finishing)
+
+
+class _KnowingItsTrainer(staticmethod):
+    """Static, as in transformers; but called by a Trainer it knows by which."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        function = super().__get__(instance, owner)
+        return function if instance is None else _at_work(instance, function)
+
+
+def _at_work(trainer: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, during which `trainer` is the one that the builder of FOAM asks."""
+
+    @functools.wraps(function)
+    def with_trainer(*args: Any, **kwargs: Any) -> Any:
+        token = _trainer.set(trainer)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _trainer.reset(token)
+
+    return with_trainer
 
 
 def _building_foam(original: Callable[..., Any]) -> Any:
     @functools.wraps(original)
-    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None, *more: Any, **kwargs: Any) -> Any:
         if _is_ours(args):
             return _foam_cls_and_kwargs(args, model)
-        refuse_other_optimizer(model, f"optim={_name(args.optim)!r}")
-        return original(args, model)
+        refuse_other_optimizer(model, f"optim={_name(getattr(args, 'optim', None))!r}")
+        return original(args, model, *more, **kwargs)
 
-    return staticmethod(get_optimizer_cls_and_kwargs)
+    return _KnowingItsTrainer(get_optimizer_cls_and_kwargs)
+
+
+def _creating_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = _at_work(self, original)(self, *args, **kwargs)
+        expect_report(self)
+        return result
+
+    return create_optimizer
 
 
 def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
     import torch
 
+    from foam_hf.decided import Decided
     from foam_hf.memory import headline, summarize
     from foam_hf.optimizer import FOAM
     from foam_hf.param_groups import foam_param_groups, grouping_options
 
-    if model is None:
-        raise ValueError(
-            f"optim={_name(args.optim)!r} needs the model to decide which weights fold, got model=None; "
-            "expected Trainer.get_optimizer_cls_and_kwargs(args, model)."
-        )
     running = _trainer.get()
     trainer = running if running is not None and running.args is args else None
+    model = getattr(trainer, "model", None) if model is None else model  # LoRA+ of several clients names none
+    if model is None:
+        raise ValueError(
+            f"optim={_name(args.optim)!r} decides by the model which weights fold, and whoever makes the optimizer "
+            "here named none, outside of Trainer.train: training loops of their own do so, as LLaMA-Factory's PPO. "
+            "Expected another optim for this run, or in a script of yours "
+            "Trainer.get_optimizer_cls_and_kwargs(args, model)"
+        )
     options = _options(args)
     _refuse_sharding(args, model, trainer)
     if "state_dtype" in options:
@@ -196,7 +238,9 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
                 f"optim={_name(args.optim)!r}: no trainable weight of {type(model).__name__} folds, so this run keeps "
                 "AdamW's state; expected weights of two or more dimensions in the base model"
             )
-    return FOAM, {"params": groups, **kwargs}
+    # not as "params": whoever makes groups of his own, for their learning rates, would lose them, or these
+    decided = Decided(groups, type(model).__name__, released=_releases_gradients(args))
+    return FOAM, {**kwargs, "decided": decided}
 
 
 def _announce(args: Any, line: str) -> None:
@@ -229,16 +273,12 @@ def _binding_train(original: Callable[..., Any]) -> Callable[..., Any]:
             _refuse_sharding(self.args, self.model, self)
             args, kwargs = trainer_checkpoints.checked_arguments(self, args, kwargs)
         refuse_ready_made_optimizer(self)
-        _bind_memory_callbacks(self)
-        token = _trainer.set(self)
-        try:
-            with _gradient_release(self), _naming_parameters(self), _advising(self):
-                result = original(self, *args, **kwargs)
-                if (optimizer := trainer_checkpoints.foam_of(self)) is not None:
-                    optimizer.check_gradients()  # of the last step
-                return result
-        finally:
-            _trainer.reset(token)
+        bind_reports(self)
+        with _gradient_release(self), _naming_parameters(self), _advising(self):
+            result = _at_work(self, original)(self, *args, **kwargs)
+            if (optimizer := trainer_checkpoints.foam_of(self)) is not None:
+                optimizer.check_gradients()  # of the last step
+            return result
 
     return train
 
@@ -279,20 +319,6 @@ def _gradient_release(trainer: Any) -> AbstractContextManager[None]:
     from foam_hf.trainer_release import released
 
     return released(trainer, _releases_gradients)
-
-
-def _bind_memory_callbacks(trainer: Any) -> None:
-    from foam_hf.callback import OptimizerMemoryCallback
-
-    callbacks = trainer.callback_handler.callbacks
-    wanted = os.environ.get("FOAM_HF_REPORT_MEMORY")  # foam-hf run --report-memory: "1", or a picture's path
-    if wanted and not any(isinstance(callback, OptimizerMemoryCallback) for callback in callbacks):
-        trainer.add_callback(OptimizerMemoryCallback())
-    for callback in callbacks:
-        if isinstance(callback, OptimizerMemoryCallback):
-            callback.trainer = weakref.proxy(trainer)
-            if callback.plot is None and wanted not in (None, "", "1"):
-                callback.plot = Path(wanted)
 
 
 def _refuse_sharding(args: Any, model: Any = None, trainer: Any = None) -> None:
@@ -336,7 +362,7 @@ def _sharding(args: Any, model: Any, trainer: Any) -> str | None:
 
 def register_modelcard(modelcard: types.ModuleType) -> None:
     """Let a saved run's model card name the optimizer with its effective arguments. Idempotent."""
-    _wrap(modelcard, "extract_hyperparameters_from_trainer", _naming_foam)
+    wrap(modelcard, "extract_hyperparameters_from_trainer", _naming_foam)
 
 
 def _naming_foam(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -361,7 +387,7 @@ def _description(args: Any) -> str:
     effective |= _options(args)
     if effective["scale"] is None:
         effective["scale"] = default_scale(effective["level"], effective["second_moment"])
-    del effective["mini_rows"]  # each group has its own
+    del effective["mini_rows"], effective["decided"]  # each group has its own
     if effective["second_moment"] != "muon":
         del effective["momentum"]
     if _releases_gradients(args):
@@ -373,25 +399,3 @@ def _description(args: Any) -> str:
         f"Use {_name(args.optim)} (FOAM, arXiv 2512.07112, from foam_hf) with betas=({args.adam_beta1},"
         f"{args.adam_beta2}) and epsilon={args.adam_epsilon} and optimizer_args={listed}"
     )
-
-
-def _require(owner: Any, name: str) -> Any:
-    """The attribute, or an ImportError that names what moved."""
-    if not hasattr(owner, name):
-        import transformers
-
-        raise ImportError(
-            f"foam_hf cannot register with transformers {transformers.__version__}: {owner.__name__} has no {name}; "
-            "expected transformers 4.57 to 5.x."
-        )
-    return getattr(owner, name)
-
-
-def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
-    """Replace `owner.name` by `wrapper(owner.name)`, once: functools.wraps carries the mark through later wrappers."""
-    original = _require(owner, name)
-    if getattr(original, "_foam_hf", False):
-        return
-    wrapped = wrapper(original)
-    getattr(wrapped, "__func__", wrapped)._foam_hf = True
-    setattr(owner, name, wrapped)

@@ -182,7 +182,7 @@ def test_handler_returns_foam_with_trainers_settings(tmp_path: Path) -> None:
     model = tiny_roberta()
     optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
     assert optimizer_class is FOAM
-    groups = kwargs.pop("params")
+    decided = kwargs.pop("decided")
     assert kwargs == {
         "lr": 3e-4,
         "betas": (0.8, 0.95),
@@ -195,7 +195,7 @@ def test_handler_returns_foam_with_trainers_settings(tmp_path: Path) -> None:
         "state_dtype": torch.bfloat16,
         "seed": 7,
     }
-    optimizer = FOAM(groups, **kwargs)
+    optimizer = FOAM(decided.groups, **kwargs)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.1 for p in group["params"]}
     names = Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
     assert decayed == {id(p) for name, p in model.named_parameters() if name in names}
@@ -216,19 +216,23 @@ def test_foam_mini_folds_whole_rows_and_refuses_another_level(tmp_path: Path) ->
 def test_embeddings_and_target_modules_are_handed_on(tmp_path: Path) -> None:
     def folded(**settings: Any) -> int:
         _, kwargs = Trainer.get_optimizer_cls_and_kwargs(make_args(tmp_path, **settings), tiny_roberta())
-        return sum(p.numel() for group in kwargs["params"] if group.get("level") != 0 for p in group["params"])
+        return sum(p.numel() for group in kwargs["decided"].groups if group.get("level") != 0 for p in group["params"])
 
     assert folded(optim_args="fold_embeddings=true") > folded() > folded(optim_target_modules=["query"]) > 0
     _, kwargs = Trainer.get_optimizer_cls_and_kwargs(make_args(tmp_path, optim_args="fold_head=true"), tiny_llama())
-    assert [p.shape for group in kwargs["params"] if group.get("level") != 0 for p in group["params"]][-1] == (64, 32)
+    assert [p.shape for group in kwargs["decided"].groups if group.get("level") != 0 for p in group["params"]][-1] == (
+        64,
+        32,
+    )
     with pytest.raises(ValueError, match="no_such_module"):
         folded(optim_target_modules=["no_such_module"])
 
 
 def test_foam_muon_has_the_settings_of_the_rest_for_adamw(tmp_path: Path) -> None:
     args = make_args(tmp_path, optim="foam_muon", adam_beta1=0.8, optim_args="momentum=0.9,level=2")
-    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, tiny_roberta())
-    optimizer = cls(**kwargs)
+    model = tiny_roberta()
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    optimizer = cls(model.parameters(), **kwargs)
     rules = {(group["second_moment"], group["level"]) for group in optimizer.param_groups}
     assert rules == {("muon", 2), ("block", 0)}
     assert {(group["momentum"], group["betas"]) for group in optimizer.param_groups} == {(0.9, (0.8, 0.999))}
@@ -239,8 +243,9 @@ def test_foam_muon_has_the_settings_of_the_rest_for_adamw(tmp_path: Path) -> Non
 
 def test_foam_adam_mini_knows_the_heads_of_the_model(tmp_path: Path) -> None:
     args = make_args(tmp_path, optim="foam_adam_mini", weight_decay=0.1)
-    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, tiny_llama())
-    optimizer = cls(**kwargs)
+    model = tiny_llama()
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    optimizer = cls(model.parameters(), **kwargs)
     rules = {(group["level"], group["mini_rows"], group["weight_decay"]) for group in optimizer.param_groups}
     assert rules == {(8, 8, 0.1), (8, 1, 0.1), (0, 1, 0.1), (0, 0, 0.0)}
     with pytest.raises(ValueError, match="second_moment=factored contradicts optim='foam_adam_mini'"):
@@ -258,7 +263,7 @@ def test_other_optimizers_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_handler_without_a_model_says_that_it_needs_one(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="needs the model"):
+    with pytest.raises(ValueError, match="decides by the model which weights fold"):
         Trainer.get_optimizer_cls_and_kwargs(make_args(tmp_path))
 
 
