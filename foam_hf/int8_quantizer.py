@@ -33,6 +33,7 @@ from foam_hf.int8_models import (
     plan_int8,
 )
 from foam_hf.int8_weights import Int8Weight
+from foam_hf.wrapping import wrap
 
 logger = logging.getLogger("foam_hf")
 
@@ -316,17 +317,18 @@ def _keeping_what_was_asked(original: Callable[..., Any]) -> Any:
             logger.warning(f"INT8: the checkpoint's weights are INT8 already, with {', '.join(other)}: that holds")
         return merged
 
-    return merge_quantization_configs
+    return staticmethod(merge_quantization_configs)
 
 
 def _register() -> None:
-    """Make transformers know `foam_int8`. Idempotent."""
-    if METHOD in auto.AUTO_QUANTIZER_MAPPING:
-        return
+    """Make transformers know `foam_int8`, by the classes of this import of foam_hf. Idempotent."""
+    for mapping in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
+        mapping.pop(METHOD, None)  # a notebook may have imported foam_hf before
     auto.register_quantization_config(METHOD)(Int8Config)
     auto.register_quantizer(METHOD)(Int8Quantizer)
-    merge = auto.AutoHfQuantizer.merge_quantization_configs
-    setattr(auto.AutoHfQuantizer, merge.__name__, staticmethod(_keeping_what_was_asked(merge)))
+    wrap(
+        auto.AutoHfQuantizer, "merge_quantization_configs", lambda merge: staticmethod(_keeping_what_was_asked(merge))
+    )
 
 
 _register()

@@ -45,8 +45,10 @@ def foam_param_groups(
     """Split the trainable parameters of `model` into folded and plain groups, with and without weight decay.
 
     A parameter folds if it has two or more dimensions and lies inside the base model or is an LM head. The base model
-    is `model.base_model` where there is one (in a PEFT model, that of the wrapped model), else the whole model. The
-    rest gets plain AdamW: norms, biases, fresh classifiers, and PEFT's `modules_to_save` copies. With
+    is `model.base_model` where there is one (in a PEFT model, that of the wrapped model), else the whole model. Where
+    models of transformers lie inside another module (a loss, a value head around them, a LightningModule) each has its
+    base model, and the rest of that module is a head; models of which nothing is trained do not count. What does not
+    fold gets plain AdamW: norms, biases, fresh classifiers, and PEFT's `modules_to_save` copies. With
     `second_moment="muon"` so do convolutions, and embeddings and heads that fold have the factored rule at scale 1:
     neither are matrices to orthogonalise. With `second_moment="adam_mini"` all but biases have Adam-mini's second
     moments, folded or not, and weights whose blocks have different numbers of rows are in groups of their own. DDP and
@@ -190,8 +192,7 @@ def _convolutions(model: nn.Module) -> set[str]:
 
 def _foldable(model: nn.Module, trainable: Mapping[str, Tensor]) -> tuple[set[int], set[int], set[int]]:
     """Ids of the trainable matrices: of the layers, of the embeddings, of the LM heads."""
-    base, heads = _base_model_and_heads(model)
-    inside = {id(p) for p in base.parameters()} | heads
+    inside, heads = _inside_and_heads(model)
     embeddings = {
         id(p)
         for module in model.modules()
@@ -221,6 +222,29 @@ def _unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def _inside_and_heads(model: nn.Module) -> tuple[set[int], set[int]]:
+    """Ids of the parameters that lie inside a base model or are an LM head, and of the LM heads among them."""
+    found = [one for one in _pretrained(model) if any(p.requires_grad for p in one.parameters())]
+    inside: set[int] = set()
+    heads: set[int] = set()
+    for one in found or [model]:  # around frozen models, what is trained is no head of theirs
+        base, of_base = _base_model_and_heads(one)
+        heads |= of_base
+        inside |= of_base | {id(p) for p in base.parameters()}
+    return inside, heads
+
+
+def _pretrained(module: nn.Module) -> list[nn.Module]:
+    """The outermost models of transformers or PEFT in `module`, known by what they can: neither is imported here."""
+    module = _unwrap(module)
+    of_transformers = callable(getattr(module, "get_output_embeddings", None)) and isinstance(
+        getattr(module, "base_model", None), nn.Module
+    )
+    if of_transformers or callable(getattr(module, "get_base_model", None)):
+        return [module]
+    return list(dict.fromkeys(found for child in module.children() for found in _pretrained(child)))
 
 
 def _base_model_and_heads(model: nn.Module) -> tuple[nn.Module, set[int]]:

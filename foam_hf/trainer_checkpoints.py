@@ -214,8 +214,7 @@ def loading_best(original: Callable[..., Any], is_ours: Callable[[Any], bool]) -
 
     @functools.wraps(original)
     def _load_best_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        best = self.state.best_model_checkpoint
-        if is_ours(self.args) and best:
+        if is_ours(self.args) and (best := self.state.best_model_checkpoint):
             _agreed(self, lambda: _whole(Path(best)))
         return original(self, *args, **kwargs)
 
@@ -367,5 +366,6 @@ def foam_of(trainer: Any) -> Any:
     """The trainer's FOAM, or None."""
     from foam_hf.optimizer import FOAM
 
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+    optimizer = getattr(trainer, "optimizer", None)
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     return optimizer if isinstance(optimizer, FOAM) else None

@@ -45,7 +45,8 @@ from foam_hf.wrapping import require, wrap
 logger = logging.getLogger("foam_hf")
 
 _announced: weakref.ref[Any] | None = None  # the arguments of the run whose first line was printed last
-_registered: set[str] = set()  # those of `FOAM_NAMES` that transformers did not have before us
+# Those of `FOAM_NAMES` that transformers did not have before us; importlib.reload keeps them.
+_registered: set[str] = globals().get("_registered", set())
 _trainer: ContextVar[Any] = ContextVar("foam_hf_trainer", default=None)  # the Trainer that is at work
 
 

@@ -463,7 +463,7 @@ def test_folded_options_are_foams_own():
     keyword_only = [
         name for name, p in inspect.signature(FOAM).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY
     ]
-    assert set(FOLDED_OPTIONS) == set(keyword_only) - {"seed", "mini_rows", "plain_state", "nonfinite"}
+    assert set(FOLDED_OPTIONS) == set(keyword_only) - {"seed", "mini_rows", "plain_state", "nonfinite", "decided"}
 
 
 def test_needs_neither_transformers_nor_peft():
@@ -474,3 +474,55 @@ def test_needs_neither_transformers_nor_peft():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "2"), done.stderr
+
+
+class Around(nn.Module):
+    """A module of somebody's own around others, with a head of its own: a loss, a value head, a LightningModule."""
+
+    def __init__(self, *models: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(models)
+        self.head = nn.Linear(32, 4)
+
+
+def test_a_model_inside_another_module_folds_as_it_does_alone():
+    for make in (tiny_models.tiny_roberta, tiny_models.tiny_llama, tiny_models.tiny_t5, tiny_models.tiny_lora_llama):
+        for options in ({}, {"fold_head": False}, {"fold_embeddings": False}):
+            expected = {f"inner.0.{name}" for name in folded_names(make(), **options)}
+            assert folded_names(Around(make()), **options) == expected, (make, options)
+
+
+def test_each_of_several_models_inside_has_its_own_head_and_a_shared_one_counts_once():
+    roberta, llama = tiny_models.tiny_roberta(), tiny_models.tiny_llama()
+    expected = {f"inner.0.{name}" for name in folded_names(roberta)}
+    expected |= {f"inner.1.{name}" for name in folded_names(llama)}
+    assert folded_names(Around(roberta, llama)) == expected
+    assert folded_names(Around(roberta, Around(llama), roberta)) == {
+        name.replace("inner.1.", "inner.1.inner.0.") for name in expected
+    }
+
+
+def test_what_is_trained_around_frozen_models_is_no_head_of_theirs():
+    model = Around(tiny_models.tiny_roberta().requires_grad_(False))
+    assert folded_names(model) == {"head.weight"}
+    model.inner[0].classifier.requires_grad_(True)  # now that model is trained, as alone: its head
+    assert folded_names(model) == set()
+
+
+def test_heads_of_sentence_transformers_are_heads():
+    import sentence_transformers
+    from sentence_transformers import losses, models
+
+    class Words(nn.Module):  # what models.Transformer is, without files
+        def __init__(self) -> None:
+            super().__init__()
+            self.auto_model = tiny_models.tiny_roberta().roberta
+
+        def get_embedding_dimension(self) -> int:
+            return 32
+
+    body = {name for name, p in tiny_models.tiny_roberta().roberta.named_parameters() if p.dim() > 1}
+    model = sentence_transformers.SentenceTransformer(modules=[Words(), models.Pooling(32), models.Dense(32, 8)])
+    assert folded_names(model) == {f"0.auto_model.{name}" for name in body}
+    loss = losses.SoftmaxLoss(model, 32, num_labels=3)
+    assert folded_names(loss) == {f"model.0.auto_model.{name}" for name in body}
