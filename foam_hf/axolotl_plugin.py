@@ -13,9 +13,6 @@ from pydantic import BaseModel, Field, model_validator
 import foam_hf
 from foam_hf.optim_args import FOAM_NAMES, foam_options
 
-# axolotl sorts weights into groups of its own for these; a FOAM run has groups by what folds
-_OTHER_GROUPS = ("embedding_lr", "embedding_lr_scale", "loraplus_lr_ratio", "lr_groups")
-
 
 class FoamArgs(BaseModel):
     """What the plugin adds to axolotl's YAML, and its checks of what is there, before a model is loaded.
@@ -34,12 +31,6 @@ class FoamArgs(BaseModel):
         """Refuse what FOAM cannot do, in the words of the YAML."""
         if data.get("optimizer") not in FOAM_NAMES:
             return data
-        for key in _OTHER_GROUPS:
-            if data.get(key) is not None:
-                raise ValueError(
-                    f"{key}: {data[key]} has no effect with optimizer: {data['optimizer']}, whose parameter groups "
-                    f"follow from what folds; expected no {key}, or another optimizer"
-                )
         foam_options(data["optimizer"], data.get("optim_args"))
         return data
 

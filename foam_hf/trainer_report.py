@@ -31,7 +31,7 @@ def bind_reports(trainer: Any) -> None:
 
 def expect_report(trainer: Any) -> None:
     """Let the first step of the trainer's optimizer raise RuntimeError if a report was asked for and none hears."""
-    optimizer = getattr(trainer, "optimizer", None)
+    optimizer: Any = getattr(trainer, "optimizer", None)
     if not (os.environ.get(VARIABLE) or _reports(trainer)) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         return
     known, asked = weakref.ref(trainer), True
