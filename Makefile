@@ -12,7 +12,7 @@ CHECKED := foam_hf recipes tests
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 COMPAT_TESTS := tests/test_trainer_plugin.py tests/test_trainer_runs.py tests/test_cli.py \
 	tests/test_param_groups.py tests/test_callback.py tests/test_counted.py tests/test_model_configs.py \
-	tests/test_trainer_release.py tests/test_planner.py tests/test_int8_compat.py
+	tests/test_trainer_release.py tests/test_planner.py tests/test_int8_compat.py tests/test_client_groups.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-gpu test-compat style quality bench clean

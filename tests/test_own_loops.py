@@ -16,6 +16,7 @@ from transformers.trainer_callback import CallbackHandler
 import foam_hf
 from foam_hf import FOAM
 from foam_hf.callback import OptimizerMemoryCallback
+from foam_hf.param_groups import foam_parameter_names
 from tests.test_trainer_plugin import make_args, make_trainer
 from tests.tiny_models import classification_data, tiny_mlp, tiny_roberta
 
@@ -160,6 +161,30 @@ def test_weights_of_a_loss_are_counted(tmp_path: Path, capsys: Any) -> None:
     assert "Optimizer memory: FOAM, 19,371 trainable parameters" in told  # 9 of them in the loss
     measured, predicted = next(row for row in told.splitlines() if "optimizer state" in row).split()[2::2][:2]
     assert measured == predicted and line["optim/state_bytes"] > 0
+
+
+def _folded(model: nn.Module) -> set[str]:
+    names = foam_parameter_names(model)
+    return {name for group, members in names.items() if group.startswith("folded") for name in members}
+
+
+def test_heads_of_sentence_transformers_are_heads() -> None:
+    import sentence_transformers
+    from sentence_transformers import losses, models
+
+    class Words(nn.Module):  # what models.Transformer is, without files
+        def __init__(self) -> None:
+            super().__init__()
+            self.auto_model = tiny_roberta().roberta
+
+        def get_embedding_dimension(self) -> int:
+            return 32
+
+    body = {name for name, p in tiny_roberta().roberta.named_parameters() if p.dim() > 1}
+    model = sentence_transformers.SentenceTransformer(modules=[Words(), models.Pooling(32), models.Dense(32, 8)])
+    assert _folded(model) == {f"0.auto_model.{name}" for name in body}
+    loss = losses.SoftmaxLoss(model, 32, num_labels=3)
+    assert _folded(loss) == {f"model.0.auto_model.{name}" for name in body}
 
 
 # mixed precision

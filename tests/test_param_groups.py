@@ -507,22 +507,3 @@ def test_what_is_trained_around_frozen_models_is_no_head_of_theirs():
     assert folded_names(model) == {"head.weight"}
     model.inner[0].classifier.requires_grad_(True)  # now that model is trained, as alone: its head
     assert folded_names(model) == set()
-
-
-def test_heads_of_sentence_transformers_are_heads():
-    import sentence_transformers
-    from sentence_transformers import losses, models
-
-    class Words(nn.Module):  # what models.Transformer is, without files
-        def __init__(self) -> None:
-            super().__init__()
-            self.auto_model = tiny_models.tiny_roberta().roberta
-
-        def get_embedding_dimension(self) -> int:
-            return 32
-
-    body = {name for name, p in tiny_models.tiny_roberta().roberta.named_parameters() if p.dim() > 1}
-    model = sentence_transformers.SentenceTransformer(modules=[Words(), models.Pooling(32), models.Dense(32, 8)])
-    assert folded_names(model) == {f"0.auto_model.{name}" for name in body}
-    loss = losses.SoftmaxLoss(model, 32, num_labels=3)
-    assert folded_names(loss) == {f"model.0.auto_model.{name}" for name in body}
