@@ -122,7 +122,7 @@ def resumed_callback(say: Callable[[str], None]) -> Any:
     """A TrainerCallback that says, before the first step of a resumed run, which settings are the checkpoint's."""
     from transformers import TrainerCallback
 
-    class SaysWhatIsUsed(TrainerCallback):  # type: ignore[misc]
+    class SaysWhatIsUsed(TrainerCallback):
         def on_train_begin(
             self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
         ) -> None:
