@@ -183,6 +183,10 @@ class _Step:
         gradients = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
         self._taken_off = max(gradients, default=0) if gradient_release else sum(gradients)
         self._traces: dict[int, StepTrace] = {}
+        self._ran: set[nn.Module] = set()
+        for module in self._model.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(lambda ran, _: self._ran.add(ran))
 
     def estimate(self, batch: int) -> Estimate:
         return self._estimate(self._trace(batch).peak)
@@ -195,7 +199,14 @@ class _Step:
         return self.estimate(batch)
 
     def _estimate(self, peak: int) -> Estimate:
-        return Estimate(max(0, peak - self._taken_off) + WORKSPACE, accuracy())
+        return Estimate(max(0, peak - self._taken_off) + WORKSPACE, self._note())
+
+    def _note(self) -> str:
+        """How good the estimate is: what ran on GPUs were models of text, whole."""
+        absent = left_out(self._model, self._ran)
+        if not absent:
+            return accuracy()
+        return f"with text alone: {', '.join(absent)} did not run and is not counted; not compared with a GPU"
 
     def _trace(self, batch: int) -> StepTrace:
         if _size("batch", batch) not in self._traces:
@@ -217,6 +228,21 @@ class _Step:
         if self._padding:
             inputs["attention_mask"][0, -1] = 0
         return {name: with_value(value) for name, value in inputs.items()}
+
+
+def left_out(model: nn.Module, ran: set[nn.Module]) -> list[str]:
+    """Names of the model's parts none of whose modules with parameters are in `ran`, as a tower for images."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # peft's
+    prefix = getattr(base, "base_model_prefix", "")
+    parts = dict(base.named_children())
+    if isinstance(body := parts.get(prefix), nn.Module):
+        parts |= {f"{prefix}.{name}": part for name, part in body.named_children()}
+    found = []
+    for name, part in parts.items():
+        holders = [m for m in part.modules() if any(True for _ in m.parameters(recurse=False))]
+        if holders and ran.isdisjoint(holders):
+            found.append(name)
+    return found
 
 
 def _labels(model: nn.Module) -> dict[str, bool]:

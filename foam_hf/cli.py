@@ -19,6 +19,7 @@ from foam_hf import __version__, estimate_command
 from foam_hf.checkpoint_files import check_destination
 from foam_hf.optim_args import FOAM_NAMES
 
+_USAGE = "foam-hf run [--summary] [--report-memory [PICTURE]] -- COMMAND ..."
 _PICTURES = (".png", ".pdf", ".svg")
 _PACKAGE = Path(__file__).resolve().parent
 _SITECUSTOMIZE = _PACKAGE / "_sitecustomize"
@@ -41,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         cut = arguments.index("--")
         ours, command = arguments[:cut], arguments[cut + 1 :]
     parser = _parser()
+    try:
+        _refuse_forgotten(ours, command)
+    except CommandError as error:
+        print(f"foam-hf {ours[0]}: {error}", file=sys.stderr)
+        return error.code
     options, stray = parser.parse_known_args(ours)
     if stray and options.command != "run":
         parser.error(f"unrecognized arguments: {shlex.join(stray)}")
@@ -54,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stray = [report, *stray]  # the command, its "--" forgotten
             if stray:
                 raise CommandError(_stray_message(ours, stray, command))
-            return _run(command, _picture(report))
+            return _run(command, _picture(report), options.summary)
         if command is not None:
             raise CommandError(f"`--` belongs to `foam-hf run`, got it after `foam-hf {options.command}`")
         if options.command == "export":
@@ -79,8 +85,13 @@ def _parser() -> argparse.ArgumentParser:
         help="run a training command with optim=foam and its kin registered in it",
         description="Run an unmodified training command (python, torchrun, accelerate launch, trl, ...) with "
         f"--optim {', '.join(FOAM_NAMES)} available in it and in every python it starts.",
-        usage="foam-hf run [--report-memory [PICTURE]] -- COMMAND ...",
+        usage=_USAGE,
         epilog="example: foam-hf run --report-memory -- python train.py --optim foam --optim_args level=row",
+    )
+    run.add_argument(
+        "--summary",
+        action="store_true",
+        help="print which weights fold, which do not, and what their state takes, before the first step",
     )
     run.add_argument(
         "--report-memory",
@@ -119,9 +130,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _refuse_forgotten(ours: list[str], command: list[str] | None) -> None:
+    """What argparse would misread: a command behind `run` without its "--", a recipe's name in place of an action."""
+    kind, rest = (ours[0], ours[1:]) if ours else ("", [])
+    if kind == "run" and command is None:
+        start = next((i for i, word in enumerate(rest) if not word.startswith("-")), None)
+        if start and rest[start - 1] == "--report-memory" and rest[start].lower().endswith(_PICTURES):
+            start = next((i for i, word in enumerate(rest) if i > start and not word.startswith("-")), None)
+        asks_for_help = any(word in ("-h", "--help") for word in rest[:start])
+        if start is not None and not asks_for_help and any(word in ("-h", "--help") for word in rest[start:]):
+            raise CommandError(_stray_message(ours, [rest[start]], command))
+    if kind == "recipes" and rest and not rest[0].startswith("-") and rest[0] not in ("list", "copy"):
+        near = difflib.get_close_matches(rest[0], [*recipe_folders(), "list", "copy"], n=1)
+        meant = f"foam-hf recipes {near[0]}" if near and near[0] in ("list", "copy") else ""
+        meant = meant or (f"foam-hf recipes copy {near[0]}" if near else "")
+        hint = f"did you mean `{shlex.join([*meant.split(), *rest[1:]])}`? " if meant else ""
+        raise CommandError(f"no action {rest[0]!r}; {hint}expected `foam-hf recipes` or `foam-hf recipes copy NAME`")
+
+
 def _stray_message(ours: list[str], stray: list[str], command: list[str] | None) -> str:
     if command is not None or stray[0].startswith("-"):
-        return f"unknown argument {stray[0]}; expected: foam-hf run [--report-memory [PICTURE]] -- COMMAND ..."
+        return f"unknown argument {stray[0]}; expected: {_USAGE}"
     start = ours.index(stray[0], 1)
     right = ["foam-hf", *ours[:start], "--", *ours[start:]]
     return f"put -- before the command, got {shlex.join(ours[start:])}; expected: {shlex.join(right)}"
@@ -141,12 +170,12 @@ def _picture(report: str | None) -> str | None:
         raise CommandError(f"no folder {path.parent} for {path.name}; expected one that exists")
     if importlib.util.find_spec("matplotlib") is None:
         raise CommandError(
-            f"drawing {path.name} needs matplotlib; expected: pip install 'foam-hf[plot]', or --report-memory alone"
+            f"drawing {path.name} needs matplotlib; expected: pip install matplotlib, or --report-memory alone"
         )
     return str(path)
 
 
-def _run(command: list[str] | None, report_memory: str | None) -> int:
+def _run(command: list[str] | None, report_memory: str | None, summary: bool) -> int:
     if not command:
         raise CommandError("no command given; expected: foam-hf run -- python train.py --optim foam ...")
     environment = dict(os.environ)
@@ -154,6 +183,8 @@ def _run(command: list[str] | None, report_memory: str | None) -> int:
     if str(_SITECUSTOMIZE) not in (inherited or "").split(os.pathsep):
         environment["PYTHONPATH"] = os.pathsep.join([str(_SITECUSTOMIZE), *([inherited] if inherited else [])])
     environment["FOAM_HF_RUN_PREFIX"] = sys.prefix  # children of this interpreter may import foam_hf from a checkout
+    if summary:
+        environment["FOAM_HF_SUMMARY"] = "1"
     if report_memory is not None:
         environment["FOAM_HF_REPORT_MEMORY"] = report_memory
     try:
@@ -184,7 +215,7 @@ def _estimate(options: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
 
 
-def _recipes() -> dict[str, Path]:
+def recipe_folders() -> dict[str, Path]:
     """Recipe name -> folder: inside the installed package, or beside it in a clone."""
     inside, clone = _PACKAGE / "recipes", _PACKAGE.parent
     root = inside if inside.is_dir() or not (clone / "pyproject.toml").is_file() else clone / "recipes"
@@ -194,7 +225,7 @@ def _recipes() -> dict[str, Path]:
 
 
 def _list_recipes() -> int:
-    recipes = _recipes()
+    recipes = recipe_folders()
     width = max(map(len, recipes), default=0)
     for name, folder in recipes.items():
         lines = (line.strip("# \t\n") for line in (folder / "README.md").read_text(encoding="utf-8").splitlines())
@@ -204,7 +235,7 @@ def _list_recipes() -> int:
 
 
 def _copy_recipe(name: str, dest: str | None) -> int:
-    recipes = _recipes()
+    recipes = recipe_folders()
     if name not in recipes:
         near = difflib.get_close_matches(name, recipes, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -234,6 +265,8 @@ def _export(source: str, destination: str, dtype: str) -> int:
 
     from foam_hf.int8_checkpoint import export_checkpoint
 
+    if sum(path.stat().st_size for path in Path(source).glob("*.safetensors")) > 10**9:
+        print(f"foam-hf export: writing {destination}, which may take minutes ...", file=sys.stderr, flush=True)
     try:
         count = export_checkpoint(source, destination, getattr(torch, dtype))
     except ValueError as error:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import itertools
 import logging
 import re
+import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foam_hf.plan import Plan
     from foam_hf.plan_report import Row
     from foam_hf.planner import Planner
+    from foam_hf.way_out import WayOut
 
 COMPARED = "foam, foam_mini, adamw_torch_fused, adamw_8bit, adafactor, galore_adamw, apollo_adamw"
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -29,7 +30,8 @@ def add_parser(commands: Any) -> None:
         usage="foam-hf estimate MODEL [--gpu 24GB] [--batch N] [--seq N] [option ...]",
         description="What a training step takes at its peak, for several optimizers side by side: weights, gradients "
         "and optimizer state counted to the byte, activations estimated. Nothing but a config is read.",
-        epilog="exit codes: 0; 1 if nothing fits on --gpu; 2 for a model, an option or a size that cannot be used",
+        epilog="exit codes: 0; 1 if nothing fits on --gpu, whatever the package does; 2 for a model, an option or a "
+        "size that cannot be used",
     )
     parser.add_argument(
         "model",
@@ -86,6 +88,8 @@ def run(options: argparse.Namespace) -> int:
         ImportError: --plot without matplotlib.
         OSError: --plot cannot write its file.
     """
+    if not options.json:  # importing torch and following a step take seconds
+        print(f"foam-hf estimate: planning {options.model}, in about ten seconds ...", file=sys.stderr, flush=True)
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # other packages' news on what they could not load
     try:
@@ -102,7 +106,7 @@ def _run(options: argparse.Namespace) -> int:
     from foam_hf.planner import Planner
 
     # Here and not by argparse, whose errors come with a usage: one clear line is enough.
-    options.gpu = None if options.gpu is None else size_in_bytes(options.gpu)
+    options.gpu_text, options.gpu = options.gpu, None if options.gpu is None else size_in_bytes(options.gpu)
     for name in ("batch", "seq", "lora_rank"):
         setattr(options, name, _count(name, getattr(options, name)))
     choices = chosen_optimizers(options.optim, options.level, options.optim_args)
@@ -118,10 +122,11 @@ def _run(options: argparse.Namespace) -> int:
     rows = [_row(planner, name, arguments, options, foam_only) for name, arguments in choices]
     rows.sort(key=lambda row: row.plan.total)
     about = _about(planner, options)
+    found = _way_out(planner, rows, options, choices)
     if options.plot:
         draw(rows, options.plot, title=f"{options.model}, {about['size']}", subtitle=about["step"], gpu=options.gpu)
     if options.json:
-        print(to_json(rows, model=options.model, **about, gpu=options.gpu))
+        print(to_json(rows, model=options.model, **about, gpu=options.gpu, way_out=_as_json(found)))
     else:
         print(f"{options.model}: {about['architecture']}, {about['size']}")
         print(f"The peak of a training step of {about['step']}:\n")
@@ -130,8 +135,14 @@ def _run(options: argparse.Namespace) -> int:
     if options.gpu is None or any(row.fits for row in rows):
         return 0
     if not options.json:
-        print("\n" + "\n".join(_verdict(planner, rows, options)))
-    return 1
+        print("\n" + "\n".join(_verdict(rows, options, found, planner)))
+    return 0 if found is not None and found.fits else 1
+
+
+def _as_json(found: WayOut | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {**asdict(found.plan), "total": found.plan.total, "fits": found.fits, "switches": list(found.switches)}
 
 
 def size_in_bytes(text: str) -> int:
@@ -246,47 +257,44 @@ def _notes(rows: list[Row], options: Any, foam_only: list[str]) -> list[str]:
     return notes
 
 
-def _verdict(planner: Planner, rows: list[Row], options: Any) -> list[str]:
-    """Nothing fits: what is nearest, and what would."""
+def _verdict(rows: list[Row], options: Any, found: WayOut | None, planner: Planner) -> list[str]:
+    """No row fits: what is nearest, what the package can do about it, and the lines that do it."""
     from foam_hf.memory import format_bytes
+    from foam_hf.way_out import describe
 
     least = rows[0].plan
-    lines = [f"Nothing fits in {format_bytes(options.gpu)}: {least.label} comes nearest, {format_bytes(least.total)}."]
-    batches = [row for row in rows if row.largest_batch]
-    if batches:
+    nothing = "As asked, nothing" if found is not None and found.fits else "Nothing"
+    lines = [
+        f"{nothing} fits in {format_bytes(options.gpu)}: {least.label} comes nearest, {format_bytes(least.total)}."
+    ]
+    if batches := [row for row in rows if row.largest_batch]:
         most = max(row.largest_batch or 0 for row in batches)
         fit = [row.plan.label for row in batches if row.largest_batch == most]
         return [*lines, f"With --batch {most} would fit: {', '.join(fit)}."]
-    asked, plan = _way_out(planner, options)
-    if plan is not None:
-        would = "would take" if plan.total <= options.gpu else "would still take"
-        flags = " ".join("--" + flag.replace("_", "-") for flag in asked)
-        lines.append(f"foam with {flags} and a batch of 1 {would} {format_bytes(plan.total)}.")
-    return lines
+    if found is None:
+        return lines
+    return [*lines, *describe(found, options.model, planner, _command(options, planner))]
 
 
-def _way_out(planner: Planner, options: Any) -> tuple[tuple[str, ...], Plan | None]:
-    """The fewest switches, beyond those that are on, that make FOAM fit with one sequence; else all there are."""
-    adapters, accumulation = options.lora_rank is not None, options.gradient_accumulation
-    excluded = {
-        "gradient_checkpointing": False,
-        "gradient_release": adapters or accumulation,
-        "int8_weights": adapters,
-    }
-    missing = [flag for flag in excluded if not excluded[flag] and not getattr(options, flag)]
-    last: tuple[tuple[str, ...], Plan | None] = ((), None)
-    for asked in itertools.chain(*(itertools.combinations(missing, n + 1) for n in range(len(missing)))):
-        on = {flag: getattr(options, flag) or flag in asked for flag in excluded}
-        variant = planner.variant(batch=1, gradient_checkpointing=on["gradient_checkpointing"])
-        try:
-            plan = variant.count("foam", gradient_release=on["gradient_release"], int8_weights=on["int8_weights"])
-        except (ValueError, ImportError):  # no weight of this model can become INT8, or not with this transformers
-            continue
-        if plan.total <= options.gpu or len(asked) == len(missing):  # else no need to ask for activations
-            last = asked, variant.with_batch(plan, 1)
-            if last[1] is not None and last[1].total <= options.gpu:
-                break
-    return last
+def _command(options: Any, planner: Planner) -> list[str]:
+    """The estimate of one FOAM on this model and card, as it is typed, without the switches that would help."""
+    command = ["foam-hf", "estimate", options.model, "--gpu", options.gpu_text, "--seq", str(planner.sequence)]
+    for name in ("architecture", "dtype", "attention", "lora_rank"):
+        if getattr(options, name) is not None:
+            command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    for name in ("bf16", "fp16", "gradient_accumulation", "trust_remote_code"):
+        command += [f"--{name.replace('_', '-')}"] if getattr(options, name) else []
+    return command
+
+
+def _way_out(planner: Planner, rows: list[Row], options: Any, choices: list[tuple[str, dict[str, str]]]) -> Any:
+    """What the package can do where no row fits the card, not even with a smaller batch; None where it need not."""
+    from foam_hf.way_out import SWITCHES, find_way_out
+
+    if options.gpu is None or any(row.largest_batch for row in rows):
+        return None
+    asked = {name: bool(getattr(options, name)) for name in (*SWITCHES, "lora_rank", "gradient_accumulation")}
+    return find_way_out(planner, options.gpu, asked, choices)
 
 
 def _is_foam(name: str) -> bool:
@@ -300,7 +308,7 @@ def _check_plot(path: Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
-        raise ImportError('--plot needs matplotlib: pip install "foam-hf[plot]"') from None
+        raise ImportError("--plot needs matplotlib: pip install matplotlib") from None
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--plot: no folder {path.parent}; expected a file in a folder that exists")
     if path.suffix.lstrip(".").lower() not in FigureCanvasBase.get_supported_filetypes():

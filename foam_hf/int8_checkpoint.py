@@ -130,8 +130,8 @@ def export_checkpoint(source: str | Path, destination: str | Path, dtype: torch.
         The number of INT8 weights that were converted.
 
     Raises:
-        ValueError: `source` is no INT8 checkpoint, or a damaged one; `destination` exists and is not empty, or is the
-            current folder.
+        ValueError: `source` is no INT8 checkpoint, or a damaged one; a link in it, or its list of weights, leads
+            out of it and of the hub's cache; `destination` exists and is not empty, or is the current folder.
         OSError: a file cannot be read or written.
     """
     source, destination = Path(source), Path(destination)
@@ -176,6 +176,7 @@ def _int8_config(source: Path) -> dict[str, Any]:
     """config.json of an INT8 checkpoint."""
     if not source.is_dir():
         raise ValueError(f"no folder {source}; expected the folder of an INT8 model that save_pretrained wrote")
+    _check_inside(source / "config.json", source)
     try:
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -192,23 +193,49 @@ def _int8_config(source: Path) -> dict[str, Any]:
 
 def _weight_files(source: Path) -> list[Path]:
     index = source / _INDEX
+    _check_inside(index, source)
+    _check_inside(source / _SINGLE, source)
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{index} is damaged; expected JSON with a weight_map of tensors to files") from None
+        for name in names:
+            _check_inside(source / name, source)
         return [source / name for name in names]
     if not (source / _SINGLE).is_file():
         raise ValueError(f"{source} holds neither {_SINGLE} nor {_INDEX}; expected one of them")
     return [source / _SINGLE]
 
 
+def _check_inside(path: Path, source: Path) -> None:
+    """Raise ValueError if `path` leads out of `source`, but for the hub's cache, where files are links to blobs.
+
+    A model's folder may come from anybody: what it links to elsewhere on this machine is not the model's.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    real, folder = path.resolve(), source.resolve()
+    allowed = [folder, Path(HF_HUB_CACHE).resolve()]
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        allowed.append(folder.parent.parent)  # a cache in another place
+    if not any(real.is_relative_to(place) for place in allowed):
+        how = "a link" if path.is_symlink() else "listed"
+        raise ValueError(
+            f"{path} is {how}, and leads out of the model's folder, to {real}; expected files inside {source}: put a "
+            "copy there if it belongs to the model"
+        )
+
+
 def _copy_others(source: Path, folder: Path) -> None:
     """Tokenizer, generation config, chat templates, code and texts: every file that is not weights or a training's."""
     for path in source.iterdir():
         if path.is_dir() and path.name == _CHAT_TEMPLATES:
+            for inner in (path, *path.rglob("*")):
+                _check_inside(inner, source)
             shutil.copytree(path, folder / path.name)
         elif path.is_file() and path.name not in _NOT_COPIED_NAMES and not path.name.endswith(_NOT_COPIED):
+            _check_inside(path, source)
             shutil.copyfile(path, folder / path.name)
 
 

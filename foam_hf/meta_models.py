@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import torch
@@ -93,11 +94,22 @@ def with_adapters(model: nn.Module, rank: int) -> nn.Module:
         raise ModelError(f"peft cannot adapt {type(model).__name__}: {first_line(error)}") from error
 
 
+_NOT_TEXT = re.compile(r"(^|[._])(vision|visual|image|audio|speech|video|pixel|patch)")
+
+
 def positions(model: nn.Module) -> int | None:
-    """The longest sequence that the model's learned positions allow; None if it has none (rotary ones go on)."""
+    """The most tokens of text that the model's learned positions allow; None if it has none (rotary ones go on).
+
+    Positions of patches and of frames, in a tower for images or sound, are no limit of the text.
+    """
+    modules = dict(model.named_modules())
+    inputs = {name: getattr(module, "main_input_name", "input_ids") for name, module in modules.items() if name}
+    towers = [name for name, of in inputs.items() if of != "input_ids"]
     found = []
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         own_name = name.rsplit(".", 1)[-1]
+        if _NOT_TEXT.search(name) or any(name.startswith(f"{tower}.") for tower in towers):
+            continue
         if isinstance(module, nn.Embedding) and ("position" in own_name or own_name == "wpe"):
             offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from behind it
             found.append(module.num_embeddings - offset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,6 +75,28 @@ def default_scale(level: int | str, second_moment: str) -> float:
     return 1.0 if level == 0 else SCALES[second_moment]
 
 
+# What belongs to the Trainer, by the names under which optimizers know it -> its field of TrainingArguments.
+_TRAINERS = {
+    **dict.fromkeys(("lr", "learning_rate"), "learning_rate"),
+    **dict.fromkeys(("beta1", "adam_beta1"), "adam_beta1"),
+    **dict.fromkeys(("beta2", "adam_beta2"), "adam_beta2"),
+    **dict.fromkeys(("betas", "adam_betas"), "adam_beta1 and adam_beta2"),
+    **dict.fromkeys(("eps", "epsilon", "adam_eps", "adam_epsilon"), "adam_epsilon"),
+    **dict.fromkeys(("weight_decay", "wd", "decay"), "weight_decay"),
+    **dict.fromkeys(("max_grad_norm", "grad_clip", "clip_grad_norm"), "max_grad_norm"),
+    **dict.fromkeys(("optim_target_modules", "target_modules"), "optim_target_modules"),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler", "scheduler"), "lr_scheduler_type"),
+    **dict.fromkeys(("warmup", "warmup_steps", "warmup_ratio"), "warmup_steps"),
+}
+
+
+def ours_like(name: str) -> str | None:
+    """The name of FOAM that `name` is a misspelling of, as "FOAM" or "foam-mini"; None if there is none."""
+    plain = name.strip().lower().replace("-", "_").replace(" ", "_")
+    near = difflib.get_close_matches(plain, FOAM_NAMES, n=1, cutoff=0.8)
+    return near[0] if near else None
+
+
 def one_of_ours() -> str:
     """The names of FOAM, for messages: 'foam', 'foam_mini' or ..."""
     *names, last = map(repr, FOAM_NAMES)
@@ -122,6 +145,12 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
     """
     parsed: dict[str, Any] = {}
     for key, text in split_optim_args(optim_args):
+        if key.lower() in _TRAINERS:
+            field = _TRAINERS[key.lower()]
+            raise ValueError(
+                f"optim_args: {key}={text} is TrainingArguments' own; expected {field} of TrainingArguments "
+                f"(--{field.replace(' and ', ', --')}), and no {key} in optim_args."
+            )
         if key not in _OPTIM_ARGS:
             near = difflib.get_close_matches(key.lower(), _OPTIM_ARGS, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -152,6 +181,11 @@ def split_optim_args(optim_args: str | Mapping[str, Any] | None) -> list[tuple[s
             raise ValueError(
                 f"optim_args: {piece.strip()!r} in {optim_args!r} is not of the form key=value; "
                 "expected something like 'level=row,scale=2'."
+            )
+        if "=" in value or ";" in value:
+            right = ",".join(re.split(r"[;|&\s]+", optim_args.strip().strip(";")))
+            raise ValueError(
+                f"optim_args: pairs are separated by commas, got {optim_args!r}; expected something like {right!r}."
             )
         if key in pairs:
             raise ValueError(f"optim_args: {key!r} is given twice, in {optim_args!r}; expected each key once.")

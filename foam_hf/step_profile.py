@@ -137,7 +137,7 @@ def missing_for_pictures() -> str | None:
     import importlib.util
 
     if importlib.util.find_spec("matplotlib") is None:
-        return "drawing needs matplotlib, which is not installed; expected: pip install 'foam-hf[plot]'"
+        return "drawing needs matplotlib, which is not installed; expected: pip install matplotlib"
     return None
 
 

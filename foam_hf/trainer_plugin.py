@@ -35,7 +35,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from foam_hf import trainer_checkpoints
-from foam_hf.optim_args import FOAM_NAMES, default_scale, foam_options, parse_optim_args
+from foam_hf.optim_args import FOAM_NAMES, default_scale, foam_options, ours_like, parse_optim_args
 from foam_hf.places import is_sharded
 from foam_hf.trainer_fsdp import fsdp_in_use, refuse_with_fsdp, unsupported_fsdp
 from foam_hf.trainer_int8 import refuse_other_optimizer, refuse_ready_made_optimizer, refusing_other_checkpoints
@@ -115,9 +115,20 @@ def _checking_post_init(original: Callable[..., Any]) -> Callable[..., Any]:
                 from foam_hf.trainer_release import refuse_arguments
 
                 refuse_arguments(self)
+        else:
+            _refuse_misspelt(self.optim)
         original(self, *args, **kwargs)
 
     return __post_init__
+
+
+def _refuse_misspelt(optim: Any) -> None:
+    """Raise ValueError for a name that is nobody's and nearly ours, before transformers lists some forty names."""
+    from transformers.training_args import OptimizerNames
+
+    meant = ours_like(optim) if isinstance(optim, str) and optim not in OptimizerNames._value2member_map_ else None
+    if meant in _registered:
+        raise ValueError(f"optim={optim!r} is no optimizer of the Trainer; did you mean {meant!r}?")
 
 
 def _options(args: Any) -> dict[str, Any]:
@@ -234,6 +245,8 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
     _announce(args, headline(preview))
     if args.should_log:
         logger.info(summarize(preview))
+        if os.environ.get("FOAM_HF_SUMMARY") and not logger.disabled:  # foam-hf run --summary
+            print(summarize(preview), file=sys.stderr, flush=True)
         if all("level" in group for group in groups):  # only plain groups name theirs
             logger.warning(
                 f"optim={_name(args.optim)!r}: no trainable weight of {type(model).__name__} folds, so this run keeps "

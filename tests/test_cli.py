@@ -323,3 +323,23 @@ def test_installation_without_recipes_says_so(
     monkeypatch.setattr(cli, "_PACKAGE", tmp_path / "foam_hf")
     assert cli.main(["recipes"]) == 1
     assert "no recipes" in capsys.readouterr().err
+
+
+# --- Wrong moves of a new user ---
+
+
+def test_a_command_without_its_dashes_gets_the_hint_also_when_it_asks_for_help(capsys):
+    assert cli.main(["run", "trl", "sft", "--help"]) == 2
+    assert "expected: foam-hf run -- trl sft --help" in capsys.readouterr().err
+    assert cli.main(["run", "--report-memory", "trl", "sft", "-h"]) == 2
+    assert "expected: foam-hf run --report-memory -- trl sft -h" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", "--help"])
+    assert stop.value.code == 0 and "--summary" in capsys.readouterr().out
+
+
+def test_a_recipe_in_place_of_an_action_is_what_copy_takes(capsys):
+    assert cli.main(["recipes", "glue", "my_glue"]) == 2
+    assert "did you mean `foam-hf recipes copy glue my_glue`?" in capsys.readouterr().err
+    assert cli.main(["recipes", "lst"]) == 2
+    assert "did you mean `foam-hf recipes list`?" in capsys.readouterr().err

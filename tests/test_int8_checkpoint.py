@@ -207,3 +207,37 @@ def test_the_folder_one_is_in_is_not_replaced(
     monkeypatch.chdir(tmp_path / "here")
     code, _, err = run(capsys, checkpoint, ".")
     assert code == 1 and ". is the folder you are in, which cannot be replaced; expected a new one" in err
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "additional_chat_templates/more.jinja", "model.safetensors"])
+def test_a_link_out_of_the_models_folder_is_not_followed(checkpoint, tmp_path, capsys, name):
+    secret = tmp_path / "secret"
+    secret.write_text("private")
+    (checkpoint / name).unlink(missing_ok=True)
+    (checkpoint / name).symlink_to(secret)
+    code, _, err = run(capsys, checkpoint, tmp_path / "plain")
+    assert code == 1 and "leads out of the model's folder" in err and str(secret) in err
+    assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize("listed", ["../outside.safetensors", "/etc/passwd"])
+def test_a_list_of_weights_names_no_file_elsewhere(checkpoint, tmp_path, capsys, listed):
+    (checkpoint / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": {"model.embed_tokens.weight": listed}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    code, _, err = run(capsys, checkpoint, tmp_path / "plain")
+    assert code == 1 and "leads out of the model's folder" in err
+
+
+def test_links_inside_the_folder_and_of_the_hubs_cache_are_followed(checkpoint, tmp_path, capsys):
+    snapshot = tmp_path / "cache" / "models--me--mine" / "snapshots" / "abc"
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(path for path in checkpoint.iterdir() if path.is_file())):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+    (snapshot / "again.txt").symlink_to("tokenizer.json")
+    code, _, err = run(capsys, snapshot, tmp_path / "plain")
+    assert (code, err) == (0, "")
+    assert (tmp_path / "plain/again.txt").read_text() == "{}"

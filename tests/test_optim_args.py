@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foam_hf.optim_args import foam_options, parse_optim_args
+from foam_hf.optim_args import foam_options, ours_like, parse_optim_args
 
 KEYS = (
     "level",
@@ -158,3 +158,43 @@ def test_any_text_parses_or_raises_our_own_error(text: str) -> None:
 def test_legal_values_survive_the_way_through_text(values: dict[str, Any]) -> None:
     assert parse_optim_args(",".join(f"{key}={value}" for key, value in values.items())) == values
     assert parse_optim_args(values) == values
+
+
+# wrong moves of a new user
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ("learning_rate=1e-4", "learning_rate"),
+        ("lr=1e-4", "learning_rate"),
+        ("betas=0.9", "adam_beta1 and adam_beta2"),
+        ("adam_beta1=0.9", "adam_beta1"),
+        ("eps=1e-8", "adam_epsilon"),
+        ("weight_decay=0.1", "weight_decay"),
+    ],
+)
+def test_what_belongs_to_the_trainer_names_its_field(given: str, field: str) -> None:
+    with pytest.raises(ValueError, match=f"is TrainingArguments' own; expected {field} of TrainingArguments"):
+        parse_optim_args(given)
+
+
+@pytest.mark.parametrize("given", ["level=8;scale=1", "level=8 scale=1", "level=8; scale=1;", "level=8|scale=1"])
+def test_pairs_are_separated_by_commas(given: str) -> None:
+    said = "pairs are separated by commas, got .*; expected something like 'level=8,scale=1'"
+    with pytest.raises(ValueError, match=said):
+        parse_optim_args(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("FOAM", "foam"),
+        ("Foam", "foam"),
+        ("foam-mini", "foam_mini"),
+        ("Foam_Muon", "foam_muon"),
+        ("adamw_torch", None),
+    ],
+)
+def test_misspelt_names(given: str, meant: str | None) -> None:
+    assert ours_like(given) == meant

@@ -516,3 +516,22 @@ def test_training_refuses_before_the_first_step(tmp_path: Path) -> None:
         run.train()
     assert run.state.global_step == 0
     assert all(torch.equal(p, q) for p, q in zip(before, run.model.parameters(), strict=True))
+
+
+# wrong moves of a new user
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("FOAM", "foam"), ("Foam-Mini", "foam_mini"), ("foam-muon", "foam_muon")]
+)
+def test_a_misspelt_name_is_told_what_was_meant(tmp_path: Path, given: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"optim='{given}' is no optimizer of the Trainer; did you mean '{meant}'"):
+        make_args(tmp_path, optim=given)
+
+
+def test_the_summary_is_printed_for_foam_hf_run(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_trainer(tmp_path).create_optimizer()
+    assert "FOAM: folded (level" not in capsys.readouterr().err
+    monkeypatch.setenv("FOAM_HF_SUMMARY", "1")
+    make_trainer(tmp_path).create_optimizer()
+    assert capsys.readouterr().err.count("of state in all") == 1

@@ -42,7 +42,7 @@ def _import_foam_hf() -> None:
     elif importlib.util.find_spec("transformers") is not None:
         print(
             f"foam-hf run: {sys.executable} has transformers but not foam_hf, so optim=foam is unknown to it; "
-            "install foam-hf there",
+            "install foam_hf there too: pip install . in its clone",
             file=sys.stderr,
         )
 

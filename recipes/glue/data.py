@@ -7,8 +7,10 @@ itself, except parquet (pyarrow).
 import csv
 import functools
 import glob
+import itertools
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -200,11 +202,13 @@ def read_rows(file: Path, task_name: str) -> Iterator[dict]:
             raise SystemExit(f"{file}: not a parquet file ({one_line(error)}).") from None
         return
     try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
+        # Only a line feed ends a line: a carriage return may stand inside a text.
+        with open(file, encoding="utf-8-sig", newline="\n") as stream:
             if kind in ("json", "jsonl"):
                 yield from _json_rows(stream, file)
             elif kind == "csv":
-                yield from csv.DictReader(stream)
+                csv.field_size_limit(sys.maxsize)  # a text may be longer than 131,072 characters
+                yield from _csv_rows(stream, file)
             else:
                 yield from _tsv_rows(stream, task_name, file)
     except (UnicodeDecodeError, csv.Error) as error:
@@ -212,7 +216,9 @@ def read_rows(file: Path, task_name: str) -> Iterator[dict]:
 
 
 def _json_rows(stream, file: Path) -> Iterator[dict]:
-    start = stream.read(1)
+    start = " "
+    while start.isspace():
+        start = stream.read(1)
     stream.seek(0)
     line_number = 0
     try:
@@ -227,12 +233,31 @@ def _json_rows(stream, file: Path) -> Iterator[dict]:
         raise SystemExit(f"{file}, line {line_number or error.lineno}: not JSON ({error.msg}).") from None
 
 
+def _csv_rows(stream, file: Path) -> Iterator[dict]:
+    lines = csv.reader(stream, strict=True)
+    try:
+        header = next(lines, [])
+        for row in lines:
+            if row and len(row) != len(header):
+                raise SystemExit(
+                    f"{file}, line {lines.line_num}: {len(row)} cells, and the header has {len(header)}; expected as "
+                    "many, and quotes around a text with commas, quotes or line breaks."
+                )
+            if row:
+                yield dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        hint = "a text with a carriage return in it needs quotes" if "new-line" in str(error) else one_line(error)
+        raise SystemExit(f"{file}, line {lines.line_num}: not CSV ({hint}).") from None
+
+
 def _tsv_rows(stream, task_name: str, file: Path) -> Iterator[dict]:
-    lines = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
+    lines = (line.removesuffix("\n").removesuffix("\r").split("\t") for line in stream)  # there is no quoting
     header = next(lines, [])
     if task_name == "cola" and "sentence" not in header:
         # GLUE's own CoLA files have no header: source, label, the author's mark, sentence.
-        for number, row in enumerate([header, *lines], 1):
+        for number, row in enumerate(itertools.chain([header], lines), 1):
+            if row == [""]:
+                continue
             if len(row) != 4:
                 raise SystemExit(f"{file}, line {number}: expected 4 columns without a header, found {len(row)}.")
             yield {"label": row[1], "sentence": row[3]}
@@ -241,7 +266,7 @@ def _tsv_rows(stream, task_name: str, file: Path) -> Iterator[dict]:
     for row in lines:
         if len(row) == len(header):
             yield dict(zip(header, row, strict=True))
-        elif row:
+        elif row != [""]:
             skipped += 1
     if skipped:  # GLUE's QQP has a handful of them
         print(f"{file}: {skipped} lines without {len(header)} columns were left out.")
@@ -282,10 +307,10 @@ def _label(value, task: Task, where: str) -> int | float:
     if value in task.labels:
         return task.labels.index(value)
     try:
-        index = int(value)
+        index = int(float(value))  # 1.0, as pandas writes a column with gaps
         if index == float(value) and 0 <= index < len(task.labels):
             return index
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     names = ", ".join(f"{index} ({name})" for index, name in enumerate(task.labels))
     raise SystemExit(f"{where}: label {value!r}; expected {names}.")

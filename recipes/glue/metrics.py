@@ -7,6 +7,7 @@ labels) are all the same, is 0.0, and so is the F1 of a run that never predicts 
 import functools
 import importlib.util
 import math
+import os
 import warnings
 
 import numpy as np
@@ -16,7 +17,9 @@ try:
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import f1_score, matthews_corrcoef
 except ImportError as error:  # before a run, not at its first evaluation; evaluate's GLUE metric needs them too
-    raise SystemExit(f"GLUE's metrics need scikit-learn and scipy (pip install 'foam-hf[glue]'): {error}.") from None
+    raise SystemExit(
+        f"GLUE's metrics need scikit-learn and scipy (pip install scikit-learn scipy): {error}."
+    ) from None
 
 
 def score(task_name: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -28,6 +31,9 @@ def score(task_name: str, predictions: np.ndarray, labels: np.ndarray) -> dict[s
         predictions = np.nan_to_num(predictions.reshape(-1).astype(np.float64))
     else:
         predictions = np.nan_to_num(predictions).argmax(axis=-1)
+    _noted["last"] = one_class(task_name, predictions)
+    if _noted["last"]:
+        say(f"{task_name}: {_noted['last']}")
     metric = hub_metric(task_name)
     if metric is None:
         return local_scores(task_name, predictions, labels)
@@ -35,6 +41,29 @@ def score(task_name: str, predictions: np.ndarray, labels: np.ndarray) -> dict[s
         warnings.simplefilter("ignore")
         scores = metric.compute(predictions=predictions, references=labels)
     return {name: _defined(value) for name, value in scores.items()}
+
+
+_noted = {"last": ""}
+
+
+def last_note() -> str:
+    """What `one_class` said of the last predictions that were scored."""
+    return _noted["last"]
+
+
+def one_class(task_name: str, predictions: np.ndarray) -> str:
+    """A note where all predictions are the same, of which a score says little; nothing else."""
+    if len(predictions) < 2 or np.ptp(predictions) > 0:
+        return ""
+    labels = TASKS[task_name].labels
+    what = f"the value {predictions[0]:g}" if labels is None else f"the class {labels[int(predictions[0])]}"
+    return f"the model predicts {what} for all {len(predictions)} rows; a score of it says nothing of the task"
+
+
+def say(text: str) -> None:
+    """Print on the first process only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, flush=True)
 
 
 @functools.cache

@@ -1,4 +1,7 @@
-"""Tables from results.json files; `python table.py results/*.json --readme README.md` renews the README's."""
+"""Runs of several optimizers side by side: `python table.py runs/cola runs/cola-adamw`, folders or results.json files.
+
+`python table.py results/*.json --readme README.md` renews the README's table.
+"""
 
 import argparse
 import json
@@ -30,6 +33,7 @@ def read_runs(paths: list[Path]) -> list[dict]:
     """All runs of results files: of one run each, or with a list under "runs"."""
     runs = []
     for path in paths:
+        path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         runs += content.get("runs", [content])
     return runs
@@ -155,7 +159,7 @@ def with_table(readme: str, table: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("results", nargs="*", type=Path, help="results.json files, of one run or of many")
+    parser.add_argument("results", nargs="*", type=Path, help="folders of runs, or results.json files")
     parser.add_argument("--readme", type=Path, help="replace the table between its markers; else print it")
     options = parser.parse_args(argv)
     try:
@@ -165,7 +169,10 @@ def main(argv: list[str] | None = None) -> None:
             return
         text = with_table(options.readme.read_text(encoding="utf-8"), table)
     except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"table.py: {type(error).__name__}: {error}; expected results.json files and a README with markers.")
+        sys.exit(
+            f"table.py: {type(error).__name__}: {error}; expected folders of runs or results.json files, and a "
+            "README with markers."
+        )
     options.readme.write_text(text, encoding="utf-8")
 
 

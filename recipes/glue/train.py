@@ -31,6 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import foam_hf  # registers optim="foam" and "foam_mini"
 from foam_hf.memory import adamw_state_bytes, state_bytes
+from foam_hf.recipe_helpers import keep_earlier, resumed_callback
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [] if str(HERE) in sys.path else [str(HERE)]  # the siblings, also when this file is imported
@@ -145,7 +146,7 @@ def build_trainer(recipe: GlueArguments, args: TrainingArguments, task_name: str
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if args.bf16 or args.fp16 else None),
         compute_metrics=compute_metrics,
-        callbacks=[foam_hf.OptimizerMemoryCallback()],
+        callbacks=[foam_hf.OptimizerMemoryCallback(), resumed_callback(say)],
     )
     foam_log = logging.getLogger("foam_hf")
     foam_log.disabled = True  # its summary comes when train() builds the optimizer
@@ -200,6 +201,7 @@ def run(recipe: GlueArguments, args: TrainingArguments, training: dict, task_nam
     finished, checkpoint = earlier_work(output_dir, settings, training)
     if finished:
         return finished
+    keep_earlier(output_dir, checkpoint is not None, say)
     trainer = build_trainer(recipe, args, task_name, splits)
     untrained = evaluate(trainer, task_name) if recipe.eval_untrained else None
     if torch.cuda.is_available():
@@ -223,6 +225,7 @@ def run(recipe: GlueArguments, args: TrainingArguments, training: dict, task_nam
         "untrained": untrained,
         "train_loss": finite(trained.training_loss),
         "steps": trained.global_step,
+        "one_class": metrics.last_note(),
         "resumed_from": checkpoint,
         "optimizer_state_bytes": state_bytes(trainer.optimizer),
         "adamw_state_bytes": adamw_state_bytes([p for p in trainer.model.parameters() if p.requires_grad]),
@@ -279,6 +282,8 @@ def main(argv: list[str] | None = None) -> dict:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     merged = {"runs": results} if grid else results[0]
+    if grid and not resumes_newest(training):
+        keep_earlier(root, True, say)  # the table of an earlier grid; each run has said of its own
     if grid and int(os.environ.get("RANK", "0")) == 0:
         table.write_json(root / "results.json", merged)
     where = root / "TASK" / "seed-N" if grid else root
@@ -286,6 +291,10 @@ def main(argv: list[str] | None = None) -> dict:
     before = "import foam_hf; " if recipe.int8_weights else ""
     say(f"  {before}AutoModelForSequenceClassification.from_pretrained({str(where)!r})\n")
     say(table.text_table(results))
+    for result in results:
+        if result.get("one_class"):
+            say(f"{result['task']}, seed {result['seed']}: {result['one_class']}.")
+    say(f"\nTo compare runs of several optimizers: python {HERE / 'table.py'} RUN_FOLDER RUN_FOLDER ...")
     return merged
 
 

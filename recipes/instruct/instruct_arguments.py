@@ -2,16 +2,22 @@
 
 import argparse
 import dataclasses
-import difflib
 import json
 import os
 from pathlib import Path
 
 import torch
 import yaml
-from instruct_data import one_line
 from transformers import HfArgumentParser
-from trl import SFTConfig
+
+from foam_hf.recipe_helpers import find_config, nearest, replaced_optim_args, said_optimizer
+
+try:
+    import datasets  # noqa: F401  # before trl, which hides what it lacks
+    from instruct_data import one_line
+    from trl import SFTConfig
+except ImportError as error:  # before anything is read
+    raise SystemExit(f"This recipe needs TRL, PEFT and datasets (pip install trl peft datasets): {error}") from None
 
 HERE = Path(__file__).resolve().parent
 WHOLE = ("full", "int8")  # every weight is trained
@@ -80,7 +86,7 @@ def parse(argv: list[str]) -> tuple[InstructArguments, SFTConfig, dict]:
     """
 
     def fail(message: str) -> None:
-        raise SystemExit(f"train.py: {message}")
+        raise SystemExit(f"train.py: {said_optimizer(message)}")
 
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     pre.error = fail  # one line, instead of a page of usage
@@ -88,7 +94,7 @@ def parse(argv: list[str]) -> tuple[InstructArguments, SFTConfig, dict]:
     chosen, flags = pre.parse_known_args(argv)
     if flags and flags[0].endswith((".yaml", ".yml")):  # train.py CONFIG.yaml, as in the GLUE recipe
         chosen.config, flags = Path(flags[0]), flags[1:]
-    path = chosen.config.expanduser()
+    path = find_config(chosen.config.expanduser(), HERE)
     config = read_config(path)
     parser = build_parser()
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
@@ -96,8 +102,8 @@ def parse(argv: list[str]) -> tuple[InstructArguments, SFTConfig, dict]:
     for source, names in ((str(path), config), ("train.py", given - {"help", *(f"no_{name}" for name in actions)})):
         unknown = [name for name in names if name not in actions]
         if unknown:
-            nearest = difflib.get_close_matches(unknown[0], actions, 1, 0.0)[0]
-            raise SystemExit(f"{source}: unknown key {unknown[0]!r}; nearest: {nearest!r}.")
+            near = ", ".join(map(repr, nearest(str(unknown[0]), actions)))
+            raise SystemExit(f"{source}: unknown key {unknown[0]!r}; nearest: {near}.")
     drop_foreign_optimizer_settings(config, given, flags, path.name)
     use_new_names(config, given, actions)
     if "dataset_path" in given or "dataset_name" in given:  # either replaces the config's
@@ -122,6 +128,8 @@ def parse(argv: list[str]) -> tuple[InstructArguments, SFTConfig, dict]:
         raise SystemExit(f"train.py: {one_line(error)}") from None
     if rest:
         fail(f"unknown argument {rest[0]}; expected --key value.")
+    if "optim_args" in given and (note := replaced_optim_args(args.optim_args, config.get("optim_args"), path.name)):
+        say(note)
     check(recipe, args)
     settings = {**config, **{name: getattr(recipe, name, getattr(args, name, None)) for name in sorted(given)}}
     settings |= dataclasses.asdict(recipe)

@@ -4,6 +4,13 @@ Four layouts are told apart by their columns. Everything but plain prompt/comple
 the model's chat template: a row is ``{"prompt": [messages], "completion": [the assistant's message]}``.
 """
 
+import csv
+import io
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +22,19 @@ LAYOUTS = {  # in this order: a data set with messages often has a prompt column
     "alpaca": ("instruction", "output"),
     "prompt/completion": ("prompt", "completion"),
 }
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+# Roles in other spellings, without capitals -> as chat templates know them.
+ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "ai", "chatbot", "chatgpt", "bing"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+}
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+NO_PROMPT, NO_ANSWER, NO_TURN = "without a question", "without an answer", "without an answer of the assistant"
 EXTENSIONS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 EXPECTED = (
     "instruction, output and perhaps input (Alpaca); messages or conversations (lists of role and content); "
@@ -87,16 +106,16 @@ def _read(dataset_path: str | None, dataset_name: str | None, dataset_config: st
             kinds = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in EXTENSIONS)
             if not kinds or kinds[0].suffix not in EXTENSIONS:
                 raise SystemExit(f"--dataset_path: {path} is not, or does not hold, {', '.join(EXTENSIONS)} files.")
-            # An empty cell is empty text: pandas would make 12 a 12.0 beside it, and take "NA" for another.
-            how = {"keep_default_na": False} if kinds[0].suffix == ".csv" else {}
-            if path.is_file():
-                loaded = datasets.load_dataset(EXTENSIONS[path.suffix], data_files=str(path), **how)
-            else:
-                loaded = datasets.load_dataset(str(path), **how)
-    except Exception as error:  # whatever the hub, pyarrow or pandas raise
+            loaded = {split: Rows(files) for split, files in _splits_of(path, kinds).items()}
+    except Exception as error:  # whatever the hub, pyarrow, csv or json raise
         cause = error.__cause__ or error  # datasets wraps the one that says what is wrong
-        said = "there are no rows" if isinstance(cause, StopIteration) else one_line(cause)
-        raise SystemExit(f"Cannot read {where}: {type(cause).__name__}: {said}") from None
+        raise SystemExit(f"Cannot read {where}: {type(cause).__name__}: {one_line(cause)}") from None
+    for split, rows in loaded.items():
+        if dataset_name and (guessed := _guessed_columns(rows)):
+            raise SystemExit(
+                f"{where}, {split}: {', '.join(guessed)} came as dates and times, which are not the text of the file; "
+                "expected text: download the file and give it by --dataset_path."
+            )
     if "train" not in loaded:
         raise SystemExit(f"{where} has the splits {', '.join(loaded)}; expected one called train.")
     splits = {"train": loaded["train"]}
@@ -106,14 +125,111 @@ def _read(dataset_path: str | None, dataset_name: str | None, dataset_config: st
     return splits, where
 
 
-def _convert(raw: datasets.Dataset, where: str, whole_conversations: bool) -> tuple[datasets.Dataset, dict, list[int]]:
+def _guessed_columns(rows: datasets.Dataset) -> list[str]:
+    """The columns that we use and that whoever read the file took for dates."""
+    used = {name for needed in LAYOUTS.values() for name in needed} | {"input"}
+    dates = ("timestamp", "date", "time", "duration")
+    return [n for n, kind in rows.features.items() if n in used and str(getattr(kind, "dtype", "")).startswith(dates)]
+
+
+def _splits_of(path: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """The files of each split: a file is train; in a folder names say train, validation (or dev) or test."""
+    if path.is_file():
+        return {"train": files}
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", file.name.lower())
+        for split, names in SPLIT_WORDS.items():
+            if any(name in words for name in names):
+                splits.setdefault(split, []).append(file)
+                break
+    others = [file.name for file in files if not any(file in found for found in splits.values())]
+    if splits and others:
+        print(f"{path}: not read, as their names say no split: {', '.join(others)}.")
+    return splits or {"train": files}  # one set in several files
+
+
+class Rows:
+    """The rows of local files as they stand there: text stays text, numbers keep their spelling.
+
+    Nothing guesses types from the first rows: a later row may have another column, and "1969-07-20" is no date.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self.rows = [row for file in files for row in read_rows(file)]
+        if not self.rows:
+            raise ValueError("there are no rows")
+        self.column_names = list(dict.fromkeys(name for row in self.rows for name in row))
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def read_rows(file: Path) -> list[dict]:
+    """The rows of one file; ValueError that names file and line where it is none of its kind."""
+    kind = EXTENSIONS[file.suffix]
+    if kind == "parquet":
+        from pyarrow import parquet  # datasets needs it
+
+        return parquet.read_table(file).to_pylist()
+    text = file.read_bytes().decode("utf-8-sig")  # no newline is translated
+    return _csv_rows(text, file) if kind == "csv" else _json_rows(text, file)
+
+
+def _csv_rows(text: str, file: Path) -> list[dict]:
+    csv.field_size_limit(sys.maxsize)  # one text may be longer than 131,072 characters
+    lines = csv.reader(io.StringIO(text, newline="\n"), strict=True)
+    try:
+        header = next(lines, [])
+        rows = []
+        for row in lines:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise ValueError(
+                    f"{file.name}, line {lines.line_num}: {len(row)} cells, and the header has {len(header)}"
+                )
+            rows.append(dict(zip(header, row, strict=True)))
+    except csv.Error as error:
+        raise ValueError(f"{file.name}, line {lines.line_num}: no CSV: {error}") from None
+    return rows
+
+
+def _json_rows(text: str, file: Path) -> list[dict]:
+    """A list of objects, or an object a line. Numbers keep their spelling: 1.50 is an answer, and not 1.5."""
+    reader = json.JSONDecoder(parse_float=Number, parse_int=Number, parse_constant=Number)
+    listed = text.lstrip().startswith("[")
+    rows, number = [], 1
+    try:
+        for number, part in enumerate([text] if listed else text.split("\n"), 1):  # noqa: B007
+            if part.strip():
+                found = reader.decode(part.strip("\r\n\t ") if not listed else part)
+                rows += found if listed else [found]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file.name}, line {number + error.lineno - 1}: no JSON: {error.msg}") from None
+    wrong = next((i for i, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
+    if wrong:
+        raise ValueError(f"{file.name}, row {wrong}: expected an object with columns, got {rows[wrong - 1]!r:.80}")
+    return rows
+
+
+class Number(str):
+    """A number of a JSON file, as it is spelt there."""
+
+
+def _convert(
+    raw: datasets.Dataset | Rows, where: str, whole_conversations: bool
+) -> tuple[datasets.Dataset, dict, list[int]]:
     """Prompt/completion rows, counts of rows, of what was left out and of examples made of them, and whose each is."""
     columns = raw.column_names
     layout = next((name for name, needed in LAYOUTS.items() if set(needed) <= set(columns)), None)
     if layout is None:
         raise SystemExit(f"{where}: found the columns {', '.join(columns)}; expected {EXPECTED}.")
     used = {*LAYOUTS[layout], *(("input",) if layout == "alpaca" else ())}
-    converted, origins, empty = [], [], 0
+    converted, origins, left_out = [], [], Counter()
     for number, row in enumerate(raw, 1):
         if layout == "alpaca":
             made = _from_alpaca(row)
@@ -121,53 +237,69 @@ def _convert(raw: datasets.Dataset, where: str, whole_conversations: bool) -> tu
             made = _from_pair(row, f"{where}, row {number}")
         else:
             made = _from_messages(row, layout, f"{where}, row {number}", whole_conversations)
+        if isinstance(made, str):
+            left_out[made] += 1
+            continue
         converted += made
         origins += [number] * len(made)
-        empty += not made
     counts = {
         "layout": layout,
         "rows": len(raw),
-        "empty_rows_left_out": empty,
+        "rows_left_out": dict(left_out),  # by reason
         "examples": len(converted),
         "columns_not_used": sorted(set(columns) - used),
     }
     if not converted:
-        raise SystemExit(f"{where}: no example is left of {len(raw)} rows; all of them lack a prompt or an answer.")
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        raise SystemExit(f"{where}: no example is left of {len(raw)} rows: {reasons}.")
     return datasets.Dataset.from_list(converted), counts, origins
 
 
 def _text(value) -> str:
-    """A cell as text; a number may be an answer."""
+    """A cell as text; a number may be an answer, and so may true and false, as JSON spells them."""
+    if isinstance(value, bool):
+        return str(value).lower()
     return "" if value is None else str(value)
 
 
-def _from_alpaca(row: dict) -> list[dict]:
+def _from_alpaca(row: dict) -> list[dict] | str:
+    """The example of a row, or why there is none."""
     parts = [_text(row.get(name)).strip() for name in ("instruction", "input")]
-    question, answer = "\n\n".join(filter(None, parts)), _text(row["output"]).strip()
-    return [_turn([{"role": "user", "content": question}], answer)] if question and answer else []
+    question, answer = "\n\n".join(filter(None, parts)), _text(row.get("output")).strip()
+    if not question:
+        return NO_PROMPT
+    return [_turn([{"role": "user", "content": question}], answer)] if answer else NO_ANSWER
 
 
-def _from_pair(row: dict, where: str) -> list[dict]:
-    prompt, completion = row["prompt"], row["completion"]
+def _from_pair(row: dict, where: str) -> list[dict] | str:
+    """The example of a row, or why there is none."""
+    prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         prompt, completion = _messages(prompt, where), _messages(completion, where)
-        good = prompt and any(message["content"].strip() for message in completion)
+        asked, answered = bool(prompt), any(message["content"].strip() for message in completion)
     elif isinstance(prompt, list) or isinstance(completion, list):
         raise SystemExit(f"{where}: expected prompt and completion both as text, or both as messages, got a mix.")
     else:
         prompt, completion = _text(prompt), _text(completion)
-        good = prompt.strip() and completion.strip()
-    return [{"prompt": prompt, "completion": completion}] if good else []
+        asked, answered = bool(prompt.strip()), bool(completion.strip())
+    if not asked:
+        return NO_PROMPT
+    return [{"prompt": prompt, "completion": completion}] if answered else NO_ANSWER
 
 
-def _from_messages(row: dict, layout: str, where: str, whole: bool) -> list[dict]:
-    """One example for each answer of the assistant, with all that precedes it as its prompt; or the conversation."""
-    messages = _messages(row[layout] or [], where)
+def _from_messages(row: dict, layout: str, where: str, whole: bool) -> list[dict] | str:
+    """One example for each answer of the assistant, with all that precedes it as its prompt; or the conversation.
+
+    Or why there is none.
+    """
+    messages = _messages(row.get(layout) or [], where)
     answers = [
         i for i, message in enumerate(messages) if i and message["role"] == "assistant" and message["content"].strip()
     ]
+    if not answers:
+        return NO_TURN
     if whole:
-        return [{"messages": messages}] if answers else []
+        return [{"messages": messages}]
     return [_turn(messages[:i], messages[i]["content"]) for i in answers]
 
 
@@ -181,8 +313,10 @@ def _messages(value: list[dict], where: str) -> list[dict]:
             raise SystemExit(f"{where}: expected messages of role and content, no tool calls, got {message!r:.120}.")
         if not isinstance(message[content], str | None):
             raise SystemExit(f"{where}: expected text as content, got {message[content]!r:.120}.")
-        name = SHAREGPT_ROLES.get(message[role], message[role]) if sharegpt else message[role]
-        found.append({"role": name, "content": message[content] or ""})
+        name = ROLES.get(str(message[role]).strip().lower())
+        if name is None:
+            raise SystemExit(f"{where}: unknown role {message[role]!r}; expected one of {', '.join(ROLES)}.")
+        found.append({"role": name, "content": str(message[content] or "")})
     return found
 
 
@@ -215,8 +349,9 @@ def describe(counts: dict, max_length: int | None) -> str:
             line += f"; {found['dropped_without_answer']} have no answer left and are dropped"
         if "rows" in found:
             line += f"; from {found['rows']} rows of {found['layout']}"
-            if found["empty_rows_left_out"]:
-                line += f", of which {found['empty_rows_left_out']} without question or answer are left out"
+            if found["rows_left_out"]:
+                reasons = " and ".join(f"{count} {reason}" for reason, count in found["rows_left_out"].items())
+                line += f", of which {reasons} are left out"
             if found["columns_not_used"]:
                 line += f"; columns not used: {', '.join(found['columns_not_used'])}"
         lines.append(line)

@@ -15,9 +15,15 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
 
 import foam_hf  # registers optim="foam" and "foam_mini"
+from foam_hf.recipe_helpers import keep_earlier, resumed_callback
+
+try:
+    import datasets  # noqa: F401  # before trl, which hides what it lacks
+    from trl import SFTConfig, SFTTrainer
+except ImportError as error:  # one line, before anything is read
+    raise SystemExit(f"This recipe needs TRL, PEFT and datasets (pip install trl peft datasets): {error}") from None
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [] if str(HERE) in sys.path else [str(HERE)]  # the siblings, also when this file is imported
@@ -33,6 +39,7 @@ SAMPLES = 3  # answers in results.json
 
 def build_trainer(recipe: InstructArguments, args: SFTConfig, data: Instructions, meter: Meter) -> SFTTrainer:
     """TRL's trainer, which applies the template, masks the prompt, cuts and packs; SystemExit for what it refuses."""
+    say(f"Loading {recipe.model_name_or_path} ...")
     model, tokenizer = chat_models.load(recipe, Path(args.output_dir))
     plain = isinstance(data.train[0].get("prompt"), str)
     if plain:
@@ -52,7 +59,7 @@ def build_trainer(recipe: InstructArguments, args: SFTConfig, data: Instructions
             eval_dataset=data.held_out,
             processing_class=tokenizer,
             peft_config=chat_models.lora_config(recipe),
-            callbacks=[meter, foam_hf.OptimizerMemoryCallback()],
+            callbacks=[meter, foam_hf.OptimizerMemoryCallback(), resumed_callback(say)],
         )
         trainer.get_optimizer_cls_and_kwargs(args, trainer.model)  # a wrong setting ends here, not in train()
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
@@ -171,6 +178,7 @@ def main(argv: list[str] | None = None) -> dict:
     finished, checkpoint = earlier_work(args, settings)
     if finished:
         return finished
+    keep_earlier(output_dir, checkpoint is not None, say)
     options = f" ({args.optim_args})" if args.optim_args else ""
     say(f"{recipe.method} | {recipe.model_name_or_path} in {recipe.dtype} | {optim}{options}, lr {args.learning_rate}")
     if args.device.type == "cpu" and recipe.dtype == "bfloat16":
@@ -182,6 +190,8 @@ def main(argv: list[str] | None = None) -> dict:
     count_cuts(recipe, data, trainer)
     if recipe.method not in WHOLE:
         say(chat_models.adapter_saving(trainer.model))
+    if recipe.eval_before:
+        say("Evaluating and answering before training ...")
     before = evaluate(recipe, trainer, data) if recipe.eval_before else None
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -189,6 +199,7 @@ def main(argv: list[str] | None = None) -> dict:
     trained = trainer.train(resume_from_checkpoint=checkpoint)
     peak = meter.peak_by_kind()
     trainer.save_model()
+    say("Evaluating and answering after training ...")
     after = evaluate(recipe, trainer, data)
     results = {
         "model": recipe.model_name_or_path,

@@ -26,6 +26,7 @@ import foam_hf  # registers optim="foam" and its companions
 from foam_hf.memory import adamw_state_bytes, state_bytes
 from foam_hf.model_configs import ModelError, load_config
 from foam_hf.param_groups import layer_names
+from foam_hf.recipe_helpers import keep_earlier, resumed_callback
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [] if str(HERE) in sys.path else [str(HERE)]  # the siblings, also when this file is imported
@@ -139,7 +140,7 @@ def build_trainer(
         eval_dataset=data.held_out,
         processing_class=tokenizer,
         data_collator=transformers.default_data_collator,
-        callbacks=[foam_hf.OptimizerMemoryCallback()],
+        callbacks=[foam_hf.OptimizerMemoryCallback(), resumed_callback(say)],
         optimizer_name=optim,
     )
     foam_log = logging.getLogger("foam_hf")
@@ -236,6 +237,7 @@ def main(argv: list[str] | None = None) -> dict:
     if not recipe.prepare_only and (finished := finished_results(args, settings)):
         return finished
     per_process = recipe.total_batch_size // args.world_size
+    say("Reading and tokenizing the text ...")
     with args.main_process_first(desc="tokens"):  # the others find what it has made
         data = prepare(recipe, config.vocab_size, per_process, args.process_index, args.world_size)
     if recipe.prepare_only:
@@ -262,6 +264,7 @@ def main(argv: list[str] | None = None) -> dict:
         f"sequences of {recipe.sequence_length}, {args.gradient_accumulation_steps} times"
     )
     checkpoint = find_checkpoint(args)
+    keep_earlier(args.output_dir, checkpoint is not None, say)
     if checkpoint:
         position.restore(Path(checkpoint))
     if torch.cuda.is_available():
