@@ -56,6 +56,8 @@ def loads(trainer: Any, folder: Path) -> bool:
             f"{folder} holds the weights of {type(model).__name__} under other names than it trains, and "
             f"from_pretrained, which would read them, says: {type(error).__name__}: {error}. {_EXPECTED}"
         ) from error
+    if missing and (reason := _unreadable(model, saved)):
+        raise ValueError(f"{folder} cannot be loaded: {reason}")
     refuse_missing(model, missing)
     result = model.load_state_dict(state, strict=False)
     if hasattr(trainer, "_issue_warnings_after_load"):
