@@ -13,20 +13,21 @@ _WRAPPERS = ("_orig_mod.", "module.", "_checkpoint_wrapped_module.")  # torch.co
 _UNNAMED = ""  # a weight that the Trainer's model does not have, such as that of a loss
 
 
-def check_names(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> None:
-    """Raise ValueError if a weight would get the state of another one, where both sides have names."""
+def names_problem(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> str:
+    """Which weight would get the state of another one, where both sides have names; an empty string if none would."""
     for group, saved in zip(groups, saved_groups, strict=True):
         mine, theirs = (each.get("param_names") for each in (group, saved))
         if not isinstance(mine, list) or not isinstance(theirs, list) or len(mine) != len(theirs):
             continue
         for i, (own, other) in enumerate(zip(map(_plain_name, mine), map(_plain_name, theirs), strict=True)):
             if own != other and _UNNAMED not in (own, other):
-                raise ValueError(
+                return (
                     f"the checkpoint's state number {i} of its group is that of {other}, and here that place is "
                     f"{own}'s; expected the same weights in the same order: the same model and the same choice of "
                     "folded weights (optim_target_modules). If the weights were only renamed, delete 'param_names' "
                     "from the param groups of the checkpoint (optimizer.pt), and state is matched by position"
                 )
+    return ""
 
 
 def _plain_name(name: Any) -> str:
