@@ -14,6 +14,7 @@ What this file relies on, in transformers 4.57 to 5.x, wrapped by `trainer_plugi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import shutil
@@ -173,10 +174,16 @@ class _Save:
 
 def _oldest_first(folders: list[Path]) -> list[Path]:
     """As Trainer sorts them: by time, or by step on a file system that keeps no times."""
-    times = {folder: folder.stat().st_mtime for folder in folders}
+    times = {folder: _changed(folder) for folder in folders}
     if max(times.values()) - min(times.values()) < 1:
         return sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))
     return sorted(folders, key=times.__getitem__)
+
+
+def _changed(folder: Path) -> float:
+    with contextlib.suppress(OSError):  # another run has just deleted it
+        return folder.stat().st_mtime
+    return 0.0
 
 
 def _is_of_the_disk(error: Exception) -> bool:
