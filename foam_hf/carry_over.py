@@ -9,6 +9,7 @@ from torch import nn
 
 from foam_hf.optim_args import default_scale
 from foam_hf.optimizer import FOAM
+from foam_hf.optimizer_names import named
 from foam_hf.optimizer_state import CheckpointMismatchError, check_checkpoint, with_dtype
 from foam_hf.param_groups import PLAIN_OPTIONS, foam_param_groups
 
@@ -34,12 +35,14 @@ def continuing_args(
     options = {name: folded.get(name, default) for name, default in _CARRIED.items()}
     options["scale"] = folded.get("scale", default_scale(options["level"], options["second_moment"]))
     for embeddings, head in itertools.product((None, False, True), repeat=2):
-        choice = {"fold_embeddings": embeddings, "fold_head": head}
+        choice: dict[str, Any] = {"fold_embeddings": embeddings, "fold_head": head}
         groups = foam_param_groups(
             model, target_modules=target_modules, second_moment=options["second_moment"], **choice
         )
         try:
-            check_checkpoint(error.state_dict, FOAM(groups, **options).param_groups)
+            optimizer = FOAM(groups, **options)
+            with named(optimizer, model):
+                check_checkpoint(error.state_dict, optimizer.param_groups)
         except (TypeError, ValueError):
             continue
         return _words({**options, **choice}, given)

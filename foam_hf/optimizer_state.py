@@ -10,6 +10,7 @@ from torch import Tensor
 from foam_hf.adam_mini import second_moments
 from foam_hf.eight_bit import SMALLEST, eight_bit_spec
 from foam_hf.folding import Level, num_blocks
+from foam_hf.optimizer_names import names_problem
 from foam_hf.options import check_options
 
 
@@ -128,6 +129,8 @@ def check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
             "expected the same model and the same choice of folded weights (fold_embeddings, fold_head)",
             state_dict,
         )
+    if problem := names_problem(groups, saved_groups):
+        raise CheckpointMismatchError(problem, state_dict)
     for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         try:
             check_options({**group, **with_dtype(saved)})

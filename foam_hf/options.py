@@ -86,7 +86,7 @@ SCHEDULER_FIELDS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_mome
 
 def check_field_names(group: dict[Any, Any], known: Iterable[str]) -> None:
     """Raise ValueError for a field of a param group that looks like a misspelling of one in ``known``."""
-    known = [*known, "params", *SCHEDULER_FIELDS]
+    known = [*known, "params", "param_names", *SCHEDULER_FIELDS]
     for name in group:
         # Other tools tag groups with keys of their own; only a likely misspelling of ours is an error.
         if not isinstance(name, str):

@@ -11,10 +11,13 @@ What this file relies on, in transformers 4.57 to 5.x, and what it is for:
 * `Trainer.train`: wrapped, to refuse sharded training, to hand the trainer to `OptimizerMemoryCallback`, see
   `trainer_report`, and to release gradients, see `trainer_release`. It reads `is_deepspeed_enabled` and
   `accelerator.parallelism_config`; what it needs to know of FSDP is in `trainer_fsdp`.
-* `Trainer._save_checkpoint` and what it calls last, `Trainer._load_best_model`: wrapped for whole checkpoints, see
-  `trainer_checkpoints`. `Trainer.train`'s first argument is `resume_from_checkpoint`.
+* `Trainer._save_checkpoint` and what it calls last, `CallbackHandler.on_save`, `Trainer._load_best_model`: wrapped for
+  whole checkpoints, see `trainer_saving` and `trainer_checkpoints`. `Trainer.train`'s first argument is
+  `resume_from_checkpoint`.
+* `Trainer._load_optimizer_and_scheduler`: wrapped where it is, so that state goes to the weights it was saved of.
 * `Trainer._load_from_checkpoint`: wrapped where it is, so that INT8 checkpoints meet models that hold the same, and
-  `Trainer._issue_warnings_after_load`, so that no trained weight is left as it was.
+  for models that are saved under other names, see `trainer_weights`; `Trainer._issue_warnings_after_load`, so that no
+  trained weight is left as it was.
 * `transformers.modelcard.extract_hyperparameters_from_trainer`: wrapped, so that model cards name the optimizer.
 
 If something that is to be wrapped moves, importing transformers raises an ImportError that names it.
@@ -34,8 +37,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
-from foam_hf import trainer_checkpoints
+from foam_hf import trainer_checkpoints, trainer_saving, trainer_weights
 from foam_hf.optim_args import FOAM_NAMES, default_scale, foam_options, ours_like, parse_optim_args
+from foam_hf.optimizer_names import loading_by_name
 from foam_hf.places import is_sharded
 from foam_hf.trainer_fsdp import fsdp_in_use, refuse_with_fsdp, unsupported_fsdp
 from foam_hf.trainer_int8 import refuse_other_optimizer, refuse_ready_made_optimizer, refusing_other_checkpoints
@@ -149,17 +153,20 @@ def register_trainer(trainer_module: types.ModuleType) -> None:
     wrap(trainer_class, "create_optimizer", _creating_optimizer)
     wrap(trainer_class, "train", _binding_train)
     if hasattr(trainer_class, "_load_from_checkpoint"):  # a help to users, not what training rests on
-        refusing = functools.partial(refusing_other_checkpoints, is_ours=_is_ours)
-        wrap(trainer_class, "_load_from_checkpoint", refusing)
-    wrap(trainer_class, "_save_checkpoint", functools.partial(trainer_checkpoints.saving, is_ours=_is_ours))
+        wrap(trainer_class, "_load_from_checkpoint", _loading_checked)
+    wrap(trainer_class, "_save_checkpoint", functools.partial(trainer_saving.saving, is_ours=_is_ours))
+    wrap(require(trainer_module, "CallbackHandler"), "on_save", trainer_saving.sealing_again)
     wrap(trainer_class, "_load_best_model", functools.partial(trainer_checkpoints.loading_best, is_ours=_is_ours))
+    if hasattr(trainer_class, "_load_optimizer_and_scheduler"):
+        by_name = functools.partial(loading_by_name, foam_of=trainer_checkpoints.foam_of)
+        wrap(trainer_class, "_load_optimizer_and_scheduler", by_name)
     if hasattr(trainer_class, "_issue_warnings_after_load"):
-        refusing = functools.partial(trainer_checkpoints.refusing_missing_weights, is_ours=_is_ours)
+        refusing = functools.partial(trainer_weights.refusing_missing_weights, is_ours=_is_ours)
         wrap(trainer_class, "_issue_warnings_after_load", refusing)
-    wrap(trainer_class, "_push_from_checkpoint", trainer_checkpoints.finishing)
+    wrap(trainer_class, "_push_from_checkpoint", trainer_saving.finishing)
     rotates = trainer_class if hasattr(trainer_class, "_rotate_checkpoints") else trainer_module  # 4.x, 5.x
     name = "_rotate_checkpoints" if rotates is trainer_class else "rotate_checkpoints"
-    wrap(rotates, name, trainer_checkpoints.finishing)
+    wrap(rotates, name, trainer_saving.finishing)
 
 
 class _KnowingItsTrainer(staticmethod):
@@ -182,6 +189,10 @@ def _at_work(trainer: Any, function: Callable[..., Any]) -> Callable[..., Any]:
             _trainer.reset(token)
 
     return with_trainer
+
+
+def _loading_checked(original: Callable[..., Any]) -> Callable[..., Any]:
+    return refusing_other_checkpoints(trainer_weights.loading_renamed(original, _is_ours), _is_ours)
 
 
 def _building_foam(original: Callable[..., Any]) -> Any:
@@ -286,6 +297,7 @@ def _binding_train(original: Callable[..., Any]) -> Callable[..., Any]:
         if _is_ours(self.args):
             _refuse_sharding(self.args, self.model, self)
             args, kwargs = trainer_checkpoints.checked_arguments(self, args, kwargs)
+            trainer_weights.refuse_unreadable(self)
         refuse_ready_made_optimizer(self)
         bind_reports(self)
         with _gradient_release(self), _naming_parameters(self), _advising(self):
