@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foam_hf.kernel_parts import kept_finite, random_bits, random_bits_at, ratio, root, scale_of, store, unfold
+from foam_hf.kernel_parts import kept_finite, lerp, random_bits, random_bits_at, ratio, root, scale_of, store, unfold
 from foam_hf.kernel_tables import (
     MAX_WARPS,
     TRITON_DTYPES,
@@ -88,7 +88,7 @@ def _load_row(base, offset, column, mask, ALIGNED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _update_kernel(
-    table, owner, row_sums, column_sums, means, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho,
+    table, owner, row_sums, column_sums, means, step, seed, step_size, decay, b1, a1, b2, a2, inv_c1, inv_c2, eps, rho,
     grad_scale, told, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr,
     SCALED: tl.constexpr, CHECKED: tl.constexpr, NVIDIA: tl.constexpr,
@@ -154,7 +154,7 @@ def _update_kernel(
             block_mean = tl.sum(tl.reshape(g, (R, C // F, F)), 2) * share
             square = tl.sum(tl.reshape(gg, (R, C // F, F)), 2)
         old_m = m
-        m += (1 - b1) * (block_mean - m)
+        m = lerp(m, block_mean, a1, b1)
         center = m * inv_c1 - rho * block_mean
         if CHECKED:
             finite = kept_finite(square, told + stream, step, m_mask)
@@ -162,7 +162,7 @@ def _update_kernel(
             if F != C:
                 center = tl.where(finite, center, float("nan"))  # so that each element of a block can see that
         center = unfold(center, R, C, F)
-        size = root(r * c + (1 - b2) * inv_c2 * gg, NVIDIA)
+        size = root(r * c + a2 * inv_c2 * gg, NVIDIA)
         numerator = center + rho * g
         limit = size * _LARGEST
         numerator = tl.where(tl.abs(numerator) > limit, tl.where(numerator > 0, limit, -limit), numerator)  # NaN stays
@@ -196,7 +196,7 @@ def _update_kernel(
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _means_kernel(
-    table, owner, row_sums, column_sums, step, seed, b2, told, S_DTYPE: tl.constexpr, C: tl.constexpr,
+    table, owner, row_sums, column_sums, step, seed, b2, a2, told, S_DTYPE: tl.constexpr, C: tl.constexpr,
     S: tl.constexpr, STOCHASTIC: tl.constexpr, SHARED: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """The new row means, or behind them the new column means, of ``LANES`` rows or columns."""
@@ -238,7 +238,7 @@ def _means_kernel(
     bits = 0
     if STOCHASTIC and S_DTYPE is tl.bfloat16:
         bits = random_bits_at(seed, step, 4 * stream + kind, row, column, width)
-    store(target, old + (1 - b2) * (total - old), bits, mask, S_DTYPE, STOCHASTIC)
+    store(target, lerp(old, total, a2, b2), bits, mask, S_DTYPE, STOCHASTIC)
 
 
 class FactoredLaunch(AddressTable):
@@ -319,7 +319,17 @@ class FactoredLaunch(AddressTable):
             self.launch(
                 _means_kernel,
                 len(after),
-                (self.table, after, row_sums, column_sums, h.step, h.seed, float(h.b2), self.told(told)),
+                (
+                    self.table,
+                    after,
+                    row_sums,
+                    column_sums,
+                    h.step,
+                    h.seed,
+                    float(h.b2),
+                    float(1 - h.b2),
+                    self.told(told),
+                ),
                 (TRITON_DTYPES[g.state], g.columns, self.stripe, h.stochastic, self.shared, told is not None),
                 num_warps=4,
             )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from foam_hf.int8_codes import MAX_CODE, MIN_SCALE
 from foam_hf.int8_weights import Int8Weight
-from foam_hf.kernel_parts import kept_finite, philox, random_bits_at, ratio, root, scale_of, store, unfold
+from foam_hf.kernel_parts import kept_finite, lerp, philox, random_bits_at, ratio, root, scale_of, store, unfold
 from foam_hf.kernel_tables import (
     DIRECT_LAUNCH,
     MAX_COLUMNS,
@@ -104,7 +104,7 @@ def new_scales(values, s, peak, R: tl.constexpr, C: tl.constexpr, B: tl.constexp
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _update_kernel(
-    table, owner, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho, grad_scale, told,
+    table, owner, step, seed, step_size, decay, b1, a1, b2, a2, inv_c1, inv_c2, eps, rho, grad_scale, told,
     G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr, B: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     EVEN: tl.constexpr, ALIGNED: tl.constexpr, DECAYS: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr,
     CHECKED: tl.constexpr, NVIDIA: tl.constexpr,
@@ -153,16 +153,15 @@ def _update_kernel(
     mean, old_m, old_v = 0.0, m, v
     if F == 1:
         square = g * g
-        m += (1 - b1) * (g - m)
-        v = tl.fma(v, b2, (1 - b2) * g * g)  # said so: else each variant of the kernel is fused in its own way
+        m = lerp(m, g, a1, b1)
+        v = tl.fma(v, b2, a2 * g * g)  # said so: else each variant of the kernel is fused in its own way
     else:
         if F == C:
             mean, square = tl.sum(g, 1) * share, tl.sum(g * g, 1) * share
         else:
             parts = tl.reshape(g, (R, C // F, F))
             mean, square = tl.sum(parts, 2) * share, tl.sum(parts * parts, 2) * share
-        m += (1 - b1) * (mean - m)
-        v += (1 - b2) * (square - v)
+        m, v = lerp(m, mean, a1, b1), lerp(v, square, a2, b2)
     if CHECKED:
         finite = kept_finite(square, told + stream, step, m_mask)
         m, v = tl.where(finite, m, old_m), tl.where(finite, v, old_v)

@@ -89,6 +89,13 @@ def scale_of(grad_scale, number, SCALED: tl.constexpr):
 
 
 @triton.jit
+def lerp(x, y, weight, rest):
+    """From ``x`` to ``y`` by ``weight``, as torch.lerp does; ``rest`` is 1 - weight. As one difference, a weight of 1
+    would leave zero of a ``y`` that is small beside ``x``."""
+    return tl.where(weight < 0.5, x + weight * (y - x), y - (y - x) * rest)
+
+
+@triton.jit
 def kept_finite(squares, told, step, mask):
     """Where sums of squares are finite; where not, ``step`` is stored at ``told``: predicated off nearly always."""
     finite = squares < float("inf")  # NaN is not

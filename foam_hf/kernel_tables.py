@@ -74,8 +74,11 @@ class Entry:
         if self.weight.numel() == 0 and not (factored and self.place.row_groups and self.moments[2].numel()):
             return False
         geometry = Geometry.of(self)
-        segments = self.weight.numel() // self.columns * -(-self.columns // geometry.columns)
-        return geometry.columns <= MAX_COLUMNS and segments + TILE_ELEMENTS < 2**31
+        rows = self.weight.numel() // self.columns if self.columns else 0
+        segments = rows * -(-self.columns // geometry.columns)
+        # A kernel counts rows, columns and segments in int32, those of a tile beyond the last too.
+        largest = max(rows, self.columns, self.place.columns, segments)
+        return geometry.columns <= MAX_COLUMNS and largest + MAX_COLUMNS < 2**31
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,8 @@ class AddressTable:
 def numbers(h: Hyper) -> tuple[float, ...]:
     """A step's hyperparameters as the kernels take them, all of them floats whatever the user wrote."""
     step_size, decay = h.lr * h.scale, 1 - h.lr * h.weight_decay
-    return tuple(map(float, (step_size, decay, h.b1, h.b2, 1 / h.c1, 1 / h.c2, h.eps, h.rho)))
+    betas = h.b1, 1 - h.b1, h.b2, 1 - h.b2  # a difference of float32 numbers would have lost digits
+    return tuple(map(float, (step_size, decay, *betas, 1 / h.c1, 1 / h.c2, h.eps, h.rho)))
 
 
 def owner_table(counts: list[int]) -> numpy.ndarray:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foam_hf.int8_weights import Int8Weight
-from foam_hf.kernel_parts import kept_finite, random_bits, random_bits_at, ratio, root, scale_of, store, unfold
+from foam_hf.kernel_parts import kept_finite, lerp, random_bits, random_bits_at, ratio, root, scale_of, store, unfold
 from foam_hf.kernel_tables import (
     MAX_WARPS,
     TILE_ELEMENTS,
@@ -44,7 +44,7 @@ _FIELDS = 10
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _update_kernel(
-    table, owner, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho, grad_scale, told,
+    table, owner, step, seed, step_size, decay, b1, a1, b2, a2, inv_c1, inv_c2, eps, rho, grad_scale, told,
     FIELDS: tl.constexpr, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr,
     F: tl.constexpr, R: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
     STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, CHECKED: tl.constexpr, NVIDIA: tl.constexpr,
@@ -112,16 +112,15 @@ def _update_kernel(
     old_m, old_v = m, v
     if F == 1:
         square = g * g
-        m += (1 - b1) * (g - m)
-        v = tl.fma(v, b2, (1 - b2) * g * g)  # said so: else each variant of the kernel is fused in its own way
+        m = lerp(m, g, a1, b1)
+        v = tl.fma(v, b2, a2 * g * g)  # said so: else each variant of the kernel is fused in its own way
     else:
         if F == C:
             mean, square = tl.sum(g, 1) * share, tl.sum(g * g, 1) * share
         else:
             parts = tl.reshape(g, (R, C // F, F))
             mean, square = tl.sum(parts, 2) * share, tl.sum(parts * parts, 2) * share
-        m += (1 - b1) * (mean - m)
-        v += (1 - b2) * (square - v)
+        m, v = lerp(m, mean, a1, b1), lerp(v, square, a2, b2)
     unbiased = v * inv_c2
     if CHECKED:
         finite = kept_finite(square, told + stream, step, m_mask)
