@@ -242,7 +242,7 @@ def _means_kernel(
 
 
 class FactoredLaunch(AddressTable):
-    """The tables and buffers of the factored rule for tensors of one geometry, and their three launches."""
+    """The tables of the factored rule for tensors of one geometry, and their three launches."""
 
     def __init__(self, geometry: Geometry, entries: list[Entry]) -> None:
         tallest, widest = (max(entry.weight.shape[k] for entry in entries) for k in (-2, -1))
@@ -274,17 +274,23 @@ class FactoredLaunch(AddressTable):
         limited = geometry.device.type == "cuda" and torch.version.cuda and self.warps <= 8
         self.options = {"maxnreg": REGISTERS} if limited else {}
         self.owners = [upload(owner_table([count[k] for count in counts]), geometry.device) for k in range(4)]
-        self.buffers = [torch.empty(size, dtype=torch.float32, device=geometry.device) for size in sizes.tolist()]
-        # What other ranks add to before ``store``: whose it is, which ranks, the sums.
-        self.sums: list[tuple[tuple[int, int], tuple[Group, ...], Tensor]] = [
-            ((entry.stream, entry.place.first_matrix), entry.place.row_groups, self.buffers[3][start : start + size])
+        self.sizes = [-(-size // 4) * 4 for size in sizes.tolist()]  # so that each begins on 16 bytes
+        self.buffers: list[Tensor] = []  # of a step under way alone: no memory is held between steps
+        self._parts_of_sums = [
+            ((entry.stream, entry.place.first_matrix), entry.place.row_groups, slice(start, start + size))
             for entry, (start, size) in zip(entries, parts_of_sums, strict=True)
-            if self.shared
         ]
+
+    @property
+    def sums(self) -> list[tuple[tuple[int, int], tuple[Group, ...], Tensor]]:
+        """What other ranks add to before ``store``: whose it is, which ranks, the sums."""
+        return [(whose, ranks, self.buffers[3][part]) for whose, ranks, part in self._parts_of_sums if self.shared]
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None, told: Tensor | None = None) -> bool:
         """Update the weights; True if the means wait for ``store``, when ``sums`` are those of all ranks."""
         g = self.geometry
+        memory = torch.empty(sum(self.sizes), dtype=torch.float32, device=g.device)
+        self.buffers = list(memory.split(self.sizes))
         row_sums, column_sums, means, shared_sums = self.buffers
         before, update, _, sums = self.owners
         state, stochastic = TRITON_DTYPES[g.state], h.stochastic
@@ -312,9 +318,10 @@ class FactoredLaunch(AddressTable):
         return False
 
     def store(self, h: Hyper, told: Tensor | None = None) -> None:
-        """Turn sums of squares into this step's means."""
+        """Turn sums of squares into this step's means, and free them."""
         g, after = self.geometry, self.owners[2]
         row_sums, column_sums = self.buffers[0], self.buffers[3 if self.shared else 1]
+        self.buffers = []
         with device_of(g.device):
             self.launch(
                 _means_kernel,
