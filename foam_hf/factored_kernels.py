@@ -15,7 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foam_hf.kernel_parts import kept_finite, lerp, random_bits, random_bits_at, ratio, root, scale_of, store, unfold
+from foam_hf.kernel_parts import (
+    kept_finite,
+    lerp,
+    own_numbers,
+    random_bits,
+    random_bits_at,
+    ratio,
+    root,
+    scale_of,
+    store,
+    unfold,
+)
 from foam_hf.kernel_tables import (
     MAX_WARPS,
     TRITON_DTYPES,
@@ -38,8 +49,9 @@ LANES = tl.constexpr(256)  # means of a program of the small passes
 _LARGEST, _CENTER_SHARE = tl.constexpr(LARGEST_STEP), tl.constexpr(1 / LARGEST_CENTER)
 # weight, gradient, first moment, row means, column means; rows, columns, matrices, stream; where its row sums, column
 # sums and means of row means begin in the buffers; where a shard's first row is in the whole tensor, the rows of a
-# whole matrix and of all of them; where its column sums for other ranks begin
-_FIELDS = tl.constexpr(16)
+# whole matrix and of all of them; where its column sums for other ranks begin; step and bias
+# corrections, see ``own_numbers``
+_FIELDS = tl.constexpr(19)
 
 
 @triton.jit
@@ -91,11 +103,12 @@ def _update_kernel(
     table, owner, row_sums, column_sums, means, step, seed, step_size, decay, b1, a1, b2, a2, inv_c1, inv_c2, eps, rho,
     grad_scale, told, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr,
-    SCALED: tl.constexpr, CHECKED: tl.constexpr, NVIDIA: tl.constexpr,
+    SCALED: tl.constexpr, CHECKED: tl.constexpr, MIXED: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     number = tl.load(owner + 2 * tl.program_id(0))
     entry = table + number.to(tl.int64) * _FIELDS
     index = tl.load(owner + 2 * tl.program_id(0) + 1)
+    step, inv_c1, inv_c2 = own_numbers(entry + _FIELDS - 3, step, inv_c1, inv_c2, MIXED)
     W = tl.load(entry).to(tl.pointer_type(W_DTYPE))
     G = tl.load(entry + 1).to(tl.pointer_type(G_DTYPE))
     M = tl.load(entry + 2).to(tl.pointer_type(S_DTYPE))
@@ -198,12 +211,15 @@ def _update_kernel(
 def _means_kernel(
     table, owner, row_sums, column_sums, step, seed, b2, a2, told, S_DTYPE: tl.constexpr, C: tl.constexpr,
     S: tl.constexpr, STOCHASTIC: tl.constexpr, SHARED: tl.constexpr, CHECKED: tl.constexpr,
+    MIXED: tl.constexpr,
 ):  # fmt: skip
     """The new row means, or behind them the new column means, of ``LANES`` rows or columns."""
     entry = table + tl.load(owner + 2 * tl.program_id(0)).to(tl.int64) * _FIELDS
     index = tl.load(owner + 2 * tl.program_id(0) + 1)
     rows, n = tl.load(entry + 5).to(tl.int32), tl.load(entry + 6).to(tl.int32)
     matrices, stream = tl.load(entry + 7), tl.load(entry + 8).to(tl.int32)
+    if MIXED:
+        step = tl.load(entry + _FIELDS - 3).to(tl.int32)
     row_programs = tl.cdiv(matrices * rows, LANES)
     first_row, whole_rows, all_rows = tl.load(entry + 12), tl.load(entry + 13), tl.load(entry + 14)
     total = tl.zeros((LANES,), tl.float32)
@@ -261,7 +277,7 @@ class FactoredLaunch(AddressTable):
             parts = -(-segments // self.segments)
             addresses = (x.data_ptr() for x in entry.tensors)
             whole = (place.first_row, place.rows, place.all_rows)
-            table[i] = (*addresses, rows, n, matrices, entry.stream, *sizes[:3], *whole, sizes[3])
+            table[i] = (*addresses, rows, n, matrices, entry.stream, *sizes[:3], *whole, sizes[3], 0, 0, 0)
             parts_of_sums.append((int(sizes[3]), matrices * n))
             shared = matrices * n if self.shared else 0
             sizes += (matrices * rows * segments, matrices * stripes * n, matrices, shared)
@@ -289,6 +305,7 @@ class FactoredLaunch(AddressTable):
     def run(self, h: Hyper, grad_scale: Tensor | None = None, told: Tensor | None = None) -> bool:
         """Update the weights; True if the means wait for ``store``, when ``sums`` are those of all ranks."""
         g = self.geometry
+        self.follow_steps(h)
         memory = torch.empty(sum(self.sizes), dtype=torch.float32, device=g.device)
         self.buffers = list(memory.split(self.sizes))
         row_sums, column_sums, means, shared_sums = self.buffers
@@ -305,7 +322,7 @@ class FactoredLaunch(AddressTable):
                     (
                         *(TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments, g.columns),
                         *(self.stripe, g.aligned, stochastic, scaled, told is not None),
-                        self.nvidia,
+                        *(self.mixed, self.nvidia),
                     ),
                     num_warps=self.warps,
                     **self.options,
@@ -337,6 +354,14 @@ class FactoredLaunch(AddressTable):
                     float(1 - h.b2),
                     self.told(told),
                 ),
-                (TRITON_DTYPES[g.state], g.columns, self.stripe, h.stochastic, self.shared, told is not None),
+                (
+                    TRITON_DTYPES[g.state],
+                    g.columns,
+                    self.stripe,
+                    h.stochastic,
+                    self.shared,
+                    told is not None,
+                    self.mixed,
+                ),
                 num_warps=4,
             )

@@ -122,7 +122,24 @@ class AddressTable:
         self._host = torch.from_numpy(table)
         self.table = self._host.to(geometry.device)
         self.nvidia = takes_ptx(geometry.device)
+        self._states: list[Any] = []
+        self.mixed = False  # parameters that missed steps have step counts and bias corrections of their own
         self._compiled: dict[Any, Any] = {}
+
+    def know_states(self, states: list[Any]) -> None:
+        """Take the state of each tensor of the table, whose step counts may differ."""
+        self._states, self.mixed = states, len({state["step"] for state in states}) > 1
+
+    def follow_steps(self, h: Hyper) -> None:
+        """Write each tensor's step and corrections to the last three fields of the table."""
+        if not self.mixed:
+            return
+        steps = [state["step"] for state in self._states]
+        corrections = {t: (1 / (1 - h.b1**t), 1 / (1 - h.b2**t)) for t in set(steps)}
+        own = numpy.array([corrections[t] for t in steps], dtype=numpy.float32)
+        self._host[:, -3] = torch.tensor(steps, dtype=torch.int64)
+        self._host[:, -2:] = torch.from_numpy(own.view(numpy.int32).astype(numpy.int64))
+        self.table.copy_(self._host, non_blocking=True)
 
     def move_gradients(self, addresses: numpy.ndarray) -> None:
         """Point to gradients of the same kind elsewhere; ``addresses`` has one for each of ``streams``."""
