@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from foam_hf.eight_bit import SMALLEST
+from foam_hf.folding import Level, block_width
 from foam_hf.optim_args import FOAM_NAMES, foam_options
-from foam_hf.param_groups import foam_parameter_names, grouping_options
+from foam_hf.param_groups import TABLE_OPTIONS, foam_parameter_names, grouping_options
 from foam_hf.plan import Estimate
 from foam_hf.step_trace import StepTrace, trace_step, with_value
 from foam_hf.update import CHUNK_GPU
@@ -83,7 +85,8 @@ def activation_curve(model: nn.Module, sequence: int, **settings: Any) -> Callab
 def optimizer_temporary_bytes(model: nn.Module, optim: str, optim_args: str | None = None) -> int:
     """The most that one step of an optimizer allocates and frees again, next to weights, gradients and state.
 
-    FOAM's kernels on a GPU allocate nothing, nor do fused and 8-bit AdamW, and SGD. FOAM without a kernel (Muon,
+    FOAM's kernels on a GPU allocate nothing but the factored rule's, which keep sums of squares for the time of a
+    step; fused and 8-bit AdamW, and SGD, nothing either. FOAM without a kernel (Muon,
     Adam-mini, moments of 8 bits) takes what it takes on a CPU, in larger chunks. Of other optimizers this knows
     adamw_torch, adafactor, galore_adamw and apollo_adamw.
 
@@ -104,17 +107,27 @@ def optimizer_temporary_bytes(model: nn.Module, optim: str, optim_args: str | No
 
 
 def _foam_temporary_bytes(model: nn.Module, options: dict[str, Any]) -> int:
-    """What the rules without a kernel take for each element of a chunk; where weights round, mostly random bits."""
+    """What the rules without a kernel take for each element of a chunk; where weights round, mostly random bits.
+
+    The factored rule's kernels take the sums of all weights of a launch at once.
+    """
     rule, eight_bit = options.get("second_moment", "block"), options.get("plain_state") == "8bit"
     groups = foam_parameter_names(model, **grouping_options(dict(options)))
     folded = {name for group, names in groups.items() if group.startswith("folded") for name in names}
     plain = {name for group, names in groups.items() if group.startswith("plain") for name in names}
+    tables = {name for group, names in groups.items() if group.startswith("table") for name in names}
+    factored = (folded if rule == "factored" else set()) | (
+        tables if TABLE_OPTIONS.get("second_moment", rule) == "factored" else set()
+    )
+    level, sums = options.get("level", 8), 0
     most = 0
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         chunk, half = min(p.numel(), CHUNK_GPU), p.element_size() < 4
-        if rule == "muon" and name in folded:
+        if name in factored and p.dim() > 1:
+            sums += factored_sums_bytes(p.shape, level)
+        elif rule == "muon" and name in folded:
             rows, n = p.shape[-2:]
             # What is orthogonalised, made in chunks; then it, two matrices of the iteration and two squares.
             chunk = 2 * rows * n + min(rows * n, CHUNK_GPU) * (18 if half else 6)
@@ -123,7 +136,16 @@ def _foam_temporary_bytes(model: nn.Module, options: dict[str, Any]) -> int:
             most = max(most, chunk * (22 if half else 10))
         elif eight_bit and name in plain and p.numel() >= SMALLEST:
             most = max(most, chunk * (30 if half else 21))
-    return most
+    return max(most, sums)
+
+
+def factored_sums_bytes(shape: torch.Size, level: Level) -> int:
+    """What the kernels of the factored rule keep during a step for a weight of ``shape``: the sums of the squares of
+    each row over a segment of 256 columns or a wider block, of each column over 128 rows, and a mean for a matrix."""
+    *leading, rows, n = shape
+    power = 1 << max(0, n - 1).bit_length()
+    segment = max(8, 1 << max(0, block_width(level, n) - 1).bit_length(), min(256, power))
+    return 4 * math.prod(leading) * (rows * -(-n // segment) + n * -(-rows // 128) + 1)
 
 
 @functools.cache

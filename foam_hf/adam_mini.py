@@ -63,7 +63,7 @@ def update_adam_mini(p: Tensor, grad: Tensor, state: MutableMapping[str, Any], l
     width = block_width(level, n)
     weight = Int8Rows(p) if isinstance(p, Int8Weight) else PlainRows(p, n)
     gradient, moment = _as_rows(grad, n), _as_rows(state["folded_exp_avg"], num_blocks(level, n))
-    squares = torch.empty(len(weight), device=p.device)
+    squares = torch.empty(len(weight), dtype=torch.float32, device=p.device)
     for rows in _chunks(len(weight), n, p.device):
         torch.mean(_load(gradient, rows).square(), -1, out=squares[rows.start : rows.stop])
     kept = state["row_block_exp_avg_sq"]

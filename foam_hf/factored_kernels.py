@@ -15,7 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foam_hf.kernel_parts import kept_finite, random_bits, random_bits_at, ratio, root, scale_of, store, unfold
+from foam_hf.kernel_parts import (
+    kept_finite,
+    lerp,
+    own_numbers,
+    random_bits,
+    random_bits_at,
+    ratio,
+    root,
+    scale_of,
+    store,
+    unfold,
+)
 from foam_hf.kernel_tables import (
     MAX_WARPS,
     TRITON_DTYPES,
@@ -38,8 +49,9 @@ LANES = tl.constexpr(256)  # means of a program of the small passes
 _LARGEST, _CENTER_SHARE = tl.constexpr(LARGEST_STEP), tl.constexpr(1 / LARGEST_CENTER)
 # weight, gradient, first moment, row means, column means; rows, columns, matrices, stream; where its row sums, column
 # sums and means of row means begin in the buffers; where a shard's first row is in the whole tensor, the rows of a
-# whole matrix and of all of them; where its column sums for other ranks begin
-_FIELDS = tl.constexpr(16)
+# whole matrix and of all of them; where its column sums for other ranks begin; step and bias
+# corrections, see ``own_numbers``
+_FIELDS = tl.constexpr(19)
 
 
 @triton.jit
@@ -88,14 +100,15 @@ def _load_row(base, offset, column, mask, ALIGNED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _update_kernel(
-    table, owner, row_sums, column_sums, means, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho,
+    table, owner, row_sums, column_sums, means, step, seed, step_size, decay, b1, a1, b2, a2, inv_c1, inv_c2, eps, rho,
     grad_scale, told, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr,
-    SCALED: tl.constexpr, CHECKED: tl.constexpr, NVIDIA: tl.constexpr,
+    SCALED: tl.constexpr, CHECKED: tl.constexpr, MIXED: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     number = tl.load(owner + 2 * tl.program_id(0))
     entry = table + number.to(tl.int64) * _FIELDS
     index = tl.load(owner + 2 * tl.program_id(0) + 1)
+    step, inv_c1, inv_c2 = own_numbers(entry + _FIELDS - 3, step, inv_c1, inv_c2, MIXED)
     W = tl.load(entry).to(tl.pointer_type(W_DTYPE))
     G = tl.load(entry + 1).to(tl.pointer_type(G_DTYPE))
     M = tl.load(entry + 2).to(tl.pointer_type(S_DTYPE))
@@ -154,7 +167,7 @@ def _update_kernel(
             block_mean = tl.sum(tl.reshape(g, (R, C // F, F)), 2) * share
             square = tl.sum(tl.reshape(gg, (R, C // F, F)), 2)
         old_m = m
-        m += (1 - b1) * (block_mean - m)
+        m = lerp(m, block_mean, a1, b1)
         center = m * inv_c1 - rho * block_mean
         if CHECKED:
             finite = kept_finite(square, told + stream, step, m_mask)
@@ -162,7 +175,7 @@ def _update_kernel(
             if F != C:
                 center = tl.where(finite, center, float("nan"))  # so that each element of a block can see that
         center = unfold(center, R, C, F)
-        size = root(r * c + (1 - b2) * inv_c2 * gg, NVIDIA)
+        size = root(r * c + a2 * inv_c2 * gg, NVIDIA)
         numerator = center + rho * g
         limit = size * _LARGEST
         numerator = tl.where(tl.abs(numerator) > limit, tl.where(numerator > 0, limit, -limit), numerator)  # NaN stays
@@ -196,14 +209,17 @@ def _update_kernel(
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _means_kernel(
-    table, owner, row_sums, column_sums, step, seed, b2, told, S_DTYPE: tl.constexpr, C: tl.constexpr,
+    table, owner, row_sums, column_sums, step, seed, b2, a2, told, S_DTYPE: tl.constexpr, C: tl.constexpr,
     S: tl.constexpr, STOCHASTIC: tl.constexpr, SHARED: tl.constexpr, CHECKED: tl.constexpr,
+    MIXED: tl.constexpr,
 ):  # fmt: skip
     """The new row means, or behind them the new column means, of ``LANES`` rows or columns."""
     entry = table + tl.load(owner + 2 * tl.program_id(0)).to(tl.int64) * _FIELDS
     index = tl.load(owner + 2 * tl.program_id(0) + 1)
     rows, n = tl.load(entry + 5).to(tl.int32), tl.load(entry + 6).to(tl.int32)
     matrices, stream = tl.load(entry + 7), tl.load(entry + 8).to(tl.int32)
+    if MIXED:
+        step = tl.load(entry + _FIELDS - 3).to(tl.int32)
     row_programs = tl.cdiv(matrices * rows, LANES)
     first_row, whole_rows, all_rows = tl.load(entry + 12), tl.load(entry + 13), tl.load(entry + 14)
     total = tl.zeros((LANES,), tl.float32)
@@ -238,11 +254,11 @@ def _means_kernel(
     bits = 0
     if STOCHASTIC and S_DTYPE is tl.bfloat16:
         bits = random_bits_at(seed, step, 4 * stream + kind, row, column, width)
-    store(target, old + (1 - b2) * (total - old), bits, mask, S_DTYPE, STOCHASTIC)
+    store(target, lerp(old, total, a2, b2), bits, mask, S_DTYPE, STOCHASTIC)
 
 
 class FactoredLaunch(AddressTable):
-    """The tables and buffers of the factored rule for tensors of one geometry, and their three launches."""
+    """The tables of the factored rule for tensors of one geometry, and their three launches."""
 
     def __init__(self, geometry: Geometry, entries: list[Entry]) -> None:
         tallest, widest = (max(entry.weight.shape[k] for entry in entries) for k in (-2, -1))
@@ -261,7 +277,7 @@ class FactoredLaunch(AddressTable):
             parts = -(-segments // self.segments)
             addresses = (x.data_ptr() for x in entry.tensors)
             whole = (place.first_row, place.rows, place.all_rows)
-            table[i] = (*addresses, rows, n, matrices, entry.stream, *sizes[:3], *whole, sizes[3])
+            table[i] = (*addresses, rows, n, matrices, entry.stream, *sizes[:3], *whole, sizes[3], 0, 0, 0)
             parts_of_sums.append((int(sizes[3]), matrices * n))
             shared = matrices * n if self.shared else 0
             sizes += (matrices * rows * segments, matrices * stripes * n, matrices, shared)
@@ -274,17 +290,24 @@ class FactoredLaunch(AddressTable):
         limited = geometry.device.type == "cuda" and torch.version.cuda and self.warps <= 8
         self.options = {"maxnreg": REGISTERS} if limited else {}
         self.owners = [upload(owner_table([count[k] for count in counts]), geometry.device) for k in range(4)]
-        self.buffers = [torch.empty(size, dtype=torch.float32, device=geometry.device) for size in sizes.tolist()]
-        # What other ranks add to before ``store``: whose it is, which ranks, the sums.
-        self.sums: list[tuple[tuple[int, int], tuple[Group, ...], Tensor]] = [
-            ((entry.stream, entry.place.first_matrix), entry.place.row_groups, self.buffers[3][start : start + size])
+        self.sizes = [-(-size // 4) * 4 for size in sizes.tolist()]  # so that each begins on 16 bytes
+        self.buffers: list[Tensor] = []  # of a step under way alone: no memory is held between steps
+        self._parts_of_sums = [
+            ((entry.stream, entry.place.first_matrix), entry.place.row_groups, slice(start, start + size))
             for entry, (start, size) in zip(entries, parts_of_sums, strict=True)
-            if self.shared
         ]
+
+    @property
+    def sums(self) -> list[tuple[tuple[int, int], tuple[Group, ...], Tensor]]:
+        """What other ranks add to before ``store``: whose it is, which ranks, the sums."""
+        return [(whose, ranks, self.buffers[3][part]) for whose, ranks, part in self._parts_of_sums if self.shared]
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None, told: Tensor | None = None) -> bool:
         """Update the weights; True if the means wait for ``store``, when ``sums`` are those of all ranks."""
         g = self.geometry
+        self.follow_steps(h)
+        memory = torch.empty(sum(self.sizes), dtype=torch.float32, device=g.device)
+        self.buffers = list(memory.split(self.sizes))
         row_sums, column_sums, means, shared_sums = self.buffers
         before, update, _, sums = self.owners
         state, stochastic = TRITON_DTYPES[g.state], h.stochastic
@@ -299,7 +322,7 @@ class FactoredLaunch(AddressTable):
                     (
                         *(TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments, g.columns),
                         *(self.stripe, g.aligned, stochastic, scaled, told is not None),
-                        self.nvidia,
+                        *(self.mixed, self.nvidia),
                     ),
                     num_warps=self.warps,
                     **self.options,
@@ -312,14 +335,33 @@ class FactoredLaunch(AddressTable):
         return False
 
     def store(self, h: Hyper, told: Tensor | None = None) -> None:
-        """Turn sums of squares into this step's means."""
+        """Turn sums of squares into this step's means, and free them."""
         g, after = self.geometry, self.owners[2]
         row_sums, column_sums = self.buffers[0], self.buffers[3 if self.shared else 1]
+        self.buffers = []
         with device_of(g.device):
             self.launch(
                 _means_kernel,
                 len(after),
-                (self.table, after, row_sums, column_sums, h.step, h.seed, float(h.b2), self.told(told)),
-                (TRITON_DTYPES[g.state], g.columns, self.stripe, h.stochastic, self.shared, told is not None),
+                (
+                    self.table,
+                    after,
+                    row_sums,
+                    column_sums,
+                    h.step,
+                    h.seed,
+                    float(h.b2),
+                    float(1 - h.b2),
+                    self.told(told),
+                ),
+                (
+                    TRITON_DTYPES[g.state],
+                    g.columns,
+                    self.stripe,
+                    h.stochastic,
+                    self.shared,
+                    told is not None,
+                    self.mixed,
+                ),
                 num_warps=4,
             )

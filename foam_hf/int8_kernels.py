@@ -18,7 +18,18 @@ from torch import Tensor
 
 from foam_hf.int8_codes import MAX_CODE, MIN_SCALE
 from foam_hf.int8_weights import Int8Weight
-from foam_hf.kernel_parts import kept_finite, philox, random_bits_at, ratio, root, scale_of, store, unfold
+from foam_hf.kernel_parts import (
+    kept_finite,
+    lerp,
+    own_numbers,
+    philox,
+    random_bits_at,
+    ratio,
+    root,
+    scale_of,
+    store,
+    unfold,
+)
 from foam_hf.kernel_tables import (
     DIRECT_LAUNCH,
     MAX_COLUMNS,
@@ -39,7 +50,8 @@ from foam_hf.update import Hyper, Member
 # Elements of a program of the update and of a warp of it, and registers of a thread.
 TILE, WARP, REGISTERS = 4096, 1024, 128
 DEQUANTIZED = 2048  # elements of half a program of the dequantization, eight for each of its threads
-_FIELDS = tl.constexpr(8)  # codes, gradient, first moment, second moment, rows, columns, stream, scales
+# codes, gradient, first moment, second moment, rows, columns, stream, scales; step and bias corrections
+_FIELDS = tl.constexpr(11)
 _MAX = tl.constexpr(MAX_CODE)
 _MIN_SCALE = tl.constexpr(MIN_SCALE)
 _MAGIC_BITS = tl.constexpr(0x4B400000)  # of the float32 1.5 * 2**23: a smaller number added to it loses its fraction
@@ -104,14 +116,15 @@ def new_scales(values, s, peak, R: tl.constexpr, C: tl.constexpr, B: tl.constexp
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _update_kernel(
-    table, owner, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho, grad_scale, told,
+    table, owner, step, seed, step_size, decay, b1, a1, b2, a2, inv_c1, inv_c2, eps, rho, grad_scale, told,
     G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr, B: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     EVEN: tl.constexpr, ALIGNED: tl.constexpr, DECAYS: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr,
-    CHECKED: tl.constexpr, NVIDIA: tl.constexpr,
+    CHECKED: tl.constexpr, MIXED: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     number = tl.load(owner + 2 * tl.program_id(0))
     tile = tl.load(owner + 2 * tl.program_id(0) + 1)
     entry = table + number.to(tl.int64) * _FIELDS
+    step, inv_c1, inv_c2 = own_numbers(entry + _FIELDS - 3, step, inv_c1, inv_c2, MIXED)
     Q = tl.load(entry).to(tl.pointer_type(tl.int8))
     G = tl.load(entry + 1).to(tl.pointer_type(G_DTYPE))
     M = tl.load(entry + 2).to(tl.pointer_type(S_DTYPE))
@@ -153,16 +166,15 @@ def _update_kernel(
     mean, old_m, old_v = 0.0, m, v
     if F == 1:
         square = g * g
-        m += (1 - b1) * (g - m)
-        v = tl.fma(v, b2, (1 - b2) * g * g)  # said so: else each variant of the kernel is fused in its own way
+        m = lerp(m, g, a1, b1)
+        v = tl.fma(v, b2, a2 * g * g)  # said so: else each variant of the kernel is fused in its own way
     else:
         if F == C:
             mean, square = tl.sum(g, 1) * share, tl.sum(g * g, 1) * share
         else:
             parts = tl.reshape(g, (R, C // F, F))
             mean, square = tl.sum(parts, 2) * share, tl.sum(parts * parts, 2) * share
-        m += (1 - b1) * (mean - m)
-        v += (1 - b2) * (square - v)
+        m, v = lerp(m, mean, a1, b1), lerp(v, square, a2, b2)
     if CHECKED:
         finite = kept_finite(square, told + stream, step, m_mask)
         m, v = tl.where(finite, m, old_m), tl.where(finite, v, old_v)
@@ -343,7 +355,7 @@ class Int8Launch(Launch):
         for i, entry in enumerate(entries):
             rows, n = entry.weight.numel() // entry.columns, entry.columns
             scales = cast(Int8Weight, entry.weight).scales.data_ptr()
-            table[i] = (*(x.data_ptr() for x in entry.tensors), rows, n, entry.stream, scales)
+            table[i] = (*(x.data_ptr() for x in entry.tensors), rows, n, entry.stream, scales, 0, 0, 0)
             tiles.append(-(-rows * -(-n // geometry.columns) // self.segments))
         self.programs = sum(tiles)
         self.owner = upload(owner_table(tiles), geometry.device)
@@ -354,6 +366,7 @@ class Int8Launch(Launch):
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None, told: Tensor | None = None) -> None:
         g = cast(Int8Geometry, self.geometry)
+        self.follow_steps(h)
         step_size, _, *others = numbers(h)
         scale, scaled = self.scale(grad_scale)
         with device_of(g.device):
@@ -367,7 +380,7 @@ class Int8Launch(Launch):
                 (
                     *(TRITON_DTYPES[g.grad], TRITON_DTYPES[g.state], g.width, g.block_size, self.segments, g.columns),
                     *(g.even, g.aligned, h.weight_decay != 0, h.stochastic, scaled),
-                    *(told is not None, self.nvidia),
+                    *(told is not None, self.mixed, self.nvidia),
                 ),
                 num_warps=max(1, min(MAX_WARPS, g.columns * self.segments // WARP)),
                 **self.options,
@@ -376,17 +389,19 @@ class Int8Launch(Launch):
 
 def make_int8_launches(members: list[Member]) -> tuple[list[tuple[Member, Launch]], list[Member]]:
     """Launches for members that are INT8 weights, each with one of its members, and those that no kernel takes."""
-    buckets: dict[tuple[Int8Geometry, int, bool], list[tuple[Member, Entry]]] = {}
+    buckets: dict[tuple[Int8Geometry, bool], list[tuple[Member, Entry]]] = {}
     unfit = []
     for member in members:
         entry = Entry.of(member)
         taken = member.second_moment == "block" and fits_kernels(cast(Int8Weight, member.p).block_size)
         if taken and entry.fits():
-            key = (Int8Geometry.of(entry), member.state["step"], member.p.dim() > 1)
+            key = (Int8Geometry.of(entry), member.p.dim() > 1)
             buckets.setdefault(key, []).append((member, entry))
         else:
             unfit.append(member)
-    return [
-        (bucket[0][0], Int8Launch(geometry, [entry for _, entry in bucket]))
-        for (geometry, *_), bucket in buckets.items()
-    ], unfit
+    launches: list[tuple[Member, Launch]] = []
+    for (geometry, _), bucket in buckets.items():
+        launch = Int8Launch(geometry, [entry for _, entry in bucket])
+        launch.know_states([member.state for member, _ in bucket])
+        launches.append((bucket[0][0], launch))
+    return launches, unfit

@@ -56,7 +56,8 @@ class Int8Rows:
 
     def unchanged(self, rows: range) -> Tensor:
         """What to store where nothing is to change."""
-        return torch.zeros((len(rows), self.weight.codes.shape[-1]), device=self.codes.device)
+        shape = len(rows), self.weight.codes.shape[-1]
+        return torch.zeros(shape, dtype=torch.float32, device=self.codes.device)
 
     def store(self, rows: range, delta: Tensor, h: Hyper) -> None:
         """Add ``delta``, float32 (rows, n)."""

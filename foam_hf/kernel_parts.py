@@ -89,6 +89,23 @@ def scale_of(grad_scale, number, SCALED: tl.constexpr):
 
 
 @triton.jit
+def lerp(x, y, weight, rest):
+    """From ``x`` to ``y`` by ``weight``, as torch.lerp does; ``rest`` is 1 - weight. As one difference, a weight of 1
+    would leave zero of a ``y`` that is small beside ``x``."""
+    return tl.where(weight < 0.5, x + weight * (y - x), y - (y - x) * rest)
+
+
+@triton.jit
+def own_numbers(entry, step, inv_c1, inv_c2, MIXED: tl.constexpr):
+    """The step and the bias corrections of a tensor: those of the launch, or the last three fields of its own."""
+    if MIXED:
+        step = tl.load(entry).to(tl.int32)
+        inv_c1 = tl.load(entry + 1).to(tl.int32).to(tl.float32, bitcast=True)
+        inv_c2 = tl.load(entry + 2).to(tl.int32).to(tl.float32, bitcast=True)
+    return step, inv_c1, inv_c2
+
+
+@triton.jit
 def kept_finite(squares, told, step, mask):
     """Where sums of squares are finite; where not, ``step`` is stored at ``told``: predicated off nearly always."""
     finite = squares < float("inf")  # NaN is not

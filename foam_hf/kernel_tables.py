@@ -74,8 +74,11 @@ class Entry:
         if self.weight.numel() == 0 and not (factored and self.place.row_groups and self.moments[2].numel()):
             return False
         geometry = Geometry.of(self)
-        segments = self.weight.numel() // self.columns * -(-self.columns // geometry.columns)
-        return geometry.columns <= MAX_COLUMNS and segments + TILE_ELEMENTS < 2**31
+        rows = self.weight.numel() // self.columns if self.columns else 0
+        segments = rows * -(-self.columns // geometry.columns)
+        # A kernel counts rows, columns and segments in int32, those of a tile beyond the last too.
+        largest = max(rows, self.columns, self.place.columns, segments)
+        return geometry.columns <= MAX_COLUMNS and largest + MAX_COLUMNS < 2**31
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,24 @@ class AddressTable:
         self._host = torch.from_numpy(table)
         self.table = self._host.to(geometry.device)
         self.nvidia = takes_ptx(geometry.device)
+        self._states: list[Any] = []
+        self.mixed = False  # parameters that missed steps have step counts and bias corrections of their own
         self._compiled: dict[Any, Any] = {}
+
+    def know_states(self, states: list[Any]) -> None:
+        """Take the state of each tensor of the table, whose step counts may differ."""
+        self._states, self.mixed = states, len({state["step"] for state in states}) > 1
+
+    def follow_steps(self, h: Hyper) -> None:
+        """Write each tensor's step and corrections to the last three fields of the table."""
+        if not self.mixed:
+            return
+        steps = [state["step"] for state in self._states]
+        corrections = {t: (1 / (1 - h.b1**t), 1 / (1 - h.b2**t)) for t in set(steps)}
+        own = numpy.array([corrections[t] for t in steps], dtype=numpy.float32)
+        self._host[:, -3] = torch.tensor(steps, dtype=torch.int64)
+        self._host[:, -2:] = torch.from_numpy(own.view(numpy.int32).astype(numpy.int64))
+        self.table.copy_(self._host, non_blocking=True)
 
     def move_gradients(self, addresses: numpy.ndarray) -> None:
         """Point to gradients of the same kind elsewhere; ``addresses`` has one for each of ``streams``."""
@@ -159,7 +179,8 @@ class AddressTable:
 def numbers(h: Hyper) -> tuple[float, ...]:
     """A step's hyperparameters as the kernels take them, all of them floats whatever the user wrote."""
     step_size, decay = h.lr * h.scale, 1 - h.lr * h.weight_decay
-    return tuple(map(float, (step_size, decay, h.b1, h.b2, 1 / h.c1, 1 / h.c2, h.eps, h.rho)))
+    betas = h.b1, 1 - h.b1, h.b2, 1 - h.b2  # a difference of float32 numbers would have lost digits
+    return tuple(map(float, (step_size, decay, *betas, 1 / h.c1, 1 / h.c2, h.eps, h.rho)))
 
 
 def owner_table(counts: list[int]) -> numpy.ndarray:

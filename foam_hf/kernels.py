@@ -1,7 +1,8 @@
 """The rules of ``update`` as Triton kernels: many tensors in one launch, one pass over memory, no temporaries.
 
 A launch updates all tensors of a param group that share dtypes and geometry, see ``kernel_tables``. Learning rate,
-step count and bias corrections are plain arguments, so they never recompile; nothing is read back from the device.
+step count and bias corrections are plain arguments, so they never recompile; those of weights that missed steps are in
+the table. Nothing is read back from the device.
 
 A program works on a tile of ``R`` segments of ``C`` adjacent columns; ``C`` holds whole blocks of ``F`` columns, so
 every mean is inside a tile. Plain parameters are the block rule at ``F = 1``, where the residual is zero.
@@ -17,7 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from foam_hf.int8_weights import Int8Weight
-from foam_hf.kernel_parts import kept_finite, random_bits, random_bits_at, ratio, root, scale_of, store, unfold
+from foam_hf.kernel_parts import (
+    kept_finite,
+    lerp,
+    own_numbers,
+    random_bits,
+    random_bits_at,
+    ratio,
+    root,
+    scale_of,
+    store,
+    unfold,
+)
 from foam_hf.kernel_tables import (
     MAX_WARPS,
     TILE_ELEMENTS,
@@ -38,16 +50,17 @@ if TYPE_CHECKING:
 KERNEL_RULES = ("block", "factored")
 WARP_ELEMENTS = 512
 # One row of the table: weight, gradient, first moment, second moment, rows, columns, stream; and where a shard's first
-# row and column are in the whole tensor, and the columns of that.
-_FIELDS = 10
+# row and column are in the whole tensor, and the columns of that; step and bias corrections, see ``own_numbers``.
+_FIELDS = 13
 
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _update_kernel(
-    table, owner, step, seed, step_size, decay, b1, b2, inv_c1, inv_c2, eps, rho, grad_scale, told,
+    table, owner, step, seed, step_size, decay, b1, a1, b2, a2, inv_c1, inv_c2, eps, rho, grad_scale, told,
     FIELDS: tl.constexpr, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr,
     F: tl.constexpr, R: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
-    STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, CHECKED: tl.constexpr, NVIDIA: tl.constexpr,
+    STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, CHECKED: tl.constexpr, MIXED: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):  # fmt: skip
     number = tl.load(owner + 2 * tl.program_id(0))
     tile = tl.load(owner + 2 * tl.program_id(0) + 1)
@@ -56,6 +69,7 @@ def _update_kernel(
     m_address, v_address = tl.load(entry + 2), tl.load(entry + 3)
     rows, n = tl.load(entry + 4).to(tl.int32), tl.load(entry + 5).to(tl.int32)
     stream = tl.load(entry + 6).to(tl.int32)
+    step, inv_c1, inv_c2 = own_numbers(entry + FIELDS - 3, step, inv_c1, inv_c2, MIXED)
     W = w_address.to(tl.pointer_type(W_DTYPE))
     G = g_address.to(tl.pointer_type(G_DTYPE))
     M = m_address.to(tl.pointer_type(S_DTYPE))
@@ -112,16 +126,15 @@ def _update_kernel(
     old_m, old_v = m, v
     if F == 1:
         square = g * g
-        m += (1 - b1) * (g - m)
-        v = tl.fma(v, b2, (1 - b2) * g * g)  # said so: else each variant of the kernel is fused in its own way
+        m = lerp(m, g, a1, b1)
+        v = tl.fma(v, b2, a2 * g * g)  # said so: else each variant of the kernel is fused in its own way
     else:
         if F == C:
             mean, square = tl.sum(g, 1) * share, tl.sum(g * g, 1) * share
         else:
             parts = tl.reshape(g, (R, C // F, F))
             mean, square = tl.sum(parts, 2) * share, tl.sum(parts * parts, 2) * share
-        m += (1 - b1) * (mean - m)
-        v += (1 - b2) * (square - v)
+        m, v = lerp(m, mean, a1, b1), lerp(v, square, a2, b2)
     unbiased = v * inv_c2
     if CHECKED:
         finite = kept_finite(square, told + stream, step, m_mask)
@@ -170,7 +183,7 @@ class Launch(AddressTable):
             rows = entry.weight.numel() // n
             place = entry.place
             where = (place.first_row, place.first_column, place.columns)
-            table[i] = (*(x.data_ptr() for x in entry.tensors), rows, n, entry.stream, *where)
+            table[i] = (*(x.data_ptr() for x in entry.tensors), rows, n, entry.stream, *where, 0, 0, 0)
             tiles.append(-(-rows * -(-n // geometry.columns) // self.segments))
         self.programs = sum(tiles)
         self.owner = upload(owner_table(tiles), geometry.device)
@@ -178,6 +191,7 @@ class Launch(AddressTable):
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None, told: Tensor | None = None) -> None:
         g = self.geometry
+        self.follow_steps(h)
         state = TRITON_DTYPES[g.state]
         scale, scaled = self.scale(grad_scale)
         with device_of(g.device):
@@ -188,7 +202,7 @@ class Launch(AddressTable):
                 (
                     *(_FIELDS, TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments),
                     *(g.columns, g.even, g.aligned, h.stochastic, scaled, g.shifted),
-                    *(told is not None, self.nvidia),
+                    *(told is not None, self.mixed, self.nvidia),
                 ),
                 num_warps=max(1, min(MAX_WARPS, g.columns * self.segments // WARP_ELEMENTS)),
             )
@@ -203,21 +217,21 @@ def make_launches(members: list[Member]) -> tuple[list[tuple[Member, Launch | Fa
     members = [member for member in members if member.second_moment in KERNEL_RULES]
     int8_launches, unfit = make_int8_launches([member for member in members if isinstance(member.p, Int8Weight)])
     unfit += without
-    buckets: dict[tuple[str, Geometry, int, bool, bool], list[tuple[Member, Entry]]] = {}
+    buckets: dict[tuple[str, Geometry, bool, bool], list[tuple[Member, Entry]]] = {}
     for member in members:
         if isinstance(member.p, Int8Weight):
             continue
         entry = Entry.of(member)
         if entry.fits():
-            # Parameters that missed steps have bias corrections of their own, vectors a scale of their own.
             shared = bool(entry.place.row_groups)
-            key = (member.second_moment, Geometry.of(entry), member.state["step"], member.p.dim() > 1, shared)
+            key = (member.second_moment, Geometry.of(entry), member.p.dim() > 1, shared)  # vectors have another scale
             buckets.setdefault(key, []).append((member, entry))
         else:
             unfit.append(member)
     kinds: dict[str, type[Launch] | type[FactoredLaunch]] = {"block": Launch, "factored": FactoredLaunch}
-    launches = [
-        (bucket[0][0], kinds[rule](geometry, [entry for _, entry in bucket]))
-        for (rule, geometry, *_), bucket in buckets.items()
-    ]
+    launches = []
+    for (rule, geometry, *_), bucket in buckets.items():
+        launch = kinds[rule](geometry, [entry for _, entry in bucket])
+        launch.know_states([member.state for member, _ in bucket])
+        launches.append((bucket[0][0], launch))
     return [*int8_launches, *launches], unfit

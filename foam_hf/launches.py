@@ -114,7 +114,7 @@ class StepPlan:
         """
         for state in self._states:
             state["step"] += 1
-        if self._launches:  # those of one launch share a step: another's count would be another's bias correction
+        if self._launches:
             self._steps = list(map(_STEP, self._states))
         unfinished: list[tuple[Unfinished, Hyper, Tensor | None]] = []
         for i, (group, member, launch) in enumerate(self._launches):

@@ -91,7 +91,7 @@ def update_muon(p: Tensor, grad: Tensor, state: MutableMapping[str, Any], level:
             direction[chunk.start - first : chunk.stop - first] = _direction(gradient, momentum, chunk, width, h)
         direction = orthogonalize(direction, COEFFICIENTS, ITERATIONS, SMALLEST_NORM)
         if size > LARGEST_STEP / LARGEST_VALUE:  # smaller matrices have no element that is limited
-            direction = direction.clamp(-LARGEST_STEP / size, LARGEST_STEP / size)
+            direction.clamp_(-LARGEST_STEP / size, LARGEST_STEP / size)
         for chunk in chunks:
             W = weight.load(chunk, h)
             W.add_(direction[chunk.start - first : chunk.stop - first], alpha=-step)

@@ -113,6 +113,12 @@ class _Told:
         more._seen[: len(self._seen)] = self._seen
         return more
 
+    def forget(self, i: int) -> None:
+        """Of parameter ``i`` nothing was ever told; the caller has taken what is new."""
+        if i < len(self.steps):
+            self.steps[i] = 0
+            self._seen[i] = 0
+
     def send(self) -> None:
         """Start a copy to the host, unless one is on its way."""
         device = self.steps.device
@@ -156,6 +162,17 @@ class Watch:
             found = _Told(device, size) if found is None else found.grown(size)
             self._devices[device] = found
         return found.steps
+
+    def forget(self, i: int, groups: list[dict[str, Any]]) -> None:
+        """Parameter ``i`` begins anew: its steps have numbers that were told of before.
+
+        Raises:
+            NonfiniteGradientError: something was left out before, and nobody was told.
+        """
+        if any(i < len(told.steps) for told in self._devices.values()):
+            self.tell(groups, wait=True)
+        for told in self._devices.values():
+            told.forget(i)
 
     def send(self) -> None:
         for told in self._devices.values():

@@ -241,6 +241,8 @@ class FOAM(torch.optim.Optimizer):
         if is_sharded(p):
             check_rule(p, group)  # FSDP2 shards what the constructor saw whole
             pieces = [*pieces_of(p, *effective_rule(p, group))]
+        if not self.state[p]:
+            self._watch.forget(stream, self.param_groups)
         member = self._member(p, group, stream)
         return [member._replace(piece=piece) for piece in pieces]
 
@@ -374,6 +376,8 @@ def _hyper(group: dict[str, Any], member: Member) -> Hyper:
     b1, b2 = group["betas"]
     if member.second_moment == "muon":
         b1 = group["momentum"]
+    if not (0 <= b1 < 1 and 0 <= b2 < 1):  # a schedule's, or a user's, since the group was checked
+        check_options(group)
     t = member.state["step"]
     return Hyper(
         lr=float(group["lr"]),

@@ -84,9 +84,25 @@ def _check_number(name: str, value: Any, *, below: float = math.inf, positive: b
 SCHEDULER_FIELDS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
 
 
+# What other optimizers of torch have in their groups, the values that ask for nothing, and what to do about others.
+FOREIGN_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "maximize": ((False,), "a loss to minimize, its negative"),
+    "amsgrad": ((False,), "no such field: FOAM keeps no maximum of its second moments"),
+    "nesterov": ((False,), "no such field: second_moment='muon' has Nesterov's momentum of its own"),
+    "foreach": ((False, None), "no such field: FOAM's kernels update all weights at once"),
+    "fused": ((False, None), "no such field: FOAM's kernels are fused wherever Triton is"),
+    "capturable": ((False,), "no such field: FOAM's step is not captured in CUDA graphs"),
+    "differentiable": ((False,), "no such field: autograd does not go through FOAM's step"),
+    "decoupled_weight_decay": ((True,), "no such field: FOAM's weight decay is decoupled, as AdamW's"),
+}
+
+
 def check_field_names(group: dict[Any, Any], known: Iterable[str]) -> None:
-    """Raise ValueError for a field of a param group that looks like a misspelling of one in ``known``."""
-    known = [*known, "params", "param_names", *SCHEDULER_FIELDS]
+    """Raise ValueError for a field that looks like a misspelling of one in ``known``, or asks for what FOAM lacks."""
+    for name, (idle, right) in FOREIGN_FIELDS.items():
+        if name in group and not any(group[name] is value for value in idle):
+            raise ValueError(f"FOAM has no {name}: got {name}={group[name]!r} in a param group; expected {right}")
+    known = [*known, "params", "param_names", *SCHEDULER_FIELDS, *FOREIGN_FIELDS]
     for name in group:
         # Other tools tag groups with keys of their own; only a likely misspelling of ours is an error.
         if not isinstance(name, str):

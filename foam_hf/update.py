@@ -188,7 +188,7 @@ class FactoredMoment:
         mean = (self.columns if place.row_groups else r32).mean(-1, keepdim=True)
         # Where no gradient has ever been, mean(r) is zero, and V must be zero, not 0/0.
         self.rows = (r32 / mean.clamp_min(torch.finfo(torch.float32).tiny)).view(-1, 1)
-        self.row_means = torch.zeros(r.numel(), device=r.device)
+        self.row_means = torch.zeros(r.numel(), dtype=torch.float32, device=r.device)
         self.column_sums = torch.zeros_like(self.columns)
 
     def chunk(self, rows: range, G: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from foam_hf import FOAM
 from foam_hf.activations import WORKSPACE, activation_bytes, activation_curve, optimizer_temporary_bytes
 from foam_hf.int8_weights import Int8Weight
+from foam_hf.optim_args import foam_options
+from foam_hf.param_groups import foam_parameter_names, grouping_options
 from foam_hf.step_trace import trace_step, with_value
 from tests import tiny_models
 from tests.tolerances import TOLERANCES
@@ -292,6 +295,27 @@ def test_temporary_memory_of_optimizers(optim, dtype):
     name, _, eight_bit = optim.partition(" of ")
     expected = optimizer_temporary_bytes(model, name, "plain_state=8bit" if eight_bit else None)
     assert peak == pytest.approx(expected, rel=TOLERANCES["temporary bytes of an optimizer"].allowed, abs=1024)
+
+
+@pytest.mark.parametrize("level", [0, 3, 8, "row"])
+def test_the_factored_kernels_hold_nothing_between_steps_and_what_they_take_in_one_is_planned(
+    monkeypatch: pytest.MonkeyPatch, level: Any
+) -> None:
+    monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
+    model = tiny_models.tiny_llama()
+    told = optimizer_temporary_bytes(model, "foam", f"second_moment=factored,level={level}")
+    options = grouping_options(foam_options("foam", f"second_moment=factored,level={level}"))
+    groups = foam_parameter_names(model, **options)
+    folded = [name for group, names in groups.items() if not group.startswith("plain") for name in names]
+    parameters = dict(model.named_parameters())
+    optimizer = FOAM([parameters[name] for name in folded], level=level, second_moment="factored")
+    for name in folded:
+        parameters[name].grad = torch.ones_like(parameters[name])
+    optimizer.step()
+    launches = [launch for *_, launch in optimizer._plan._launches]
+    assert launches and all(launch.buffers == [] for launch in launches)
+    taken = sum(4 * sum(launch.sizes) for launch in launches)
+    assert told <= taken <= told + 64 * len(launches)
 
 
 def _adafactor(params: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -139,6 +139,22 @@ def test_it_writes_all_of_a_tensor_and_nothing_else(monkeypatch):
             assert bool((x[:pad] == value).all()) and bool((x[-pad:] == value).all())
 
 
+def test_weights_that_missed_steps_share_a_launch(monkeypatch):
+    weights, gradients = drawn(torch.bfloat16, 2, [(3, 128)] * 3)
+    runs = []
+    for kernel in ("triton", "reference"):
+        monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
+        params = [torch.nn.Parameter(w.clone()) for w in weights]
+        optimizer = FOAM(params, lr=0.01, weight_decay=0.1, scale=1.0, level=3)
+        for t, step in enumerate(gradients):
+            for i, (p, grad) in enumerate(zip(params, step, strict=True)):
+                p.grad = None if t == 0 and i == 1 else grad.clone()
+            optimizer.step()
+        runs.append((params, optimizer))
+        assert kernel == "reference" or len(optimizer._plan._launches) == 1
+    assert_same_steps(*runs)
+
+
 def test_equal_geometry_is_one_launch_beside_that_of_plain_weights(monkeypatch):
     monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
     params = [torch.nn.Parameter(quantized(torch.randn(rows, 512))) for rows in (3, 4, 20)]

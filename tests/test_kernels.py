@@ -258,6 +258,26 @@ def test_a_backward_pass_that_needs_the_weight_before_the_step_fails(monkeypatch
         loss.backward()
 
 
+@pytest.mark.parametrize("options", [{}, {"level": 0}, {"second_moment": "factored"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_that_missed_steps_share_a_launch(monkeypatch, dtype, options):
+    """Experts and skipped layers: each has a step, bias corrections and random bits of its own."""
+    weights, gradients = drawn(dtype, steps=5, shapes=[(3, 64)] * 4)
+    gradients[0][3] = gradients[1][0] = gradients[2][0] = gradients[2][2] = None
+    options = {"level": 3, "state_dtype": dtype, **options}
+    fused, a = train(monkeypatch, "triton", weights, gradients, **options)
+    plain, b = train(monkeypatch, "reference", weights, gradients, **options)
+    assert len(a._plan._launches) == 1 and not a._plan._rest
+    assert [state["step"] for state in a.state.values()] == [state["step"] for state in b.state.values()]
+    assert {state["step"] for state in a.state.values()} == {3, 4, 5}
+    case = "five steps against float64, " + (
+        "float32 weights" if dtype == torch.float32 else "bfloat16 weights to nearest"
+    )
+    for p, q in zip(fused, plain, strict=True):
+        assert dtype == torch.float32 or (p != q).float().mean().item() <= 0.02
+        assert_within(p.float(), q.float(), case)
+
+
 def test_one_group_of_equal_geometry_is_one_launch():
     params = [torch.nn.Parameter(torch.zeros(rows, 512, device=DEVICE)) for rows in (3, 8, 300)]
     optimizer = FOAM(params)

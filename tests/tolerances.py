@@ -26,6 +26,8 @@ TOLERANCES = {
     "five steps against float64, bfloat16 state": Tolerance(7e-3, 2.3e-3),
     # Equal in what was measured: one spacing of bfloat16, where the state is that.
     "kernel state against the plain path's": Tolerance(2.0**-7, 0.0),
+    # Means of a block that nearly cancel, after a spike.
+    "kernel steps against the plain path's": Tolerance(6e-5, 2.2e-5),
     "level 0 against Adam-mini, 20 steps, float32": Tolerance(8e-7, 2.6e-7),
     "four steps of Muon against float64, change of the weights": Tolerance(5e-2, 1.6e-2),
     # Stated bounds: Adam's, 7.4 at the default betas, and LARGEST_STEP, to which its own hold the other rules.
