@@ -15,19 +15,25 @@ def block_bounds(n: int, level: int | str) -> list[tuple[int, int]]:
     return [(start, min(start + width, n)) for start in range(0, n, width)]
 
 
+def _scale(given: float | None, level, second_moment: str) -> float:
+    """As the README states it: the rule's own where none is given, 1 where nothing folds."""
+    own = {"block": 6.0, "factored": 1.0, "muon": 1.0, "adam_mini": 6.0}[second_moment]
+    return given if given is not None else 1.0 if level == 0 else own
+
+
 class Reference:
     """The state and step of one parameter. ``step`` takes a gradient and returns the new weight, float64.
 
     A block whose gradient's squares have no finite sum in float32 is left as it is, and is zeros to row and column.
     """
 
-    def __init__(self, weight: Tensor, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, level=8, scale=0.25,
+    def __init__(self, weight: Tensor, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, level=8, scale=None,
                  second_moment="block", residual_scale=1.0):  # fmt: skip
         self.weight = weight.detach().double().clone()
         self.lr, self.betas, self.eps, self.decay = lr, betas, eps, weight_decay
         plain = weight.dim() < 2
         self.level = 0 if plain else level
-        self.scale = 1.0 if plain else scale
+        self.scale = 1.0 if plain else _scale(scale, level, second_moment)
         self.factored = second_moment == "factored" and not plain
         self.rho, self.t = residual_scale, 0
         self.m: dict[tuple[int, int], float] = {}
@@ -85,11 +91,11 @@ class MuonReference:
     """FOAM with Muon, one matrix and one block at a time; the Newton-Schulz iteration in float64 too."""
 
     def __init__(
-        self, weight: Tensor, *, lr, weight_decay=0.0, momentum=0.95, level=8, scale=0.25, residual_scale=1.0
+        self, weight: Tensor, *, lr, weight_decay=0.0, momentum=0.95, level=8, scale=None, residual_scale=1.0
     ):
         self.weight = weight.detach().double().clone()
         self.lr, self.decay, self.mu, self.level = lr, weight_decay, momentum, level
-        self.scale, self.rho = scale, residual_scale
+        self.scale, self.rho = _scale(scale, level, "muon"), residual_scale
         self.bounds = block_bounds(weight.shape[-1], level)
         self.momentum = torch.zeros(*weight.shape[:-1], len(self.bounds), dtype=torch.float64)
 
@@ -122,11 +128,11 @@ class MuonReference:
 class MiniReference:
     """FOAM with Adam-mini: the block rule with one second moment for ``mini_rows`` rows, 0 for all."""
 
-    def __init__(self, weight: Tensor, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, level=8, scale=0.25,
+    def __init__(self, weight: Tensor, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, level=8, scale=None,
                  residual_scale=1.0, mini_rows=1):  # fmt: skip
         self.weight = weight.detach().double().clone()
         self.lr, self.betas, self.eps, self.decay = lr, betas, eps, weight_decay
-        self.scale, self.rho, self.t = scale, residual_scale, 0
+        self.scale, self.rho, self.t = _scale(scale, level, "adam_mini"), residual_scale, 0
         n = weight.shape[-1]
         self.bounds = block_bounds(n, level)
         self.rows = weight.numel() // n

@@ -122,9 +122,9 @@ def test_blocks_of_a_llama_are_heads_rows_and_norms():
     assert found[f"{layer}self_attn.q_proj.weight"] == found[f"{layer}self_attn.k_proj.weight"] == (8, True)
     for name in ("self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
         assert found[f"{layer}{name}.weight"] == (1, True)
-    assert found["model.embed_tokens.weight"] == found["lm_head.weight"] == (1, False)
+    assert found["model.embed_tokens.weight"] == found["lm_head.weight"] == (1, True)
     assert found[f"{layer}input_layernorm.weight"] == found["model.norm.weight"] == (0, False)
-    assert blocks(tiny_models.tiny_llama(), fold_head=True)["lm_head.weight"] == (1, True)
+    assert blocks(tiny_models.tiny_llama(), fold_head=False)["lm_head.weight"] == (1, False)
 
 
 def test_a_head_size_of_the_config_goes_before_hidden_size_over_heads():

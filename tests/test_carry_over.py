@@ -64,7 +64,7 @@ def test_with_these_it_goes_on_as_it_did(old: Path, optim_args: str) -> None:
         run.train(resume_from_checkpoint=str(old))
     else:  # everything but the scale fits: the checkpoint's counts, and that is said
         with pytest.warns(
-            UserWarning, match=r"goes on with the hyperparameters of its checkpoint: scale=0\.25, not 4"
+            UserWarning, match=r"goes on with the hyperparameters of its checkpoint: scale=0\.25, not 6"
         ):
             run.train(resume_from_checkpoint=str(old))
     assert run.state.global_step == 4

@@ -415,7 +415,7 @@ def test_summary_says_what_folds_what_stays_and_what_it_costs():
     groups += [{"params": [embedding, bias], "level": 0, "scale": 1.0}]
     lines = summarize(FOAM(groups)).splitlines()
     assert lines == [
-        "FOAM: folded (level 8, scale 4, second moment block): 1 tensor, 51,200 parameters, 1.60 kB of state",
+        "FOAM: folded (level 8, scale 6, second moment block): 1 tensor, 51,200 parameters, 1.60 kB of state",
         "FOAM: folded (level row, scale 0.5, second moment block): 1 tensor, 5,120 parameters, 80 B of state",
         "FOAM: unfolded (plain AdamW): 2 tensors, 4,005 parameters, 32.04 kB of state, of which 32.00 kB for the "
         "largest tensor, [1000, 4]",

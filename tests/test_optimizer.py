@@ -407,7 +407,7 @@ def test_damaged_checkpoints_are_refused():
 def test_checkpoint_replaces_hyperparameters_and_says_so():
     saved = checkpoint_of(lambda p: FOAM(p, level=2, lr=0.5, scale=0.75))
     optimizer = FOAM(model().parameters(), level=2, lr=0.1)
-    with pytest.warns(UserWarning, match=r"with the hyperparameters of its checkpoint: scale=0\.75, not 4\.0"):
+    with pytest.warns(UserWarning, match=r"with the hyperparameters of its checkpoint: scale=0\.75, not 6\.0"):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["scale"] == 0.75 and optimizer.param_groups[0]["lr"] == 0.5
 
