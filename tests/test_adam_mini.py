@@ -149,7 +149,8 @@ def test_blocks_of_encoders_and_their_biases():
     assert found[f"{layer}attention.self.value.weight"] == found[f"{layer}intermediate.dense.weight"] == (1, True)
     assert found[f"{layer}attention.self.query.bias"] == (None, False)
     assert found[f"{layer}output.LayerNorm.weight"] == (0, False)
-    assert found["roberta.embeddings.word_embeddings.weight"] == found["classifier.dense.weight"] == (1, False)
+    assert found["roberta.embeddings.word_embeddings.weight"] == (1, True)
+    assert found["classifier.dense.weight"] == (1, False)
     assert blocks(tiny_models.tiny_t5())["encoder.block.0.layer.0.SelfAttention.q.weight"] == (8, True)
 
 

@@ -102,7 +102,7 @@ def model():
 
 
 def make(net, **options):
-    return FOAM(foam_param_groups(net, level=2), **{"plain_state": "8bit", **options})
+    return FOAM(foam_param_groups(net, level=2, fold_embeddings=False), **{"plain_state": "8bit", **options})
 
 
 def run(net, optimizer, steps, start=0):

@@ -508,7 +508,7 @@ def test_missing_task_and_output_dir(tmp_path):
 
 
 def test_foams_settings_do_not_reach_another_optimizer():
-    common = ["--task_name", "cola", "--output_dir", "x"]
+    common = [str(RECIPE / "roberta-base-paper.yaml"), "--task_name", "cola", "--output_dir", "x"]
     _, training, _, notes = arguments.parse([*common, "--optim", "adamw_torch"])
     assert "optim_args" not in training and training["learning_rate"] == 2e-4
     assert "level=8,scale=0.25" in notes[0] and "0.0002" in notes[1]
@@ -534,15 +534,18 @@ def test_warm_up_is_a_share_of_the_steps_in_every_release():
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in RECIPE.glob("*.yaml")))
-def test_every_config_has_the_papers_settings_and_trains(config, flags):
+def test_every_config_says_which_settings_it_has_and_trains(config, flags):
     _, training, _, _ = arguments.parse([str(RECIPE / config), "--task_name", "cola", "--output_dir", "x"])
     args = arguments.build_training_arguments(training, Path("x"), 1)
-    assert (args.optim, args.optim_args, args.learning_rate) == ("foam", "level=8,scale=0.25", 2e-4)
+    name, papers = config.removesuffix(".yaml").removesuffix("-paper"), "-paper" in config
+    rate = 2e-4 if papers else {"roberta-base": 2e-5, "roberta-large": 1e-5}[name]  # AdamW's, as published
+    given = "level=8,scale=0.25,fold_embeddings=false,fold_head=false" if papers else None
+    assert (args.optim, args.optim_args, args.learning_rate) == ("foam", given, rate)
     assert (args.lr_scheduler_type, args.get_warmup_steps(100), args.num_train_epochs) == ("cosine", 10, 3)
     assert (args.per_device_train_batch_size, args.report_to, args.push_to_hub) == (32, [], False)
     recipe, *_ = arguments.parse([str(RECIPE / config), "--task_name", "cola", "--output_dir", "x"])
     assert recipe.max_seq_length == 256
-    assert recipe.model_name_or_path == config.removesuffix(".yaml")
+    assert recipe.model_name_or_path == name
     results = train.main([str(RECIPE / config), "--task_name", "cola", *flags])
     assert results["steps"] == 2 and results["settings"]["max_seq_length"] == 256
 
@@ -562,7 +565,7 @@ def test_every_task_trains_evaluates_and_saves(task, flags, tmp_path, capsys):
     assert results["scores"] != results["untrained"], "two steps change at least the loss"
     assert results["main_score"] == pytest.approx(np.mean([results["scores"][name] for name in spec.main]))
     assert 0 < results["optimizer_state_bytes"] < results["adamw_state_bytes"]
-    assert (results["task"], results["optim"], results["optim_args"]) == (task, "foam", "level=8,scale=0.25")
+    assert (results["task"], results["optim"], results["optim_args"]) == (task, "foam", None)
     assert results["versions"]["foam_hf"] == foam_hf.__version__ and results["seconds"]["train"] > 0
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
 
@@ -574,7 +577,7 @@ def test_every_task_trains_evaluates_and_saves(task, flags, tmp_path, capsys):
     logged = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert any("optim/state_bytes" in entry for entry in logged)
     printed = capsys.readouterr().out
-    assert printed.startswith(f"GLUE {task} | model ") and "foam (level=8,scale=0.25)" in printed.split("\n")[0]
+    assert printed.startswith(f"GLUE {task} | model ") and " foam " in printed.split("\n")[0]
     assert "AutoModelForSequenceClassification.from_pretrained" in printed
 
 

@@ -509,8 +509,8 @@ def test_counted_bytes_are_those_of_a_run(method, optim, models, data, tmp_path,
 
     options = {
         "AdamW": ["--optim", "adamw_torch_fused"],
-        "FOAM": ["--optim", "foam", "--optim_args", "level=8,scale=0.25"],
-        method_bytes.LEAN: ["--optim_args", "fold_embeddings=true,fold_head=true,gradient_release=true"],
+        "FOAM": ["--optim", "foam"],
+        method_bytes.LEAN: ["--optim_args", "gradient_release=true"],
     }[optim]
     meters = []
     monkeypatch.setattr(train, "Meter", lambda: meters.append(measuring.Meter()) or meters[0])

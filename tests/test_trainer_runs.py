@@ -174,7 +174,7 @@ class CountSteps(TrainerCallback):
         ({"optim_args": "level=2"}, "level=2"),
         ({"optim_args": "level=3,second_moment=factored"}, "second_moment='factored'"),
         ({"optim": "foam_muon"}, "second_moment='muon'"),
-        ({"optim_args": "level=3,fold_embeddings=true"}, "param groups"),
+        ({"optim_args": "level=3,fold_embeddings=false"}, "optim_args='level=3,fold_embeddings=false'"),
     ],
     ids=["adamw", "level", "rule", "muon", "embeddings"],
 )

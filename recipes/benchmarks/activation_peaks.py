@@ -77,6 +77,13 @@ CASES = {
 }
 
 
+def optim_args(case: Case, gradient_release: bool = False) -> str | None:
+    """FOAM's as these runs were measured: version 0.1.0 kept embeddings and heads plain."""
+    if case.optim != "foam":
+        return None
+    return "fold_embeddings=false,fold_head=false" + (",gradient_release=true" if gradient_release else "")
+
+
 def build(case: Case, device: str, tiny: bool) -> torch.nn.Module:
     config = load_config(case.model)
     if tiny:
@@ -108,8 +115,10 @@ def predict(case: Case, tiny: bool) -> dict[str, Any]:
     started = time.perf_counter()
     activations = activation_bytes(model, batch, sequence, **case.step).bytes
     seconds = time.perf_counter() - started
-    activations = max(activations, optimizer_temporary_bytes(model, case.optim))
-    counted = count_bytes(model, case.optim, gradient_release=case.step.get("gradient_release", False))
+    activations = max(activations, optimizer_temporary_bytes(model, case.optim, optim_args(case)))
+    counted = count_bytes(
+        model, case.optim, optim_args(case), gradient_release=case.step.get("gradient_release", False)
+    )
     kinds = {kind: getattr(counted, kind) for kind in ("weights", "gradients", "state")} | {"activations": activations}
     return {**kinds, "total": sum(kinds.values()), "seconds": round(seconds, 2)}
 
@@ -155,7 +164,7 @@ def train(case: Case, device: str, tiny: bool) -> dict[str, Any]:
             gradient_checkpointing_kwargs={"use_reentrant": False},
             bf16="autocast" in step,
             optim=case.optim,
-            optim_args="gradient_release=true" if step.get("gradient_release") else None,
+            optim_args=optim_args(case, gradient_release=bool(step.get("gradient_release"))),
             learning_rate=1e-5,
             report_to="none",
             logging_strategy="no",
