@@ -129,13 +129,14 @@ def _foam_temporary_bytes(model: nn.Module, options: dict[str, Any]) -> int:
             sums += factored_sums_bytes(p.shape, level)
         elif rule == "muon" and name in folded:
             rows, n = p.shape[-2:]
-            # What is orthogonalised, made in chunks; then it, two matrices of the iteration and two squares.
+            # What is orthogonalised, made in chunks; then it, two matrices of the iteration, two squares, and the copy
+            # of a matrix that some products make.
             chunk = 2 * rows * n + min(rows * n, CHUNK_GPU) * (18 if half else 6)
-            most = max(most, chunk, 6 * rows * n + 4 * min(rows, n) ** 2)
+            most = max(most, chunk, 8 * rows * n + 4 * min(rows, n) ** 2)
         elif rule == "adam_mini" and p.dim() > 1:
-            most = max(most, chunk * (22 if half else 10))
+            most = max(most, chunk * (22 if half else 17))
         elif eight_bit and name in plain and p.numel() >= SMALLEST:
-            most = max(most, chunk * (30 if half else 21))
+            most = max(most, chunk * (34 if half else 25))
     return max(most, sums)
 
 

@@ -108,7 +108,10 @@ def _asked_groups(args: Any, model: Any, groups: list[dict[str, Any]]) -> list[d
         cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
     finally:
         log.disabled = before
-    asked = FOAM(**kwargs).param_groups if cls is FOAM else []
+    if cls is not FOAM:
+        return []
+    decided = kwargs.pop("decided")
+    asked = FOAM(decided.groups, **kwargs).param_groups
     return asked if len(asked) == len(groups) else []
 
 

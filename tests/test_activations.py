@@ -293,8 +293,12 @@ def test_temporary_memory_of_optimizers(optim, dtype):
             p.grad = torch.randn_like(p)
         peak = allocated_peak(optimizer.step)
     name, _, eight_bit = optim.partition(" of ")
-    expected = optimizer_temporary_bytes(model, name, "plain_state=8bit" if eight_bit else None)
-    assert peak == pytest.approx(expected, rel=TOLERANCES["temporary bytes of an optimizer"].allowed, abs=1024)
+    expected = optimizer_temporary_bytes(model, name, "plain_state=8bit,fold_embeddings=false" if eight_bit else None)
+    allowed = TOLERANCES["temporary bytes of an optimizer"].allowed
+    if name == "foam_muon":  # whether a product of bfloat16 copies a matrix is the processor's matter
+        assert expected - 2 * matrices[0].numel() - allowed * expected <= peak <= (1 + allowed) * expected
+    else:
+        assert peak == pytest.approx(expected, rel=allowed, abs=1024)
 
 
 @pytest.mark.parametrize("level", [0, 3, 8, "row"])

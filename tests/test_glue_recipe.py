@@ -577,7 +577,7 @@ def test_every_task_trains_evaluates_and_saves(task, flags, tmp_path, capsys):
     logged = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert any("optim/state_bytes" in entry for entry in logged)
     printed = capsys.readouterr().out
-    assert printed.startswith(f"GLUE {task} | model ") and " foam " in printed.split("\n")[0]
+    assert printed.startswith(f"GLUE {task} | model ") and "| optimizer foam, lr 2e-05 |" in printed.split("\n")[0]
     assert "AutoModelForSequenceClassification.from_pretrained" in printed
 
 
