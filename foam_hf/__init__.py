@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from foam_hf.param_groups import foam_param_groups
     from foam_hf.planner import estimate_memory
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FOAM",

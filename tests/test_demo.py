@@ -136,7 +136,7 @@ def test_a_missing_model_package_is_one_sentence_with_the_remedy(tmp_path, monke
     monkeypatch.setattr(demo, "MODEL_PACKAGE", "no_such_package")
     with pytest.raises(SystemExit) as error:
         demo.main(["--output_dir", str(tmp_path / "out")])
-    assert "no_such_package is not installed" in str(error.value) and "foam-hf[demo]" in str(error.value)
+    assert "no_such_package is not installed" in str(error.value) and "pip install '.[demo]'" in str(error.value)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
