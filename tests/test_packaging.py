@@ -98,7 +98,14 @@ def test_a_copied_demo_finds_the_glue_recipe_of_the_installed_package(installed,
 def test_the_source_distribution_can_be_built_and_tested(tmp_path):
     run(sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path, cwd=REPO)
     names = set(run("tar", "-tzf", *tmp_path.glob("*.tar.gz")).split())
-    for name in ("pyproject.toml", "Makefile", "constraints.txt", "LICENSE", "docs/options.md", "tests/test_packaging.py"):
+    for name in (
+        "pyproject.toml",
+        "Makefile",
+        "constraints.txt",
+        "LICENSE",
+        "docs/options.md",
+        "tests/test_packaging.py",
+    ):
         assert f"foam_hf-{__version__}/{name}" in names
     assert f"foam_hf-{__version__}/recipes/demo/demo.py" in names
 
