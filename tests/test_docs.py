@@ -139,17 +139,20 @@ def test_every_page_is_reached_from_the_readme():
 def test_every_foam_hf_command_exists():
     uses = [words[1:] for words in shell_lines() if words[0] == "foam-hf"]
     assert {words[0] for words in uses} == {"run", "estimate", "recipes", "export"}
+    flags = {}
     for words in uses:
         ours = words[: words.index("--")] if "--" in words else words
         assert ours[0] != "run" or len(ours) == len(words) or len(words) > len(ours) + 1, words
         names = [word for word in ours if not word.startswith("-")]
-        actions = names[:2] if names[0] == "recipes" else names[:1]
+        actions = tuple(names[:2] if names[0] == "recipes" else names[:1])
+        flags.setdefault(actions, set()).update(word for word in ours if word.startswith("--"))
+        if actions == ("recipes", "copy"):
+            assert (REPO / "recipes" / names[2] / "README.md").is_file(), names
+    for actions, named in flags.items():
         done = run(sys.executable, "-m", "foam_hf.cli", *actions, "--help")
         assert done.returncode == 0, done.stderr
-        for flag in (word for word in ours if word.startswith("--")):
+        for flag in named:
             assert re.search(rf"{flag}(?![\w-])", done.stdout), f"foam-hf {' '.join(actions)} has no {flag}"
-        if actions == ["recipes", "copy"]:
-            assert (REPO / "recipes" / names[2] / "README.md").is_file(), names
 
 
 @pytest.mark.slow
