@@ -86,3 +86,11 @@ def test_adamw_on_fresh_text_is_what_the_page_says():
     perplexities = {run["learning_rate"]: run["perplexity"] for run in runs}
     said = f"AdamW ends at {perplexities[1.3e-3]:.1f} and {perplexities[2.5e-3]:.1f} (1.3e-3 and 2.5e-3)"
     assert said in words(CHOOSING)
+
+
+def test_the_readmes_numbers_are_those_of_the_results(page):
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    assert "{:+.1f} ± {:.1f} points, eight seeds".format(*page.pooled()) in words(readme)
+    for name, arm in (("AdamW", "AdamW, fp32"), ("`foam`", f"FOAM, scale {page.SCALE}, bf16")):
+        losses = [mean(found.values()) for path in page.CHAT for found in page.chat_losses(path, arm)[0].values()]
+        assert f"| {name} | {' | '.join(f'{loss:.4f}' for loss in losses)} |" in readme
