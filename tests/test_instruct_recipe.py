@@ -74,7 +74,6 @@ def test_every_config_trains_two_steps(config, models, data, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_writes_down_what_it_did(method, models, data, tmp_path, capsys):
     settings = ["--method", method, "--eval_exact_match", "true", "--seed", "7"]
-    ours = "level=8,scale=1,second_moment=factored"
     results = train.main(flags(models["llama"], data, tmp_path, *settings))
     assert results == json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert (results["method"], results["optim"], results["seed"], results["steps"]) == (method, "foam", 7, 2)
@@ -85,7 +84,7 @@ def test_a_run_writes_down_what_it_did(method, models, data, tmp_path, capsys):
     assert results["before"]["samples"][0]["prompt"] == results["after"]["samples"][0]["prompt"]
     assert results["tokens_per_second"] > 0 and results["optimizer_state_bytes"] > 0
     assert results["peak_bytes"] is None
-    assert results["settings"]["max_new_tokens"] == 4 and results["settings"]["optim_args"] == ours
+    assert results["settings"]["max_new_tokens"] == 4 and "optim_args" not in results["settings"]
     assert results["versions"]["trl"] and results["versions"]["torch"] == torch.__version__
     printed = capsys.readouterr().out
     assert "exact match" in printed and "from_pretrained" in printed and printed.count("before: ") == 3
