@@ -45,3 +45,6 @@ def test_a_family_does_what_its_row_says(family: Family, rows: dict[str, str], t
 def test_the_page_has_a_row_for_every_family_and_nothing_else(rows: dict[str, str]) -> None:
     assert page(lambda family: rows[family.name]) == PAGE.read_text(encoding="utf-8")
     assert len({family.name for family in FAMILIES}) == len(FAMILIES) and {f.name for f in FAMILIES} >= ADAPTED.keys()
+    limits = sum(bool(family.limit) for family in FAMILIES)
+    readme = (PAGE.parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"tiny ones of {len(FAMILIES) - limits} families of transformers" in readme and f"; {limits} more" in readme
