@@ -39,7 +39,11 @@ class _Linear(torch.autograd.Function):
             ctx.weight = weight
             with torch._C.DisableTorchFunctionSubclass():
                 ctx.outer, ctx.version = weight.dtype, _version(weight)
-        return torch.nn.functional.linear(x, dequantize(weight.codes, weight.scales, dtype), bias)
+        out = torch.nn.functional.linear(x, dequantize(weight.codes, weight.scales, dtype), bias)
+        if not torch.compiler.is_compiling() and out._is_view():
+            # autograd refuses `out += 1` for a view that a Function made: the same memory, and no view of any other
+            out = torch.ops.aten._unsafe_view(out, out.shape)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable

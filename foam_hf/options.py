@@ -105,10 +105,10 @@ def check_field_names(group: dict[Any, Any], known: Iterable[str]) -> None:
     known = [*known, "params", "param_names", *SCHEDULER_FIELDS, *FOREIGN_FIELDS]
     for name in group:
         # Other tools tag groups with keys of their own; only a likely misspelling of ours is an error.
-        if not isinstance(name, str):
+        if not isinstance(name, str) or name in known:
             continue
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-        if name not in known and near:
+        if near:
             raise ValueError(f"unknown field in a param group: got {name!r}; did you mean {near[0]!r}?")
 
 

@@ -28,6 +28,7 @@ def _seeded() -> None:
 # ones, when a process may have to wait for the other, are short.
 LONGEST_FIRST = (
     *("test_sharding", "test_kernels", "test_benchmarks", "test_instruct_recipe", "test_int8_trainer"),
+    "test_model_families",
     *("test_demo", "test_trainer_runs", "test_activations", "test_glue_recipe", "test_cli", "test_instruct_study"),
     *("test_docs", "test_gradient_release", "test_estimate_cli", "test_callback", "test_planner"),
     *("test_step_profile", "test_instruct_recipe_gguf", "test_int8_benchmarks", "test_int8_quantizer"),

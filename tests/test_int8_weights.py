@@ -113,6 +113,23 @@ def test_linear_and_its_gradients_are_those_of_the_dequantized_weight(shape, dty
     assert torch.allclose(layer.bias.grad, plain.bias.grad, rtol=1e-2 if dtype != torch.float32 else 1e-6)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(256,), (3, 256), (2, 3, 256), (2, 3, 4, 256)], ids=str)
+def test_what_linear_gives_can_be_changed_in_place(shape, bias):
+    """As DeBERTa and Longformer do with their queries."""
+    layer, plain = int8_linear(bias=bias), nn.Linear(256, 24, bias=bias)
+    plain.load_state_dict({"weight": layer.weight.dequantize(), **({"bias": layer.bias} if bias else {})})
+    x = torch.randn(shape)
+    gradients = []
+    for module in (layer, plain):
+        out = module(x).movedim(-1, 0)
+        out /= 3
+        out += 1
+        out.square().sum().backward()
+        gradients.append(module.weight.grad)
+    assert torch.equal(*gradients)
+
+
 def test_autocast_computes_in_its_dtype_and_gives_gradients_of_the_outer_one():
     layer, x = int8_linear(), torch.randn(6, 256, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
