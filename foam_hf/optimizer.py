@@ -330,6 +330,8 @@ class FOAM(torch.optim.Optimizer):
         groups = [with_dtype(group) for group in state_dict["param_groups"]]
         for mine, group in zip(self.param_groups, groups, strict=True):
             group["nonfinite"] = mine["nonfinite"]
+            if "param_names" not in mine:  # they were for the check: torch would ask for names of every later group
+                group.pop("param_names", None)
         state_dict = {**state_dict, "param_groups": groups}
         replaced = {
             f"{name}={saved[name]}, not {mine[name]}"

@@ -104,6 +104,19 @@ def test_distributed_checkpoints_keep_names() -> None:
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(again.state[q][name]))
 
 
+def test_an_optimizer_without_names_stays_without_them(tmp_path: Path) -> None:
+    """In a training loop of one's own, a checkpoint of the Trainer; then a layer is unfrozen."""
+    trained = trainer_of(tmp_path, max_steps=2)
+    trained.train()
+    saved = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    optimizer = FOAM(copy.deepcopy(trained.optimizer.optimizer.param_groups))
+    optimizer.load_state_dict(saved)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "level": 0})
+    assert not any(
+        "param_names" in group for group in [*optimizer.param_groups, *optimizer.state_dict()["param_groups"]]
+    )
+
+
 @pytest.mark.parametrize("options", ["level=2", "fold_embeddings=false,fold_head=false"])
 def test_a_resized_embedding_is_refused_by_its_name_and_both_shapes(tmp_path: Path, options: str) -> None:
     """The weights of the checkpoint were resized, as for new tokens, and its moments are of the old vocabulary."""
