@@ -18,6 +18,7 @@ from foam_hf.decided import Decided
 from foam_hf.eight_bit import require_bitsandbytes
 from foam_hf.folding import Level
 from foam_hf.int8_weights import Int8Weight
+from foam_hf.kernel_choice import use_kernels
 from foam_hf.launches import StepPlan, refuse_capture
 from foam_hf.nonfinite import Watch
 from foam_hf.optim_args import default_scale
@@ -217,7 +218,10 @@ class FOAM(torch.optim.Optimizer):
         return self._watch.told(group, device, sum(len(each["params"]) for each in self.param_groups))
 
     def _members(self) -> list[list[Member]]:
-        """Every parameter with a gradient, by group, with state; of DTensors, the pieces of this rank's shard."""
+        """Every parameter with a gradient, by group, with state; of DTensors, the pieces of this rank's shard.
+
+        Where kernels run also those with state: tables that know them serve when their gradients come again.
+        """
         params = list(self._parameters())
         if len({id(p) for p in params}) < len(params):  # what was swapped behind our back
             raise ValueError("a parameter is listed twice in the param groups; expected each parameter once")
@@ -230,7 +234,7 @@ class FOAM(torch.optim.Optimizer):
             [
                 member
                 for p, i in zip(group["params"], stream, strict=False)
-                if p.grad is not None
+                if p.grad is not None or (self.state.get(p) and not is_sharded(p) and use_kernels(p.device))
                 for member in self._pieces(p, group, i)
             ]
             for group in self.param_groups
