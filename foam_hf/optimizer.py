@@ -220,7 +220,8 @@ class FOAM(torch.optim.Optimizer):
     def _members(self) -> list[list[Member]]:
         """Every parameter with a gradient, by group, with state; of DTensors, the pieces of this rank's shard.
 
-        Where kernels run also those with state: tables that know them serve when their gradients come again.
+        Where kernels run also those with state: tables that know them serve when their gradients come again. Not where
+        none has a gradient, as those that were released.
         """
         params = list(self._parameters())
         if len({id(p) for p in params}) < len(params):  # what was swapped behind our back
@@ -229,12 +230,13 @@ class FOAM(torch.optim.Optimizer):
             check_gradient(p, i)
             if p.grad is not None and is_sharded(p):
                 follow_placements(p)
+        some = any(p.grad is not None for p in params)
         stream = itertools.count()  # a parameter keeps its random stream, whichever others have gradients
         return [
             [
                 member
                 for p, i in zip(group["params"], stream, strict=False)
-                if p.grad is not None or (self.state.get(p) and not is_sharded(p) and use_kernels(p.device))
+                if p.grad is not None or (some and self.state.get(p) and not is_sharded(p) and use_kernels(p.device))
                 for member in self._pieces(p, group, i)
             ]
             for group in self.param_groups

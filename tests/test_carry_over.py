@@ -135,3 +135,12 @@ def test_one_of_another_model_is_refused_as_such(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="param groups of") as error:
         run.train(resume_from_checkpoint=True)
     assert "To go on" not in str(error.value)
+
+
+def test_an_optimizer_made_by_hand_is_told_what_differs_and_no_arguments(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=2).train()
+    run = trainer(tmp_path, optim="adafactor", optim_args="any=thing")
+    run.optimizer = foam_hf.FOAM(run.model.parameters(), lr=1e-3, level=2)
+    with pytest.raises(ValueError, match="level=8 in param group 0") as error:
+        run.train(resume_from_checkpoint=True)
+    assert "To go on" not in str(error.value)
