@@ -171,7 +171,10 @@ def _other_shape(p: Tensor, state: dict[str, Any], spec: StateSpec, named: bool)
     theirs = ", ".join(map(str, (*held.shape[:-1], columns)))
     told = f"it is the state of a weight of shape ({theirs}), and here the weight has shape {tuple(p.shape)}"
     if not named:  # by their place alone, these may be two weights
-        return f"{told}; expected the same model and the same choice of folded weights (fold_embeddings, fold_head)"
+        return (
+            f"{name} has shape {tuple(held.shape)}; expected {tuple(wanted)}: {told}. Expected the same model and the "
+            "same choice of folded weights (fold_embeddings, fold_head)"
+        )
     return (
         f"{told}; expected the same shapes. An embedding that was resized since, for another vocabulary, has no state "
         "to go on with: resize it back, or go on from the weights alone, without optimizer.pt and scheduler.pt"
