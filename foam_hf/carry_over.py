@@ -11,7 +11,7 @@ from foam_hf.optim_args import default_scale
 from foam_hf.optimizer import FOAM
 from foam_hf.optimizer_names import named
 from foam_hf.optimizer_state import CheckpointMismatchError, check_checkpoint, with_dtype
-from foam_hf.param_groups import PLAIN_OPTIONS, foam_param_groups
+from foam_hf.param_groups import PLAIN_OPTIONS, foam_param_groups, wraps_models
 
 # Options of a run that its folded groups carry, and what stands for them where a checkpoint is older than they are.
 _CARRIED = {"level": 8, "second_moment": "block", "residual_scale": 1.0, "momentum": 0.95, "plain_state": "full"}
@@ -47,6 +47,17 @@ def continuing_args(
             continue
         return _words({**options, **choice}, given)
     return None
+
+
+def wrapped_heads(model: nn.Module, error: CheckpointMismatchError) -> str:
+    """What to say of a checkpoint from before heads around a model stayed plain, or an empty string."""
+    named_weights = any("param_names" in group for group in error.state_dict["param_groups"])
+    if named_weights or not wraps_models(model):
+        return ""
+    return (
+        f"Version 0.1.0 folded the heads around a model too, as those of this {type(model).__name__}, and no option "
+        "does any more: its checkpoints go on from their weights alone, without optimizer.pt and scheduler.pt"
+    )
 
 
 def _words(options: dict[str, Any], given: dict[str, Any]) -> str:

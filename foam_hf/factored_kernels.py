@@ -35,8 +35,6 @@ from foam_hf.kernel_tables import (
     Geometry,
     device_of,
     numbers,
-    owner_table,
-    upload,
 )
 from foam_hf.places import Group
 from foam_hf.update import LARGEST_CENTER, LARGEST_STEP, Hyper
@@ -284,12 +282,11 @@ class FactoredLaunch(AddressTable):
             lanes = LANES.value
             row_programs, column_programs = -(-matrices * rows // lanes), -(-matrices * n // lanes)
             counts.append((matrices, matrices * stripes * parts, row_programs + column_programs, column_programs))
-        super().__init__(geometry, entries, table)
+        super().__init__(geometry, entries, table, [[count[k] for count in counts] for k in range(4)])
         self.warps = max(1, min(MAX_WARPS, self.segments * geometry.columns // (32 * THREAD_ELEMENTS)))
         # A limit that only NVIDIA's backend knows.
         limited = geometry.device.type == "cuda" and torch.version.cuda and self.warps <= 8
         self.options = {"maxnreg": REGISTERS} if limited else {}
-        self.owners = [upload(owner_table([count[k] for count in counts]), geometry.device) for k in range(4)]
         self.sizes = [-(-size // 4) * 4 for size in sizes.tolist()]  # so that each begins on 16 bytes
         self.buffers: list[Tensor] = []  # of a step under way alone: no memory is held between steps
         self._parts_of_sums = [

@@ -40,9 +40,7 @@ from foam_hf.kernel_tables import (
     Geometry,
     device_of,
     numbers,
-    owner_table,
     takes_ptx,
-    upload,
 )
 from foam_hf.kernels import Launch
 from foam_hf.update import Hyper, Member
@@ -357,9 +355,7 @@ class Int8Launch(Launch):
             scales = cast(Int8Weight, entry.weight).scales.data_ptr()
             table[i] = (*(x.data_ptr() for x in entry.tensors), rows, n, entry.stream, scales, 0, 0, 0)
             tiles.append(-(-rows * -(-n // geometry.columns) // self.segments))
-        self.programs = sum(tiles)
-        self.owner = upload(owner_table(tiles), geometry.device)
-        AddressTable.__init__(self, geometry, entries, table)
+        AddressTable.__init__(self, geometry, entries, table, [tiles])
         # A limit that only NVIDIA's backend knows; what has wide segments or much state needs more than it.
         light = geometry.width > 1 and geometry.aligned and geometry.columns <= TILE
         self.options = {"maxnreg": REGISTERS} if self.nvidia and light and geometry.state == torch.float32 else {}
@@ -372,9 +368,9 @@ class Int8Launch(Launch):
         with device_of(g.device):
             self.launch(
                 _update_kernel,
-                self.programs,
+                len(self.owners[0]),
                 (
-                    *(self.table, self.owner, h.step, h.seed, step_size, float(h.lr * h.weight_decay), *others),
+                    *(self.table, self.owners[0], h.step, h.seed, step_size, float(h.lr * h.weight_decay), *others),
                     *(scale, self.told(told)),
                 ),
                 (
@@ -387,8 +383,8 @@ class Int8Launch(Launch):
             )
 
 
-def make_int8_launches(members: list[Member]) -> tuple[list[tuple[Member, Launch]], list[Member]]:
-    """Launches for members that are INT8 weights, each with one of its members, and those that no kernel takes."""
+def make_int8_launches(members: list[Member]) -> tuple[list[Launch], list[Member]]:
+    """Launches for members that are INT8 weights, and those that no kernel takes."""
     buckets: dict[tuple[Int8Geometry, bool], list[tuple[Member, Entry]]] = {}
     unfit = []
     for member in members:
@@ -399,9 +395,9 @@ def make_int8_launches(members: list[Member]) -> tuple[list[tuple[Member, Launch
             buckets.setdefault(key, []).append((member, entry))
         else:
             unfit.append(member)
-    launches: list[tuple[Member, Launch]] = []
+    launches: list[Launch] = []
     for (geometry, _), bucket in buckets.items():
         launch = Int8Launch(geometry, [entry for _, entry in bucket])
         launch.know_states([member.state for member, _ in bucket])
-        launches.append((bucket[0][0], launch))
+        launches.append(launch)
     return launches, unfit

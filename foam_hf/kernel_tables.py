@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy
 import torch
@@ -50,8 +50,11 @@ class Entry:
     @classmethod
     def of(cls, member: Member) -> Entry:
         moments = tuple(member.moments[name] for name in moment_names(member.level, member.second_moment))
-        grad = member.grad
-        offset = grad.data_ptr() - local(cast(Tensor, member.p.grad)).data_ptr()
+        if member.p.grad is None:  # for a later step, with a gradient as autograd makes them
+            grad, offset = torch.empty(member.p.shape, dtype=member.p.dtype, device="meta"), 0
+        else:
+            grad = member.grad
+            offset = grad.data_ptr() - local(member.p.grad).data_ptr()
         return cls(member.weight, grad, moments, member.level, member.stream, member.place, offset)
 
     @property
@@ -113,28 +116,45 @@ def _power_of_two(n: int) -> int:
 
 
 class AddressTable:
-    """Where the tensors of a launch are, on the host and on the device; a gradient's address is in column 1."""
+    """Where the tensors of a launch are, on the host and on the device; a gradient's address is in column 1.
 
-    def __init__(self, geometry: Geometry, entries: list[Entry], table: numpy.ndarray) -> None:
+    ``owners`` says of each pass which programs there are, see ``owner_table``; ``counts`` how many of each tensor.
+    """
+
+    def __init__(
+        self, geometry: Geometry, entries: list[Entry], table: numpy.ndarray, counts: list[list[int]]
+    ) -> None:
         self.geometry = geometry
         self.streams = numpy.array([entry.stream for entry in entries])
         self.grad_offsets = numpy.array([entry.grad_offset for entry in entries])
         self._host = torch.from_numpy(table)
         self.table = self._host.to(geometry.device)
         self.nvidia = takes_ptx(geometry.device)
+        self._all_owners = [owner_table(count) for count in counts]
+        self.owners = [upload(owner, geometry.device) for owner in self._all_owners]
+        self._whole = True
         self._states: list[Any] = []
         self.mixed = False  # parameters that missed steps have step counts and bias corrections of their own
         self._compiled: dict[Any, Any] = {}
 
     def know_states(self, states: list[Any]) -> None:
         """Take the state of each tensor of the table, whose step counts may differ."""
-        self._states, self.mixed = states, len({state["step"] for state in states}) > 1
+        self._states = states
+
+    def leave_out(self, here: numpy.ndarray) -> None:
+        """Run no program of a tensor that is not ``here``, bool, one for each of ``streams``."""
+        self.mixed = len({state["step"] for state, is_here in zip(self._states, here, strict=True) if is_here}) > 1
+        if self._whole and here.all():
+            return
+        self._whole = bool(here.all())
+        owners = [owner[here[owner[:, 0]]] for owner in self._all_owners]
+        self.owners = [torch.from_numpy(owner).to(self.geometry.device, non_blocking=True) for owner in owners]
 
     def follow_steps(self, h: Hyper) -> None:
         """Write each tensor's step and corrections to the last three fields of the table."""
         if not self.mixed:
             return
-        steps = [state["step"] for state in self._states]
+        steps = [state["step"] or 1 for state in self._states]  # 0 of one that was never updated, nor is now
         corrections = {t: (1 / (1 - h.b1**t), 1 / (1 - h.b2**t)) for t in set(steps)}
         own = numpy.array([corrections[t] for t in steps], dtype=numpy.float32)
         self._host[:, -3] = torch.tensor(steps, dtype=torch.int64)

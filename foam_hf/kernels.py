@@ -39,8 +39,6 @@ from foam_hf.kernel_tables import (
     Geometry,
     device_of,
     numbers,
-    owner_table,
-    upload,
 )
 from foam_hf.update import Hyper, Member
 
@@ -185,9 +183,7 @@ class Launch(AddressTable):
             where = (place.first_row, place.first_column, place.columns)
             table[i] = (*(x.data_ptr() for x in entry.tensors), rows, n, entry.stream, *where, 0, 0, 0)
             tiles.append(-(-rows * -(-n // geometry.columns) // self.segments))
-        self.programs = sum(tiles)
-        self.owner = upload(owner_table(tiles), geometry.device)
-        super().__init__(geometry, entries, table)
+        super().__init__(geometry, entries, table, [tiles])
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None, told: Tensor | None = None) -> None:
         g = self.geometry
@@ -197,8 +193,8 @@ class Launch(AddressTable):
         with device_of(g.device):
             self.launch(
                 _update_kernel,
-                self.programs,
-                (self.table, self.owner, h.step, h.seed, *numbers(h), scale, self.told(told)),
+                len(self.owners[0]),
+                (self.table, self.owners[0], h.step, h.seed, *numbers(h), scale, self.told(told)),
                 (
                     *(_FIELDS, TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments),
                     *(g.columns, g.even, g.aligned, h.stochastic, scaled, g.shifted),
@@ -208,8 +204,8 @@ class Launch(AddressTable):
             )
 
 
-def make_launches(members: list[Member]) -> tuple[list[tuple[Member, Launch | FactoredLaunch]], list[Member]]:
-    """Launches for ``members``, each with one of its members, and the members that no kernel takes."""
+def make_launches(members: list[Member]) -> tuple[list[Launch | FactoredLaunch], list[Member]]:
+    """Launches for ``members``, and the members that no kernel takes."""
     from foam_hf.factored_kernels import FactoredLaunch
     from foam_hf.int8_kernels import make_int8_launches
 
@@ -229,9 +225,9 @@ def make_launches(members: list[Member]) -> tuple[list[tuple[Member, Launch | Fa
         else:
             unfit.append(member)
     kinds: dict[str, type[Launch] | type[FactoredLaunch]] = {"block": Launch, "factored": FactoredLaunch}
-    launches = []
+    launches: list[Launch | FactoredLaunch] = [*int8_launches]
     for (rule, geometry, *_), bucket in buckets.items():
         launch = kinds[rule](geometry, [entry for _, entry in bucket])
         launch.know_states([member.state for member, _ in bucket])
-        launches.append((bucket[0][0], launch))
-    return [*int8_launches, *launches], unfit
+        launches.append(launch)
+    return launches, unfit

@@ -50,18 +50,21 @@ class StepPlan:
         states: list[State],
         members: list[list[Member]],
     ) -> None:
-        """``params`` and ``states`` are what ``holds`` will compare; ``members`` those with a gradient, by group."""
-        self._launches: list[tuple[dict[str, Any], Member, Launch | FactoredLaunch]] = []
+        """``holds`` compares ``params`` and ``states``; ``members`` are those with a gradient or state, by group."""
+        self._launches: list[tuple[dict[str, Any], Launch | FactoredLaunch]] = []
         self._rest: list[tuple[dict[str, Any], Member]] = []
         for group, mine in zip(groups, members, strict=True):
             self._add(group, mine)
-        self._states = list({id(member.state): member.state for mine in members for member in mine}.values())
-        self._updated = list({id(member.p): member.p for mine in members for member in mine}.values())
+        self._members = {member.stream: member for mine in members for member in mine}  # pieces share what counts here
+        self._states = list({id(member.state): member.state for member in self._members.values()}.values())
+        self._updated = list({id(member.p): member.p for member in self._members.values()}.values())
         number = {id(p): i for i, p in enumerate(params)}
-        self._numbers = {member.stream: number[id(member.p)] for mine in members for member in mine}
+        self._numbers = {stream: number[id(member.p)] for stream, member in self._members.items()}
+        self._places = [numpy.array([self._numbers[i] for i in launch.streams]) for _, launch in self._launches]
+        missing = numpy.array([p.grad is None for p in params])
+        self._follow_missing(missing)
         if not self._launches:
             return  # without tables there is nothing to keep
-        self._places = [numpy.array([self._numbers[i] for i in launch.streams]) for *_, launch in self._launches]
         self._in_order = [numpy.array_equal(places, numpy.arange(len(params))) for places in self._places]
         self._indices: list[Tensor | None] = [None] * len(self._launches)  # the places on the device, once needed
         self._sharded = any(is_sharded(p) for p in self._updated)
@@ -69,7 +72,12 @@ class StepPlan:
         moments = [(known, name) for known in self._states for name in known if isinstance(known[name], Tensor)]
         self._holders, self._names = [known for known, _ in moments], [name for _, name in moments]
         self._rules, self._steps = _rules(groups), list(map(_STEP, self._states))
-        self._grad_kinds, self._grads = _gradients(params, self._sharded)
+        self._missing, self._grad_kinds, self._grads = _gradients(params, self._sharded)
+        # What a launch is compiled for, of gradients that are missing too: as their weights are.
+        self._kinds = {number[id(p)]: (p.dtype, True) for p in self._updated}
+        if not self._sharded:
+            self._kinds |= {i: kind for i, kind in enumerate(zip(*self._grad_kinds, strict=True)) if not missing[i]}
+        self._alignments = self._grads % 16
         self._addresses = self._current_addresses()
 
     def _add(self, group: dict[str, Any], members: list[Member]) -> None:
@@ -79,12 +87,12 @@ class StepPlan:
             from foam_hf.kernels import make_launches
 
             launches, more = make_launches(fused)
-            self._launches += [(group, member, launch) for member, launch in launches]
+            self._launches += [(group, launch) for launch in launches]
             unfit += more
         self._rest += [(group, member) for member in unfit]
 
     def holds(self, groups: list[dict[str, Any]], params: list[Tensor], states: list[State]) -> bool:
-        """Whether the plan still serves: nothing has moved but gradients, which it then follows."""
+        """Whether the plan still serves: nothing has moved but gradients, come or gone, which it then follows."""
         if not self._launches:
             return False
         if not (
@@ -95,16 +103,38 @@ class StepPlan:
             and self._current_state() == (self._steps, self._addresses)
         ):
             return False
-        kinds, addresses = _gradients(params, self._sharded)
+        missing, kinds, addresses = _gradients(params, self._sharded)
         if kinds != self._grad_kinds:
-            return False
+            if self._sharded or not self._knows(kinds):
+                return False
+            self._grad_kinds = kinds
         if not numpy.array_equal(addresses, self._grads):
-            if ((addresses ^ self._grads) % 16).any():  # the kernels were compiled for another alignment
+            moved = (addresses % 16 != self._alignments) & ~missing
+            if moved.any():  # the kernels were compiled for another alignment
                 return False
             self._grads = addresses
-            for (_, _, launch), places in zip(self._launches, self._places, strict=True):
+            for (_, launch), places in zip(self._launches, self._places, strict=True):
                 launch.move_gradients(addresses[places])
+        if not numpy.array_equal(missing, self._missing):
+            self._missing = missing
+            self._follow_missing(missing)
         return True
+
+    def _knows(self, kinds: list[Any]) -> bool:
+        """Whether every gradient that is there is of the kind that the tables were made for."""
+        return all(kind[0] is None or kind == self._kinds.get(i) for i, kind in enumerate(zip(*kinds, strict=True)))
+
+    def _follow_missing(self, missing: numpy.ndarray) -> None:
+        """Leave out what has no gradient in this step: of each launch one member that has one speaks for it."""
+        present = [member for stream, member in self._members.items() if not missing[self._numbers[stream]]]
+        self._stepping = list({id(member.state): member.state for member in present}.values())
+        self._changing = list({id(member.p): member.p for member in present}.values())
+        self._leads: list[Member | None] = []
+        for (_, launch), places in zip(self._launches, self._places, strict=True):
+            here = ~missing[places]
+            launch.leave_out(here)
+            first = int(here.argmax())
+            self._leads.append(self._members[int(launch.streams[first])] if here[first] else None)
 
     def run(self, hyper: Callable[[dict[str, Any], Member], Hyper], grad_scale: Tensor | None, told: Told) -> None:
         """Update everything; gradients are those of a loss times ``grad_scale``.
@@ -112,16 +142,20 @@ class StepPlan:
         ``grad_scale`` has one element, or one for each of ``params``. ``told`` says where a group tells in which step
         it last left out a block, one element a parameter of a device.
         """
-        for state in self._states:
+        for state in self._stepping:
             state["step"] += 1
         if self._launches:
             self._steps = list(map(_STEP, self._states))
         unfinished: list[tuple[Unfinished, Hyper, Tensor | None]] = []
-        for i, (group, member, launch) in enumerate(self._launches):
-            h, left_out = hyper(group, member), told(group, launch.geometry.device)
+        for i, ((group, launch), lead) in enumerate(zip(self._launches, self._leads, strict=True)):
+            if lead is None:
+                continue
+            h, left_out = hyper(group, lead), told(group, launch.geometry.device)
             if launch.run(h, self._scales(i, grad_scale), left_out):
                 unfinished.append((launch, h, left_out))
         for group, member in self._rest:
+            if member.p.grad is None:
+                continue
             h, left_out = hyper(group, member), _told_of(member, told(group, member.weight.device))
             scale = grad_scale
             if scale is not None and scale.numel() > 1:
@@ -130,7 +164,7 @@ class StepPlan:
             if left is not None:
                 unfinished.append((left, h, left_out))
         # autograd sees neither what a kernel writes nor INT8 codes, and a backward pass under way may still need them.
-        torch.autograd.graph.increment_version(self._updated)
+        torch.autograd.graph.increment_version(self._changing)
         if unfinished:
             _finish(unfinished)
 
@@ -202,33 +236,41 @@ def _rules(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     ]
 
 
-def _gradients(params: list[Tensor], sharded: bool) -> tuple[list[Any], numpy.ndarray]:
-    """Every parameter's gradient: what a launch is compiled for, and its address, 0 for none or a sparse one.
+def _gradients(params: list[Tensor], sharded: bool) -> tuple[numpy.ndarray, list[Any], numpy.ndarray]:
+    """Of every parameter whether it has no gradient, what a launch is compiled for, and the gradient's address.
 
-    It runs in every step, over hundreds of small tensors, hence the passes without a line of Python for each.
+    It runs in every step, over hundreds of small tensors, hence the passes without a line of Python for each. What a
+    launch is compiled for are lists with a place for each parameter, None for a missing gradient; of shards, all that
+    must stay as it is. The address is 0 for none or a sparse one.
     """
     with torch._C.DisableTorchFunctionSubclass():  # INT8 weights would answer in Python
         grads = list(map(_GRAD, params))
     if not sharded:
         try:
             found = list(map(Tensor.data_ptr, grads))
-            return [list(map(_DTYPE, grads)), list(map(Tensor.is_contiguous, grads))], _int64(found)
+            kinds = [list(map(_DTYPE, grads)), list(map(Tensor.is_contiguous, grads))]
+            return numpy.zeros(len(params), dtype=bool), kinds, _int64(found)
         except (RuntimeError, TypeError):  # a sparse gradient has no address, None is no tensor
             pass
-    missing = [grad is None for grad in grads]
+    missing = numpy.array([grad is None for grad in grads])
     present = [grad for grad in grads if grad is not None]
-    dtypes = list(map(_DTYPE, present))
+    kinds = [list(map(_DTYPE, present))]
     if sharded:
-        dtypes += [getattr(grad, "placements", None) for grad in present]
+        kinds += [missing.tolist(), [getattr(grad, "placements", None) for grad in present]]
         present = list(map(local, present))
-    try:
-        contiguous = list(map(Tensor.is_contiguous, present))
-        found = list(map(Tensor.data_ptr, present))
-    except RuntimeError:
-        return [missing, dtypes, [grad.layout for grad in present]], _int64([0] * len(params))
     addresses = _int64([0] * len(params))
-    addresses[~numpy.array(missing)] = found
-    return [missing, dtypes, contiguous], addresses
+    try:
+        kinds.append(list(map(Tensor.is_contiguous, present)))
+        addresses[~missing] = list(map(Tensor.data_ptr, present))
+    except RuntimeError:
+        return missing, [[grad is None or grad.layout for grad in grads]] * 2, addresses
+    return missing, kinds if sharded else [_spread(values, missing) for values in kinds], addresses
+
+
+def _spread(values: list[Any], missing: numpy.ndarray) -> list[Any]:
+    """``values`` of what is there, in the places of all."""
+    found = iter(values)
+    return [None if gone else next(found) for gone in missing]
 
 
 def _int64(values: list[int]) -> numpy.ndarray:

@@ -15,7 +15,7 @@ from foam_hf.optim_args import default_scale
 from foam_hf.optimizer import FOAM
 from foam_hf.optimizer_state import effective_rule, state_spec
 from foam_hf.options import check_options
-from foam_hf.places import local
+from foam_hf.places import is_sharded, local
 from foam_hf.sharding import local_shape
 from foam_hf.storages import state_storages, storages, total, without
 
@@ -156,10 +156,11 @@ def headline(optimizer: Any) -> str:
         if p.requires_grad
     }
     total, adamw = _size([*trained.values()]), adamw_state_bytes(p for p, _ in trained.values())
-    count = sum(p.numel() for p, _ in trained.values())
+    count = sum(local(p).numel() for p, _ in trained.values())
+    share = ", this process's share" if any(is_sharded(p) for p, _ in trained.values()) else ""
     return (
         f"FOAM: {format_bytes(total)} of optimizer state, {_percent(total, adamw)} of AdamW's {format_bytes(adamw)}, "
-        f"for {count:,} trained parameters"
+        f"for {count:,} trained parameters{share}"
     )
 
 

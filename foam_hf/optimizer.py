@@ -18,6 +18,7 @@ from foam_hf.decided import Decided
 from foam_hf.eight_bit import require_bitsandbytes
 from foam_hf.folding import Level
 from foam_hf.int8_weights import Int8Weight
+from foam_hf.kernel_choice import use_kernels
 from foam_hf.launches import StepPlan, refuse_capture
 from foam_hf.nonfinite import Watch
 from foam_hf.optim_args import default_scale
@@ -217,7 +218,11 @@ class FOAM(torch.optim.Optimizer):
         return self._watch.told(group, device, sum(len(each["params"]) for each in self.param_groups))
 
     def _members(self) -> list[list[Member]]:
-        """Every parameter with a gradient, by group, with state; of DTensors, the pieces of this rank's shard."""
+        """Every parameter with a gradient, by group, with state; of DTensors, the pieces of this rank's shard.
+
+        Where kernels run also those with state: tables that know them serve when their gradients come again. Not where
+        none has a gradient, as those that were released.
+        """
         params = list(self._parameters())
         if len({id(p) for p in params}) < len(params):  # what was swapped behind our back
             raise ValueError("a parameter is listed twice in the param groups; expected each parameter once")
@@ -225,12 +230,13 @@ class FOAM(torch.optim.Optimizer):
             check_gradient(p, i)
             if p.grad is not None and is_sharded(p):
                 follow_placements(p)
+        some = any(p.grad is not None for p in params)
         stream = itertools.count()  # a parameter keeps its random stream, whichever others have gradients
         return [
             [
                 member
                 for p, i in zip(group["params"], stream, strict=False)
-                if p.grad is not None
+                if p.grad is not None or (some and self.state.get(p) and not is_sharded(p) and use_kernels(p.device))
                 for member in self._pieces(p, group, i)
             ]
             for group in self.param_groups
@@ -330,6 +336,8 @@ class FOAM(torch.optim.Optimizer):
         groups = [with_dtype(group) for group in state_dict["param_groups"]]
         for mine, group in zip(self.param_groups, groups, strict=True):
             group["nonfinite"] = mine["nonfinite"]
+            if "param_names" not in mine:  # they were for the check: torch would ask for names of every later group
+                group.pop("param_names", None)
         state_dict = {**state_dict, "param_groups": groups}
         replaced = {
             f"{name}={saved[name]}, not {mine[name]}"

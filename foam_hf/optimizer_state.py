@@ -136,13 +136,49 @@ def check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
             check_options({**group, **with_dtype(saved)})
         except (TypeError, ValueError) as error:
             raise ValueError(f"param group {i} of the checkpoint is not valid: {error}") from None
-        for p, key in zip(group["params"], saved["params"], strict=True):
-            state = saved_state.get(key, {})
-            problem = state_problem(state, state_spec(p, group)) if state else ""  # none if it never had a gradient
+        for place, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+            state, spec = saved_state.get(key, {}), state_spec(p, group)
+            problem = state_problem(state, spec) if state else ""  # none if it never had a gradient
             if problem:
-                raise CheckpointMismatchError(f"parameter {key} of the checkpoint does not fit: {problem}", state_dict)
+                who = f"parameter {key}{_name_of(place, group, saved)}"
+                problem = _other_shape(p, state, spec, "param_names" in saved) or problem
+                raise CheckpointMismatchError(f"{who} of the checkpoint does not fit: {problem}", state_dict)
             states.append(state)
     return states
+
+
+def _name_of(place: int, *groups: dict[str, Any]) -> str:
+    """The name of a parameter, in brackets, where a group has names."""
+    for group in groups:
+        names = group.get("param_names")
+        if isinstance(names, list) and place < len(names) and names[place]:
+            return f" ({names[place]})"
+    return ""
+
+
+def _other_shape(p: Tensor, state: dict[str, Any], spec: StateSpec, named: bool) -> str:
+    """What is wrong where ``state`` is that of a weight of another shape, or an empty string."""
+    name = next(iter(spec))  # of all rules the first moment
+    held, wanted = state.get(name), spec[name][0]
+    if (
+        state.keys() != {"step", *spec}
+        or not isinstance(held, Tensor)
+        or held.dim() != p.dim()
+        or held.shape == wanted
+    ):
+        return ""
+    columns = p.shape[-1] if held.shape[-1] == wanted[-1] else f"columns of {held.shape[-1]} blocks"
+    theirs = ", ".join(map(str, (*held.shape[:-1], columns)))
+    told = f"it is the state of a weight of shape ({theirs}), and here the weight has shape {tuple(p.shape)}"
+    if not named:  # by their place alone, these may be two weights
+        return (
+            f"{name} has shape {tuple(held.shape)}; expected {tuple(wanted)}: {told}. Expected the same model and the "
+            "same choice of folded weights (fold_embeddings, fold_head)"
+        )
+    return (
+        f"{told}; expected the same shapes. An embedding that was resized since, for another vocabulary, has no state "
+        "to go on with: resize it back, or go on from the weights alone, without optimizer.pt and scheduler.pt"
+    )
 
 
 def _holds_dicts(value: Any, kind: type) -> bool:

@@ -236,6 +236,11 @@ def _inside_and_heads(model: nn.Module) -> tuple[set[int], set[int]]:
     return inside, heads
 
 
+def wraps_models(module: nn.Module) -> bool:
+    """Whether models of transformers or PEFT lie inside `module`, which is none itself."""
+    return _pretrained(module) not in ([], [_unwrap(module)])
+
+
 def _pretrained(module: nn.Module) -> list[nn.Module]:
     """The outermost models of transformers or PEFT in `module`, known by what they can: neither is imported here."""
     module = _unwrap(module)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,8 +200,7 @@ def _changed(path: Path, name: str, how: str) -> None:
 
 def foam_of(trainer: Any) -> Any:
     """The trainer's FOAM, or None."""
-    from foam_hf.optimizer import FOAM
-
+    module = sys.modules.get("foam_hf.optimizer")  # never imported, there is none
     optimizer = getattr(trainer, "optimizer", None)
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    return optimizer if isinstance(optimizer, FOAM) else None
+    return optimizer if module is not None and isinstance(optimizer, module.FOAM) else None

@@ -65,11 +65,11 @@ def refusing_other_checkpoints(original: Callable[..., Any], is_ours: Callable[[
 
 
 def _refuse_other_checkpoint(model: Any, folder: Any) -> None:
-    from foam_hf.int8_checkpoint import METHOD
-
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         held = config["quantization_config"]
+        from foam_hf.int8_checkpoint import METHOD  # here: nearly no run has a quantization_config
+
         if held["quant_method"] != METHOD:  # plain weights are quantized as they are loaded
             return
     except (OSError, ValueError, TypeError, KeyError):  # whatever else is wrong, or odd, is Trainer's to say

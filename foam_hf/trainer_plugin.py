@@ -329,10 +329,14 @@ def _advising(trainer: Any) -> Iterator[None]:
     try:
         yield
     except CheckpointMismatchError as error:
-        from foam_hf.carry_over import continuing_args
+        if not _is_ours(trainer.args):  # a FOAM made by hand, whose groups no optim_args make
+            raise
+        from foam_hf.carry_over import continuing_args, wrapped_heads
 
         args = trainer.args
         words = continuing_args(trainer.model, args.optim_target_modules, parse_optim_args(args.optim_args), error)
+        if words is None and (reason := wrapped_heads(trainer.model, error)):
+            raise ValueError(f"{error}. {reason}.") from error
         if words is None:
             raise
         raise ValueError(f"{error}. To go on with this checkpoint: optim='foam', optim_args={words!r}.") from error

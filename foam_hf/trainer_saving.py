@@ -133,10 +133,16 @@ class _Save:
                 f"{error}. Before resuming from it, delete {self.folder / MANIFEST}"
             )
 
-    def _seal(self) -> None:
-        found = stamps(files_of(self.folder))
-        kept = {path: sums for path, sums in self._sums.items() if found.get(path) == self._stamps.get(path)}
-        self._sums = seal(self.folder, kept)
+    def _seal(self, tries: int = 3) -> None:
+        try:
+            found = stamps(files_of(self.folder))
+            kept = {path: sums for path, sums in self._sums.items() if found.get(path) == self._stamps.get(path)}
+            self._sums = seal(self.folder, kept)
+        except FileNotFoundError:  # an uploader's, or a file system's, that came and went
+            if tries < 2:
+                raise
+            self._seal(tries - 1)
+            return
         self._stamps = {path: found[path] for path in self._sums if path in found}
 
     def _wait(self) -> None:

@@ -52,6 +52,8 @@ def loads(trainer: Any, folder: Path) -> bool:
     try:
         state, missing = _read(model, folder)
     except Exception as error:
+        if reason := _other_shape(model, saved):  # from_pretrained says it in a report alone
+            raise ValueError(f"{folder} cannot be loaded: {reason}; expected a model of the same shapes") from error
         raise ValueError(
             f"{folder} holds the weights of {type(model).__name__} under other names than it trains, and "
             f"from_pretrained, which would read them, says: {type(error).__name__}: {error}. {_EXPECTED}"
@@ -214,13 +216,19 @@ def _unreadable(model: Any, saved: Shapes) -> str:
         )
     mine = _shapes(model.state_dict())
     absent = _absent(_trained_names(model), mine.keys() - saved.keys())
-    other = [name for name in mine.keys() & saved.keys() if mine[name] != saved[name]]
     if absent:
         return f"it has no values for {len(absent)} trained weights of {type(model).__name__}, {absent[0]} the first"
-    if other:
-        name = min(other)
-        return f"{name} has shape {saved[name]} there, and {mine[name]} in {type(model).__name__}"
-    return ""
+    return _other_shape(model, saved)
+
+
+def _other_shape(model: Any, saved: Shapes) -> str:
+    """Which weight has another shape in `saved`, or an empty string."""
+    mine = _shapes(model.state_dict())
+    other = [name for name in mine.keys() & saved.keys() if mine[name] != saved[name]]
+    if not other:
+        return ""
+    name = min(other)
+    return f"{name} has shape {saved[name]} there, and {mine[name]} in {type(model).__name__}"
 
 
 def _not_remade(model: Any) -> str:

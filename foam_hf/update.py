@@ -54,7 +54,7 @@ class Hyper:
 
 
 class Member(NamedTuple):
-    """A parameter with a gradient, or a piece of its shard, as a step sees it."""
+    """A parameter that has or may have a gradient, or a piece of its shard, as a step sees it."""
 
     p: Tensor
     state: MutableMapping[str, Any]

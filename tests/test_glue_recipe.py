@@ -1001,6 +1001,17 @@ def test_a_resumed_run_says_which_settings_are_the_checkpoints(flags, tmp_path, 
     assert "scale=0.25 (not 1.0)" in line and "(not 0.0003)" in line
 
 
+def test_a_run_that_folds_other_weights_than_its_checkpoint_is_told_the_option(flags, tmp_path):
+    folder = tmp_path / "out"
+    words = [*flags, "--task_name", "rte", "--save_strategy", "steps", "--save_steps", "1"]
+    words += ["--output_dir", str(folder)]
+    train.main([*words, "--optim_args", "fold_embeddings=false"])
+    resume = ["--max_steps", "3", "--resume_from_checkpoint", str(folder / "checkpoint-2"), "--optim_args"]
+    with pytest.raises((ValueError, SystemExit), match="optim_args='fold_embeddings=false'"):
+        train.main([*words, *resume, "level=8"])
+    assert train.main([*words, *resume, "fold_embeddings=false"])["steps"] == 3
+
+
 def test_optim_args_that_drop_the_configs_are_said(tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text("optim: foam\noptim_args: level=8,gradient_release=true\n")

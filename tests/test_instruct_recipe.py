@@ -561,6 +561,23 @@ def test_a_finished_run_is_kept_and_another_of_its_folder_goes_on(models, data, 
     assert longer["steps"] == 4 and "Resuming from" in capsys.readouterr().out
 
 
+def test_a_second_run_keeps_the_results_and_a_resumed_one_says_whose_settings_hold(models, data, tmp_path, capsys):
+    folder = tmp_path / "out"
+    words = [*flags(models["llama"], data, folder), "--save_strategy", "steps", "--save_steps", "2"]
+    first = train.main([*words, "--eval_before", "false"])
+    with pytest.raises(SystemExit, match="cuts off every answer"):
+        train.main([*words, "--max_length", "4"])
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(first)), "refused before it"
+    capsys.readouterr()
+    settings = ["--learning_rate", "3e-4", "--optim_args", "scale=1", "--max_steps", "3", "--eval_before", "false"]
+    train.main([*words, *settings, "--resume_from_checkpoint", str(folder / "checkpoint-2")])
+    said = capsys.readouterr().out
+    assert "its results.json is now results-1.json" in said and "starts at step 0" not in said
+    assert json.loads((folder / "results-1.json").read_text()) == json.loads(json.dumps(first))
+    line = next(line for line in said.splitlines() if line.startswith("Resumed at step 2"))
+    assert "scale=6.0 (not 1.0)" in line and "(not 0.0003)" in line
+
+
 def test_modules_for_adapters_may_be_a_list_of_the_config():
     recipe = types.SimpleNamespace(
         method="lora", lora_r=2, lora_alpha=4, lora_dropout=0.0, lora_target_modules=["q_proj", "v_proj"]

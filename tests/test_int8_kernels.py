@@ -164,7 +164,7 @@ def test_equal_geometry_is_one_launch_beside_that_of_plain_weights(monkeypatch):
         for p in params:
             p.grad = torch.randn(p.shape, device=DEVICE)
         optimizer.step()
-    kinds = [type(launch).__name__ for _, _, launch in optimizer._plan._launches]
+    kinds = [type(launch).__name__ for *_, launch in optimizer._plan._launches]
     assert sorted(kinds) == ["Int8Launch", "Launch"] and not optimizer._plan._rest
 
 

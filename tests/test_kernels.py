@@ -278,6 +278,38 @@ def test_weights_that_missed_steps_share_a_launch(monkeypatch, dtype, options):
         assert_within(p.float(), q.float(), case)
 
 
+@pytest.mark.parametrize("options", [{}, {"second_moment": "factored"}, {"level": 0, "lr": 0.3}], ids=str)
+def test_tables_serve_while_gradients_come_and_go(monkeypatch, options):
+    """Uneven routing: which experts have a gradient changes in every step, and tables are made for new ones alone."""
+    monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
+    weights, gradients = drawn(torch.bfloat16, steps=7, shapes=[(3, 64), (5, 64), (2, 64), (40, 64)])
+    for missing, found in zip(([3], [1, 2], [0], [0, 1, 2, 3], [], [2, 3], [0, 1, 2]), gradients, strict=True):
+        for i in missing:
+            found[i] = None
+    made: list[int] = []
+    original = kernels.make_launches
+    monkeypatch.setattr(kernels, "make_launches", lambda members: made.append(1) or original(members))
+
+    def trained(anew: bool) -> tuple[list[torch.Tensor], list[int]]:
+        params = [torch.nn.Parameter(w.clone()) for w in weights]
+        optimizer = FOAM(params, **{"lr": 0.01, "weight_decay": 0.1, "level": 3, **options})
+        for found in gradients:
+            before = [p.detach().clone() for p in params]
+            versions = [p._version for p in params]
+            for p, grad in zip(params, found, strict=True):
+                p.grad = None if grad is None else grad.clone()
+            optimizer._plan = None if anew else optimizer._plan
+            optimizer.step()
+            for p, was, version in zip(params, before, versions, strict=True):
+                assert p.grad is not None or (torch.equal(p, was) and p._version == version)
+        return params, [state["step"] for state in optimizer.state.values()]
+
+    kept, steps = trained(anew=False)
+    assert len(made) == 2, "with the first gradients, and with the fourth weight's first one"
+    fresh, again = trained(anew=True)
+    assert steps == again == [4, 4, 3, 4] and all(map(torch.equal, kept, fresh))
+
+
 def test_one_group_of_equal_geometry_is_one_launch():
     params = [torch.nn.Parameter(torch.zeros(rows, 512, device=DEVICE)) for rows in (3, 8, 300)]
     optimizer = FOAM(params)

@@ -14,7 +14,15 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from foam_hf import FOAM, foam_param_groups, memory
-from foam_hf.memory import adamw_state_bytes, breakdown, expected_state_bytes, format_bytes, state_bytes, summarize
+from foam_hf.memory import (
+    adamw_state_bytes,
+    breakdown,
+    expected_state_bytes,
+    format_bytes,
+    headline,
+    state_bytes,
+    summarize,
+)
 from tests import tiny_models
 
 
@@ -270,7 +278,7 @@ def test_tensor_subclass_counts_what_it_is_made_of(holder):
 
 def test_dtensor_counts_its_local_shard(holder, tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -282,6 +290,11 @@ def test_dtensor_counts_its_local_shard(holder, tmp_path):
         assert state_bytes(holder.optimizer) == 4 * 6 * 4
         p = nn.Parameter(DTensor.from_local(torch.zeros(4, 6), mesh, [Shard(0)], run_check=False, **shape))
         assert adamw_state_bytes([p]) == 2 * 4 * 6 * 4 + 4
+        p = nn.Parameter(distribute_tensor(torch.zeros(4, 6), mesh, [Shard(0)]))
+        told = headline(SimpleNamespace(param_groups=[{"params": [p], "level": 0}]))
+        assert told == (
+            "FOAM: 192 B of optimizer state, 98% of AdamW's 196 B, for 24 trained parameters, this process's share"
+        )
     finally:
         torch.distributed.destroy_process_group()
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from foam_hf import FOAM
 from tests.test_trainer_runs import assert_same_bits, make_trainer, weights
-from tests.tiny_models import language_data, tiny_llama
+from tests.tiny_models import language_data, tiny_llama, tiny_mixtral
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "optim_args": "level=2", "lr_scheduler_type": "constant"}
 
@@ -102,3 +102,40 @@ def test_distributed_checkpoints_keep_names() -> None:
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         for name, value in optimizer.state[p].items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(again.state[q][name]))
+
+
+def test_an_optimizer_without_names_stays_without_them(tmp_path: Path) -> None:
+    """In a training loop of one's own, a checkpoint of the Trainer; then a layer is unfrozen."""
+    trained = trainer_of(tmp_path, max_steps=2)
+    trained.train()
+    saved = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    optimizer = FOAM(copy.deepcopy(trained.optimizer.optimizer.param_groups))
+    optimizer.load_state_dict(saved)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "level": 0})
+    assert not any(
+        "param_names" in group for group in [*optimizer.param_groups, *optimizer.state_dict()["param_groups"]]
+    )
+
+
+@pytest.mark.parametrize("options", ["level=2", "fold_embeddings=false,fold_head=false"])
+def test_a_resized_embedding_is_refused_by_its_name_and_both_shapes(tmp_path: Path, options: str) -> None:
+    """The weights of the checkpoint were resized, as for new tokens, and its moments are of the old vocabulary."""
+    trainer_of(tmp_path, max_steps=2, optim_args=options).train()
+    again = trainer_of(tmp_path, max_steps=4, optim_args=options)
+    again.model.resize_token_embeddings(70, mean_resizing=False)
+    again.model.save_pretrained(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / "foam_checkpoint.json").unlink()
+    said = r"\(model.embed_tokens.weight\) .* weight of shape \(64, 32\), and here the weight has shape \(70, 32\); .*"
+    with pytest.raises(ValueError, match=f"{said}resize it back"):
+        again.train(resume_from_checkpoint=True)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (tmp_path / "checkpoint-2" / name).unlink()
+    again.train(resume_from_checkpoint=True)
+
+
+def test_a_resized_model_that_is_saved_under_other_names_is_refused_by_both_shapes(tmp_path: Path) -> None:
+    settings = {**SAVING, "train_dataset": language_data(16)}
+    make_trainer(tmp_path, model=tiny_mixtral(), max_steps=2, **settings).train()
+    again = make_trainer(tmp_path, model=tiny_mixtral(vocab_size=70), max_steps=4, **settings)
+    with pytest.raises((ValueError, RuntimeError), match=r"lm_head.weight.*64, 32.*70, 32"):
+        again.train(resume_from_checkpoint=True)

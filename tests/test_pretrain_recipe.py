@@ -619,6 +619,20 @@ def test_a_finished_run_is_kept_and_no_step_is_taken_beyond_the_last(tokens: Pat
         run(tmp_path, tokens, *words, "--resume_from_checkpoint", "true")
 
 
+def test_what_is_replaced_and_whose_settings_hold_is_said(tokens: Path, tmp_path: Path, capsys) -> None:
+    words = ["--max_steps", "2", "--save_steps", "1", "--save_strategy", "steps"]
+    first = run(tmp_path, tokens, *words)
+    capsys.readouterr()
+    run(tmp_path, tokens, *words)
+    said = capsys.readouterr().out
+    assert "its results.json is now results-1.json" in said and "newest of step 2: this one starts at step 0" in said
+    assert json.loads((tmp_path / "out" / "results-1.json").read_text()) == json.loads(json.dumps(first))
+    again = ["--learning_rate", "0.5", "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-1")]
+    run(tmp_path, tokens, *words, *again)
+    said = capsys.readouterr().out
+    assert re.search(r"Resumed at step 1 with the checkpoint's learning_rate=\S+ \(not 0.5\)", said), said
+
+
 def test_the_last_step_of_an_epoch_is_counted_as_what_it_is() -> None:
     recipe = SimpleNamespace(total_batch_size=128, sequence_length=16)
     counted = train.Tokens(recipe, SimpleNamespace(train=[None] * 317))

@@ -262,6 +262,21 @@ def test_what_callbacks_do_in_on_save_is_no_damage(tmp_path: Path, caplog, touch
     assert ("has no state of the optimizer: moments and schedule start anew" in caplog.text) == (touch is thin_out)
 
 
+def test_a_file_that_comes_and_goes_while_a_checkpoint_is_sealed_stops_nothing(monkeypatch, tmp_path: Path) -> None:
+    """Such as an uploader's lock, or what a network file system leaves of a file that was open."""
+    original, lists = trainer_saving.files_of, itertools.count()
+
+    def files_of(folder: Path) -> list[Path]:
+        gone = [] if next(lists) % 2 else [folder / ".nfs0001"]
+        return [*original(folder), *gone]
+
+    monkeypatch.setattr(trainer_saving, "files_of", files_of)
+    make_trainer(tmp_path, **SAVING).train()
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    resume(tmp_path)
+
+
 def test_a_folder_that_a_callback_took_away_stops_nothing(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, callbacks=[Touch(shutil.rmtree)], **SAVING)
     trainer.train()

@@ -201,8 +201,8 @@ def run(recipe: GlueArguments, args: TrainingArguments, training: dict, task_nam
     finished, checkpoint = earlier_work(output_dir, settings, training)
     if finished:
         return finished
-    keep_earlier(output_dir, checkpoint is not None, say)
     trainer = build_trainer(recipe, args, task_name, splits)
+    keep_earlier(output_dir, checkpoint is not None, say)  # not before all that may be refused was
     untrained = evaluate(trainer, task_name) if recipe.eval_untrained else None
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

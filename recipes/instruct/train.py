@@ -178,7 +178,6 @@ def main(argv: list[str] | None = None) -> dict:
     finished, checkpoint = earlier_work(args, settings)
     if finished:
         return finished
-    keep_earlier(output_dir, checkpoint is not None, say)
     options = f" ({args.optim_args})" if args.optim_args else ""
     say(f"{recipe.method} | {recipe.model_name_or_path} in {recipe.dtype} | {optim}{options}, lr {args.learning_rate}")
     if args.device.type == "cpu" and recipe.dtype == "bfloat16":
@@ -188,6 +187,7 @@ def main(argv: list[str] | None = None) -> dict:
     meter = Meter()
     trainer = build_trainer(recipe, args, data, meter)
     count_cuts(recipe, data, trainer)
+    keep_earlier(output_dir, checkpoint is not None, say)  # not before all that may be refused was
     if recipe.method not in WHOLE:
         say(chat_models.adapter_saving(trainer.model))
     if recipe.eval_before:
