@@ -56,8 +56,8 @@ def loading_best(original: Callable[..., Any], is_ours: Callable[[Any], bool]) -
 
     @functools.wraps(original)
     def _load_best_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        best = self.state.best_model_checkpoint
-        if not is_ours(self.args) or not best:
+        best = self.state.best_model_checkpoint if is_ours(self.args) else None
+        if not best:
             return original(self, *args, **kwargs)
         try:
             _agreed(self, lambda: _weights_are_whole(self, Path(best)))

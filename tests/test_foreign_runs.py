@@ -103,7 +103,7 @@ def test_a_trainer_whose_parts_are_odd_passes_every_wrapper(tmp_path: Path) -> N
 
 
 def _rewrapped(name: str, original: Any) -> Any:
-    from foam_hf import trainer_checkpoints, trainer_plugin
+    from foam_hf import trainer_checkpoints, trainer_plugin, trainer_saving, trainer_weights
 
     is_ours = trainer_plugin._is_ours
     original.__name__ = name
@@ -111,10 +111,10 @@ def _rewrapped(name: str, original: Any) -> Any:
         "train": trainer_plugin._binding_train,
         "create_optimizer": trainer_plugin._creating_optimizer,
         "_load_from_checkpoint": functools.partial(trainer_int8.refusing_other_checkpoints, is_ours=is_ours),
-        "_save_checkpoint": functools.partial(trainer_checkpoints.saving, is_ours=is_ours),
+        "_save_checkpoint": functools.partial(trainer_saving.saving, is_ours=is_ours),
         "_load_best_model": functools.partial(trainer_checkpoints.loading_best, is_ours=is_ours),
-        "_issue_warnings_after_load": functools.partial(trainer_checkpoints.refusing_missing_weights, is_ours=is_ours),
-        "_push_from_checkpoint": trainer_checkpoints.finishing,
+        "_issue_warnings_after_load": functools.partial(trainer_weights.refusing_missing_weights, is_ours=is_ours),
+        "_push_from_checkpoint": trainer_saving.finishing,
     }[name](original)
 
 
