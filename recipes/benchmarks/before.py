@@ -10,5 +10,5 @@ def as_before(settings: dict) -> dict:
     if settings.get("optim") not in FOAM_NAMES:
         return settings
     given = dict(pair.split("=") for pair in settings.get("optim_args", "").split(",") if pair)
-    given = {name: str(value).lower() for name, value in BEFORE.items()} | given
-    return settings | {"optim_args": ",".join(f"{name}={value}" for name, value in given.items())}
+    options = given | {name: str(value).lower() for name, value in BEFORE.items() if name not in given}
+    return settings | {"optim_args": ",".join(f"{name}={value}" for name, value in options.items())}
