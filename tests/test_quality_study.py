@@ -30,6 +30,7 @@ import quality_rates  # noqa: E402
 import quality_run  # noqa: E402
 import quality_table  # noqa: E402
 import update_similarity  # noqa: E402
+from before import BEFORE  # noqa: E402
 from candidates import Candidate  # noqa: E402
 
 PLANS = sorted(BENCHMARKS.glob("quality_*.yaml"))
@@ -117,9 +118,10 @@ def test_every_committed_plan_holds_what_the_recipes_know(path: Path, tmp_path: 
             training.pop("bf16", None)  # torch refuses it where there is no GPU
             args = arguments.build_training_arguments({**training, "use_cpu": True}, tmp_path, 1)
             if arm["optim"] == "foam":
+                before = {name: value for name, value in BEFORE.items() if name not in arm["optim_args"]}
                 assert args.optim_args == ",".join(
                     f"{name}={str(value).lower() if isinstance(value, bool) else value}"
-                    for name, value in arm["optim_args"].items()
+                    for name, value in (arm["optim_args"] | before).items()
                 )
 
 
@@ -428,7 +430,7 @@ def tiny_glue(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_a_candidate_without_switches_is_foam(options: dict) -> None:
     ours, theirs = tiny_llama(), tiny_llama()
     groups = foam_hf.foam_param_groups
-    foam = foam_hf.FOAM(groups(ours, weight_decay=0.1), lr=0.01, **options)
+    foam = foam_hf.FOAM(groups(ours, weight_decay=0.1), lr=0.01, scale=0.25, **options)
     candidate = Candidate(groups(theirs, weight_decay=0.1), lr=0.01, **options)
     for _ in range(10):
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):

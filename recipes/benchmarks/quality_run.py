@@ -50,7 +50,7 @@ def words_of(job: dict) -> list[str]:
     own = arm["optim"] in OWN
     options = {} if own else arm["optim_args"]
     if arm["optim"].startswith("foam"):
-        options = {**BEFORE, **options}
+        options = options | {name: value for name, value in BEFORE.items() if name not in options}
     values = {
         "task_name": job["task"],
         "model_name_or_path": job["model"],
