@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from foam_hf.folding import fold, unfold
+from foam_hf.update import LARGEST_CENTER, LARGEST_STEP
 
 SWITCHES = {
     "first_moment_level": "level of the first moment, if not the second's; 'none' keeps none at all",
@@ -109,7 +110,11 @@ class Candidate(torch.optim.Optimizer):
         else:
             V = unfold(state["folded_exp_avg_sq"], level, n) / c2
             V = V + own * (rho * R).square() / (c2 if corrected else 1.0)
-        return (M + rho * R / (c1 if corrected else 1.0)) / (V.sqrt() + group["eps"])
+        N, S = M + rho * R / (c1 if corrected else 1.0), V.sqrt()
+        if factored:  # as FOAM limits it; the studies of version 0.1.0 ran without
+            limit, center = LARGEST_STEP * S, N - rho * G
+            N, S = N.clamp(-limit, limit), torch.maximum(S, center.abs() / LARGEST_CENTER)
+        return N / (S + group["eps"])
 
     def first(self, group: dict[str, Any]) -> int | str:
         """The level that parts a gradient into block means and residual."""
