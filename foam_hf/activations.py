@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from foam_hf.eight_bit import SMALLEST
 from foam_hf.folding import Level, block_width
 from foam_hf.optim_args import FOAM_NAMES, foam_options
-from foam_hf.param_groups import TABLE_OPTIONS, foam_parameter_names, grouping_options
+from foam_hf.param_groups import foam_parameter_names, grouping_options
 from foam_hf.plan import Estimate
 from foam_hf.step_trace import StepTrace, trace_step, with_value
 from foam_hf.update import CHUNK_GPU
@@ -113,12 +113,11 @@ def _foam_temporary_bytes(model: nn.Module, options: dict[str, Any]) -> int:
     """
     rule, eight_bit = options.get("second_moment", "block"), options.get("plain_state") == "8bit"
     groups = foam_parameter_names(model, **grouping_options(dict(options)))
-    folded = {name for group, names in groups.items() if group.startswith("folded") for name in names}
-    plain = {name for group, names in groups.items() if group.startswith("plain") for name in names}
-    tables = {name for group, names in groups.items() if group.startswith("table") for name in names}
-    factored = (folded if rule == "factored" else set()) | (
-        tables if TABLE_OPTIONS.get("second_moment", rule) == "factored" else set()
+    folded, tables, plain = (
+        {name for group, names in groups.items() if group.startswith(kind) for name in names}
+        for kind in ("folded", "table", "plain")
     )
+    factored = tables | folded if rule == "factored" else tables
     level, sums = options.get("level", 8), 0
     most = 0
     for name, p in model.named_parameters():
