@@ -140,9 +140,21 @@ class Queue:
     def __init__(self, budget_s: float):
         self.budget_s = budget_s
         self.waiting: list = []
+        self.earlier: dict = {}  # a job's key -> its record, of an earlier call
         self.running: list = []
         self.finished: list = []
         self.started = time.monotonic()
+
+    def add(self, jobs: list) -> None:
+        """Put jobs into the queue; those that an earlier call finished, whose records are in `earlier`, are done."""
+        for job in jobs:
+            job.record = self.earlier.get(job.key)
+            (self.finished if job.record else self.waiting).append(job)
+        self.waiting.sort(key=lambda job: job.order)
+        self.choose()
+
+    def choose(self) -> None:
+        """Queue what follows from the jobs that have ended; called as jobs join."""
 
     def fill(self, start) -> None:
         """Move jobs from those that wait to those that run, by `start(job)`, as there is room and time."""

@@ -141,14 +141,6 @@ class Study(Queue):
         }
         self.add([job for jobs in self.tunings.values() for job in jobs])
 
-    def add(self, jobs: list[Job]) -> None:
-        """Put jobs into the queue; those that an earlier call finished are done."""
-        for job in jobs:
-            job.record = self.earlier.get(job.key)
-            (self.finished if job.record else self.waiting).append(job)
-        self.waiting.sort(key=lambda job: job.order)
-        self.choose()
-
     def widen(self, task: str, name: str, best: float) -> list[Job]:
         """Tuning runs at one more rate, beyond the best, if that lies at an end of those tried."""
         arm = self.arms[name]

@@ -190,14 +190,6 @@ class Study(Queue):
         }
         self.add([job for jobs in self.tunings.values() for job in jobs])
 
-    def add(self, jobs: list[Job]) -> None:
-        """Put jobs into the queue; those that an earlier call finished are done."""
-        for job in jobs:
-            job.record = self.earlier.get(job.key)
-            (self.finished if job.record else self.waiting).append(job)
-        self.waiting.sort(key=lambda job: job.order)
-        self.choose()
-
     def choose(self) -> None:
         """Choose the rates of arms whose tuning has ended, and queue what follows from them."""
         more = []
