@@ -10,9 +10,9 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 CHECKED := foam_hf recipes tests
 # Tests compute on tiny tensors: more threads than processes only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-COMPAT_TESTS := tests/test_trainer_plugin.py tests/test_trainer_runs.py tests/test_cli.py \
-	tests/test_param_groups.py tests/test_callback.py tests/test_counted.py tests/test_model_configs.py \
-	tests/test_trainer_release.py tests/test_planner.py tests/test_int8_compat.py tests/test_client_groups.py
+COMPAT_TESTS := tests/trainer/test_trainer.py tests/trainer/test_runs.py tests/cli/test_cli.py \
+	tests/optimizer/test_groups.py tests/trainer/test_callback.py tests/planner/test_counting.py tests/planner/test_model_configs.py \
+	tests/trainer/test_trainer_release.py tests/planner/test_planner.py tests/int8/test_compat.py tests/trainer/test_client_groups.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-gpu test-compat style quality bench clean

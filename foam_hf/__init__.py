@@ -11,17 +11,17 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from foam_hf._import_hook import on_import
+from foam_hf._version import __version__
 
 if TYPE_CHECKING:
     from foam_hf import memory
-    from foam_hf.callback import OptimizerMemoryCallback
-    from foam_hf.gradient_release import enable_gradient_release
-    from foam_hf.int8_quantizer import Int8Config
-    from foam_hf.optimizer import FOAM
-    from foam_hf.param_groups import foam_param_groups
-    from foam_hf.planner import estimate_memory
+    from foam_hf.int8.quantizer import Int8Config
+    from foam_hf.optimizer.foam import FOAM
+    from foam_hf.optimizer.groups import foam_param_groups
+    from foam_hf.optimizer.release import enable_gradient_release
+    from foam_hf.planner.planner import estimate_memory
+    from foam_hf.trainer.callback import OptimizerMemoryCallback
 
-__version__ = "0.2.0"
 
 __all__ = [
     "FOAM",
@@ -36,11 +36,11 @@ __all__ = [
 
 _LAZY_MODULES = {
     "FOAM": "foam_hf.optimizer",
-    "Int8Config": "foam_hf.int8_quantizer",
-    "OptimizerMemoryCallback": "foam_hf.callback",
-    "enable_gradient_release": "foam_hf.gradient_release",
+    "Int8Config": "foam_hf.int8.quantizer",
+    "OptimizerMemoryCallback": "foam_hf.trainer.callback",
+    "enable_gradient_release": "foam_hf.optimizer.release",
     "estimate_memory": "foam_hf.planner",
-    "foam_param_groups": "foam_hf.param_groups",
+    "foam_param_groups": "foam_hf.optimizer.groups",
 }
 
 
@@ -59,25 +59,25 @@ def __dir__() -> list[str]:
 
 
 def _register_names(module: types.ModuleType) -> None:
-    from foam_hf.trainer_plugin import register_names
+    from foam_hf.trainer.patches import register_names
 
     register_names(module)
 
 
 def _register_trainer(module: types.ModuleType) -> None:
-    from foam_hf.trainer_plugin import register_trainer
+    from foam_hf.trainer.patches import register_trainer
 
     register_trainer(module)
 
 
 def _register_modelcard(module: types.ModuleType) -> None:
-    from foam_hf.trainer_plugin import register_modelcard
+    from foam_hf.trainer.patches import register_modelcard
 
     register_modelcard(module)
 
 
 def _register_int8(module: types.ModuleType) -> None:
-    importlib.import_module("foam_hf.int8_quantizer")  # which registers itself
+    importlib.import_module("foam_hf.int8.quantizer")  # which registers itself
 
 
 on_import("transformers.training_args", _register_names)

@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 import torch
 
-from tests.interpreter import patch_once
+from tests.support.interpreter import patch_once
 
 if not torch.cuda.is_available():  # read by Triton when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -29,9 +29,9 @@ def _seeded() -> None:
 LONGEST_FIRST = (
     *("test_sharding", "test_kernels", "test_benchmarks", "test_instruct_recipe", "test_int8_trainer"),
     "test_model_families",
-    *("test_demo", "test_trainer_runs", "test_activations", "test_glue_recipe", "test_cli", "test_instruct_study"),
-    *("test_docs", "test_gradient_release", "test_estimate_cli", "test_callback", "test_planner"),
-    *("test_step_profile", "test_instruct_recipe_gguf", "test_int8_benchmarks", "test_int8_quantizer"),
+    *("test_demo", "test_runs", "test_activations", "test_glue_recipe", "test_cli", "test_instruct_study"),
+    *("test_docs", "test_release", "test_estimate", "test_callback", "test_planner"),
+    *("test_profile", "test_instruct_gguf", "test_int8_benchmarks", "test_quantizer"),
 )
 
 

@@ -23,12 +23,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 from harness import Results, add_options, probe  # noqa: E402
 
 import foam_hf  # noqa: E402
-from foam_hf.activations import activation_bytes, optimizer_temporary_bytes  # noqa: E402
-from foam_hf.counted import count_bytes  # noqa: E402
-from foam_hf.int8_weights import Int8Weight  # noqa: E402
+from foam_hf.int8.weight import Int8Weight  # noqa: E402
 from foam_hf.memory import breakdown, format_bytes  # noqa: E402
-from foam_hf.meta_models import meta_model  # noqa: E402
-from foam_hf.model_configs import load_config  # noqa: E402
+from foam_hf.planner.activations import activation_bytes, optimizer_temporary_bytes  # noqa: E402
+from foam_hf.planner.counting import count_bytes  # noqa: E402
+from foam_hf.planner.meta_models import meta_model  # noqa: E402
+from foam_hf.planner.model_configs import load_config  # noqa: E402
 
 STEPS = 3  # the first one makes the state, and is not measured
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foam_hf.folding import fold, unfold
-from foam_hf.update import LARGEST_CENTER, LARGEST_STEP
+from foam_hf.rules.by_rows import LARGEST_CENTER, LARGEST_STEP
+from foam_hf.tensors.folding import fold, unfold
 
 SWITCHES = {
     "first_moment_level": "level of the first moment, if not the second's; 'none' keeps none at all",

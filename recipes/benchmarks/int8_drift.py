@@ -25,7 +25,7 @@ sys.path.append(str(HERE.parent / "glue"))
 from table import write_json  # noqa: E402
 
 from foam_hf import FOAM  # noqa: E402
-from foam_hf.int8_weights import Int8Weight  # noqa: E402
+from foam_hf.int8.weight import Int8Weight  # noqa: E402
 
 SYMBOLS, CONTEXT, BATCH = 64, 8, 64
 FIRST_LR, LR = 4e-3, 1e-4  # of the steps in fp32, and of the further ones

@@ -51,13 +51,13 @@ def block_size(shapes: str) -> int:
 def measure_update(case: str, shapes: str, device: str, tile: tuple[int, int, int] | None) -> dict:
     """One optimizer step on the matrices of `shapes`, gradients in bf16."""
     from foam_hf import FOAM
-    from foam_hf.int8_weights import Int8Weight
+    from foam_hf.int8.weight import Int8Weight
     from foam_hf.memory import state_bytes
 
     if tile is not None:
-        from foam_hf import int8_kernels
+        from foam_hf.int8 import block_kernel
 
-        int8_kernels.TILE, int8_kernels.WARP, int8_kernels.REGISTERS = tile[0], tile[1], tile[2] or 255
+        block_kernel.TILE, block_kernel.WARP, block_kernel.REGISTERS = tile[0], tile[1], tile[2] or 255
     _, options, int8, _ = UPDATES[case]
     weights = make_weights(shapes, BF16, device)
     weights.named = {name: p for name, p in weights.named.items() if p.dim() > 1}
@@ -93,7 +93,7 @@ def measure_update(case: str, shapes: str, device: str, tile: tuple[int, int, in
 
 def measure_dequantization(case: str, rows: int, columns: int, device: str) -> dict:
     """Codes to a new bf16 tensor, with more weights than a cache holds."""
-    from foam_hf.int8_weights import Int8Weight
+    from foam_hf.int8.weight import Int8Weight
 
     size = rows * columns
     weights = [
@@ -113,7 +113,7 @@ def measure_dequantization(case: str, rows: int, columns: int, device: str) -> d
 
 def measure_linears(kind: str, shapes: str, tokens: int, device: str) -> dict:
     """Forward and backward of the linear layers of two layers of `shapes`; memory between the two is the inputs'."""
-    from foam_hf.int8_weights import Int8Weight
+    from foam_hf.int8.weight import Int8Weight
 
     _, sizes, _, _ = SHAPES[shapes]
     layers = []

@@ -129,11 +129,11 @@ def build(case: Case, model_name: str, sequence: int, device: str):
         model_class = LlamaForCausalLM
         config = LlamaConfig(**LLAMAS[model_name], max_position_embeddings=sequence, use_cache=False)
     if case.weights == "int8":
-        from foam_hf.int8_quantizer import Int8Config, random_int8_model
+        from foam_hf.int8.quantizer import Int8Config, random_int8_model
 
         return random_int8_model(config, Int8Config(), device=device)
     if case.weights == "loaded":
-        from foam_hf.int8_quantizer import Int8Config
+        from foam_hf.int8.quantizer import Int8Config
 
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(model_class, config, Path(folder), device)

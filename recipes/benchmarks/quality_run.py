@@ -21,7 +21,7 @@ from table import write_json  # noqa: E402
 
 from foam_hf import foam_param_groups  # noqa: E402
 from foam_hf.memory import state_bytes  # noqa: E402
-from foam_hf.param_groups import layer_names  # noqa: E402
+from foam_hf.optimizer.groups import layer_names  # noqa: E402
 
 OWN = ("candidate", "adam_mini")  # built here; Trainer is told another name
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(HERE))
 
 from quality_table import _table, read_runs  # noqa: E402
 
-START, END = "<!-- swap: held to the results by tests/test_swap_pages.py -->", "<!-- end of swap -->"
+START, END = "<!-- swap: held to the results by tests/benchmarks/test_swap_pages.py -->", "<!-- end of swap -->"
 RESULTS = HERE / "results"
 ENCODERS, SCALE = RESULTS / "swap_encoders.jsonl", 6
 CHAT = [RESULTS / "instruct_swap_smollm2.json", RESULTS / "instruct_swap_qwen.json"]

@@ -25,7 +25,7 @@ import tiny_language  # noqa: E402
 from candidates import Candidate, adam_update  # noqa: E402
 from table import write_json  # noqa: E402
 
-from foam_hf.param_groups import layer_names  # noqa: E402
+from foam_hf.optimizer.groups import layer_names  # noqa: E402
 
 LEVELS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, "row"]
 RULES = ("block", "factored")

@@ -14,11 +14,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from foam_hf.counted import count_state
 from foam_hf.memory import format_bytes
-from foam_hf.meta_models import meta_model
-from foam_hf.model_configs import load_config
-from foam_hf.param_groups import layer_names
+from foam_hf.optimizer.groups import layer_names
+from foam_hf.planner.counting import count_state
+from foam_hf.planner.meta_models import meta_model
+from foam_hf.planner.model_configs import load_config
 
 MODELS = ("llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-3b", "llama-7b", "llama-13b")
 # Label -> Trainer's optim and optim_args; "muon" and "adam_mini" are not Trainer's.

@@ -20,7 +20,7 @@ def train(options: argparse.Namespace, use_cpu: bool = False) -> None:
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
     from foam_hf import OptimizerMemoryCallback
-    from foam_hf.model_configs import load_config
+    from foam_hf.planner.model_configs import load_config
 
     set_seed(0)
     config = load_config(options.model)

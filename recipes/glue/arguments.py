@@ -11,7 +11,7 @@ import yaml
 from data import TASKS, one_line
 from transformers import HfArgumentParser, TrainingArguments
 
-from foam_hf.recipe_helpers import find_config, nearest, replaced_optim_args, said_optimizer
+from foam_hf.recipe_kit import find_config, nearest, replaced_optim_args, said_optimizer
 
 HERE = Path(__file__).resolve().parent
 

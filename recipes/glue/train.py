@@ -31,7 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import foam_hf  # registers optim="foam" and "foam_mini"
 from foam_hf.memory import adamw_state_bytes, state_bytes
-from foam_hf.recipe_helpers import keep_earlier, resumed_callback
+from foam_hf.recipe_kit import keep_earlier, resumed_callback
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [] if str(HERE) in sys.path else [str(HERE)]  # the siblings, also when this file is imported

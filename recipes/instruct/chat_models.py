@@ -11,9 +11,9 @@ from instruct_data import one_line
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from foam_hf import Int8Config, foam_param_groups
-from foam_hf.int8_quantizer import quantize_model_
+from foam_hf.int8.quantizer import quantize_model_
 from foam_hf.memory import adamw_state_bytes, expected_state_bytes, format_bytes
-from foam_hf.storages import storages, total
+from foam_hf.memory.storages import storages, total
 
 
 def load(recipe: InstructArguments, output_dir: Path):

@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from foam_hf.recipe_helpers import find_config, nearest, replaced_optim_args, said_optimizer
+from foam_hf.recipe_kit import find_config, nearest, replaced_optim_args, said_optimizer
 
 try:
     import datasets  # noqa: F401  # before trl, which hides what it lacks

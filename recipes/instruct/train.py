@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from transformers.trainer_utils import get_last_checkpoint
 
 import foam_hf  # registers optim="foam" and "foam_mini"
-from foam_hf.recipe_helpers import keep_earlier, resumed_callback
+from foam_hf.recipe_kit import keep_earlier, resumed_callback
 
 try:
     import datasets  # noqa: F401  # before trl, which hides what it lacks

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from foam_hf.param_groups import layer_names
+from foam_hf.optimizer.groups import layer_names
 
 # What --optim may say beside Trainer's names, and the name that TrainingArguments gets instead.
 OTHERS = {"muon": "adamw_torch", "adam_mini": "adamw_torch"}

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from foam_hf import foam_param_groups
-from foam_hf.int8_models import plan_int8
+from foam_hf.int8.models import plan_int8
 from foam_hf.memory import adamw_state_bytes, expected_state_bytes
-from foam_hf.meta_models import meta_model, with_adapters
-from foam_hf.model_configs import load_config
+from foam_hf.planner.meta_models import meta_model, with_adapters
+from foam_hf.planner.model_configs import load_config
 
 START, END = "<!-- table: made by recipes/quantized/method_bytes.py -->", "<!-- end of table -->"
 MODELS = {"Qwen2.5-0.5B": "qwen2.5-0.5b", "Qwen2.5-7B": "qwen2.5-7b", "LLaMA-3.1-8B": "llama-3.1-8b"}

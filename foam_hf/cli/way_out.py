@@ -1,0 +1,189 @@
+"""What `foam-hf estimate` says where nothing fits a card: what the package can do, and the lines that do it."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foam_hf.optim_args import FOAM_NAMES
+
+if TYPE_CHECKING:
+    from foam_hf.planner.plan import Plan
+    from foam_hf.planner.planner import Planner
+
+SWITCHES = ("gradient_release", "gradient_checkpointing", "int8_weights")  # what costs least first
+_FOLDING = {"fold_embeddings": "true", "fold_head": "true"}
+
+
+@dataclass(frozen=True)
+class WayOut:
+    """FOAM with the fewest switches that make one sequence fit; if none do, with all of them.
+
+    Attributes:
+        plan: what it takes.
+        switches: names of `SWITCHES` that are on, those that were asked for included.
+        fits: the plan is within the card's bytes.
+    """
+
+    plan: Plan
+    switches: tuple[str, ...]
+    fits: bool
+
+    @property
+    def optim_args(self) -> str:
+        """As TrainingArguments takes them: gradient release is an option there."""
+        release = "gradient_release=true" if "gradient_release" in self.switches else ""
+        return ",".join(filter(None, [self.plan.options, release]))
+
+
+def find_way_out(
+    planner: Planner, gpu: int, asked: Mapping[str, bool], choices: list[tuple[str, dict[str, str]]]
+) -> WayOut | None:
+    """The fewest switches, beyond those `asked` for, with which one sequence stays within `gpu` bytes.
+
+    Args:
+        planner: of the model and the workload that did not fit.
+        gpu: bytes of the card.
+        asked: each of `SWITCHES`, whether it is on already; "lora_rank" and "gradient_accumulation" exclude some.
+        choices: the optimizers that were planned, with their options: the first FOAM among them is the one to help.
+    """
+    optim, options = next(((n, o) for n, o in choices if n in FOAM_NAMES), ("foam", {}))
+    excluded = {
+        "gradient_release": asked["lora_rank"] or asked["gradient_accumulation"],
+        "gradient_checkpointing": False,
+        "int8_weights": asked["lora_rank"],
+    }
+    missing = [name for name in SWITCHES if not asked[name] and not excluded[name]]
+    last = None
+    for added, arguments in _attempts(missing, options):
+        on = {name: asked[name] or name in added for name in SWITCHES}
+        variant = planner.variant(batch=1, gradient_checkpointing=on["gradient_checkpointing"])
+        try:
+            plan = variant.count(
+                optim, arguments, gradient_release=on["gradient_release"], int8_weights=on["int8_weights"]
+            )
+        except (ValueError, ImportError):  # no weight of this model can become INT8, or not with this transformers
+            continue
+        everything = len(added) == len(missing)
+        if plan.total > gpu and not everything:  # no need to ask for activations
+            continue
+        plan = variant.with_batch(plan, 1)
+        if last is None or plan.total < last.plan.total:
+            last = WayOut(plan, tuple(name for name in SWITCHES if on[name]), plan.total <= gpu)
+        if last.fits:
+            break
+    return last
+
+
+def _attempts(missing: list[str], options: dict[str, str]) -> Iterator[tuple[tuple[str, ...], dict[str, str]]]:
+    """Switches to add and the optimizer's options, the least first; folding what is not to fold comes last."""
+    added = [*itertools.chain(*(itertools.combinations(missing, n) for n in range(1, len(missing) + 1)))]
+    yield from ((some, options) for some in added)
+    if any(options.get(name, "true") != "true" for name in _FOLDING):
+        yield from ((some, {**options, **_FOLDING}) for some in [(), *added])
+
+
+def describe(found: WayOut, model: str, planner: Planner, command: list[str]) -> list[str]:
+    """The lines to print: what it would take and, where it fits, the code, the recipe and the command that plans it.
+
+    `command` is that of the estimate: model, card and what else was asked for.
+    """
+    from foam_hf.memory.measured import format_bytes
+
+    flags = " ".join("--" + name.replace("_", "-") for name in found.switches)
+    would = "takes" if found.fits else "would still take"
+    with_options = f" ({found.plan.options})" if found.plan.options else ""
+    lines = [
+        f"{found.plan.optim}{with_options} with {flags} and a batch of 1 {would} {format_bytes(found.plan.total)}."
+    ]
+    if not found.fits:
+        return lines
+    lines += ["In a script:", *(f"    {line}" for line in _script(found, model, planner))]
+    if recipe := recipe_command(found, model, planner.sequence):
+        lines += ["By the recipe, whose config has these settings:", *(f"    {line}" for line in recipe)]
+    command += ["--optim", found.plan.optim]
+    command += ["--optim-args", found.plan.options] if found.plan.options else []
+    return [*lines, "Planned by:", f"    {shlex.join([*command, *flags.split()])}"]
+
+
+def _script(found: WayOut, model: str, planner: Planner) -> list[str]:
+    """What to write where a model is loaded and where TrainingArguments are made."""
+    arguments = [f"optim={found.plan.optim!r}"]
+    arguments += [f"optim_args={found.optim_args!r}"] if found.optim_args else []
+    arguments += ["per_device_train_batch_size=1"]
+    arguments += ["gradient_checkpointing=True"] if "gradient_checkpointing" in found.switches else []
+    dtype = str(planner.dtype).removeprefix("torch.")
+    loading = f"dtype={dtype!r}"
+    if "int8_weights" in found.switches:
+        loading += ", quantization_config=foam_hf.Int8Config()"
+    return [
+        f"model = {planner.architecture}.from_pretrained({hub_name(model)!r}, {loading})",
+        f"args = TrainingArguments(..., {', '.join(arguments)})",
+    ]
+
+
+def recipe_command(found: WayOut, model: str, sequence: int) -> list[str]:
+    """The commands that run a bundled config of this model with what was found; none where there is no such config."""
+    method = "int8" if "int8_weights" in found.switches else "full"
+    for name, path, settings in bundled_configs():
+        if settings.get("method") != method or not same_model(settings["model_name_or_path"], model):
+            continue
+        flags = ["--per_device_train_batch_size", "1", "--max_length", str(sequence)]
+        have = _pairs(settings.get("optim_args") or "")
+        wanted = _pairs(found.optim_args)
+        if not wanted.items() <= have.items() or settings.get("optim") != found.plan.optim:
+            flags += ["--optim", found.plan.optim]
+            flags += ["--optim_args", ",".join(f"{k}={v}" for k, v in {**have, **wanted}.items())] if wanted else []
+        if "gradient_checkpointing" in found.switches and not settings.get("gradient_checkpointing"):
+            flags += ["--gradient_checkpointing", "true"]
+        if "gradient_release" in found.switches and settings.get("gradient_accumulation_steps", 1) != 1:
+            flags += ["--gradient_accumulation_steps", "1"]
+        run = ["python", "instruct/train.py", "--config", f"{name}/{path.name}", *flags]
+        copies = [f"foam-hf recipes copy {each}" for each in dict.fromkeys(("instruct", name))]
+        return ["; ".join(copies), f"{shlex.join(run)} --dataset_path DATA --output_dir RUN"]
+    return []
+
+
+def bundled_configs() -> list[tuple[str, Path, dict[str, Any]]]:
+    """(recipe, file, settings) of every config of the instruct recipe's script, those of `quantized` first."""
+    import yaml  # transformers depends on it
+
+    from foam_hf.cli.command import CommandError, recipe_folders
+
+    try:
+        folders = recipe_folders()
+    except CommandError:  # an installation without recipes
+        return []
+    found = []
+    for name in ("quantized", "instruct"):
+        for path in sorted(folders[name].glob("*.yaml")) if name in folders else ():
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if isinstance(settings, dict) and isinstance(settings.get("model_name_or_path"), str):
+                found.append((name, path, settings))
+    return found
+
+
+def same_model(of_config: str, asked: str) -> bool:
+    """Whether both are the same model: by the last part of the name, without capitals, Instruct or not."""
+    names = [name.lower().rstrip("/").rsplit("/", 1)[-1].removesuffix("-instruct") for name in (of_config, asked)]
+    return names[0] == names[1]
+
+
+def hub_name(model: str) -> str:
+    """What from_pretrained takes for `model`: of a built-in name, the hub's, where a bundled config says it."""
+    from foam_hf.planner.model_configs import BUILTIN
+
+    if model.lower() not in BUILTIN:
+        return model
+    known = [s["model_name_or_path"] for _, _, s in bundled_configs() if same_model(s["model_name_or_path"], model)]
+    return known[0] if known else model
+
+
+def _pairs(optim_args: str) -> dict[str, str]:
+    from foam_hf.optim_args import split_optim_args
+
+    return dict(split_optim_args(optim_args))

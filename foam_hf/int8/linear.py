@@ -1,0 +1,92 @@
+"""``linear`` with an INT8 weight: its floating copy is gone when forward, or backward, returns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from foam_hf.int8.codes import dequantize
+
+if TYPE_CHECKING:
+    from foam_hf.int8.weight import Int8Weight
+
+
+def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``, autocast and its errors included; gradients are of the outer dtype."""
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # torch refuses to answer for meta
+    if autocast and x.is_floating_point() and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    else:
+        dtype = weight.dtype
+    if not torch.is_grad_enabled():  # as in the first pass of a checkpointed layer
+        return torch.nn.functional.linear(x, dequantize(weight.codes, weight.scales, dtype), bias)
+    return _Linear.apply(x, weight, bias, dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """The weight hangs on ``ctx``: as a saved tensor every checkpointing would detach it and ask it what it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        else:
+            ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
+            ctx.weight = weight
+            with torch._C.DisableTorchFunctionSubclass():
+                ctx.outer, ctx.version = weight.dtype, _version(weight)
+        out = torch.nn.functional.linear(x, dequantize(weight.codes, weight.scales, dtype), bias)
+        if not torch.compiler.is_compiling() and out._is_view():
+            # autograd refuses `out += 1` for a view that a Function made: the same memory, and no view of any other
+            out = torch.ops.aten._unsafe_view(out, out.shape)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_x: Tensor | None = None
+        if torch.compiler.is_compiling():
+            x, weight = ctx.saved_tensors
+            outer = weight.dtype
+            if ctx.needs_input_grad[0]:
+                of_x = grad @ dequantize_in_backward(weight.codes, weight.scales, grad)
+        else:
+            (x,), outer = ctx.saved_tensors, ctx.outer
+            if ctx.needs_input_grad[0]:
+                of_x = grad @ _unchanged(ctx, grad.dtype)
+        rows = grad.reshape(-1, grad.shape[-1])
+        of_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(outer) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+def _version(weight: Tensor) -> int:
+    """How often it was written; of a weight made in inference mode, of which torch keeps no count, 0."""
+    return 0 if weight.is_inference() else weight._version
+
+
+def _unchanged(ctx: Any, dtype: torch.dtype) -> Tensor:
+    """The weight of the forward pass in ``dtype``; RuntimeError if it was updated since, as for a saved tensor."""
+    weight = ctx.weight
+    with torch._C.DisableTorchFunctionSubclass():
+        version = _version(weight)
+    if version != ctx.version:
+        raise RuntimeError(
+            f"an INT8 weight of shape {tuple(weight.shape)}, needed for gradient computation, has been modified by an "
+            f"inplace operation: it is at version {version}; expected version {ctx.version}"
+        )
+    return dequantize(weight.codes, weight.scales, dtype)
+
+
+@torch.library.custom_op("foam_hf::dequantize_in_backward", mutates_args=())
+def dequantize_in_backward(codes: Tensor, scales: Tensor, grad: Tensor) -> Tensor:
+    """The weight in the dtype of ``grad``, which it seems to need: else a compiler keeps the one of the forward."""
+    return dequantize(codes, scales, grad.dtype)
+
+
+@dequantize_in_backward.register_fake
+def _(codes: Tensor, scales: Tensor, grad: Tensor) -> Tensor:
+    return grad.new_empty(codes.shape)

@@ -1,0 +1,334 @@
+"""INT8 weights through transformers' own door: `from_pretrained(..., quantization_config=foam_hf.Int8Config())`.
+
+What this file relies on, in transformers 5.6 to 5.x: `register_quantization_config` and `register_quantizer` (public),
+the hooks of `HfQuantizer` that it overrides, and `AutoHfQuantizer.merge_quantization_configs`, which is wrapped: it
+drops what a user asks of a checkpoint that is quantized already, `dequantize=True` with the rest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from foam_hf.int8.files import CODES, METHOD, SCALES, SMALLEST_BLOCK
+from foam_hf.int8.models import (
+    Int8Plan,
+    accept_codes,
+    check_files,
+    convert_,
+    dequantize_,
+    install_,
+    materialize_,
+    module_of,
+    plan_int8,
+)
+from foam_hf.int8.weight import Int8Weight
+from foam_hf.wrapping import wrap
+
+logger = logging.getLogger("foam_hf")
+
+OLDEST = "5.6"  # the first to read one weight at a time where they are quantized on loading
+
+
+class Int8Config(QuantizationConfigMixin):
+    """INT8 weights that train: one byte a weight, and a float32 scale for each block of adjacent columns.
+
+    Every `nn.Linear` weight that `foam_hf.foam_param_groups` folds becomes an `Int8Weight`; embeddings, norms, biases,
+    tied or shared weights, fused experts and `Conv1D` stay in the model's dtype.
+
+    Args:
+        block_size: columns a block, a power of two from 16 to 1024. A width that it does not divide gets the largest
+            power of two below it that does; a width that 16 does not divide stays as it is, with a warning.
+        head: an LM head of its own becomes INT8 too; one that is the embedding stays.
+        modules_to_not_convert: names of modules to leave alone, parts of names, or regexes that match whole names.
+        dequantize: load a checkpoint of INT8 weights as a plain floating point model.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or out of range, or an unknown one.
+        ImportError: transformers is older than 5.6.
+    """
+
+    quant_method: Any  # a plain string, where transformers' own are an enum
+
+    def __init__(
+        self,
+        block_size: int = 128,
+        head: bool = False,
+        modules_to_not_convert: list[str] | None = None,
+        dequantize: bool = False,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        _check_version()
+        for name, value in unknown.items():
+            legal = ("block_size", "head", "modules_to_not_convert", "dequantize")
+            near = difflib.get_close_matches(name, legal, n=1, cutoff=0.0)[0]
+            raise TypeError(
+                f"Int8Config has no {name}, got {name}={value!r}; did you mean {near!r}? expected {', '.join(legal)}"
+            )
+        if quant_method != METHOD:
+            raise ValueError(f"quant_method is of another config, got {quant_method!r}; expected {METHOD!r}")
+        if isinstance(block_size, bool) or not isinstance(block_size, int):
+            raise TypeError(f"block_size is not an integer, got {block_size!r}; expected a power of two, 16 to 1024")
+        if not SMALLEST_BLOCK <= block_size <= 1024 or block_size & (block_size - 1):
+            raise ValueError(f"block_size is not valid, got {block_size}; expected a power of two from 16 to 1024")
+        for name, flag in (("head", head), ("dequantize", dequantize)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} is not a bool, got {flag!r}; expected True or False")
+        names: Any = modules_to_not_convert
+        if names is not None and (isinstance(names, str) or not all(isinstance(name, str) for name in names)):
+            raise TypeError(f"modules_to_not_convert is no list of strings, got {names!r}; expected module names")
+        self.quant_method = quant_method
+        self.block_size = block_size
+        self.head = head
+        self.modules_to_not_convert = None if names is None else list(names)
+        self.dequantize = dequantize
+
+    def choice(self) -> dict[str, Any]:
+        """What decides which weights become INT8, and in what blocks."""
+        return {name: getattr(self, name) for name in ("block_size", "head", "modules_to_not_convert")}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in config.json: how a checkpoint was made, not how somebody loads it."""
+        return {"quant_method": self.quant_method, **self.choice()}
+
+
+def _check_version() -> None:
+    import transformers  # not above: while transformers imports this file, its module is not yet the final one
+
+    if Version(transformers.__version__).release < Version(OLDEST).release:
+        raise ImportError(
+            f"INT8 weights (foam_hf.Int8Config) need transformers {OLDEST} or newer, got {transformers.__version__}; "
+            f"expected: pip install 'transformers>={OLDEST}'"
+        )
+
+
+class Int8Quantizer(HfQuantizer):
+    """What transformers asks while it loads, trains or saves a model with an `Int8Config`."""
+
+    quantization_config: Int8Config
+
+    def __init__(self, quantization_config: Int8Config, **kwargs: Any) -> None:
+        _check_version()
+        super().__init__(quantization_config, **kwargs)
+        if quantization_config.dequantize and not self.pre_quantized:
+            raise ValueError(
+                "Int8Config(dequantize=True) makes a checkpoint of INT8 weights plain, but this one is plain already; "
+                "expected no quantization_config, or one without dequantize"
+            )
+        self.plan = Int8Plan()
+        self._dtypes: dict[str, torch.dtype] = {}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """True lets Trainer train the quantized weights themselves, without adapters."""
+        return True
+
+    @property
+    def quantized_element_size(self) -> float:
+        return 1 + torch.float32.itemsize / self.quantization_config.block_size
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        # Trainer's device maps and the allocator's warm-up count by it.
+        quantized = self.param_needs_quantization(model, param_name)
+        return self.quantized_element_size if quantized else param.element_size()
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError(
+                f"INT8 weights cannot be offloaded, got a device_map with {', '.join(sorted(places))}; "
+                "expected one device, or GPUs alone"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        self.plan = plan_int8(model, **self.quantization_config.choice())
+        if not self.pre_quantized:
+            logger.info(self.plan.summary(model))
+            if self.plan.left:
+                logger.warning(f"INT8: these folded weights of {type(model).__name__} stay as they are: {self.plan}")
+            return
+        if checkpoint_files is not None:
+            check_files(self.plan, checkpoint_files, self.quantization_config.block_size)
+        # The loader finds two plain buffers, and fills them like any other, from whatever files they are in.
+        for name, block in self.plan.blocks.items():
+            module = module_of(model, name)
+            rows, width = module.weight.shape
+            self._dtypes[name] = module.weight.dtype
+            # Models initialize what is missing, and look at all weights as they do: this one is no part of the model.
+            module.register_parameter("weight", None)  # its place in the order of parameters
+            module.__dict__["weight"] = torch.empty(rows, width, dtype=self._dtypes[name], device="meta")
+            module.register_buffer(CODES, torch.empty(rows, width, dtype=torch.int8, device="meta"))
+            module.register_buffer(SCALES, torch.empty(rows, width // block, dtype=torch.float32, device="meta"))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        plain = self.pre_quantized and self.quantization_config.dequantize
+        for name, block in self.plan.blocks.items():
+            module = module_of(model, name)
+            if self.pre_quantized:
+                weight = Int8Weight(getattr(module, CODES), getattr(module, SCALES), dtype=self._dtypes[name])
+                delattr(module, CODES)
+                delattr(module, SCALES)
+                del module.__dict__["weight"]
+                if plain:
+                    module.weight = nn.Parameter(weight.dequantize())
+                else:
+                    install_(module, weight)
+            elif isinstance(module.weight, Int8Weight):
+                accept_codes(module)
+            else:  # not in the checkpoint, so transformers drew it at random
+                convert_(module, block)
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        return not self.pre_quantized and param_name in self.plan.blocks
+
+    def get_quantize_ops(self) -> Any:
+        return _quantize_operation()(self.plan)
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """`model.dequantize()`: each weight in the dtype that it shows, or all in `dtype`.
+
+        The config's dtype, which transformers would take, is not the weights' after `model.to(...)`.
+        """
+        dequantize_(model, dtype)
+        self.remove_quantization_config(model)
+        return model
+
+
+@functools.cache
+def _quantize_operation() -> Any:
+    from transformers.core_model_loading import ConversionOps  # as late as transformers itself imports it
+
+    class QuantizeInt8(ConversionOps):
+        """A weight that was just read, on its device, into codes and scales; the float copy dies at once."""
+
+        def __init__(self, plan: Int8Plan) -> None:
+            self.plan = plan
+
+        def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+            model, full_layer_name = kwargs["model"], kwargs["full_layer_name"]
+            ((key, value),) = input_dict.items()
+            value = value[0] if isinstance(value, list) else value
+            expected = tuple(module_of(model, full_layer_name).weight.shape)
+            if tuple(value.shape) != expected:
+                raise ValueError(f"{full_layer_name} has shape {tuple(value.shape)}; expected {expected}")
+            block = self.plan.blocks[full_layer_name]
+            input_dict.clear()
+            return {key: nn.Parameter(Int8Weight.from_float(value, block_size=block))}
+
+    return QuantizeInt8
+
+
+def quantize_model_(model: Any, config: Int8Config | None = None, *, device: torch.device | str | None = None) -> Any:
+    """Make the weights of a model INT8 in place, as `from_pretrained` would have.
+
+    Parameters on the meta device come into being one module at a time, with random values by the model's own rule, so
+    that a model never exists in floating point as a whole: see `random_int8_model`.
+
+    Args:
+        model: a transformers model.
+        config: which weights, in what blocks; `Int8Config()` by default.
+        device: for parameters on the meta device; the CPU by default. Others stay where they are.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: `model` is of another library, or `config` of another kind.
+        ValueError: nothing of it can be converted.
+    """
+    from transformers import PreTrainedModel
+
+    config = Int8Config() if config is None else config
+    if not isinstance(config, Int8Config):
+        raise TypeError(f"config is no Int8Config, got {type(config).__name__}; expected foam_hf.Int8Config(...)")
+    if not issubclass(type(model), PreTrainedModel):
+        raise TypeError(f"model is no transformers model, got {type(model).__name__}; expected a PreTrainedModel")
+    quantizer = Int8Quantizer(config, pre_quantized=False)
+    quantizer.preprocess_model(model)
+    if any(p.is_meta for p in model.parameters()):
+        materialize_(model, quantizer.plan, torch.device("cpu" if device is None else device))
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+    return model
+
+
+def random_int8_model(
+    config: Any,
+    quantization_config: Int8Config | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    model_class: Any = None,
+) -> Any:
+    """A model of random weights, INT8 from the start: for measuring memory and speed without a checkpoint.
+
+    Args:
+        config: a transformers model config.
+        quantization_config: `Int8Config()` by default.
+        device: where the weights come into being.
+        dtype: of the weights that are not INT8, and of the arithmetic.
+        model_class: `AutoModelForCausalLM` by default, or any class with `from_config`.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):  # buffers are small, and not every model can fill them later
+        model = (model_class or AutoModelForCausalLM).from_config(config, dtype=dtype)
+    return quantize_model_(model, quantization_config, device=device).to(device)
+
+
+def _keeping_what_was_asked(original: Callable[..., Any]) -> Any:
+    """`merge_quantization_configs` that hears `dequantize=True`, and names what else a checkpoint overrules."""
+
+    @functools.wraps(original)
+    def merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        asked, held = quantization_config_from_args, quantization_config
+        method = held.get("quant_method") if isinstance(held, dict) else getattr(held, "quant_method", None)
+        if not isinstance(asked, Int8Config) or method != METHOD:
+            return original(held, asked)
+        merged = Int8Config.from_dict(held if isinstance(held, dict) else held.to_dict())
+        merged.dequantize = asked.dequantize
+        other = [
+            f"{name}={value!r} instead of {asked.choice()[name]!r}"
+            for name, value in merged.choice().items()
+            if value != asked.choice()[name]
+        ]
+        if other and not merged.dequantize:
+            logger.warning(f"INT8: the checkpoint's weights are INT8 already, with {', '.join(other)}: that holds")
+        return merged
+
+    return staticmethod(merge_quantization_configs)
+
+
+def _register() -> None:
+    """Make transformers know `foam_int8`, by the classes of this import of foam_hf. Idempotent."""
+    for mapping in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
+        mapping.pop(METHOD, None)  # a notebook may have imported foam_hf before
+    auto.register_quantization_config(METHOD)(Int8Config)
+    auto.register_quantizer(METHOD)(Int8Quantizer)
+    wrap(
+        auto.AutoHfQuantizer, "merge_quantization_configs", lambda merge: staticmethod(_keeping_what_was_asked(merge))
+    )
+
+
+_register()

@@ -1,0 +1,327 @@
+"""``Int8Weight``: a weight of one byte an element that trains as an ordinary parameter.
+
+Outside it is a tensor of a floating dtype: autograd, ``named_parameters``, clipping, counting and param groups see
+nothing else. Inside it holds ``codes``, int8, and ``scales``, one float32 for each block of adjacent columns. An
+element is ``code * scale``; the largest of a block has the code 127 or -127 when it is quantized.
+
+``torch.nn.functional.linear`` with such a weight dequantizes, multiplies and forgets: what lives between forward and
+backward is the input and the codes. Reading it in any other operation gives what its dequantized copy would; so do
+views, but as copies that refuse to be written to. Only whole values can be written (``copy_``, ``zero_``,
+``normal_``); arithmetic in place is refused, as rounding to int8 would lose it. Training is ``foam_hf.FOAM``'s: see
+``int8_update``.
+
+DDP's first broadcast goes through floating values: ranks that hold the same weights keep every bit of them, but one
+with others gets rank 0's to the nearest codes. Let every rank load the same checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from foam_hf._version import __version__
+from foam_hf.int8.codes import BLOCK_SIZE, dequantize, quantize, row_chunks
+from foam_hf.int8.linear import linear
+
+_aten = torch.ops.aten
+_SAME = (_aten.detach.default, _aten.alias.default)
+_MADE_LIKE = (
+    _aten.empty_like.default,
+    _aten.zeros_like.default,
+    _aten.ones_like.default,
+    _aten.full_like.default,
+    _aten.rand_like.default,
+    _aten.randn_like.default,
+    _aten.new_empty.default,
+    _aten.new_zeros.default,
+    _aten.new_ones.default,
+    _aten.new_full.default,
+    _aten.new_empty_strided.default,
+)
+# What overwrites every element without reading it.
+_FILLS = (
+    _aten.zero_.default,
+    _aten.fill_.Scalar,
+    _aten.fill_.Tensor,
+    _aten.normal_.default,
+    _aten.uniform_.default,
+)
+
+
+class Int8Weight(Tensor):
+    """Codes and block scales behind the face of a dense floating point tensor.
+
+    Args:
+        codes: int8, contiguous, (..., n); each in [-127, 127].
+        scales: float32, contiguous, (..., n / block size), on the same device. The block size follows from the shapes.
+        dtype: what it looks like, and computes in: torch.bfloat16, torch.float16 or torch.float32.
+
+    Raises:
+        TypeError: another dtype of codes, scales or ``dtype``.
+        ValueError: shapes or devices that do not fit each other.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Int8Weight:
+        _check_parts(codes, scales, dtype)
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
+
+    def __init__(self, codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.codes, self.scales = codes, scales
+
+    @classmethod
+    def from_float(cls, weight: Tensor, block_size: int = BLOCK_SIZE) -> Int8Weight:
+        """Quantize ``weight`` (any floating dtype, which the result shows outside) to the nearest codes.
+
+        Raises:
+            TypeError: a weight that is not float32, bfloat16 or float16.
+            ValueError: ``block_size`` does not divide the last dimension.
+        """
+        _check_width(weight, block_size)
+        weight = weight.detach()
+        n = weight.shape[-1]
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        scales = torch.empty((*weight.shape[:-1], n // block_size), dtype=torch.float32, device=weight.device)
+        result = cls(codes, scales, weight.dtype)
+        _quantize_into(result, weight, keep=False)
+        return result
+
+    @property
+    def block_size(self) -> int:
+        """Adjacent columns that share a scale."""
+        return self.codes.shape[-1] // self.scales.shape[-1] if self.scales.shape[-1] else BLOCK_SIZE
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """``codes * scales`` as a plain tensor of ``dtype``, by default the outer one; autograd does not see it."""
+        return dequantize(self.codes, self.scales, self.dtype if dtype is None else dtype)
+
+    def _take(self, data: Tensor) -> None:
+        """Hold the codes and scales of ``data``: what ``weight.data = data`` leaves to Python."""
+        if not isinstance(data, Int8Weight):
+            raise TypeError(
+                f"cannot make a {type(data).__name__} the data of an INT8 weight; expected weight.copy_(new), which "
+                "quantizes it, or module.weight = torch.nn.Parameter(new)"
+            )
+        self.codes, self.scales = data.codes, data.scales
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        shape, dtype = tuple(self.shape), str(self.dtype).removeprefix("torch.")
+        return f"Int8Weight(shape={shape}, dtype={dtype}, block_size={self.block_size}, device='{self.device}')"
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        return ["codes", "scales"], {"dtype": self.dtype}
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Tensor], meta: dict[str, Any], size: Any, stride: Any
+    ) -> Int8Weight:
+        return cls(inner["codes"], inner["scales"], meta["dtype"])
+
+    def _stable_hash_for_caching(self) -> str:
+        """What torch.compile's cache on disk must tell apart; the version stands for the code of this file."""
+        where = str(self.device), self.requires_grad
+        return repr((__version__, tuple(self.shape), self.dtype, self.block_size, *where))
+
+    def share_memory_(self) -> Int8Weight:
+        """As in torch, of codes and scales."""
+        self.codes.share_memory_()
+        self.scales.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return self.codes.is_shared() and self.scales.is_shared()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        hidden = {key: value for key, value in self.__dict__.items() if key not in ("codes", "scales")}
+        return _rebuild, (self.codes, self.scales, self.dtype, self.requires_grad, hidden)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            return _linear(*args, **(kwargs or {}))
+        if func in _QUESTIONS:  # asked some forty times a step: what follows would cost more than the answer
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args)
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is Tensor.data_ptr:
+                return func(args[0].codes)
+            if func is Tensor.__setitem__ and isinstance(args[0], Int8Weight):
+                raise NotImplementedError(
+                    "cannot write a part of an INT8 weight; expected weight.copy_(new) for the whole weight"
+                )
+            if func == _SET_DATA:
+                args[0]._take(args[1])
+            result = func(*args, **(kwargs or {}))
+            return result if torch.compiler.is_compiling() else _read_only(result)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        self = args[0] if args else None
+        if isinstance(self, Int8Weight):
+            if func in _SAME or (func is _aten.view.default and list(args[1]) == list(self.shape)):
+                return cls(self.codes, self.scales, self.dtype)
+            if func is _aten.clone.default:
+                return cls(self.codes.clone(), self.scales.clone(), self.dtype)
+            if func is _aten._to_copy.default and kwargs.get("dtype", self.dtype) in _DTYPES:
+                dtype = kwargs.pop("dtype", None)
+                kwargs.pop("memory_format", None)
+                parts = [func(part, *args[1:], **kwargs) for part in (self.codes, self.scales)]
+                return Int8Weight(parts[0], parts[1], self.dtype if dtype is None else dtype)
+            if func in _MADE_LIKE:  # nobody needs the values
+                return func(
+                    torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape), *args[1:], **kwargs
+                )
+            if func is _aten.copy_.default:
+                _copy_into(self, args[1])
+                return self
+            if func in _FILLS:
+                plain = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+                _quantize_into(self, func(plain, *args[1:], **kwargs))
+                return self
+        _refuse_writing(func, args, kwargs)
+        args, kwargs = tree_map_only(Int8Weight, Int8Weight.dequantize, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+# What answers with no view of the weight.
+_QUESTIONS = frozenset(
+    getattr(Tensor, name).__get__
+    for name in ("dtype", "shape", "device", "requires_grad", "grad", "grad_fn", "is_leaf", "ndim", "_version")
+) | {Tensor.dim, Tensor.numel, Tensor.size, Tensor.element_size, Tensor.is_floating_point, Tensor.is_contiguous}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _quantize_into(weight: Int8Weight, source: Tensor, keep: bool = True) -> None:
+    """Make ``weight`` hold ``source``; with ``keep``, a block that dequantizes to it already stays as it is.
+
+    So copying a weight's own values into it changes nothing, though training may have left its largest code below 127.
+    """
+    for codes, scales, values in row_chunks(weight.codes, weight.scales, source.to(weight.device)):
+        new, new_scales = (
+            x.view(y.shape)
+            for x, y in zip(quantize(values.flatten(1), weight.block_size), (codes, scales), strict=True)
+        )
+        if keep:
+            same = ((codes * scales).to(values.dtype) == values).all(-1, keepdim=True)
+            new, new_scales = torch.where(same, codes, new), torch.where(same, scales, new_scales)
+        codes.copy_(new)
+        scales.copy_(new_scales)
+
+
+def _copy_into(weight: Int8Weight, source: Tensor) -> None:
+    if not isinstance(source, Int8Weight):
+        _quantize_into(weight, source.expand(weight.shape))
+        return
+    if source.shape != weight.shape or source.block_size != weight.block_size:
+        raise ValueError(
+            f"cannot copy an INT8 weight of shape {tuple(source.shape)} in blocks of {source.block_size} into one of "
+            f"shape {tuple(weight.shape)} in blocks of {weight.block_size}; expected the same shape and block size"
+        )
+    weight.codes.copy_(source.codes)
+    weight.scales.copy_(source.scales)
+
+
+def _refuse_writing(func: Any, args: Any, kwargs: Any) -> None:
+    """Raise NotImplementedError if ``func`` would write to an ``Int8Weight``."""
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        if any(isinstance(x, Int8Weight) for x in (value if isinstance(value, list | tuple) else [value])):
+            raise NotImplementedError(
+                f"{func} in place on INT8 weights would lose what is smaller than a code; expected foam_hf.FOAM to "
+                "train them, a dequantized model to merge adapters into, or weight.copy_(new) to write whole values "
+                "to the nearest codes"
+            )
+
+
+class _ReadOnly(Tensor):
+    """What a view of an ``Int8Weight`` gives: a dequantized copy, so what is written to it would be lost."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name.startswith("__i")
+        target = (kwargs or {}).get("out") if not writes else args[0]
+        if (
+            isinstance(target, _ReadOnly)
+            and name != "requires_grad_"
+            and name not in ("__int__", "__index__", "__invert__")
+        ):
+            raise NotImplementedError(
+                f"{name} would write to a copy, as views of INT8 weights are dequantized copies; expected "
+                "weight.copy_(new) for the whole weight"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return _read_only(func(*args, **(kwargs or {})))
+
+
+def _read_only(result: Any) -> Any:
+    """``result``, with plain views of an ``Int8Weight`` marked."""
+    if isinstance(result, list | tuple):
+        return type(result)(map(_read_only, result)) if type(result) in (list, tuple) else result
+    if type(result) is Tensor and isinstance(result._base, Int8Weight):
+        return result.as_subclass(_ReadOnly)
+    return result
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if isinstance(weight, Int8Weight):
+        return linear(input, weight, bias)
+    with torch._C.DisableTorchFunctionSubclass():  # an INT8 weight in another place
+        return torch.nn.functional.linear(input, weight, bias)
+
+
+def _rebuild(codes: Tensor, scales: Tensor, dtype: torch.dtype, requires_grad: bool, hidden: dict[str, Any]) -> Tensor:
+    weight = Int8Weight(codes, scales, dtype).requires_grad_(requires_grad)
+    weight.__dict__.update(hidden)  # among it what makes a tensor an nn.Parameter
+    return weight
+
+
+torch.serialization.add_safe_globals([_rebuild, Int8Weight])
+
+
+def _check_parts(codes: Any, scales: Any, dtype: Any) -> None:
+    if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or dtype not in _DTYPES:
+        raise TypeError(
+            f"an INT8 weight of codes {getattr(codes, 'dtype', type(codes).__name__)} and dtype {dtype}; expected "
+            f"torch.int8, and one of {', '.join(map(str, _DTYPES))}"
+        )
+    if not isinstance(scales, Tensor) or scales.dtype != torch.float32:
+        raise TypeError(
+            f"scales of an INT8 weight are {getattr(scales, 'dtype', type(scales).__name__)}; expected torch.float32"
+        )
+    fits = (
+        codes.dim() > 0
+        and codes.shape[:-1] == scales.shape[:-1]
+        and (codes.shape[-1] % scales.shape[-1] == 0 if scales.shape[-1] else codes.shape[-1] == 0)
+        and codes.device == scales.device
+        and codes.is_contiguous()
+        and scales.is_contiguous()
+    )
+    if not fits:
+        raise ValueError(
+            f"codes {tuple(codes.shape)} on {codes.device} and scales {tuple(scales.shape)} on {scales.device} do not "
+            "make an INT8 weight; expected (..., n) and (..., n / block size), contiguous, on one device"
+        )
+
+
+def _check_width(weight: Tensor, block_size: int) -> None:
+    if weight.dtype not in _DTYPES:
+        raise TypeError(f"cannot quantize {weight.dtype} to INT8; expected one of {', '.join(map(str, _DTYPES))}")
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size is out of range: got {block_size!r}; expected a positive integer")
+    if weight.dim() == 0 or weight.shape[-1] % block_size:
+        width = weight.shape[-1] if weight.dim() else None
+        raise ValueError(
+            f"blocks of {block_size} columns do not divide a weight of shape {tuple(weight.shape)}, width {width}; "
+            "expected a block_size that divides the width, or this weight left as it is"
+        )

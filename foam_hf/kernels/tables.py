@@ -1,0 +1,218 @@
+"""The host's side of the kernels: which tensors they take, tables of addresses on the device, launching.
+
+A table in device memory holds the addresses and sizes of a launch's tensors; a second one says which tensor a program
+works on. Both are kept between steps: gradients that moved get new addresses in the first, any other change gets new
+tables.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from foam_hf.kernels.parts import philox
+from foam_hf.rules.by_rows import Hyper, Member, moment_names
+from foam_hf.tensors.folding import Level, block_width
+from foam_hf.tensors.places import Place, local
+
+MAX_COLUMNS = 32768  # a tile of more columns would not fit the registers of a program
+TILE_ELEMENTS = 2048  # of a program
+MAX_WARPS = 16 if torch.version.hip else 32  # of a program, 1024 threads: on AMD a warp has 64
+# Since then a compiled kernel takes every argument of its function, the constants too.
+DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def takes_ptx(device: torch.device) -> bool:
+    """Whether PTX may stand in a kernel: not on AMD's and Intel's GPUs, nor in Triton's interpreter."""
+    return device.type == "cuda" and torch.version.hip is None and isinstance(philox, triton.JITFunction)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of a step: its tensors on one device, its level, and its place in the random stream."""
+
+    weight: Tensor
+    grad: Tensor
+    moments: tuple[Tensor, ...]  # as state holds them, contiguous
+    level: Level
+    stream: int
+    place: Place
+    grad_offset: int  # bytes, from where the rank's gradient of the parameter begins
+
+    @classmethod
+    def of(cls, member: Member) -> Entry:
+        moments = tuple(member.moments[name] for name in moment_names(member.level, member.second_moment))
+        if member.p.grad is None:  # for a later step, with a gradient as autograd makes them
+            grad, offset = torch.empty(member.p.shape, dtype=member.p.dtype, device="meta"), 0
+        else:
+            grad = member.grad
+            offset = grad.data_ptr() - local(member.p.grad).data_ptr()
+        return cls(member.weight, grad, moments, member.level, member.stream, member.place, offset)
+
+    @property
+    def columns(self) -> int:
+        return self.weight.shape[-1] if self.weight.dim() else 1
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.weight, self.grad, *self.moments
+
+    def fits(self) -> bool:
+        """Whether the kernel takes it; what does not fit goes through ``update.update_parameter``."""
+        contiguous = self.weight.is_contiguous() and self.grad.is_contiguous()
+        if not contiguous or not {x.dtype for x in self.tensors} <= TRITON_DTYPES.keys():
+            return False
+        factored = len(self.moments) == 3
+        if factored and self.place.column_groups:  # no kernel for row means of which other ranks have a part
+            return False
+        # A rank without rows has means of columns all the same.
+        if self.weight.numel() == 0 and not (factored and self.place.row_groups and self.moments[2].numel()):
+            return False
+        geometry = Geometry.of(self)
+        rows = self.weight.numel() // self.columns if self.columns else 0
+        segments = rows * -(-self.columns // geometry.columns)
+        # A kernel counts rows, columns and segments in int32, those of a tile beyond the last too.
+        largest = max(rows, self.columns, self.place.columns, segments)
+        return geometry.columns <= MAX_COLUMNS and largest + MAX_COLUMNS < 2**31
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a launch is compiled for; tensors that agree in it share one."""
+
+    device: torch.device
+    weight: torch.dtype
+    grad: torch.dtype
+    state: torch.dtype
+    width: int  # F
+    columns: int  # C, a power of two
+    even: bool  # every row is whole segments
+    aligned: bool  # every row starts on 16 bytes
+    shifted: bool  # columns begin inside of a random draw of eight
+
+    @classmethod
+    def of(cls, entry: Entry) -> Geometry:
+        n = entry.columns
+        width = 1 if entry.level == 0 else _power_of_two(block_width(entry.level, entry.place.columns))
+        # Narrow blocks share a segment with their neighbours; eight columns are one random draw.
+        columns = max(8, width, min(256, _power_of_two(n)))
+        aligned = n % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in entry.tensors)
+        dtypes = (entry.weight.dtype, entry.grad.dtype, entry.moments[0].dtype)
+        even = n % columns == 0 and (n == entry.place.columns or entry.weight.numel() == n)
+        shifted = entry.place.first_column % 8 != 0 and entry.weight.dtype == torch.bfloat16
+        return cls(entry.weight.device, *dtypes, width, columns, even, aligned, shifted)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+class AddressTable:
+    """Where the tensors of a launch are, on the host and on the device; a gradient's address is in column 1.
+
+    ``owners`` says of each pass which programs there are, see ``owner_table``; ``counts`` how many of each tensor.
+    """
+
+    def __init__(
+        self, geometry: Geometry, entries: list[Entry], table: numpy.ndarray, counts: list[list[int]]
+    ) -> None:
+        self.geometry = geometry
+        self.streams = numpy.array([entry.stream for entry in entries])
+        self.grad_offsets = numpy.array([entry.grad_offset for entry in entries])
+        self._host = torch.from_numpy(table)
+        self.table = self._host.to(geometry.device)
+        self.nvidia = takes_ptx(geometry.device)
+        self._all_owners = [owner_table(count) for count in counts]
+        self.owners = [upload(owner, geometry.device) for owner in self._all_owners]
+        self._whole = True
+        self._states: list[Any] = []
+        self.mixed = False  # parameters that missed steps have step counts and bias corrections of their own
+        self._compiled: dict[Any, Any] = {}
+
+    def know_states(self, states: list[Any]) -> None:
+        """Take the state of each tensor of the table, whose step counts may differ."""
+        self._states = states
+
+    def leave_out(self, here: numpy.ndarray) -> None:
+        """Run no program of a tensor that is not ``here``, bool, one for each of ``streams``."""
+        self.mixed = len({state["step"] for state, is_here in zip(self._states, here, strict=True) if is_here}) > 1
+        if self._whole and here.all():
+            return
+        self._whole = bool(here.all())
+        owners = [owner[here[owner[:, 0]]] for owner in self._all_owners]
+        self.owners = [torch.from_numpy(owner).to(self.geometry.device, non_blocking=True) for owner in owners]
+
+    def follow_steps(self, h: Hyper) -> None:
+        """Write each tensor's step and corrections to the last three fields of the table."""
+        if not self.mixed:
+            return
+        steps = [state["step"] or 1 for state in self._states]  # 0 of one that was never updated, nor is now
+        corrections = {t: (1 / (1 - h.b1**t), 1 / (1 - h.b2**t)) for t in set(steps)}
+        own = numpy.array([corrections[t] for t in steps], dtype=numpy.float32)
+        self._host[:, -3] = torch.tensor(steps, dtype=torch.int64)
+        self._host[:, -2:] = torch.from_numpy(own.view(numpy.int32).astype(numpy.int64))
+        self.table.copy_(self._host, non_blocking=True)
+
+    def move_gradients(self, addresses: numpy.ndarray) -> None:
+        """Point to gradients of the same kind elsewhere; ``addresses`` has one for each of ``streams``."""
+        self._host[:, 1] = torch.from_numpy(addresses + self.grad_offsets)
+        # The driver has read pageable memory when the call returns: no buffer to keep, and nothing waits for the GPU.
+        self.table.copy_(self._host, non_blocking=True)
+
+    def launch(
+        self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], **options: int
+    ) -> None:
+        """Launch ``kernel``, whose parameters are ``arguments`` (tensors, integers, floats) and ``constants``.
+
+        Triton inspects all of them to find what it has compiled, which takes the host as long as the GPU takes for a
+        small model. After the first time that is left out: nothing that it looks at changes from step to step.
+        """
+        sizes = tuple(x.bit_length() // 32 for x in arguments if type(x) is int)  # seeds are int32, int64 or uint64
+        key = (kernel, constants, sizes)
+        if key in self._compiled:
+            self._compiled[key][programs, 1, 1](*arguments, *constants)
+            return
+        compiled = kernel[programs, 1, 1](*arguments, *constants, **options)
+        if DIRECT_LAUNCH and compiled is not None:  # None from Triton's interpreter
+            self._compiled[key] = compiled
+
+    def told(self, told: Tensor | None) -> Tensor:
+        """Where a kernel tells what it leaves out; where nothing is checked any tensor: it stays unwritten."""
+        return self.table if told is None else told
+
+    def scale(self, grad_scale: Tensor | None) -> tuple[Tensor, int]:
+        """The scales as a kernel takes them, and its ``SCALED``: 0 for none, 1 for one for all, 2 for one each."""
+        if grad_scale is None:
+            return self.table, 0  # any tensor: it is unread
+        aligned = grad_scale.clone() if grad_scale.data_ptr() % 16 else grad_scale  # as a tensor of its own is
+        return aligned, 1 if grad_scale.numel() == 1 else 2
+
+
+def numbers(h: Hyper) -> tuple[float, ...]:
+    """A step's hyperparameters as the kernels take them, all of them floats whatever the user wrote."""
+    step_size, decay = h.lr * h.scale, 1 - h.lr * h.weight_decay
+    betas = h.b1, 1 - h.b1, h.b2, 1 - h.b2  # a difference of float32 numbers would have lost digits
+    return tuple(map(float, (step_size, decay, *betas, 1 / h.c1, 1 / h.c2, h.eps, h.rho)))
+
+
+def owner_table(counts: list[int]) -> numpy.ndarray:
+    """For each program: its tensor, and its number among that tensor's programs."""
+    tensor = numpy.repeat(numpy.arange(len(counts), dtype=numpy.int32), counts)
+    number = numpy.concatenate([numpy.arange(count, dtype=numpy.int32) for count in counts])
+    return numpy.stack((tensor, number), axis=1)
+
+
+def device_of(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def upload(x: numpy.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(x).to(device)

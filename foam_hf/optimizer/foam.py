@@ -1,0 +1,404 @@
+"""``FOAM``, a plain ``torch.optim.Optimizer``: lazy state, the step, checkpoints.
+
+The arithmetic is in ``update``, what state there is and what a checkpoint must hold in ``optimizer_state``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foam_hf.int8.weight import Int8Weight
+from foam_hf.kernels.choice import use_kernels
+from foam_hf.optim_args import default_scale
+from foam_hf.optimizer.checks import check_field_names, check_options, check_parameter, check_rule
+from foam_hf.optimizer.decided import Decided
+from foam_hf.optimizer.nonfinite import Watch
+from foam_hf.optimizer.releases import expect_release, is_released
+from foam_hf.optimizer.sharding import as_state_of, empty_state, follow_placements, pieces_of
+from foam_hf.optimizer.state import check_checkpoint, effective_rule, plain, state_problem, state_spec, with_dtype
+from foam_hf.optimizer.step import StepPlan, refuse_capture
+from foam_hf.rules.adam_8bit import require_bitsandbytes
+from foam_hf.rules.by_rows import Hyper, Member
+from foam_hf.tensors.folding import Level
+from foam_hf.tensors.places import Piece, is_sharded
+
+Places = dict[int, tuple[int, int]]  # by a parameter's id: the number of its group, and its own among all
+
+
+class FOAM(torch.optim.Optimizer):
+    """FOAM (Wen et al., arXiv 2512.07112): Adam's moments as means over blocks of ``2**level`` adjacent columns.
+
+    Parameters of two or more dimensions fold along their last dimension; the others, and every group with ``level=0``
+    and ``second_moment="block"``, get AdamW as ``torch.optim.AdamW`` computes it. Classifiers, which are trained from
+    scratch, stay unfolded in the groups of :func:`foam_hf.foam_param_groups`. Every argument but ``decided`` is
+    also a field of a param group.
+
+    Args:
+        params: parameters or param groups, as for any torch optimizer. Floating dtypes, any shape and strides.
+        lr: learning rate, a float or a tensor of one element.
+        betas: decay rates of the first and second moment, each in [0, 1).
+        eps: added to the root of the second moment, >= 0.
+        weight_decay: decoupled, as in AdamW, >= 0.
+        level: blocks have ``2**level`` columns; 0 to 16, or ``"row"`` for one block a row (FOAM-Mini).
+        scale: the paper's alpha, > 0: multiplies the step of parameters with two or more dimensions. None is the
+            rule's own, under which a learning rate for AdamW is the right one: ``foam_hf.optim_args.SCALES``, and 1
+            at ``level=0``. Groups hold the number. The paper's setting is 0.25 with unfolded embeddings and heads.
+        second_moment: ``"block"``, the paper's rule; ``"factored"``: means over each row and each column; ``"muon"``:
+            none, as Muon's orthogonalisation takes its place, see :mod:`foam_hf.rules.muon`; ``"adam_mini"``:
+            one for each of Adam-mini's blocks of rows, see :mod:`foam_hf.rules.adam_mini`.
+        residual_scale: weight of the residual, what the block mean loses of the gradient; >= 0.
+        stochastic_rounding: ``"auto"`` rounds stochastically where bfloat16 or INT8 is written, ``False`` never (and
+            INT8 weights then hardly learn); ``True`` is ``"auto"`` with an error if there is neither.
+        state_dtype: ``torch.float32`` or ``torch.bfloat16``.
+        nonfinite: what a gradient that is NaN or infinite does. Its block (for plain parameters: the element) keeps
+            its weights and moments, in any case but ``"ignore"``, which lets it into both, as AdamW does. ``"error"``
+            raises :class:`foam_hf.optimizer.NonfiniteGradientError`, a FloatingPointError, once the host knows: at the
+            end of that ``step`` on a CPU, in a later one on a GPU, and in any case before ``state_dict`` returns;
+            all other blocks have been updated by then. ``"skip"`` logs a warning with a count, rarer and rarer.
+            Blocks are also left out where squares of finite gradients overflow float32, beyond 1.8e19.
+        momentum: of ``second_moment="muon"``, in [0, 1), as in ``torch.optim.Muon``; ``betas`` are AdamW's there, for
+            what does not fold.
+        mini_rows: of ``second_moment="adam_mini"``: how many adjacent rows share a second moment, 0 for the whole
+            tensor. ``foam_param_groups`` finds it for each weight of a model.
+        plain_state: ``"full"``, or ``"8bit"`` for moments of 8 bits, by bitsandbytes, of tensors that do not fold and
+            have 4096 elements or more, see :mod:`foam_hf.rules.adam_8bit`.
+        seed: of the stochastic rounding; its bits are a function of seed, step, parameter and element alone.
+        decided: what a group in ``params`` does not say is as decided there for each of its weights; a group whose
+            weights differ becomes several. No field of a group.
+
+    State of a folded parameter of shape (..., n), where b = ceil(n / 2**level): ``folded_exp_avg`` (..., b), and
+    ``folded_exp_avg_sq`` (..., b) or, with the factored rule, ``row_exp_avg_sq`` (...,) and ``col_exp_avg_sq`` (...,
+    n) without the second last dimension; with Muon, ``folded_momentum`` (..., b) alone; with
+    Adam-mini, ``folded_exp_avg`` and ``row_block_exp_avg_sq``, one value for each block of rows. Of a plain one:
+    ``exp_avg`` and ``exp_avg_sq``, as the parameter; with 8 bits, their codes and scales. And ``step``, an integer.
+
+    Raises:
+        ValueError: a hyperparameter out of range, no parameters, a duplicate parameter, a trainable one that
+            ``decided`` does not know.
+        TypeError: a parameter that is not a floating point tensor, or a hyperparameter of another type.
+        ImportError: ``plain_state="8bit"`` without bitsandbytes.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        level: Level = 8,
+        scale: float | None = None,
+        second_moment: str = "block",
+        residual_scale: float = 1.0,
+        stochastic_rounding: bool | str = "auto",
+        state_dtype: torch.dtype = torch.float32,
+        nonfinite: str = "error",
+        momentum: float = 0.95,
+        mini_rows: int = 1,
+        plain_state: str = "full",
+        seed: int = 0,
+        decided: Decided | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "level": level,
+            "scale": scale,
+            "second_moment": second_moment,
+            "residual_scale": residual_scale,
+            "stochastic_rounding": stochastic_rounding,
+            "state_dtype": state_dtype,
+            "nonfinite": nonfinite,
+            "momentum": momentum,
+            "mini_rows": mini_rows,
+            "plain_state": plain_state,
+            "seed": seed,
+        }
+        check_options(defaults)
+        self._plan: StepPlan | None = None  # holds addresses: never copied, pickled or resumed
+        self._watch = Watch()
+        super().__init__(params if decided is None else decided.applied_to(params), defaults)
+        if decided is not None and decided.released:
+            expect_release(self)
+        if any(group["plain_state"] == "8bit" for group in self.param_groups) and any(
+            p.device.type != "meta" for p in self._parameters()
+        ):
+            require_bitsandbytes()
+        if momentum != 0.95 and not any(group["second_moment"] == "muon" for group in self.param_groups):
+            raise ValueError(
+                f"momentum is for second_moment='muon', and no param group has that: got momentum={momentum!r}; "
+                "expected betas, for the other rules"
+            )
+        asked = [p for group in self.param_groups if group["stochastic_rounding"] is True for p in group["params"]]
+        if asked and not any(p.dtype == torch.bfloat16 or isinstance(p, Int8Weight) for p in asked):
+            raise ValueError(
+                "stochastic_rounding=True is for bfloat16 and INT8 weights, and no parameter is bfloat16 or INT8: "
+                f"got {sorted({str(p.dtype) for p in asked})}; expected a bfloat16 or INT8 model, or 'auto'"
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch; a group that is not valid is refused whole, and the optimizer stays as it was."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_field_names(group, self.defaults)
+            check_options(group)
+            if group["scale"] is None:
+                group["scale"] = default_scale(group["level"], group["second_moment"])
+            if len({id(p) for p in group["params"]}) < len(group["params"]):
+                raise ValueError("a parameter is listed twice in one param group; expected each parameter once")
+            for p in group["params"]:
+                check_parameter(p)
+                check_rule(p, group)
+                if is_sharded(p):
+                    pieces_of(p, *effective_rule(p, group))
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``step`` unscales: only where torch.amp.GradScaler cannot, as clipping needs it done before.
+
+        It refuses float16 weights, and finds no gradients of those that are released, which ``step`` refuses in words.
+        """
+        return any(p.dtype == torch.float16 for p in self._parameters()) or is_released(self)
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient. ``closure`` re-evaluates the model and returns the loss.
+
+        Raises:
+            TypeError: a sparse or complex gradient; nothing is updated then.
+            FloatingPointError: a gradient is NaN or infinite, in this step or on a GPU in one before, and
+                ``nonfinite`` is ``"error"``; the rest is updated then.
+            RuntimeError: in the capture of a CUDA graph.
+        """
+        refuse_capture()  # first: asking a GPU anything would break the capture
+        self._watch.tell(self.param_groups)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # Set by torch.amp.GradScaler, which leaves unscaling and skipping to an optimizer that can do both.
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and bool(found_inf):
+            self._members()  # as in torch's fused AdamW, state exists after a first step that was skipped
+            return loss
+        params, states = list(self._parameters()), list(self.state.values())
+        if self._plan is None or not self._plan.holds(self.param_groups, params, states):
+            members = self._members()
+            self._plan = StepPlan(self.param_groups, params, list(self.state.values()), members)
+        self._plan.run(_hyper, grad_scale, self._told)
+        self._watch.send()
+        self._watch.tell(self.param_groups)
+        return loss
+
+    def check_gradients(self) -> None:
+        """Tell of gradients that were NaN or infinite in the steps so far, as ``nonfinite`` says. Waits for the GPU.
+
+        Raises:
+            FloatingPointError: there was one, it was not told of yet, and ``nonfinite`` is ``"error"``.
+        """
+        self._watch.tell(self.param_groups, wait=True)
+
+    def _told(self, group: dict[str, Any], device: torch.device) -> Tensor | None:
+        """Where a step tells of which parameters it left out a block."""
+        return self._watch.told(group, device, sum(len(each["params"]) for each in self.param_groups))
+
+    def _members(self) -> list[list[Member]]:
+        """Every parameter with a gradient, by group, with state; of DTensors, the pieces of this rank's shard.
+
+        Where kernels run also those with state: tables that know them serve when their gradients come again. Not where
+        none has a gradient, as those that were released.
+        """
+        params = list(self._parameters())
+        if len({id(p) for p in params}) < len(params):  # what was swapped behind our back
+            raise ValueError("a parameter is listed twice in the param groups; expected each parameter once")
+        for i, p in enumerate(params):
+            check_gradient(p, i)
+            if p.grad is not None and is_sharded(p):
+                follow_placements(p)
+        some = any(p.grad is not None for p in params)
+        stream = itertools.count()  # a parameter keeps its random stream, whichever others have gradients
+        return [
+            [
+                member
+                for p, i in zip(group["params"], stream, strict=False)
+                if p.grad is not None or (some and self.state.get(p) and not is_sharded(p) and use_kernels(p.device))
+                for member in self._pieces(p, group, i)
+            ]
+            for group in self.param_groups
+        ]
+
+    def _pieces(self, p: Tensor, group: dict[str, Any], stream: int) -> list[Member]:
+        pieces: list[Piece | None] = [None]
+        if is_sharded(p):
+            check_rule(p, group)  # FSDP2 shards what the constructor saw whole
+            pieces = [*pieces_of(p, *effective_rule(p, group))]
+        if not self.state[p]:
+            self._watch.forget(stream, self.param_groups)
+        member = self._member(p, group, stream)
+        return [member._replace(piece=piece) for piece in pieces]
+
+    def _member(self, p: Tensor, group: dict[str, Any], stream: int) -> Member:
+        """``p``, the parameter number ``stream`` of all, as a step sees it; it has state from now on."""
+        return Member(p, self._state_of(p, group), *effective_rule(p, group), stream)
+
+    @torch.no_grad()
+    def _step_some(
+        self, params: list[Tensor], places: Places, plan: StepPlan | None, grad_scale: Tensor | None
+    ) -> StepPlan:
+        """Update ``params`` by their gradients as ``step`` would, now. Returns the plan to pass at their next step.
+
+        ``places`` has the number of each one's group, and its own among all; ``grad_scale`` an element for each. The
+        caller has checked the gradients.
+        """
+        refuse_capture()
+        states = [self.state[p] for p in params]
+        if plan is None or not plan.holds(self.param_groups, params, states):
+            members: list[list[Member]] = [[] for _ in self.param_groups]
+            for p in params:
+                index, stream = places[id(p)]
+                members[index].append(self._member(p, self.param_groups[index], stream))
+            plan = StepPlan(self.param_groups, params, states, members)
+        plan.run(_hyper, grad_scale, self._told)
+        return plan
+
+    def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        state, spec = self.state[p], state_spec(p, group)
+        if not state:
+            state["step"] = 0
+            for name, (shape, dtype) in spec.items():
+                state[name] = (
+                    empty_state(p, name, shape, dtype)
+                    if is_sharded(p)
+                    else torch.zeros(shape, dtype=dtype, device=p.device)
+                )
+        problem = state_problem(state, spec)
+        if problem:
+            raise ValueError(
+                f"level={group['level']!r} and second_moment={group['second_moment']!r} do not fit the state of a "
+                f"parameter of shape {tuple(p.shape)}: {problem}; expected them to stay as they were at its first step"
+            )
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # torch adds a default that FOAM has no use for; in the groups of one optimizer only, it would break loading.
+        self.defaults.pop("differentiable", None)
+        self._plan, self._watch = None, Watch()
+        for group in self.param_groups:  # of a checkpoint from a version that had fewer options
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, after :meth:`check_gradients`: no checkpoint hides a gradient that was not finite.
+
+        Dtypes in param groups are names, as torch.distributed.checkpoint gathers no other objects.
+
+        Raises:
+            FloatingPointError: as there; a second call returns the state.
+        """
+        self.check_gradients()
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint. Hyperparameters come from it, as in torch; state keeps the dtypes it was saved in.
+
+        ``nonfinite`` is no hyperparameter of a checkpoint: it stays what it is here, so that a run that was stopped by
+        a gradient can go on and skip it.
+
+        Raises:
+            ValueError: it was written by another optimizer, for another level or rule, or for parameters of other
+                shapes; nothing is changed then.
+        """
+        pre_hooks, post_hooks = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
+        state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
+        for pre_hook in pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        saved_states = check_checkpoint(state_dict, self.param_groups)
+        groups = [with_dtype(group) for group in state_dict["param_groups"]]
+        for mine, group in zip(self.param_groups, groups, strict=True):
+            group["nonfinite"] = mine["nonfinite"]
+            if "param_names" not in mine:  # they were for the check: torch would ask for names of every later group
+                group.pop("param_names", None)
+        state_dict = {**state_dict, "param_groups": groups}
+        replaced = {
+            f"{name}={saved[name]}, not {mine[name]}"
+            for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
+            for name in self.defaults
+            if name != "lr" and name in saved and plain(saved[name]) != plain(mine[name])
+        }
+        # Hooks see the state as it is saved and as it stays: torch would call them around what is put right below.
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            self._optimizer_load_state_dict_pre_hooks = pre_hooks
+            self._optimizer_load_state_dict_post_hooks = post_hooks
+        if replaced:
+            said = "; ".join(sorted(replaced))
+            warnings.warn(f"FOAM goes on with the hyperparameters of its checkpoint: {said}", stacklevel=2)
+        # torch casts state to the dtype of its parameter, which would round float32 moments of bfloat16 weights.
+        for p, saved in zip(self._parameters(), saved_states, strict=True):
+            for name, value in saved.items():
+                if name != "step":
+                    self.state[p][name] = as_state_of(p, name, value)
+        self._plan, self._watch = None, Watch()
+        for post_hook in post_hooks.values():
+            post_hook(self)
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+
+
+def check_gradient(p: Tensor, i: int) -> None:
+    """Raise TypeError if the gradient of ``p``, parameter number ``i``, is sparse or complex."""
+    grad = p.grad
+    if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
+        kind = "complex" if grad.is_complex() else str(grad.layout)
+        raise TypeError(
+            f"FOAM needs dense real gradients: got {kind} for parameter {i} of shape {tuple(p.shape)}; "
+            "for an embedding, expected sparse=False"
+        )
+
+
+def _hyper(group: dict[str, Any], member: Member) -> Hyper:
+    b1, b2 = group["betas"]
+    if member.second_moment == "muon":
+        b1 = group["momentum"]
+    if not (0 <= b1 < 1 and 0 <= b2 < 1):  # a schedule's, or a user's, since the group was checked
+        check_options(group)
+    t = member.state["step"]
+    return Hyper(
+        lr=float(group["lr"]),
+        b1=b1,
+        b2=b2,
+        c1=1 - b1**t,
+        c2=1 - b2**t,
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        scale=group["scale"] if member.p.dim() > 1 else 1.0,
+        rho=group["residual_scale"],
+        stochastic=group["stochastic_rounding"] is not False,
+        seed=group["seed"],
+        step=t,
+        stream=member.stream,
+    )

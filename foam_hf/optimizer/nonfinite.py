@@ -1,0 +1,219 @@
+"""Gradients that are NaN or infinite: which blocks a step leaves out for them, and how the user hears of it.
+
+The unit is what shares a moment: a block of a folded weight, an element of any other; the whole tensor with Muon, with
+Adam-mini and with 8-bit moments. It is left out if the sum of its gradient's squares is not finite in float32: NaN,
+infinity, or an element beyond 1.8e19. Kernels have that sum in
+registers, and write the step's number beside each parameter of which they leave out something. These numbers come to
+the host while it prepares the next step, so nothing ever waits for them, but a checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from foam_hf.tensors.folding import blocked
+
+logger = logging.getLogger("foam_hf")
+
+MODES = ("error", "skip", "ignore")
+
+
+class NonfiniteGradientError(FloatingPointError):
+    """A gradient was NaN or infinite, and ``nonfinite`` is ``"error"``.
+
+    Attributes:
+        parameters: those with such a gradient.
+    """
+
+    def __init__(self, message: str, parameters: list[Tensor]) -> None:
+        super().__init__(message)
+        self.parameters = parameters
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, [])  # what comes back from another process: the message, no tensors
+
+    def name(self, model: nn.Module) -> None:
+        """Let the message end with the names that ``model`` has for the parameters."""
+        names = {id(p): name for name, p in model.named_parameters()}
+        found = [names[id(p)] for p in self.parameters if id(p) in names]
+        if found:
+            more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+            self.args = (f"{self.args[0]} (in the model: {', '.join(found[:4])}{more})",)
+
+
+def left_out_blocks(G: Tensor, width: int) -> Tensor | None:
+    """Which blocks of ``width`` columns a step must leave out: bool (rows, blocks), or None where it is none.
+
+    ``G`` is float32 (rows, n). On a CPU one product without temporaries answers for nearly every gradient; elsewhere
+    an answer would wait for the device, and the mask is always made.
+    """
+    if G.device.type == "cpu":
+        flat = G.reshape(-1)
+        if math.isfinite(torch.dot(flat, flat).item()):
+            return None
+    sums = torch.cat([part.square().sum(-1) for part in blocked(G, width)], 1)
+    mask = (sums < math.inf).logical_not_()  # NaN too
+    return None if G.device.type == "cpu" and not bool(mask.any()) else mask
+
+
+class Kept:
+    """The blocks of a chunk that keep what they hold: ``restore`` undoes what an update did to them."""
+
+    def __init__(self, mask: Tensor, G: Tensor, weight: Tensor, moments: list[Tensor], width: int) -> None:
+        wide = mask.repeat_interleave(width, 1)[:, : G.shape[1]]
+        self.gradient = G.masked_fill(wide, 0.0)  # a new tensor: G may be the gradient itself
+        self._old = [(wide, weight), *((mask, moment.clone()) for moment in moments)]
+
+    def restore(self, W: Tensor, moments: list[Tensor]) -> None:
+        for (mask, old), x in zip(self._old, (W, *moments), strict=True):
+            x.copy_(torch.where(mask, old, x))
+
+
+@contextmanager
+def leaving_out_whole(grad: Tensor, held: list[Tensor], told: Tensor | None, step: int) -> Iterator[bool]:
+    """Around an update of ``held`` whose unit is the whole tensor: it is undone if ``grad`` is not finite.
+
+    Gives False where that is known before the update. Elsewhere an answer would wait for the device, so what is held
+    is copied.
+    """
+    if told is None:
+        yield True
+        return
+    unfit = (grad.float().square().sum() < math.inf).logical_not_()  # NaN too
+    told.masked_fill_(unfit, step)
+    if grad.device.type == "cpu":
+        yield not bool(unfit)
+        return
+    old = [x.clone() for x in held]
+    yield True
+    for x, kept in zip(held, old, strict=True):
+        x.copy_(torch.where(unfit, kept, x))
+
+
+class _Told:
+    """For each parameter the last step that left out a block of it on one device, or 0."""
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        self.steps = torch.zeros(size, dtype=torch.int32, device=device)
+        self._seen = numpy.zeros(size, dtype=numpy.int32)
+        self._host = self.steps if device.type == "cpu" else torch.empty_like(self.steps, device="cpu").pin_memory()
+        self._sent: Any = None  # an event behind the copy that is on its way
+
+    def grown(self, size: int) -> _Told:
+        more = _Told(self.steps.device, size)
+        more.steps[: len(self.steps)] = self.steps
+        more._seen[: len(self._seen)] = self._seen
+        return more
+
+    def forget(self, i: int) -> None:
+        """Of parameter ``i`` nothing was ever told; the caller has taken what is new."""
+        if i < len(self.steps):
+            self.steps[i] = 0
+            self._seen[i] = 0
+
+    def send(self) -> None:
+        """Start a copy to the host, unless one is on its way."""
+        device = self.steps.device
+        if device.type == "cpu" or self._sent is not None:
+            return
+        backend = getattr(torch, device.type)
+        with backend.device(device):
+            self._host.copy_(self.steps, non_blocking=True)
+            self._sent = backend.Event()
+            self._sent.record()
+
+    def new(self, wait: bool) -> dict[int, int]:
+        """Parameter -> step of what was told since the last call, as far as the host knows it."""
+        if self._host is not self.steps:
+            if wait:
+                self._host.copy_(self.steps)
+            elif self._sent is None or not self._sent.query():
+                return {}
+            self._sent = None
+        now = self._host.numpy()
+        if numpy.array_equal(now, self._seen):
+            return {}
+        found = {i: int(now[i]) for i in numpy.flatnonzero(now != self._seen).tolist()}
+        self._seen = now.copy()
+        return found
+
+
+class Watch:
+    """What an optimizer's steps have left out, by parameter."""
+
+    def __init__(self) -> None:
+        self._devices: dict[torch.device, _Told] = {}
+        self._times = 0  # that something was left out and nonfinite is "skip"
+
+    def told(self, group: dict[str, Any], device: torch.device, size: int) -> Tensor | None:
+        """Where steps tell, int32 with one element for each of ``size`` parameters; None if ``group`` ignores."""
+        if group["nonfinite"] == "ignore":
+            return None
+        found = self._devices.get(device)
+        if found is None or len(found.steps) < size:
+            found = _Told(device, size) if found is None else found.grown(size)
+            self._devices[device] = found
+        return found.steps
+
+    def forget(self, i: int, groups: list[dict[str, Any]]) -> None:
+        """Parameter ``i`` begins anew: its steps have numbers that were told of before.
+
+        Raises:
+            NonfiniteGradientError: something was left out before, and nobody was told.
+        """
+        if any(i < len(told.steps) for told in self._devices.values()):
+            self.tell(groups, wait=True)
+        for told in self._devices.values():
+            told.forget(i)
+
+    def send(self) -> None:
+        for told in self._devices.values():
+            told.send()
+
+    def tell(self, groups: list[dict[str, Any]], wait: bool = False) -> None:
+        """Raise or warn of what is new, as each parameter's group says.
+
+        Raises:
+            NonfiniteGradientError: something was left out of a parameter whose group has ``nonfinite="error"``.
+        """
+        news: dict[int, int] = {}
+        for told in self._devices.values():
+            news |= told.new(wait)
+        if not news:
+            return
+        places = [(p, group["nonfinite"]) for group in groups for p in group["params"]]
+        fatal, skipped = (
+            {i: places[i][0] for i in sorted(news) if places[i][1] == mode} for mode in ("error", "skip")
+        )
+        if fatal:
+            raise NonfiniteGradientError(
+                f"{_description(fatal, news, len(places))}. Blocks with such gradients keep their weights and "
+                "moments; everything else was updated. Expected finite gradients: a lower learning rate, other data "
+                "or clipping may help; nonfinite='skip' leaves such blocks out and goes on, 'ignore' does as AdamW",
+                list(fatal.values()),
+            )
+        if not skipped:
+            return
+        self._times += 1
+        if self._times & (self._times - 1) == 0:
+            logger.warning(
+                f"{_description(skipped, news, len(places))}. Blocks with such gradients keep their weights and "
+                f"moments (nonfinite='skip'). Steps of this run with such gradients: {self._times}; the next warning "
+                f"is at {2 * self._times}"
+            )
+
+
+def _description(hit: dict[int, Tensor], steps: dict[int, int], parameters: int) -> str:
+    first, p = next(iter(hit.items()))
+    return (
+        f"step {max(steps[i] for i in hit)}: gradients of {len(hit)} of {parameters} parameters are NaN or infinite, "
+        f"the first of them parameter {first} of shape {tuple(p.shape)}"
+    )

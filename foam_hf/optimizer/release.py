@@ -1,0 +1,307 @@
+"""Gradient release: weights are updated inside the backward pass, when their gradients are whole, and those are freed.
+
+So gradients never exist all at once. A few of them wait for each other, to be one launch: a launch for each of
+hundreds of weights would take the host longer than the GPU. The arithmetic is that of ``FOAM.step``, and so are the
+bits.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from foam_hf.optimizer.foam import FOAM, Places, check_gradient
+from foam_hf.optimizer.releases import active
+from foam_hf.optimizer.step import StepPlan
+from foam_hf.tensors.places import is_sharded
+
+logger = logging.getLogger("foam_hf")
+
+WAITING = 256 * 2**20  # bytes of gradients that wait for each other at most, before the last of them comes
+
+
+def enable_gradient_release(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None = None
+) -> GradientRelease:
+    """Let ``loss.backward()`` update the weights of ``model``, once their gradients are whole, and free the gradients.
+
+    The training loop stays as it is, with one ``optimizer.step()`` after each backward pass: it ends the step, and
+    updates what got its gradient in another way. Gradients wait for each other until together they take as many bytes
+    as the largest of them alone (256 MiB at most), so no more than twice that is alive. Without clipping, the weights
+    get the bits that they would get without release. The learning rate that counts is the one during the backward
+    pass. The gradients of weights used in several places (tied embeddings) are whole only after the last of these. A
+    model compiled as a whole returns all gradients at once.
+
+    Call it when the model is on its device: ``model.to()`` drops the hooks of quantized weights.
+
+    Args:
+        model: holds every parameter of ``optimizer``; names them in messages.
+        optimizer: a FOAM, or accelerate's wrapper of one.
+        max_grad_norm: bounds the L2 norm of each gradient on its own, as the norm of all is known too late. ``None``
+            or 0: no clipping.
+
+    Returns:
+        a handle: ``remove()`` restores the ordinary backward pass, ``grad_norm`` is the norm of all gradients of the
+        last backward pass.
+
+    Raises:
+        TypeError: the optimizer is not FOAM, or ``max_grad_norm`` is not a number.
+        ValueError: several processes or GPUs share the gradients, weights are sharded, a parameter of the optimizer is
+            not the model's, or ``max_grad_norm`` is negative.
+        RuntimeError: release is enabled for one of these parameters already.
+    """
+    inner: Any = optimizer
+    while not isinstance(inner, FOAM) and hasattr(inner, "optimizer"):  # accelerate's wrapper
+        inner = inner.optimizer
+    if not isinstance(inner, FOAM):
+        raise TypeError(f"gradient release updates by FOAM's rule: got {type(inner).__name__}; expected foam_hf.FOAM")
+    refuse_distributed(model)
+    _check_norm(max_grad_norm)
+    return GradientRelease(model, inner, max_grad_norm or 0.0)
+
+
+def refuse_distributed(model: nn.Module) -> None:
+    """Raise ValueError if gradients have to meet those of other devices before an update."""
+    wrapper = type(model).__name__
+    # By name: torch.distributed may be missing.
+    found = wrapper if wrapper in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel") else None
+    if any(is_sharded(p) for p in model.parameters()):
+        found = "weights sharded into DTensors"
+    distributed = torch.distributed
+    if found is None and distributed.is_available() and distributed.is_initialized():
+        size = distributed.get_world_size()
+        found = f"{size} processes" if size > 1 else None
+    if found is not None:
+        raise ValueError(
+            "gradient release updates a weight before its gradient could be averaged with those of other devices: "
+            f"got {found}; expected one process with one GPU, or training without gradient release"
+        )
+
+
+def _check_norm(value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"max_grad_norm is not a number: got {value!r}; expected a number >= 0, or None")
+    if math.isnan(value) or value < 0:
+        raise ValueError(f"max_grad_norm is out of range: got {value!r}; expected a number >= 0, or None")
+
+
+class GradientRelease:
+    """The hooks of a model's parameters; made by :func:`enable_gradient_release`."""
+
+    def __init__(self, model: nn.Module, optimizer: FOAM, max_grad_norm: float) -> None:
+        self.max_grad_norm = max_grad_norm
+        self._optimizer = optimizer
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._check(optimizer)
+        self._places: Places = {}  # of the step under way: groups may change between steps
+        self._limit = waiting_limit(p for p in optimizer._parameters() if p.requires_grad)
+        self._buckets: dict[tuple[torch.device, int], Bucket] = {}  # by device and stream
+        self._plans: dict[int, StepPlan] = {}  # by the first parameter of a bucket
+        self._used: dict[int, StepPlan] = {}  # those of this step: the others may hold state that is no more
+        self._updated: set[int] = set()  # parameters that this step has updated, or that wait for it
+        self._norms: list[Tensor] = []
+        self._warned = False
+        self._handles: list[RemovableHandle] = [
+            p.register_post_accumulate_grad_hook(self._collect)
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.requires_grad
+        ]
+        self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+        active.add(self)
+
+    def remove(self) -> None:
+        """Restore the ordinary backward pass. What the last one has updated stays updated."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._buckets.clear()
+        self._plans.clear()
+        self._used.clear()
+        active.discard(self)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The L2 norm of all gradients since the last ``optimizer.step()``, before clipping, float32 of one element.
+
+        None if there were none, or without ``max_grad_norm``: measuring costs a pass over each gradient.
+        """
+        norms = self._norms
+        return torch.linalg.vector_norm(torch.cat([norm.to(norms[0].device) for norm in norms])) if norms else None
+
+    @property
+    def unfinished(self) -> int:
+        """How many parameters were updated since the last ``optimizer.step()``."""
+        return len(self._updated)
+
+    def _check(self, optimizer: FOAM) -> None:
+        params = list(optimizer._parameters())
+        foreign = [tuple(p.shape) for p in params if id(p) not in self._names]
+        if foreign:
+            raise ValueError(
+                f"{len(foreign)} of the optimizer's {len(params)} parameters are not the model's, the first of shape "
+                f"{foreign[0]}; expected the model that the optimizer was made for, after all changes of its weights"
+            )
+        ours = {id(p) for p in params}
+        if any(ours & {id(p) for p in other._optimizer._parameters()} for other in active):
+            raise RuntimeError(
+                "gradient release is enabled for these parameters already, and would update them twice; expected "
+                "remove() of the first handle before"
+            )
+
+    def _collect(self, p: Tensor) -> None:
+        """The hook: let ``p`` wait for its update, or update all that wait with it."""
+        (grad,) = _grads([p])
+        if grad is None:
+            return  # another hook took it
+        if not self._updated:  # the first of a step
+            self._places = _places(self._optimizer)
+        if id(p) not in self._places:
+            return  # taken out of the optimizer since: nobody updates it
+        if id(p) in self._updated:
+            raise RuntimeError(
+                f"{self._names.get(id(p), 'a parameter')} got a second gradient before optimizer.step(), and gradient "
+                "release has updated it with the first: several backward passes cannot add up. Expected one backward "
+                "pass for each optimizer.step(), also after one that failed or whose batch is skipped; and "
+                "use_reentrant=False where gradient checkpointing meets a weight that several layers share"
+            )
+        self._take_up(p)
+        # Streams run side by side: what one of them has computed must not be read by a launch of another.
+        key = grad.device, torch.cuda.current_stream(grad.device).cuda_stream if grad.is_cuda else 0
+        bucket = self._buckets.setdefault(key, Bucket(self._limit))
+        if not bucket.params:  # what still waits when the backward pass ends is updated there
+            torch.autograd.Variable._execution_engine.queue_callback(self._update_waiting)
+        self._update(bucket.add(p, grad))
+
+    def _take_up(self, p: Tensor) -> None:
+        """Note that this step updates ``p``."""
+        check_gradient(p, self._places[id(p)][1])
+        self._updated.add(id(p))
+
+    def _update_waiting(self) -> None:
+        for bucket in self._buckets.values():
+            self._update(bucket.take())
+
+    @torch.no_grad()
+    def _update(self, params: list[Tensor]) -> None:
+        """Update ``params`` in one launch, and free their gradients."""
+        found = _grads(params)
+        params = [p for p, grad in zip(params, found, strict=True) if grad is not None]  # somebody may have taken one
+        if not params:
+            return
+        scale = self._clipping([grad for grad in found if grad is not None]) if self.max_grad_norm else None
+        first = id(params[0])
+        plan = self._optimizer._step_some(params, self._places, self._plans.get(first), scale)
+        self._plans[first] = self._used[first] = plan
+        with torch._C.DisableTorchFunctionSubclass():
+            for p in params:
+                p.grad = None
+
+    def _clipping(self, grads: list[Any]) -> Tensor:
+        """What to divide each of ``grads`` by; nothing is read back from the device."""
+        norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
+        self._norms.append(norms)
+        scales = norms.add(1e-6).div_(self.max_grad_norm).clamp_min_(1.0)  # 1e-6 as in torch's clip_grad_norm_
+        return scales.add_(norms, alpha=0.0)  # NaN where the norm is infinite: no zeros in place of finite elements
+
+    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if hasattr(optimizer, "grad_scale"):  # which a GradScaler sets for the time of the step
+            raise RuntimeError(
+                "gradient release cannot be combined with a GradScaler: the weights were updated with gradients of "
+                "the scaled loss; expected bfloat16 or float32 without a scaler, or training without gradient release"
+            )
+        closure = kwargs["closure"] if "closure" in kwargs else next(iter(args[1:]), None)
+        if closure is None:
+            self._end()
+            return None
+
+        def evaluate() -> Any:
+            try:
+                loss = closure()
+            except BaseException:
+                self._forget()
+                raise
+            self._end()
+            return loss
+
+        return (args[0], evaluate), {}
+
+    def _end(self) -> None:
+        """Update what is left, and be ready for another backward pass, whatever becomes of the rest of this step."""
+        try:
+            self._update_rest()
+        finally:
+            self._plans, self._used = self._used, {}
+            self._forget()
+
+    def _forget(self) -> None:
+        """Let another backward pass begin a step."""
+        for bucket in self._buckets.values():
+            bucket.take()
+        self._updated.clear()
+        self._norms.clear()
+
+    def _update_rest(self) -> None:
+        """Update what has a gradient that no hook has seen."""
+        self._update_waiting()  # of a backward pass that failed
+        rest = [p for p in self._optimizer._parameters() if p.grad is not None]
+        if rest:
+            self._places = _places(self._optimizer)
+        for p in rest:
+            self._take_up(p)
+        for device in {p.device for p in rest}:
+            self._update([p for p in rest if p.device == device])
+        if rest and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"gradient release: {len(rest)} gradients were kept until optimizer.step(), the first of them "
+                f"{self._names.get(id(rest[0]), 'of a parameter')}, as no hook was there to free them. Weights that "
+                "model.to() has moved, if quantized, and those unfrozen or added later need enable_gradient_release "
+                "anew; the updates are right, but memory is not saved"
+            )
+
+
+class Bucket:
+    """Parameters whose gradients wait for each other."""
+
+    def __init__(self, limit: int) -> None:
+        self.params: list[Tensor] = []
+        self._limit, self._held = limit, 0
+
+    def add(self, p: Tensor, grad: Tensor) -> list[Tensor]:
+        """All that wait, if with ``p`` their gradients have ``limit`` bytes or more; else none."""
+        self.params.append(p)
+        self._held += grad.nbytes
+        return self.take() if self._held >= self._limit else []
+
+    def take(self) -> list[Tensor]:
+        params, self.params, self._held = self.params, [], 0
+        return params
+
+
+def _grads(params: list[Tensor]) -> list[Any]:
+    with torch._C.DisableTorchFunctionSubclass():  # INT8 weights would answer in Python
+        return [p.grad for p in params]
+
+
+def waiting_limit(params: Iterable[Tensor]) -> int:
+    """How many bytes of gradients of ``params`` wait for each other: the memory that the largest one needs anyway."""
+    return min(WAITING, max((p.numel() * p.element_size() for p in params), default=0))
+
+
+def _places(optimizer: FOAM) -> Places:
+    """A parameter's number among all is its random stream."""
+    places: Places = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            places[id(p)] = index, len(places)
+    return places

@@ -1,0 +1,230 @@
+"""FOAM on DTensor parameters, as FSDP2 and tensor parallelism give them: shards of weights, their state, their sums.
+
+A row folds by itself, so a shard of whole rows is updated with no communication, and so is one of whole blocks. State
+is made of DTensors with the weight's mesh and placements, a dimension that a state tensor does not have left out, so
+that ``torch.distributed.checkpoint`` reshards it. Only the factored rule's means over rows that other ranks hold need
+sums of them all: ``add_over_ranks``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from foam_hf.int8.weight import Int8Weight
+from foam_hf.tensors.folding import Level, block_width, num_blocks
+from foam_hf.tensors.places import Group, Piece, is_sharded, local, whole
+
+
+class _Cut(NamedTuple):
+    """One dimension of a mesh that splits a dimension of a tensor into chunks as ``torch.chunk`` does."""
+
+    mesh_dim: int
+    parts: int
+
+
+def pieces_of(p: Any, level: Level, second_moment: str) -> list[Piece]:
+    """The pieces of this rank's shard of ``p``, a DTensor; one at least, which may be empty.
+
+    Raises:
+        TypeError: INT8 weights.
+        ValueError: a placement that is not whole rows or whole blocks of a known part of the weight, both rows and
+            columns of a factored matrix are split, or weights are offloaded to the CPU.
+    """
+    if isinstance(local(p), Int8Weight):
+        raise TypeError(
+            f"INT8 weights cannot be sharded: got one of shape {tuple(p.shape)} with placements {p.placements}; "
+            "expected bfloat16 or float32 weights under FSDP2, or INT8 weights with DDP"
+        )
+    mesh = p.device_mesh
+    if local(p).device.type not in (mesh.device_type, "meta"):
+        raise ValueError(
+            f"CPU offload of FSDP2 is not supported: got a weight on {local(p).device}, mesh on {mesh.device_type}; "
+            "expected OffloadPolicy(), in accelerate fsdp_offload_params: false, as FOAM's state is small"
+        )
+    cuts = [_cuts(p, dim) for dim in range(p.dim())]
+    where = [_range(size, cut, mesh.get_coordinate()) for size, cut in zip(p.shape, cuts, strict=True)]
+    mine = tuple(len(span) for span in where)
+    if mine != tuple(local(p).shape):
+        raise ValueError(
+            f"cannot tell which part of a weight this rank holds: got a local shape of {tuple(local(p).shape)} for "
+            f"{tuple(p.shape)} with placements {p.placements}, where {mine} would follow; expected Shard or Replicate"
+        )
+    if not p.dim():
+        return [Piece(whole(p))]
+    _check_columns(p, cuts[-1], level)
+    last = max((dim for dim in range(p.dim() - 1) if cuts[dim]), default=0)
+    groups = [tuple(mesh.get_group(cut.mesh_dim) for cut in some) for some in cuts]
+    row_groups = groups[-2] if p.dim() > 1 else ()
+    if second_moment == "factored" and row_groups and groups[-1]:
+        raise ValueError(
+            f"second_moment='factored' needs the means of a matrix's rows or of its columns on one rank: got shape "
+            f"{tuple(p.shape)} with placements {p.placements}, which split both; expected second_moment='block'"
+        )
+    rows = p.shape[:-1]
+    strides = [math.prod(rows[dim + 1 :]) for dim in range(len(rows))]
+    pieces = []
+    for index in itertools.product(*map(range, mine[:last])):
+        begin = [span.start for span in where[:-1]]
+        begin[:last] = (b + i for b, i in zip(begin, index, strict=False))
+        first_row = sum(b * s for b, s in zip(begin, strides, strict=True))
+        place = whole(p)._replace(
+            first_row=first_row, first_column=where[-1].start, row_groups=row_groups, column_groups=groups[-1]
+        )
+        pieces.append(Piece(place, index))
+    return pieces or [Piece(whole(p))]  # of a shard without any matrix, only the step count moves
+
+
+def _cuts(p: Any, dim: int) -> list[_Cut]:
+    """The mesh dimensions that split ``dim`` of ``p``, in the order in which they do."""
+    found: list[tuple[int, _Cut]] = []
+    for i, placement in enumerate(p.placements):
+        kind = type(placement).__name__
+        if kind not in ("Shard", "_StridedShard", "Replicate"):
+            raise ValueError(
+                f"cannot update a weight of shape {tuple(p.shape)} with the placement {placement!r}: got "
+                f"{p.placements}; expected Shard or Replicate for every dimension of the mesh"
+            )
+        if kind != "Replicate" and placement.dim % p.dim() == dim:
+            # FSDP2 splits what tensor parallelism, to its right in the mesh, has split before: a strided shard.
+            found.append((kind == "_StridedShard", _Cut(i, p.device_mesh.size(i))))
+    return [cut for _, cut in sorted(found, key=lambda pair: pair[0]) if cut.parts > 1]
+
+
+def _range(size: int, cuts: Sequence[_Cut], coordinate: Sequence[int] | None) -> range:
+    """Which part of a dimension of ``size`` the rank at ``coordinate`` of the mesh holds."""
+    if coordinate is None:
+        raise ValueError("this rank is not part of a weight's mesh; expected an optimizer for its own weights alone")
+    span = range(size)
+    for cut in cuts:
+        chunk = -(-len(span) // cut.parts)
+        part = span[chunk * coordinate[cut.mesh_dim] : chunk * (coordinate[cut.mesh_dim] + 1)]
+        # Nothing begins inside the whole too, so that a rank without rows counts to the matrix that it has none of.
+        last = max(span.start, span.stop - 1)
+        span = part if part else range(last, last)
+    return span
+
+
+def _every_range(size: int, cuts: Sequence[_Cut]) -> Iterator[range]:
+    for parts in itertools.product(*(range(cut.parts) for cut in cuts)):
+        coordinate = dict(zip((cut.mesh_dim for cut in cuts), parts, strict=True))
+        yield _range(size, cuts, [coordinate.get(i, 0) for i in range(max(coordinate, default=-1) + 1)])
+
+
+def _check_columns(p: Any, cuts: Sequence[_Cut], level: Level) -> None:
+    """Raise ValueError if columns are split inside a block, on this rank or any other."""
+    n = p.shape[-1]
+    width, blocks = block_width(level, n), num_blocks(level, n)
+    columns, moments = list(_every_range(n, cuts)), list(_every_range(blocks, cuts))
+    for mine, held in zip(columns, moments, strict=True):
+        if mine and (mine.start, mine.stop) != (held.start * width, min(held.stop * width, n)):
+            cut = sorted({span.start for span in columns if 0 < span.start < n})
+            what = "level='row' makes a whole row one block" if level == "row" else f"level={level} has blocks"
+            raise ValueError(
+                f"{what} of {width} columns: got a weight of shape {tuple(p.shape)} whose {n} columns are split at "
+                f"{cut} (placements {p.placements}); expected multiples of {width}, or rows split instead"
+            )
+
+
+def empty_state(p: Any, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros for what this rank holds of the state ``name`` of ``p``, whole of ``shape``."""
+    part = torch.zeros(local_shape(p, name, shape), dtype=dtype, device=local(p).device)
+    return _wrap(p, name, shape, part)
+
+
+def as_state_of(p: Any, name: str, value: Any) -> Tensor:
+    """A copy of ``value``, saved as the state ``name`` of ``p``, as this rank holds it, in its own dtype.
+
+    A whole tensor is cut where ``p`` is, without communication; a DTensor of other placements is redistributed.
+
+    Raises:
+        ValueError: a DTensor of another mesh.
+    """
+    value, device = value.detach(), local(p).device
+    if not is_sharded(p):
+        value = value.full_tensor() if is_sharded(value) else value
+        return value.to(device, copy=True).contiguous()
+    shape = value.shape
+    if not is_sharded(value):
+        part = value[tuple(slice(span.start, span.stop) for span in _spans(p, name, shape))]
+    elif value.device_mesh != p.device_mesh:
+        raise ValueError(
+            f"saved state {name} is a DTensor on {value.device_mesh}, its weight is on {p.device_mesh}; expected a "
+            "state dict that torch.distributed.checkpoint has read, as it reshards, or whole tensors"
+        )
+    else:
+        part = local(value.redistribute(placements=_placements(p, name)))
+    return _wrap(p, name, shape, part.to(device, copy=True).contiguous())
+
+
+def local_shape(p: Any, name: str, shape: torch.Size) -> torch.Size:
+    """What this rank holds of the state ``name`` of ``p``, whole of ``shape``."""
+    return torch.Size(map(len, _spans(p, name, shape))) if is_sharded(p) else shape
+
+
+def _dimensions(p: Any, name: str) -> list[int]:
+    """The dimensions of ``p`` that its state ``name`` has."""
+    missing = {"row_exp_avg_sq": p.dim() - 1, "col_exp_avg_sq": p.dim() - 2}.get(name)
+    return [dim for dim in range(p.dim()) if dim != missing]
+
+
+def _spans(p: Any, name: str, shape: torch.Size) -> list[range]:
+    coordinate = p.device_mesh.get_coordinate()
+    dims = _dimensions(p, name)
+    return [_range(size, _cuts(p, dim), coordinate) for size, dim in zip(shape, dims, strict=True)]
+
+
+def _placements(p: Any, name: str) -> tuple[Any, ...]:
+    """The placements of ``p``, by the dimensions of its state; what splits a dimension that it lacks replicates it."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    number = {dim: i for i, dim in enumerate(_dimensions(p, name))}
+
+    def place(placement: Any) -> Any:
+        dim = None if placement.is_replicate() else number.get(placement.dim % p.dim())
+        if dim is None:
+            return Replicate()
+        strided = {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
+        return type(placement)(dim, **strided) if strided else Shard(dim)
+
+    return tuple(map(place, p.placements))
+
+
+def _wrap(p: Any, name: str, shape: torch.Size, part: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return DTensor.from_local(
+        part, p.device_mesh, _placements(p, name), run_check=False, shape=torch.Size(shape), stride=strides
+    )
+
+
+def follow_placements(p: Any) -> None:
+    """Give the gradient of ``p`` the placements of ``p``, where autograd left partial sums or other shards."""
+    grad = p.grad
+    if not is_sharded(grad) or grad.device_mesh != p.device_mesh:
+        raise ValueError(
+            f"the gradient of a weight of shape {tuple(p.shape)} on {p.device_mesh} is "
+            f"{'on ' + str(grad.device_mesh) if is_sharded(grad) else 'no DTensor'}; expected one on the same mesh"
+        )
+    if tuple(grad.placements) != tuple(p.placements):
+        p.grad = grad.redistribute(placements=p.placements)
+
+
+def add_over_ranks(parts: Sequence[tuple[tuple[Group, ...], Tensor]]) -> None:
+    """Add up float32 tensors over the ranks of their process groups, in place: one all-reduce for each group.
+
+    Every rank must pass the same shapes in the same order.
+    """
+    for group in dict.fromkeys(group for groups, _ in parts for group in groups):
+        mine = [tensor for groups, tensor in parts if group in groups and tensor.numel()]
+        if mine:
+            wire = torch.cat([tensor.reshape(-1) for tensor in mine])
+            torch.distributed.all_reduce(wire, group=group)
+            split = wire.split([tensor.numel() for tensor in mine])
+            torch._foreach_copy_(mine, [part.view_as(tensor) for part, tensor in zip(split, mine, strict=True)])

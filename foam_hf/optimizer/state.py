@@ -1,0 +1,189 @@
+"""The state that ``FOAM`` holds of each parameter, and the checks that a checkpoint's state and groups fit it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foam_hf.optimizer.checks import check_options
+from foam_hf.optimizer.names import names_problem
+from foam_hf.rules.adam_8bit import SMALLEST, eight_bit_spec
+from foam_hf.rules.adam_mini import second_moments
+from foam_hf.tensors.folding import Level, num_blocks
+
+
+class CheckpointMismatchError(ValueError):
+    """A checkpoint that FOAM wrote under other options, or for other weights; ``state_dict`` is what it holds."""
+
+    def __init__(self, message: str, state_dict: dict[str, Any] | None = None) -> None:
+        super().__init__(message, state_dict)
+        self.state_dict: dict[str, Any] = state_dict or {}
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+StateSpec = dict[str, tuple[torch.Size, torch.dtype]]
+
+
+def effective_rule(p: Tensor, group: dict[str, Any]) -> tuple[Level, str]:
+    """The level and second-moment rule of ``p`` in ``group``: tensors of fewer than two dimensions stay plain.
+
+    (0, "block") is AdamW, (0, "8bit") AdamW with moments of 8 bits. Of Adam-mini, a vector has the whole-tensor block.
+    """
+    rule: tuple[Level, str] = group["level"], group["second_moment"]
+    if p.dim() == 1 and rule[1] == "adam_mini" and group["mini_rows"] == 0:
+        return 0, "adam_mini"
+    if p.dim() > 1 and rule != (0, "block"):
+        return rule
+    return 0, "8bit" if group["plain_state"] == "8bit" and p.numel() >= SMALLEST else "block"
+
+
+def state_spec(p: Tensor, group: dict[str, Any]) -> StateSpec:
+    """Name -> (shape, dtype) of every tensor of state that ``p`` will hold in ``group``; allocates nothing.
+
+    Beside these, every parameter that was ever updated holds ``step``, a Python integer.
+    """
+    level, second_moment = effective_rule(p, group)
+    dtype = group["state_dtype"]
+    if level == 0 and second_moment == "block":
+        return {"exp_avg": (p.shape, dtype), "exp_avg_sq": (p.shape, dtype)}
+    if second_moment == "8bit":
+        return eight_bit_spec(p)
+    folded = torch.Size((*p.shape[:-1], num_blocks(level, p.shape[-1])))
+    if second_moment == "block":
+        return {"folded_exp_avg": (folded, dtype), "folded_exp_avg_sq": (folded, dtype)}
+    if second_moment == "muon":
+        return {"folded_momentum": (folded, dtype)}
+    if second_moment == "adam_mini":
+        blocks = torch.Size((second_moments(p, group["mini_rows"]),))
+        return {"folded_exp_avg": (folded, dtype), "row_block_exp_avg_sq": (blocks, dtype)}
+    rows, columns = p.shape[:-1], torch.Size((*p.shape[:-2], p.shape[-1]))
+    return {"folded_exp_avg": (folded, dtype), "row_exp_avg_sq": (rows, dtype), "col_exp_avg_sq": (columns, dtype)}
+
+
+def state_problem(state: dict[str, Any], spec: StateSpec) -> str:
+    """Why ``state`` is not what ``spec`` describes, or an empty string."""
+    if state.keys() != {"step", *spec}:
+        return f"it holds {sorted(state)}; expected {sorted(['step', *spec])}"
+    if not isinstance(state["step"], int):
+        return f"its step is {state['step']!r}; expected an integer"
+    for name, (shape, _) in spec.items():
+        if not isinstance(state[name], Tensor) or state[name].shape != shape:
+            found = tuple(state[name].shape) if isinstance(state[name], Tensor) else state[name]
+            return f"{name} has shape {found}; expected {tuple(shape)}"
+    return ""
+
+
+def with_dtype(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved param group with ``state_dtype`` as a dtype; earlier versions saved one, and a field of torch's own."""
+    name = saved.get("state_dtype")
+    dtype = {"state_dtype": getattr(torch, name, name)} if isinstance(name, str) else {}
+    return {**{key: value for key, value in saved.items() if key != "differentiable"}, **dtype}
+
+
+def plain(value: Any) -> Any:
+    """A hyperparameter, a list as a tuple, to compare it with another."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved state of each parameter in order, or a ValueError that says why the checkpoint does not fit."""
+    try:
+        saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"not an optimizer's state dict: got {type(state_dict).__name__} with keys "
+            f"{sorted(map(str, state_dict)) if isinstance(state_dict, dict) else None}; "
+            "expected 'state' and 'param_groups'"
+        ) from None
+    if not (_holds_dicts(saved_groups, list) and _holds_dicts(saved_state, dict)):
+        raise ValueError(
+            f"not an optimizer's state dict: 'param_groups' is {type(saved_groups).__name__} and 'state' is "
+            f"{type(saved_state).__name__}; expected a list of dicts with 'params', and a dict of dicts"
+        )
+    sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved_groups))
+    states = []
+    for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=False)):
+        for name in ("level", "second_moment"):
+            if name not in saved:
+                held = sorted({key for state in saved_state.values() for key in state})
+                raise ValueError(
+                    f"the checkpoint is of another optimizer: its param groups have no {name!r}, "
+                    f"its state holds {held}; expected one that FOAM wrote"
+                )
+        older = {"mini_rows": 1, "plain_state": "full"}  # what versions without these fields did
+        for name in ("level", "second_moment", *older):
+            value = saved.get(name, older.get(name))
+            if value != group[name]:
+                raise CheckpointMismatchError(
+                    f"the checkpoint was trained with {name}={value!r} in param group {i}, this optimizer has "
+                    f"{name}={group[name]!r}; expected the same, or training from the start",
+                    state_dict,
+                )
+    if sizes != saved_sizes:
+        raise CheckpointMismatchError(
+            f"the checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}; "
+            "expected the same model and the same choice of folded weights (fold_embeddings, fold_head)",
+            state_dict,
+        )
+    if problem := names_problem(groups, saved_groups):
+        raise CheckpointMismatchError(problem, state_dict)
+    for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        try:
+            check_options({**group, **with_dtype(saved)})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"param group {i} of the checkpoint is not valid: {error}") from None
+        for place, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+            state, spec = saved_state.get(key, {}), state_spec(p, group)
+            problem = state_problem(state, spec) if state else ""  # none if it never had a gradient
+            if problem:
+                who = f"parameter {key}{_name_of(place, group, saved)}"
+                problem = _other_shape(p, state, spec, "param_names" in saved) or problem
+                raise CheckpointMismatchError(f"{who} of the checkpoint does not fit: {problem}", state_dict)
+            states.append(state)
+    return states
+
+
+def _name_of(place: int, *groups: dict[str, Any]) -> str:
+    """The name of a parameter, in brackets, where a group has names."""
+    for group in groups:
+        names = group.get("param_names")
+        if isinstance(names, list) and place < len(names) and names[place]:
+            return f" ({names[place]})"
+    return ""
+
+
+def _other_shape(p: Tensor, state: dict[str, Any], spec: StateSpec, named: bool) -> str:
+    """What is wrong where ``state`` is that of a weight of another shape, or an empty string."""
+    name = next(iter(spec))  # of all rules the first moment
+    held, wanted = state.get(name), spec[name][0]
+    if (
+        state.keys() != {"step", *spec}
+        or not isinstance(held, Tensor)
+        or held.dim() != p.dim()
+        or held.shape == wanted
+    ):
+        return ""
+    columns = p.shape[-1] if held.shape[-1] == wanted[-1] else f"columns of {held.shape[-1]} blocks"
+    theirs = ", ".join(map(str, (*held.shape[:-1], columns)))
+    told = f"it is the state of a weight of shape ({theirs}), and here the weight has shape {tuple(p.shape)}"
+    if not named:  # by their place alone, these may be two weights
+        return (
+            f"{name} has shape {tuple(held.shape)}; expected {tuple(wanted)}: {told}. Expected the same model and the "
+            "same choice of folded weights (fold_embeddings, fold_head)"
+        )
+    return (
+        f"{told}; expected the same shapes. An embedding that was resized since, for another vocabulary, has no state "
+        "to go on with: resize it back, or go on from the weights alone, without optimizer.pt and scheduler.pt"
+    )
+
+
+def _holds_dicts(value: Any, kind: type) -> bool:
+    """Whether ``value`` is a dict of dicts, or a list of them that have ``params``."""
+    if kind is dict:
+        return isinstance(value, dict) and all(isinstance(each, dict) for each in value.values())
+    groups = value if isinstance(value, list) else [None]
+    return all(isinstance(each, dict) and isinstance(each.get("params"), list | tuple) for each in groups)

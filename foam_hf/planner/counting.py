@@ -1,0 +1,162 @@
+"""What a plan counts to the byte, from shapes and dtypes alone: weights, gradients, and any optimizer's state."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from foam_hf.memory.measured import expected_state_bytes
+from foam_hf.memory.storages import storages, total
+from foam_hf.optim_args import FOAM_KEYS, FOAM_NAMES, foam_options, one_of_ours, split_optim_args
+from foam_hf.optimizer.foam import FOAM
+from foam_hf.optimizer.groups import foam_param_groups, grouping_options, layer_names
+from foam_hf.planner import peers
+
+_PEERS: dict[str, Callable[[nn.Module], int]] = {
+    "adamw_torch": peers.adamw,
+    "adamw_torch_fused": peers.adamw,
+    "adamw_8bit": peers.adamw_8bit,
+    "adamw_bnb_8bit": peers.adamw_8bit,
+    "paged_adamw_8bit": peers.adamw_8bit,
+    "paged_adamw_32bit": peers.adamw_32bit,
+    "adafactor": peers.adafactor,
+    "sgd": peers.sgd,
+}
+_PROJECTED: dict[str, Callable[..., int]] = {"galore_adamw": peers.galore, "apollo_adamw": peers.apollo}
+# What Trainer reads from optim_args: key -> the words it may be, or None for a number.
+_PROJECTED_KEYS: dict[str, dict[str, tuple[str, ...] | None]] = {
+    "galore_adamw": {
+        "rank": None,
+        "update_proj_gap": None,
+        "scale": None,
+        "proj_type": ("std", "reverse_std", "right", "left", "full"),
+    },
+    "apollo_adamw": {
+        "rank": None,
+        "update_proj_gap": None,
+        "scale": None,
+        "proj": ("random", "svd"),
+        "scale_type": ("channel", "tensor"),
+        "proj_type": ("std", "reverse_std", "right", "left"),
+    },
+}
+# Trainer's names, and two that Trainer does not have: torch.optim.Muon, and Adam-mini of the adam-mini package.
+OPTIMIZERS = (*FOAM_NAMES, *_PEERS, *_PROJECTED, "muon", "adam_mini")
+
+
+def option_keys(optim: str) -> tuple[str, ...]:
+    """The keys that `optim`, one of `OPTIMIZERS`, reads from `optim_args`."""
+    if optim in FOAM_NAMES:
+        other = set(FOAM_NAMES[optim]) if optim == "foam_muon" else {*FOAM_NAMES[optim], "momentum"}
+        return tuple(key for key in FOAM_KEYS if key not in other)
+    return tuple(_PROJECTED_KEYS.get(optim, ()))
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Bytes of one model under one optimizer, after a step. The attributes are those of a `Plan`."""
+
+    parameters: int
+    trainable: int
+    weights: int
+    gradients: int
+    state: int
+
+
+def count_bytes(
+    model: nn.Module,
+    optim: str,
+    optim_args: str | Mapping[str, Any] | None = None,
+    *,
+    target_modules: str | list[str] | None = None,
+    gradient_release: bool = False,
+) -> Counted:
+    """Count what training `model`, which may be on the meta device, with `optim` holds; nothing is allocated.
+
+    Arguments and errors are those of `foam_hf.estimate_memory`.
+    """
+    if gradient_release and optim not in FOAM_NAMES:
+        raise ValueError(f"gradient_release is FOAM's, got it with optim={optim!r}; expected {one_of_ours()}")
+    state = count_state(model, optim, optim_args, target_modules=target_modules)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = [p.numel() * p.element_size() for p in trained]
+    return Counted(
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in trained),
+        weights=total(storages([*model.parameters(), *model.buffers()])),
+        gradients=max(gradients, default=0) if gradient_release else sum(gradients),
+        state=state,
+    )
+
+
+def count_state(
+    model: nn.Module,
+    optim: str,
+    optim_args: str | Mapping[str, Any] | None = None,
+    *,
+    target_modules: str | list[str] | None = None,
+) -> int:
+    """The bytes of state that `optim` holds for `model` after one step in Trainer; nothing is allocated.
+
+    Raises:
+        ValueError: an unknown optimizer, or an option that it does not have.
+    """
+    if optim not in OPTIMIZERS:
+        near = difflib.get_close_matches(optim, OPTIMIZERS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown optimizer {optim!r}; {hint}expected one of {', '.join(OPTIMIZERS)}")
+    if optim in FOAM_NAMES:
+        return _foam_state(model, optim, optim_args, target_modules)
+    options = _peer_options(optim, optim_args)
+    if optim in _PEERS:
+        return _PEERS[optim](model)
+    if optim == "adam_mini":
+        config = getattr(model, "config", None)
+        hidden_size, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+        if hidden_size is None or heads is None:
+            raise ValueError(
+                f"adam_mini needs a config with hidden_size and num_attention_heads, got {type(model).__name__}"
+            )
+        return peers.adam_mini(model, hidden_size=hidden_size, heads=heads)
+    if optim == "muon":
+        return peers.muon(model, layer_names(model))
+    if target_modules:
+        targets = peers.linear_targets(model, target_modules)
+    else:
+        targets = layer_names(model) & peers.linear_targets(model, "all-linear")
+    return _PROJECTED[optim](model, targets, **options)
+
+
+def _foam_state(
+    model: nn.Module, optim: str, optim_args: str | Mapping[str, Any] | None, target_modules: str | list[str] | None
+) -> int:
+    options = foam_options(optim, optim_args)
+    options.pop("gradient_release", None)
+    if "state_dtype" in options:
+        options["state_dtype"] = getattr(torch, options["state_dtype"])
+    grouping = grouping_options(options)
+    groups = foam_param_groups(model, target_modules=target_modules, **grouping)
+    return expected_state_bytes(FOAM(groups, **options).param_groups)  # a FOAM checks every value
+
+
+def _peer_options(optim: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """What changes the bytes, typed; every key is checked."""
+    legal = _PROJECTED_KEYS.get(optim, {})
+    options: dict[str, Any] = {}
+    for key, text in split_optim_args(optim_args):
+        if key not in legal:
+            known = f"it takes {', '.join(legal)}" if legal else "it takes none"
+            raise ValueError(f"optim_args: {optim} has no {key!r}; {known}")
+        words = legal[key]
+        if words is not None and text not in words:
+            raise ValueError(f"optim_args: {key} of {optim} must be one of {', '.join(words)}, got {text!r}")
+        if key == "rank" and not (text.isdecimal() and int(text) > 0):
+            raise ValueError(f"optim_args: rank of {optim} must be an integer of 1 or more, got {text!r}")
+        if key in ("rank", "proj", "proj_type"):
+            options[key] = int(text) if key == "rank" else text
+    return options

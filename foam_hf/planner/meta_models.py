@@ -1,0 +1,149 @@
+"""Models on the meta device, as they are trained: shapes and dtypes, no memory."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from foam_hf.planner.model_configs import ModelError, first_line
+
+
+def meta_model(
+    config: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    architecture: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model of `config` on the meta device: shapes and dtypes, no memory.
+
+    Args:
+        config: of transformers; `trust_remote_code` as for `load_config`.
+        dtype: of the weights; default: the config's own, else float32.
+        architecture: name of the class in transformers; default: the first that `config` names, or if transformers has
+            none of them, its causal language model for this kind of config.
+
+    Raises:
+        ModelError: the config contradicts itself, is that of a quantized checkpoint, or transformers has no model for
+            it.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        method = getattr(settings.get("quant_method"), "value", settings.get("quant_method"))
+        option = ", with --int8-weights (int8_weights=True)" if method == "foam_int8" else ""
+        raise ModelError(f"a checkpoint quantized by {method}; expected the plain model that it was made from{option}")
+    dtype = dtype or config_dtype(config)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # not model.to(dtype): some buffers stay float32, as when a model is loaded
+    try:
+        with torch.device("meta"):
+            if architecture is not None:
+                return _class(architecture, config)(config)
+            return _build(config, trust_remote_code)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a contradictory config breaks, deep inside
+        raise ModelError(
+            f"cannot build {type(config).__name__}: {first_line(error)}; expected a config that transformers can build"
+        ) from error
+    finally:
+        torch.set_default_dtype(default)
+
+
+def config_dtype(config: Any) -> torch.dtype:
+    """The dtype of the weights that `config` names, else float32."""
+    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """`model`, or a copy of it on the meta device if it is anywhere else; nothing is allocated."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if all(tensor.is_meta for tensor in tensors):
+        return model
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        empty = tensor.detach().to("meta")
+        parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if parameter else empty
+    return copy.deepcopy(model, memo)
+
+
+def with_adapters(model: nn.Module, rank: int) -> nn.Module:
+    """`model` under LoRA of peft on all its linear layers but the head; its own weights are frozen.
+
+    Raises:
+        ModelError: peft is missing, or cannot adapt this model.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ModelError(f"lora_rank needs peft, which cannot be imported ({error}); pip install peft") from error
+    # A classifier is new, so peft trains it whole beside the adapters.
+    task = "SEQ_CLS" if "ForSequenceClassification" in type(model).__name__ else None
+    try:
+        return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", task_type=task))
+    except ValueError as error:
+        raise ModelError(f"peft cannot adapt {type(model).__name__}: {first_line(error)}") from error
+
+
+_NOT_TEXT = re.compile(r"(^|[._])(vision|visual|image|audio|speech|video|pixel|patch)")
+
+
+def positions(model: nn.Module) -> int | None:
+    """The most tokens of text that the model's learned positions allow; None if it has none (rotary ones go on).
+
+    Positions of patches and of frames, in a tower for images or sound, are no limit of the text.
+    """
+    modules = dict(model.named_modules())
+    inputs = {name: getattr(module, "main_input_name", "input_ids") for name, module in modules.items() if name}
+    towers = [name for name, of in inputs.items() if of != "input_ids"]
+    found = []
+    for name, module in modules.items():
+        own_name = name.rsplit(".", 1)[-1]
+        if _NOT_TEXT.search(name) or any(name.startswith(f"{tower}.") for tower in towers):
+            continue
+        if isinstance(module, nn.Embedding) and ("position" in own_name or own_name == "wpe"):
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from behind it
+            found.append(module.num_embeddings - offset)
+    return min(found, default=None)
+
+
+def _class(name: str, config: Any) -> Any:
+    """The class of transformers for models of `config`."""
+    import transformers
+
+    known = getattr(transformers, name, None)
+    if not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)):
+        raise ModelError(f"transformers has no model class {name!r}; expected one like LlamaForCausalLM")
+    if not isinstance(config, known.config_class or ()):
+        raise ModelError(f"{name} does not take a {type(config).__name__}; expected a class of the same family")
+    return known
+
+
+def _build(config: Any, trust_remote_code: bool) -> nn.Module:
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        try:
+            known = _class(name, config)
+        except ModelError:  # of the model's own code, or misspelt, as LLaMAForCausalLM in GaLore's configs
+            continue
+        return known(config)
+    own_code = getattr(config, "auto_map", None) or {}
+    for name, mapping in (
+        ("AutoModelForCausalLM", transformers.MODEL_FOR_CAUSAL_LM_MAPPING),
+        ("AutoModelForSeq2SeqLM", transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+        ("AutoModelForSequenceClassification", transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+        ("AutoModel", transformers.MODEL_MAPPING),
+    ):
+        if name in own_code or type(config) in mapping:
+            return getattr(transformers, name).from_config(config, trust_remote_code=trust_remote_code)
+    raise ModelError(f"transformers has no model for {type(config).__name__}; expected one that it can train")

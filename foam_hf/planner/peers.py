@@ -1,0 +1,185 @@
+"""Bytes of state that other optimizers hold after one step, from shapes and dtypes alone; nothing is allocated.
+
+Each function follows what the optimizer's own code keeps, as Trainer builds it; the tests hold every one against the
+real optimizer, to the byte. State that is a Python number (most step counters) takes none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from foam_hf.memory.measured import adamw_state_bytes
+
+FLOAT = 4  # bytes of float32
+# Names of what Adam-mini gives one value a row: embeddings and heads, values, attention outputs, MLPs.
+_MINI_ROWS = (
+    *("embed", "embd", "wte", "lm_head", "output", "final_layer"),
+    *("v_proj", "wv", "value", "o_proj", "wo", "attn.proj", "feed_forward", "linear", "mlp"),
+)
+_BNB_BLOCK, _BNB_SMALLEST = 256, 4096  # elements that share a scale; fewer elements than the second stay in float32
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> parameter of all that are trained, tied ones once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adamw(model: nn.Module) -> int:
+    """`torch.optim.AdamW`: two moments in the dtype of the weights, and a step of 4 bytes a tensor."""
+    return adamw_state_bytes(model.parameters())
+
+
+def adamw_8bit(model: nn.Module) -> int:
+    """bitsandbytes' block-wise 8-bit AdamW, under Trainer's rule that embeddings keep float32 moments."""
+    embeddings = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)  # not EmbeddingBag: Trainer's own test
+    }
+    found = 2 * 256 * FLOAT  # two tables of 256 values, one for each moment
+    for p in trainable_parameters(model).values():
+        if p.numel() < _BNB_SMALLEST or id(p) in embeddings:
+            found += 2 * p.numel() * FLOAT
+        else:
+            found += 2 * (p.numel() + FLOAT * -(-p.numel() // _BNB_BLOCK))
+    return found
+
+
+def adamw_32bit(model: nn.Module) -> int:
+    """bitsandbytes' 32-bit AdamW: two float32 moments, whatever the weights are."""
+    return sum(2 * p.numel() * FLOAT for p in trainable_parameters(model).values())
+
+
+def adafactor(model: nn.Module) -> int:
+    """transformers' Adafactor, as Trainer sets it: no first moment; row and column means in at least float32."""
+    found = 0
+    for p in trainable_parameters(model).values():
+        size = max(p.element_size(), FLOAT)
+        moment = p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.dim() > 1 else p.numel()
+        found += (moment + 1) * size  # and the root mean square of the parameter
+    return found
+
+
+def sgd(model: nn.Module) -> int:
+    """`torch.optim.SGD` without momentum keeps nothing."""
+    return 0
+
+
+def galore(model: nn.Module, targets: Collection[str], *, rank: int = 128, proj_type: str = "std") -> int:
+    """GaLore's AdamW: for `targets` the moments of the projected gradient, and the projection; AdamW for the rest."""
+    found = 0
+    for name, p in trainable_parameters(model).items():
+        if name in targets:
+            projection, low_rank = _svd_projection(p, rank, proj_type)
+            found += projection + 2 * low_rank * p.element_size()
+        else:
+            found += 2 * p.numel() * p.element_size()
+    return found
+
+
+def apollo(
+    model: nn.Module,
+    targets: Collection[str],
+    *,
+    rank: int = 128,
+    proj: str = "random",
+    proj_type: str = "std",
+) -> int:
+    """APOLLO's AdamW: as GaLore, with a random projection by default, and the norm of the last scaled gradient."""
+    found = 0
+    for name, p in trainable_parameters(model).items():
+        if name not in targets:
+            found += 2 * p.numel() * p.element_size()
+            continue
+        if proj == "svd":
+            projection, low_rank = _svd_projection(p, rank, proj_type)
+        else:
+            rows, columns = p.shape
+            right = _projects_columns(p, proj_type)
+            projection = rank * (columns if right else rows) * p.element_size()
+            low_rank = rank * (rows if right else columns)
+        found += projection + (2 * low_rank + 1) * p.element_size()
+    return found
+
+
+def muon(model: nn.Module, targets: Collection[str]) -> int:
+    """`torch.optim.Muon` for the matrices of `targets`: one momentum in the weights' dtype. AdamW for the rest."""
+    parameters = trainable_parameters(model)
+    matrices = [p for name, p in parameters.items() if name in targets and p.dim() == 2]
+    ids = {id(p) for p in matrices}
+    momentum = sum(p.numel() * p.element_size() for p in matrices)
+    return momentum + adamw_state_bytes(p for p in parameters.values() if id(p) not in ids)
+
+
+def adam_mini(model: nn.Module, *, hidden_size: int, heads: int) -> int:
+    """Adam-mini 1.1.1: a full first moment, and a second one for each head, row or tensor, by the weight's name.
+
+    Raises:
+        ValueError: Adam-mini itself would fail on a parameter of this model.
+    """
+    head = hidden_size * hidden_size // heads
+    found = 0
+    for full_name, p in trainable_parameters(model).items():
+        name = full_name.lower()
+        if "bias" in name:
+            second = p.numel()
+        elif any(part in name for part in ("k_proj", "q_proj", "wq", "wk", "query", "key")):
+            second, rest = divmod(p.numel(), head)
+            if rest:
+                raise ValueError(
+                    f"adam_mini cannot divide {full_name} of shape {tuple(p.shape)} into heads of {head} elements"
+                )
+        elif any(part in name for part in _MINI_ROWS):
+            if p.dim() < 2:
+                raise ValueError(f"adam_mini takes {full_name} for a matrix, and it has shape {tuple(p.shape)}")
+            second = p.shape[0]
+        else:
+            second = 1
+        found += (p.numel() + second) * p.element_size()
+    return found
+
+
+def linear_targets(model: nn.Module, target_modules: str | list[str]) -> set[str]:
+    """Names of the weights that Trainer's `optim_target_modules` gives to GaLore and APOLLO: `nn.Linear` only.
+
+    Raises:
+        ValueError: none matches.
+    """
+    from transformers.trainer_utils import check_target_module_exists
+
+    everything = isinstance(target_modules, str) and target_modules.replace("_", "-") == "all-linear"
+    found = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (everything or check_target_module_exists(target_modules, name))
+    }
+    if not found:
+        raise ValueError(
+            f"optim_target_modules matches no nn.Linear, got {target_modules!r}; expected parts of module names in a "
+            "list, a regex of whole names, or 'all-linear'"
+        )
+    return found
+
+
+def _projects_columns(p: Tensor, proj_type: str) -> bool:
+    """Whether the gradient is multiplied from the right: its columns become `rank` ones."""
+    tall = p.shape[0] >= p.shape[1]
+    return {"std": tall, "reverse_std": not tall, "right": True, "left": False}[proj_type]
+
+
+def _svd_projection(p: Tensor, rank: int, proj_type: str) -> tuple[int, int]:
+    """(bytes of the projection, elements of the projected gradient), where an SVD of the gradient gives the factors.
+
+    A float32 factor is a slice of the SVD's, and keeps all of it alive; other dtypes are converted, and so copied.
+    """
+    rows, columns = p.shape
+    full = min(rows, columns)
+    rank = min(rank, full)
+    kept = full if p.dtype == torch.float32 else rank
+    if proj_type == "full":
+        return kept * (rows + columns) * p.element_size(), rank * rank
+    right = _projects_columns(p, proj_type)
+    return kept * (columns if right else rows) * p.element_size(), rank * (rows if right else columns)

@@ -1,0 +1,211 @@
+"""The memory planner: what training a model takes, by kind, before anything but a config is read or allocated."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from foam_hf.optim_args import FOAM_NAMES, foam_options, one_of_ours, split_optim_args
+from foam_hf.planner.activations import activation_curve, optimizer_temporary_bytes
+from foam_hf.planner.counting import count_bytes
+from foam_hf.planner.meta_models import meta_model, on_meta, positions, with_adapters
+from foam_hf.planner.model_configs import ModelError, load_config
+from foam_hf.planner.plan import Estimate, Plan
+
+_MOST = 1 << 20  # sequences: beyond this the model is a toy, and the answer is of no use
+
+
+def estimate_memory(
+    model: Any,
+    optim: str = "foam",
+    optim_args: str | Mapping[str, Any] | None = None,
+    *,
+    gradient_release: bool = False,
+    int8_weights: bool = False,
+    target_modules: str | list[str] | None = None,
+    **workload: Any,
+) -> Plan:
+    """What a step of training takes at its peak: weights, gradients and state counted, activations estimated.
+
+    Nothing is allocated: the model is built on the meta device, and grouped by the code that groups it for training.
+
+    Args:
+        model: a built-in name (`model_configs.BUILTIN`), a local folder, a config.json, a name on the hub, a
+            transformers config, or a model, which may be on the meta device and counts as it is.
+        optim, optim_args: as in `TrainingArguments`; the names are those of `counting.OPTIMIZERS`. "muon" is
+            `torch.optim.Muon` for the weights that FOAM folds, "adam_mini" is the adam-mini package's.
+        gradient_release: the update runs inside the backward pass (FOAM only).
+        int8_weights: with the weights that `foam_hf.Int8Config` quantizes (FOAM only).
+        target_modules: Trainer's `optim_target_modules`; without it GaLore and APOLLO project the `nn.Linear` weights
+            that FOAM folds.
+        **workload: the arguments of `Planner`: batch, sequence, dtype and so on.
+
+    Raises:
+        ValueError: an unknown model or optimizer, an option that it does not have, a size below 1, a sequence longer
+            than the model's positions.
+    """
+    planner = Planner(model, **workload)
+    return planner.plan(
+        optim,
+        optim_args,
+        gradient_release=gradient_release,
+        int8_weights=int8_weights,
+        target_modules=target_modules,
+    )
+
+
+class Planner:
+    """Plans of several optimizers on one model and one workload; what they share is worked out once.
+
+    Args:
+        model: as for `estimate_memory`.
+        batch, sequence: sequences on the device at a time, and tokens in each; by default 1 and 512, or as many tokens
+            as the model has learned positions.
+        dtype: of the weights; default: the config's.
+        autocast: "bfloat16" or "float16", for Trainer's `bf16` and `fp16` over float32 weights.
+        gradient_checkpointing: as in `TrainingArguments`.
+        accumulation: gradients of earlier batches are kept through the forward pass.
+        attention: `attn_implementation`: "sdpa" or "eager"; default: the model's own.
+        lora_rank: train LoRA adapters (peft) of this rank on all linear layers, instead of the weights.
+        architecture: the class of transformers to build, as "BertForSequenceClassification"; default: the config's.
+        trust_remote_code: run the code that a model brings with it.
+
+    Attributes:
+        model: on the meta device, as it is trained.
+        architecture, parameters, dtype: of the model without adapters: the name of its class, how many parameters,
+            tied ones once, and the dtype of most of them.
+        batch, sequence: as given, or the defaults.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        batch: int = 1,
+        sequence: int | None = None,
+        dtype: torch.dtype | None = None,
+        autocast: str | None = None,
+        gradient_checkpointing: bool = False,
+        accumulation: bool = False,
+        attention: str | None = None,
+        lora_rank: int | None = None,
+        architecture: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        for name, size in (("batch", batch), ("sequence", sequence), ("lora_rank", lora_rank)):
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                raise ValueError(f"{name} is not a size, got {size!r}; expected an integer of 1 or more")
+        if not isinstance(model, nn.Module):
+            config = model
+            if isinstance(model, str | os.PathLike):
+                config = load_config(os.fspath(model), trust_remote_code=trust_remote_code)
+            model = meta_model(config, dtype=dtype, architecture=architecture, trust_remote_code=trust_remote_code)
+        elif dtype is not None or architecture is not None:
+            raise ValueError(
+                f"a model counts as it is, got one and dtype={dtype}, architecture={architecture}; expected a config"
+            )
+        most = positions(model)
+        if sequence is not None and most is not None and sequence > most:
+            raise ModelError(f"the model has positions for {most} tokens, got sequences of {sequence}")
+        self.architecture = type(model).__name__
+        self.parameters = sum(p.numel() for p in model.parameters())
+        sizes: Counter[torch.dtype] = Counter()
+        for p in model.parameters():
+            sizes[p.dtype] += p.numel()
+        self.dtype = max(sizes, key=lambda dtype: sizes[dtype])
+        self.model = on_meta(model) if lora_rank is None else with_adapters(on_meta(model), lora_rank)
+        self.batch, self.sequence = batch, sequence or min(512, most or 512)
+        self._step: dict[str, Any] = {
+            "autocast": autocast,
+            "gradient_checkpointing": gradient_checkpointing,
+            "accumulation": accumulation,
+            "attention": attention,
+        }
+        self._models = {False: self.model}  # by whether weights are INT8; shared with variants
+        self._curves: dict[tuple[bool, bool], Callable[[int], Estimate]] = {}
+
+    def plan(self, optim: str = "foam", optim_args: str | Mapping[str, Any] | None = None, **choices: Any) -> Plan:
+        """The plan of one optimizer; arguments and errors are those of `estimate_memory`."""
+        return self.with_batch(self.count(optim, optim_args, **choices), self.batch)
+
+    def count(
+        self,
+        optim: str = "foam",
+        optim_args: str | Mapping[str, Any] | None = None,
+        *,
+        gradient_release: bool = False,
+        int8_weights: bool = False,
+        target_modules: str | list[str] | None = None,
+    ) -> Plan:
+        """What `plan` counts, for no batch at all: activations are 0."""
+        if optim in FOAM_NAMES:
+            gradient_release = gradient_release or foam_options(optim, optim_args).get("gradient_release", False)
+            if gradient_release and self._step["accumulation"]:
+                raise ValueError("gradient_release updates in each backward pass; expected it without accumulation")
+        elif int8_weights:
+            raise ValueError(f"int8_weights are FOAM's, got them with optim={optim!r}; expected {one_of_ours()}")
+        counted = count_bytes(
+            self._trained(int8_weights),
+            optim,
+            optim_args,
+            target_modules=target_modules,
+            gradient_release=gradient_release,
+        )
+        return Plan(
+            optim=optim,
+            options=",".join(f"{key}={value}" for key, value in split_optim_args(optim_args)),
+            gradient_release=gradient_release,
+            int8_weights=int8_weights,
+            **asdict(counted),
+            batch=0,
+            sequence=self.sequence,
+            activations=0,
+            activations_note="",
+        )
+
+    def variant(self, *, batch: int, gradient_checkpointing: bool) -> Planner:
+        """A planner of the same model and otherwise the same step."""
+        other = copy.copy(self)
+        other.batch, other._curves = batch, {}
+        other._step = {**self._step, "gradient_checkpointing": gradient_checkpointing}
+        return other
+
+    def with_batch(self, plan: Plan, batch: int) -> Plan:
+        """`plan`, one of `self.plan`, for `batch` sequences."""
+        key = (plan.gradient_release, plan.int8_weights)
+        if key not in self._curves:
+            self._curves[key] = activation_curve(
+                self._trained(plan.int8_weights), self.sequence, gradient_release=plan.gradient_release, **self._step
+            )
+        estimate = self._curves[key](batch)
+        # Either the backward pass or the step that follows it is the peak.
+        activations = max(estimate.bytes, optimizer_temporary_bytes(self.model, plan.optim, plan.options))
+        return replace(plan, batch=batch, activations=activations, activations_note=estimate.note)
+
+    def largest_batch(self, plan: Plan, limit: int) -> int:
+        """The most sequences with which `plan`, one of `self.plan`, stays within `limit` bytes; 0 if there is none."""
+        low, high = 0, 1
+        while high <= _MOST and self.with_batch(plan, high).total <= limit:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.with_batch(plan, middle).total <= limit else (low, middle)
+        return low
+
+    def _trained(self, int8_weights: bool) -> nn.Module:
+        """The model on the meta device, with INT8 weights where `foam_hf.Int8Config` would put them if asked."""
+        if int8_weights not in self._models:
+            from foam_hf.int8.models import convert_, module_of, plan_int8
+
+            quantized = copy.deepcopy(self.model)
+            for name, block in plan_int8(quantized).blocks.items():
+                convert_(module_of(quantized, name), block)
+            self._models[True] = quantized
+        return self._models[int8_weights]

@@ -1,0 +1,151 @@
+"""FOAM with Adam-mini: a folded first moment, and one second moment for each of Adam-mini's blocks of rows.
+
+A block is a head of a query or key weight, an output row of any other matrix, a token of an embedding, or a whole
+tensor (Zhang et al., arXiv 2406.16793). With ``mean_B`` the mean over such a block and all else as in ``update``:
+
+    m <- b1 m + (1 - b1) fold(G)
+    v <- b2 v + (1 - b2) mean_B(G * G)                                     one value for a block
+    U  = ((unfold(m) + rho R) / c1) / (sqrt((v + rho^2 R^2) / c2) + eps), at most 16 in magnitude
+
+That is the paper's rule with Adam-mini's second moment in the place of the folded one; the residual's square stays in
+the denominator, where it bounds what ``R / c1`` does in the first steps. A second moment of many elements does not
+bound the momentum of one among them: Adam-mini moves the only one of a million that has a gradient by 1,000 times the
+learning rate, hence the limit of 16. At ``level=0`` there is no residual, and the
+rule is Adam-mini's own. The formula is our choice, and the combination of the paper (arXiv 2512.07112) may differ.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foam_hf.int8.rows import Int8Rows
+from foam_hf.int8.weight import Int8Weight
+from foam_hf.rules.by_rows import Fraction, Hyper, PlainRows, _as_rows, _chunks, _load, _store, bounded_, fold, step_
+from foam_hf.tensors.folding import Level, block_width, blocked, num_blocks, split_moment
+
+logger = logging.getLogger(__name__)
+
+# Modules whose rows are heads, by the last part of their names in transformers' models.
+_QUERIES_AND_KEYS = frozenset(
+    ("q_proj", "k_proj", "query", "key", "q_lin", "k_lin", "query_proj", "key_proj", "q", "k", "wq", "wk", "to_q")
+)
+# Modules that hold queries, keys and values in one weight.
+_FUSED = frozenset(("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "in_proj", "att_proj"))
+
+
+def adam_mini_rule(G: Tensor, m: Tensor, v: Tensor, h: Hyper) -> Fraction:
+    """U as above, of this step's ``v``, which broadcasts to the blocks of ``m``; ``m`` advances."""
+    g = fold(G)
+    m.lerp_(g, 1 - h.b1)
+    if G.shape[-1] == 1:  # a mean of one leaves no residual
+        S = (v / h.c2).sqrt_()
+        return bounded_(m / h.c1, S), S + h.eps
+    R = G - g
+    RR = R.square()
+    S = torch.add(v / h.c2, RR, alpha=h.rho**2 / h.c2, out=RR).sqrt_()
+    torch.add(m / h.c1, R, alpha=h.rho / h.c1, out=R)
+    return bounded_(R, S), S.add_(h.eps)
+
+
+def update_adam_mini(p: Tensor, grad: Tensor, state: MutableMapping[str, Any], level: Level, h: Hyper) -> None:
+    """Advance one parameter and its state by one step; arguments and temporaries as for ``update.update_parameter``.
+
+    The gradient is read twice: a block's second moment must be known before the first of its rows is updated.
+    """
+    if p.numel() == 0:
+        return
+    n = p.shape[-1]
+    width = block_width(level, n)
+    weight = Int8Rows(p) if isinstance(p, Int8Weight) else PlainRows(p, n)
+    gradient, moment = _as_rows(grad, n), _as_rows(state["folded_exp_avg"], num_blocks(level, n))
+    squares = torch.empty(len(weight), dtype=torch.float32, device=p.device)
+    for rows in _chunks(len(weight), n, p.device):
+        torch.mean(_load(gradient, rows).square(), -1, out=squares[rows.start : rows.stop])
+    kept = state["row_block_exp_avg_sq"]
+    v = kept.float()
+    v.lerp_(squares.view(len(v), -1).mean(-1), 1 - h.b2)
+    of_rows = v.repeat_interleave(len(weight) // len(v)).view(-1, 1, 1)
+    for rows in _chunks(len(weight), n, p.device):
+        W, G, m = weight.load(rows, h), _load(gradient, rows), _load(moment, rows)
+        for Gi, mi, Wi in zip(blocked(G, width), split_moment(m, width, n), blocked(W, width), strict=True):
+            step_(Wi, adam_mini_rule(Gi, mi, of_rows[rows.start : rows.stop], h), h)
+        weight.store(rows, W, h)
+        _store(moment, rows, m, h, kind=1)
+    _store(kept.view(1, -1), range(1), v.view(1, -1), h, kind=2)
+    weight.finish()
+
+
+def second_moments(p: Tensor, mini_rows: int) -> int:
+    """How many second moments ``p`` has where ``mini_rows`` rows share one; 0 stands for all of them."""
+    rows = p.numel() // p.shape[-1] if p.numel() else 1
+    return max(1, rows // mini_rows) if mini_rows else 1
+
+
+def rows_of_blocks(model: nn.Module, names: Iterable[str], config: Any) -> dict[str, int | None]:
+    """``mini_rows`` of the parameters of ``model`` with these names, by its config; None where plain Adam is meant.
+
+    A head of a query or key where its layer or the config tells its size; all of a norm; an output channel of a
+    convolution; a row of all other matrices, embeddings too. Biases have plain Adam, as in Adam-mini. Queries, keys
+    and values in one weight get a second moment for each row, and so do transposed weights (``Conv1D``, whose rows are
+    inputs): finer than a head, and logged.
+    """
+    parameters = dict(model.named_parameters())
+    owners = {
+        id(p): (name, module) for name, module in model.named_modules() for p in module.parameters(recurse=False)
+    }
+    found: dict[str, int | None] = {}
+    by_row: dict[str, list[str]] = {}
+    for name in names:
+        p = parameters[name]
+        module_name, module = owners[id(p)]
+        last = module_name.removesuffix(".base_layer").rpartition(".")[2]
+        if p.dim() < 2:
+            found[name] = None if p.dim() == 0 or name.rpartition(".")[2].startswith("bias") else 0
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            found[name] = p[0].numel() // p.shape[-1]
+        elif last in _QUERIES_AND_KEYS and isinstance(module, nn.Linear):
+            around = model.get_submodule(module_name.removesuffix(".base_layer").rpartition(".")[0])
+            nearest = _nearest_config(model, module_name, config)
+            size = next((size for size in _head_sizes(nearest, around) if p.shape[0] % size == 0), None)
+            found[name] = size or 1
+            if size is None:
+                by_row.setdefault(f"the config tells no head size that divides {p.shape[0]} rows", []).append(name)
+        else:
+            found[name] = 1
+            if last in _FUSED:
+                by_row.setdefault("query, key and value are one weight", []).append(name)
+            elif type(module).__name__ == "Conv1D":
+                by_row.setdefault("the weight is transposed", []).append(name)
+    for reason, members in by_row.items():
+        logger.info("adam_mini: one second moment a row for %d weights, as %s: %s", len(members), reason, members[0])
+    return found
+
+
+def _nearest_config(model: nn.Module, module_name: str, config: Any) -> Any:
+    """The config of the innermost part of `model` around a module that has its own, as a vision tower has."""
+    parts = module_name.split(".")
+    around = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts), 0, -1))
+    found = (getattr(module, "config", None) for module in around)
+    return next((inner for inner in found if inner is not None and _head_sizes(inner)), config)
+
+
+def _head_sizes(config: Any, layer: nn.Module | None = None) -> list[int]:
+    """The sizes of a head that a layer and a model's config tell, likeliest first."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    def told(name: str) -> Any:
+        try:
+            return getattr(text, name, None)
+        except RuntimeError:  # transformers' own, where layers differ
+            return None
+
+    sizes = [getattr(layer, "head_dim", None), told("head_dim"), told("d_kv")]
+    hidden, count = told("hidden_size"), told("num_attention_heads")
+    if isinstance(hidden, int) and isinstance(count, int) and count and hidden % count == 0:
+        sizes.append(hidden // count)
+    return [size for size in sizes if isinstance(size, int) and size > 0]

@@ -1,0 +1,109 @@
+"""FOAM with Muon: the folded momentum plus the residual goes into Muon's orthogonalisation.
+
+For a matrix ``W`` of (rows, n), or each of the matrices that leading dimensions number, with ``mu`` the momentum,
+``rho`` the residual's scale, and everything else as in ``update``:
+
+    g  = fold(G),  R = G - unfold(g)
+    m <- mu m + (1 - mu) g                                  folded momentum, all that is kept
+    B  = unfold((1 - mu) g + mu m) + rho R                  Nesterov's look-ahead, of the folded gradient
+    W <- W (1 - lr weight_decay) - lr scale 0.2 sqrt(max(rows, n)) orthogonal(B)      at most 16 lr scale an element
+
+``orthogonal`` is Muon's Newton-Schulz iteration in bfloat16, and the factor that of torch.optim.Muon with
+``adjust_lr_fn="match_rms_adamw"``: a step has the root mean square of an AdamW step. Momentum (``lerp``, without bias
+correction), Nesterov, decay, coefficients, 5 iterations and the smallest norm of 1e-7 are torch.optim.Muon's, so that
+``level=0, scale=1`` is torch.optim.Muon, but for the limit, which no element of a matrix of fewer than 3,787 rows
+and columns reaches, and in larger ones only one that is nearly alone in its row and column. ``orthogonal`` forgets
+the length of ``B``: what counts is how much of it is residual. How it is weighed is our choice, as in the paper's
+rule for Adam (arXiv 2512.07112): a running mean, and the residual of one step beside it. The paper's own
+combination with Muon may differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foam_hf.int8.rows import Int8Rows
+from foam_hf.int8.weight import Int8Weight
+from foam_hf.rules.by_rows import LARGEST_STEP, Hyper, PlainRows, _as_rows, _chunks, _load, _store, fold
+from foam_hf.tensors.folding import Level, block_width, blocked, num_blocks, split_moment
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, from Keller Jordan's Muon
+ITERATIONS, SMALLEST_NORM = 5, 1e-7
+LARGEST_VALUE = 1.3  # singular values, and so elements, of what five iterations give
+
+
+def newton_schulz(B: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float) -> Tensor:
+    """A matrix ``B`` with singular values near 1 instead of its own, in bfloat16, as torch.optim.Muon computes it.
+
+    For torch before 2.9, which has no Muon. As there, a ``B`` that is bfloat16 is overwritten.
+    """
+    a, b, c = coefficients
+    tall = B.shape[0] > B.shape[1]
+    X = B.bfloat16().T if tall else B.bfloat16()
+    X.div_(X.norm().clamp(min=eps))
+    for _ in range(iterations):
+        A = X @ X.T
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X.T if tall else X
+
+
+def _newton_schulz() -> Callable[..., Tensor]:
+    try:
+        from torch.optim._muon import _zeropower_via_newtonschulz
+    except ImportError:
+        return newton_schulz
+    return _zeropower_via_newtonschulz
+
+
+orthogonalize = _newton_schulz()
+
+
+def muon_rule(G: Tensor, m: Tensor, B: Tensor, h: Hyper) -> None:
+    """Advance ``m`` by ``G``, both in blocks as in ``update``, and write what is to be orthogonalised to ``B``."""
+    g = fold(G)
+    m.lerp_(g, 1 - h.b1)
+    torch.sub(G, g, out=B).mul_(h.rho).add_(g.lerp(m, h.b1))
+
+
+def update_muon(p: Tensor, grad: Tensor, state: MutableMapping[str, Any], level: Level, h: Hyper) -> None:
+    """Advance one parameter of two or more dimensions and its state by one step, one matrix at a time.
+
+    Arguments as for ``update.update_parameter``; ``h.b1`` is the momentum. Temporaries, on any device: chunks of
+    float32, then three matrices of bfloat16 and two squares of their shorter side.
+    """
+    if p.numel() == 0:
+        return
+    rows, n = p.shape[-2:]
+    width = block_width(level, n)
+    weight = Int8Rows(p) if isinstance(p, Int8Weight) else PlainRows(p, n)
+    gradient, momentum = _as_rows(grad, n), _as_rows(state["folded_momentum"], num_blocks(level, n))
+    size = 0.2 * math.sqrt(max(rows, n))
+    step = h.lr * size * h.scale
+    for first in range(0, len(weight), rows):
+        chunks = [range(first + chunk.start, first + chunk.stop) for chunk in _chunks(rows, n, p.device)]
+        direction = torch.empty(rows, n, dtype=torch.bfloat16, device=p.device)
+        for chunk in chunks:
+            direction[chunk.start - first : chunk.stop - first] = _direction(gradient, momentum, chunk, width, h)
+        direction = orthogonalize(direction, COEFFICIENTS, ITERATIONS, SMALLEST_NORM)
+        if size > LARGEST_STEP / LARGEST_VALUE:  # smaller matrices have no element that is limited
+            direction.clamp_(-LARGEST_STEP / size, LARGEST_STEP / size)
+        for chunk in chunks:
+            W = weight.load(chunk, h)
+            W.add_(direction[chunk.start - first : chunk.stop - first], alpha=-step)
+            weight.store(chunk, W, h)
+    weight.finish()
+
+
+def _direction(gradient: Tensor, momentum: Tensor, rows: range, width: int, h: Hyper) -> Tensor:
+    """What is to be orthogonalised of ``rows``, float32; their momentum advances."""
+    G, m = _load(gradient, rows), _load(momentum, rows)
+    B, n = torch.empty_like(G), G.shape[-1]
+    for Gi, mi, Bi in zip(blocked(G, width), split_moment(m, width, n), blocked(B, width), strict=True):
+        muon_rule(Gi, mi, Bi, h)
+    _store(momentum, rows, m, h, kind=1)
+    return B

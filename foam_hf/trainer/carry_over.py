@@ -1,0 +1,69 @@
+"""Which `optim_args` go on with a checkpoint that this run's settings do not fit, as one of version 0.1.0."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from torch import nn
+
+from foam_hf.optim_args import default_scale
+from foam_hf.optimizer.foam import FOAM
+from foam_hf.optimizer.groups import PLAIN_OPTIONS, foam_param_groups, wraps_models
+from foam_hf.optimizer.names import named
+from foam_hf.optimizer.state import CheckpointMismatchError, check_checkpoint, with_dtype
+
+# Options of a run that its folded groups carry, and what stands for them where a checkpoint is older than they are.
+_CARRIED = {"level": 8, "second_moment": "block", "residual_scale": 1.0, "momentum": 0.95, "plain_state": "full"}
+
+
+def continuing_args(
+    model: nn.Module, target_modules: Any, given: dict[str, Any], error: CheckpointMismatchError
+) -> str | None:
+    """The `optim_args`, under `optim="foam"`, whose groups the checkpoint behind `error` fits; None where none do.
+
+    Args:
+        model: as the Trainer trains it.
+        target_modules: the run's `optim_target_modules`.
+        given: the run's own `optim_args`, read; what they say beside this stays.
+    """
+    saved_groups = [with_dtype(group) for group in error.state_dict["param_groups"]]
+    folding = [group for group in saved_groups if any(group.get(key) != PLAIN_OPTIONS[key] for key in PLAIN_OPTIONS)]
+    if not folding:
+        return None
+    folded = folding[0]
+    options = {name: folded.get(name, default) for name, default in _CARRIED.items()}
+    options["scale"] = folded.get("scale", default_scale(options["level"], options["second_moment"]))
+    for embeddings, head in itertools.product((None, False, True), repeat=2):
+        choice: dict[str, Any] = {"fold_embeddings": embeddings, "fold_head": head}
+        groups = foam_param_groups(
+            model, target_modules=target_modules, second_moment=options["second_moment"], **choice
+        )
+        try:
+            optimizer = FOAM(groups, **options)
+            with named(optimizer, model):
+                check_checkpoint(error.state_dict, optimizer.param_groups)
+        except (TypeError, ValueError):
+            continue
+        return _words({**options, **choice}, given)
+    return None
+
+
+def wrapped_heads(model: nn.Module, error: CheckpointMismatchError) -> str:
+    """What to say of a checkpoint from before heads around a model stayed plain, or an empty string."""
+    named_weights = any("param_names" in group for group in error.state_dict["param_groups"])
+    if named_weights or not wraps_models(model):
+        return ""
+    return (
+        f"Version 0.1.0 folded the heads around a model too, as those of this {type(model).__name__}, and no option "
+        "does any more: its checkpoints go on from their weights alone, without optimizer.pt and scheduler.pt"
+    )
+
+
+def _words(options: dict[str, Any], given: dict[str, Any]) -> str:
+    """`options` as `optim_args`, without what is the default, then what else is `given`."""
+    own = {**_CARRIED, "scale": default_scale(options["level"], options["second_moment"])}
+    own |= {"fold_embeddings": None, "fold_head": None}
+    words = {name: value for name, value in options.items() if value != own[name]}
+    words |= {name: value for name, value in given.items() if name not in options}
+    return ",".join(f"{name}={str(value).lower()}" for name, value in words.items())

@@ -1,0 +1,190 @@
+"""The manifest of a checkpoint: who is writing it, and then the size and the CRC-32 of every file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from foam_hf.folders import MANIFEST, Damaged
+
+PIECE = 1 << 26  # bytes of a file under one checksum: the pieces are read in parallel
+SENTINEL = "checkpoint-is-incomplete.txt"  # of `enable_jit_checkpoint`, removed once the manifest is written
+_READ = 1 << 20
+_LONG = 24 * 3600.0  # seconds without a change after which a save elsewhere is dead
+
+Stamp = tuple[int, int, int]  # size, time of the last change, inode
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files that the manifest of ``folder`` tells of."""
+    kept = (path for path in folder.rglob("*") if path.is_file() and path.name != SENTINEL)
+    return sorted(path for path in kept if not path.name.startswith(MANIFEST))
+
+
+def stamps(files: list[Path]) -> dict[Path, Stamp]:
+    """What changes when a file does, without reading it."""
+    found = {path: path.stat() for path in files}
+    return {path: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in found.items()}
+
+
+def seal(folder: Path, known: dict[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:
+    """Bring the files of ``folder`` to the disk and write their checksums; ``known`` ones are not computed again."""
+    files = files_of(folder)
+    new = [path for path in files if path not in known]
+    for path in new:
+        to_disk(path)
+    for parent in {path.parent for path in files}:
+        to_disk(parent)
+    sums = {path: known[path] for path in files if path in known} | checksums(new)
+    named = {path.relative_to(folder).as_posix(): sums[path] for path in files}
+    write_manifest(folder, {"version": 1, "complete": True, "piece": PIECE, "files": named})
+    to_disk(folder.parent)
+    return sums
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Replace the manifest in one step that a crash cannot halve."""
+    partial = folder / f"{MANIFEST}.{os.getpid()}"
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, folder / MANIFEST)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    to_disk(folder)
+
+
+def to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot; the checksums still hold
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest, or None where there is none.
+
+    Raises:
+        Damaged: it is not what was written.
+    """
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+        if content["complete"] is not False:
+            sums = [(str(name), int(told["bytes"]), list(told["crc32"])) for name, told in content["files"].items()]
+            if content["complete"] is not True or int(content["piece"]) < 1 or not sums:
+                raise ValueError
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise Damaged(
+            f"{MANIFEST} is damaged; if that file is deleted, the others are checked as far as they tell of themselves"
+        ) from None
+    return content
+
+
+def checksums(files: list[Path], piece: int | None = None) -> dict[Path, dict[str, Any]]:
+    """Size and CRC-32 of each ``piece`` bytes of every file."""
+    piece = piece or PIECE
+    sizes = {path: path.stat().st_size for path in files}
+    pieces = [(path, start) for path in files for start in range(0, sizes[path], piece)]
+    sums: dict[Path, list[int]] = {path: [] for path in files}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # both reading and zlib let other threads run
+        for (path, _), value in zip(pieces, pool.map(lambda at: _crc(at[0], at[1], piece), pieces), strict=True):
+            sums[path].append(value)
+    return {path: {"bytes": sizes[path], "crc32": sums[path]} for path in files}
+
+
+def _crc(path: Path, start: int, piece: int) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        for at in range(0, piece, _READ):
+            block = file.read(min(_READ, piece - at))
+            if not block:
+                break
+            value = zlib.crc32(block, value)
+    return value
+
+
+# who is writing
+
+_mine: set[Path] = set()  # checkpoints that this process is writing now
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """While this lasts, ``folder`` is known in this process as one that is being written."""
+    place = folder.resolve()
+    _mine.add(place)
+    try:
+        yield
+    finally:
+        _mine.discard(place)
+
+
+def begin(folder: Path) -> bool:
+    """Mark ``folder`` as being written by this process. Returns whether another save of it may be under way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = unfinished(folder) is not None and not surely_dead(folder, besides_this=True)
+    write_manifest(folder, {"version": 1, "complete": False, "writer": _writer()})
+    return shared
+
+
+def unfinished(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a save that has not come to its end, or None; a damaged one tells nothing."""
+    try:
+        manifest = read_manifest(folder)
+    except Damaged:
+        return None
+    return manifest if manifest is not None and manifest["complete"] is False else None
+
+
+def surely_dead(folder: Path, besides_this: bool = False) -> bool:
+    """Whether nobody can still be writing ``folder``, whose save is unfinished.
+
+    Its process is looked up where it ran on this machine; elsewhere a save is dead when no file changed for a day.
+    ``besides_this`` leaves out what this process is doing.
+    """
+    manifest = unfinished(folder) or {}
+    writer, here = manifest.get("writer"), _writer()
+    if isinstance(writer, dict) and here["started"] and all(writer.get(key) == here[key] for key in ("boot", "pids")):
+        if (writer.get("pid"), writer.get("started")) == (here["pid"], here["started"]):
+            return besides_this or folder.resolve() not in _mine
+        return _started(writer.get("pid")) != writer.get("started")
+    with contextlib.suppress(OSError):  # a file that goes while we look: somebody is there
+        times = [path.stat().st_mtime for path in (folder, *folder.rglob("*"))]
+        return time.time() - max(times) > _LONG
+    return False
+
+
+def _writer() -> dict[str, Any]:
+    pid = os.getpid()
+    boot, pids = "", ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        pids = os.readlink("/proc/self/ns/pid")  # numbers of processes mean nothing outside their container
+    started = _started(pid) if boot and pids else None
+    return {"host": socket.gethostname(), "boot": boot, "pids": pids, "pid": pid, "started": started}
+
+
+def _started(pid: Any) -> str | None:
+    """When a process of this machine started, by the kernel's clock: numbers of processes come again."""
+    try:
+        return (
+            Path(f"/proc/{int(pid)}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+        )
+    except (OSError, ValueError, TypeError, IndexError):
+        return None

@@ -1,0 +1,331 @@
+"""The study of the instruct recipe: its YAML, the launcher on a tiny model, the tables in the READMEs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import datasets
+import pytest
+import yaml
+
+from tests.support.instruct_runs import RECIPE, ROOT, load_script, save_model, sums, write_jsonl
+
+load_script()
+sys.path.append(str(ROOT / "recipes" / "benchmarks"))
+
+import before  # noqa: E402
+import instruct_arguments  # noqa: E402
+import instruct_gpu  # noqa: E402
+import instruct_run  # noqa: E402
+import instruct_table  # noqa: E402
+
+BENCHMARKS = ROOT / "recipes" / "benchmarks"
+STUDIES = {"instruct_study.yaml": 14, "instruct_swap.yaml": 7, "instruct_swap_qwen.yaml": 6}  # arms that are searched
+TINY = {
+    "settings": {
+        "per_device_train_batch_size": 2,
+        "max_length": 64,
+        "eval_samples": 3,
+        "train_samples": 4,
+        "max_new_tokens": 2,
+        "num_train_epochs": 1,
+        "eval_before": False,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "use_cpu": True,
+    },
+    "search_seed": 9,
+    "seeds": [1, 2],
+    "datasets": {"sums": {"file": "sums.jsonl", "settings": {"eval_exact_match": True}}},
+    "alone": {"dataset": "sums", "settings": {"train_samples": 6}},
+    "arms": [
+        {
+            "name": "LoRA",
+            "rates": {"sums": [0.001, 0.01]},
+            "last": True,
+            "settings": {"method": "lora", "optim": "adamw_torch", "attn_implementation": "eager"},
+        },
+        {"name": "FOAM", "rates": {"sums": [0.001, -1]}, "settings": {"optim": "foam", "optim_args": "level=3"}},
+        {
+            "name": "swapped",
+            "swap": "FOAM",
+            "last": 2,
+            "settings": {"optim": "foam_factored_embeddings", "optim_args": "level=3,scale=4"},
+        },
+    ],
+}
+
+
+COMMAND = [str(BENCHMARKS / "instruct_gpu.py")]
+# The same main() twice in one process, which imports once; what each writes is kept.
+TWICE = """
+import shutil, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import instruct_gpu
+words = sys.argv[2:]
+cut = words.index("--then")
+instruct_gpu.main(words[:cut])
+shutil.copy("runs/results.json", "runs/results-before.json")
+print("THEN", flush=True)
+instruct_gpu.main([*words[:words.index("--parts")], *words[cut + 1:]])
+"""
+
+
+def study(tmp_path: Path, *words: str, command: list[str] = COMMAND) -> tuple[str, dict]:
+    """What instruct_gpu.py prints and writes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    places = ["--study", "tiny.yaml", "--data", ".", "--model", "model", "--label", "tiny", "--out", "runs"]
+    done = subprocess.run(
+        [sys.executable, *command, *places, "--jobs", "2", *words],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((tmp_path / "runs" / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict]:
+    folder = tmp_path_factory.mktemp("study")
+    save_model(folder / "model")
+    write_jsonl(folder / "sums.jsonl", sums())
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    return folder, *study(folder)
+
+
+def test_a_study_goes_on_from_its_json_alone(finished, tmp_path: Path) -> None:
+    folder, _, content = finished
+    where = ["--study", str(folder / "tiny.yaml"), "--data", str(folder), "--model", "m", "--out", str(tmp_path)]
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    where.append("--resume")
+    again = instruct_gpu.Study(*instruct_gpu.parse(where))
+    assert [(job.part, job.arm, job.rate) for job in again.waiting] == [
+        ("alone", "FOAM", -1),
+        ("alone", "swapped", -1),
+        ("search", "FOAM", -1),
+    ]
+    of_lora = [run for run in content["runs"] if run["arm"] == "LoRA"]  # FOAM's seeds wait for its search
+    assert len(again.finished) == len(content["alone"]) + len(content["search"]) + len(of_lora)
+    with pytest.raises(SystemExit, match="of another study or other settings; expected the same ones"):
+        instruct_gpu.Study(*instruct_gpu.parse([*where, "--max_length", "32"]))
+    # What a command is not asked for stays.
+    part = instruct_gpu.Study(*instruct_gpu.parse([*where, "--arms", "1", "--parts", "search,final"]))
+    assert [job.arm for job in part.finished] == ["LoRA"] * 4
+    saved = part.report()
+    for name in ("alone", "search", "runs", "chosen", "failed"):
+        assert sorted(map(str, saved[name])) == sorted(map(str, content[name])), name
+    # An arm may join; one that has changed makes it another study.
+    joined = {"name": "more", "rates": {"sums": [0.02, 0.01]}, "settings": {"optim": "adamw_torch"}}
+    where[1] = str(tmp_path / "study.yaml")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**TINY, "arms": [*TINY["arms"], joined]}))
+    more = instruct_gpu.Study(*instruct_gpu.parse(where))
+    assert len(more.finished) == len(again.finished) and sum(job.arm == "more" for job in more.waiting) == 3
+    (tmp_path / "study.yaml").write_text(
+        yaml.safe_dump({**TINY, "arms": [{**TINY["arms"][0], "settings": {}}, joined]})
+    )
+    with pytest.raises(SystemExit, match="of another study"):
+        instruct_gpu.Study(*instruct_gpu.parse(where))
+
+
+def test_a_study_searches_then_runs_its_seeds_and_says_what_failed(finished) -> None:
+    folder, said, content = finished
+    assert "runs are forks" in said
+    assert said.index("Rehearsed") < said.index("alone sums")
+    assert {run["arm"] for run in content["alone"]} == {"LoRA"}  # FOAM's second rate, -1, is none
+    assert [(run["arm"], run["learning_rate"], run["seed"]) for run in content["search"]] == [
+        ("FOAM", 0.001, 9),
+        ("LoRA", 0.001, 9),
+        ("LoRA", 0.01, 9),
+    ]
+    failed = [(run["part"], run["arm"], run["rate"]) for run in content["failed"]]
+    assert failed == [("alone", "FOAM", -1), ("alone", "swapped", -1), ("search", "FOAM", -1)]
+    assert "-1" in content["failed"][0]["log"] and content["unfinished"] == 0
+    best = min(content["search"][1:], key=lambda run: run["after"]["eval_loss"])
+    chosen = {entry["arm"]: entry["learning_rate"] for entry in content["chosen"]}
+    assert chosen == {"FOAM": 0.001, "swapped": 0.001, "LoRA": best["learning_rate"]}
+    runs = {(run["arm"], run["seed"]): run for run in content["runs"]}
+    assert list(runs) == [(arm, seed) for arm in ("FOAM", "LoRA", "swapped") for seed in (1, 2)]  # as `last` says
+    rates = [run["learning_rate"] for run in content["runs"]]
+    assert rates == [0.001, 0.001, *[best["learning_rate"]] * 2, 0.001, 0.001]
+    assert [run["before"] is not None for run in content["runs"]] == [name == ("LoRA", 1) for name in runs]
+    of_swapped = runs["swapped", 1]  # an optimizer of the study's own, all folded
+    assert of_swapped["optim"] == "foam_factored_embeddings" and of_swapped["steps"] == runs["FOAM", 1]["steps"]
+    assert of_swapped["optimizer_state_bytes"] < runs["FOAM", 1]["optimizer_state_bytes"]
+    assert {(run["arm"], run["attention"]) for run in content["runs"]} == {
+        ("FOAM", "sdpa"),
+        ("LoRA", "eager"),
+        ("swapped", "sdpa"),
+    }
+    assert runs["LoRA", 1]["after"]["count"] == 3
+    assert content["alone"][0]["tokens_per_second"] > 0 and "tokens_per_second" not in runs["FOAM", 1]
+    text = json.dumps(content)
+    assert 'samples": [' not in text and str(folder) not in text and "Add 1" not in text
+    files = [path.relative_to(folder / "runs") for path in (folder / "runs").rglob("*") if path.is_file()]
+    left = [path.name for path in files if path.parts[0] != "prepared"]
+    assert set(left) == {"log.txt", "results.json", "runs.jsonl"}
+
+
+def test_a_study_goes_on_where_it_was_cut_off(finished) -> None:
+    folder, _, before = finished
+    lines = (folder / "runs" / "runs.jsonl").read_text().splitlines()
+    kept = [line for line in lines if '"final' not in json.loads(line)["key"][:10]]
+    (folder / "runs" / "runs.jsonl").write_text("\n".join(kept[:-1]) + "\n")  # one search run and all final ones lost
+    first, then = ["--parts", "search", "--budget-s", "0"], ["--parts", "search,final", "--arms", "1"]
+    said, content = study(folder, *first, "--then", *then, command=["-c", TWICE, str(Path(COMMAND[0]).parent)])
+    cut = json.loads((folder / "runs" / "results-before.json").read_text())
+    assert len(cut["search"]) == 2 and cut["unfinished"] > 0 and not cut["runs"]
+    said = said.split("THEN\n")[1]
+    assert "Rehearsed" not in said and said.count("search sums") == 1 and said.count("final sums") == 2
+    losses = [run["after"]["eval_loss"] for run in before["search"] if run["arm"] == "LoRA"]
+    assert [run["after"]["eval_loss"] for run in content["search"]] == losses
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_setting_of_a_study_is_one_that_the_recipe_knows(study: str, tmp_path: Path) -> None:
+    content = yaml.safe_load((BENCHMARKS / study).read_text())
+    for dataset in content["datasets"].values():
+        write_jsonl(tmp_path / dataset["file"], sums())
+    where = ["--data", str(tmp_path), "--model", "model", "--out", str(tmp_path / "out")]
+    options, rest = instruct_gpu.parse(["--study", str(BENCHMARKS / study), *where])
+    jobs = instruct_gpu.Study(options, rest).waiting
+    searched = [arm for arm in content["arms"] if "rates" in arm]
+    assert len(searched) == STUDIES[study]
+    assert len(jobs) == len(content["arms"]) + sum(len(rates) for arm in searched for rates in arm["rates"].values())
+    jobs += [instruct_gpu.Job(options, rest, "final", "gsm8k", arm, 1e-4, 1) for arm in options.arms]
+    for job in jobs:
+        words, own, own_args, _ = instruct_run.translate(job.words)
+        recipe, args, _ = instruct_arguments.parse(words)
+        arm = next(arm for arm in content["arms"] if arm["name"] == job.arm)
+        assert (recipe.method, own or str(args.optim.value), args.learning_rate, args.seed) == (
+            arm["settings"]["method"],
+            arm["settings"]["optim"],
+            job.rate,
+            job.seed,
+        )
+        assert args.adam_beta1 == arm["settings"].get("adam_beta1", 0.9)
+        asked = before.as_before(arm["settings"])  # the first studies mean version 0.1.0's FOAM
+        assert (own_args if own else args.optim_args) == asked.get("optim_args")
+        assert recipe.dtype == arm["settings"]["dtype"]
+        matched = study == "instruct_study.yaml" and job.part == "final" and job.dataset == "gsm8k"
+        assert recipe.eval_exact_match == matched
+        assert recipe.eval_before == (job.part == "final" and job.arm == options.arms[0]["name"])
+
+
+def test_an_arm_that_takes_the_rates_of_one_left_out_is_an_error(tmp_path: Path, capsys) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    write_jsonl(tmp_path / "sums.jsonl", sums())
+    where = ["--study", str(tmp_path / "tiny.yaml"), "--data", str(tmp_path), "--model", "m", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        instruct_gpu.parse([*where, "--arms", "1,3"])
+    assert "'swapped' takes the rates of 'FOAM'; expected that one too" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        instruct_gpu.parse([*where, "--jobs", "60", "--memory", "0.5"])
+    assert "--memory: got 0.5" in capsys.readouterr().err
+
+
+def test_gefen_gets_names_rates_and_decay_from_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    from tests.support.tiny_models import tiny_llama
+
+    built: dict = {}
+    fake = ModuleType("gefen")
+    fake.Gefen = lambda groups, **options: built.update(groups=groups, **options)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "gefen", fake)
+    args = TrainingArguments("unused", learning_rate=3e-4, weight_decay=0.1, use_cpu=True, report_to="none")
+    model = tiny_llama()
+    instruct_run.gefen_x(Trainer(model, args), "deterministic=true")
+    assert (built["lr"], built["fused"], built["deterministic"]) == (3e-4, False, True)
+    decaying, others = built["groups"]
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert all("norm" in name and isinstance(p, torch.Tensor) for name, p in others["params"])
+    named = dict(decaying["params"] + others["params"])
+    assert named.keys() == dict(model.named_parameters()).keys()
+
+
+def test_what_many_runs_prepare_is_made_once_and_is_the_same(tmp_path: Path) -> None:
+    made = []
+
+    def lengths(rows, *_):
+        made.append(len(rows))
+        return {"longest": len(rows), "too_long": 0}
+
+    counting = instruct_run.counting(tmp_path / "prepared", lengths)
+    tokenizer = SimpleNamespace(name_or_path="model", chat_template="{{ messages }}")
+    rows = datasets.Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}])
+    answers = [counting(rows, tokenizer, 8, {}), counting(rows, tokenizer, 8, {}), counting(rows, tokenizer, 9, {})]
+    answers.append(counting(rows.select([0]), tokenizer, 8, {}))
+    assert made == [2, 2, 1] and [answer["longest"] for answer in answers] == [2, 2, 2, 1]
+
+
+def test_tables_have_means_standard_errors_and_rates(finished, tmp_path: Path) -> None:
+    _, _, content = finished
+    content = json.loads(json.dumps(content))
+    losses, matches = (1.0, 2.0, 0.5, None, 0.5, 1.25), (0.25, 0.75, 0.5, 0.5, 0.5, 0.5)
+    for run, loss, match in zip(content["runs"], losses, matches, strict=True):
+        run["after"] |= {"eval_loss": loss, "exact_match": match}
+    content["alone"][0]["peak_bytes"] = {
+        "total": 5e9, "weights": 1e9, "gradients": 1e9, "optimizer_state": 2e9, "rest": 1e9
+    }  # fmt: skip
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{instruct_table.START}\nold\n{instruct_table.END}\nafter\n")
+    instruct_table.main([str(tmp_path / "r.json"), "--readme", str(readme)])
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| FOAM | 0.001, the highest tried | 1.5000 ± 0.5000 | 50.0 ± 25.0 | 2 |" in text
+    assert "| LoRA | " in text and "| diverged | 50.0 ± 0.0 | 2 |" in text
+    assert "| swapped | 0.001, not tuned | 0.8750 ± 0.3750 | 50.0 ± 0.0 | 2 |" in text
+    assert "| untrained |  | " in text
+    assert re.search(r"\| LoRA \| [\d,]+ \| 5.00 \| 1.00 \| 1.00 \| 2.00 \| 1.00 \|", text)
+    instruct_table.main([str(tmp_path / "r.json"), "--arms", "2", "--readme", str(readme)])
+    assert "LoRA" not in readme.read_text()
+    other = {**content, "model": "other", "runs": content["runs"][:1] + content["runs"][2:5]}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    instruct_table.main([str(tmp_path / "r.json"), str(tmp_path / "other.json"), "--swap", "--readme", str(readme)])
+    text = readme.read_text()
+    assert "|  | tiny, sums | other, sums | state over AdamW's, tiny and other |" in text
+    swapped = r"\| swapped \| 0.8750 ± 0.3750 \(-0.6250\) \| 0.5000 \(-0.5000\), 1 of 2 seeds \| [\d.]+%, [\d.]+% \|"
+    assert re.search(swapped, text)
+    assert re.search(r"\| LoRA \| diverged \| diverged \| 10\d\.\d+%, 10\d\.\d+% \|", text)  # its step counters too
+    assert "FOAM on tiny, sums: 0.001, the highest tried" in text
+
+
+@pytest.mark.parametrize("recipe", ["instruct", "quantized"])
+def test_tables_in_the_readmes_are_those_of_the_results(recipe: str, tmp_path: Path) -> None:
+    commands = re.findall(
+        r"^python (recipes/instruct/instruct_table\.py .*)$", (RECIPE / "README.md").read_text(), re.M
+    )
+    (words,) = [shlex.split(line) for line in commands if f"recipes/{recipe}/README.md" in line]
+    results = sorted((RECIPE / "results").glob("*.json"))
+    arms = words[words.index("--arms") : words.index("--arms") + 2] if "--arms" in words else []
+    readme = ROOT / "recipes" / recipe / "README.md"
+    copy = tmp_path / "README.md"
+    copy.write_text(readme.read_text())
+    instruct_table.main([*map(str, results), *arms, "--readme", str(copy)])
+    assert copy.read_text() == readme.read_text()
+
+
+def test_the_swap_table_is_that_of_the_results(tmp_path: Path) -> None:
+    page = BENCHMARKS / "instruct_swap.md"
+    (words,) = [shlex.split(line) for line in re.findall(r"^python (\S+table\.py .*)$", page.read_text(), re.M)]
+    results = [str(ROOT / word) for word in words if word.endswith(".json") and (ROOT / word).is_file()]
+    copy = tmp_path / "page.md"
+    copy.write_text(page.read_text())
+    instruct_table.main(["--swap", *results, "--readme", str(copy)])
+    assert copy.read_text() == page.read_text()
+    for line in re.findall(r"^python (\S+gpu\.py .*)$", page.read_text(), re.M):
+        given = shlex.split(line)
+        assert given[given.index("--json") + 1] in words and given[given.index("--study") + 1].endswith(tuple(STUDIES))

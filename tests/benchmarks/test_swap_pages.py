@@ -1,0 +1,96 @@
+"""What the pages say of the swap test is what the results hold."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+BENCHMARKS = REPO / "recipes" / "benchmarks"
+CHOOSING = (REPO / "docs" / "choosing.md").read_text(encoding="utf-8")
+SWAP = (BENCHMARKS / "swap.md").read_text(encoding="utf-8")
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"page_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def page():
+    before = list(sys.path)
+    yield load("swap_page")
+    sys.path[:] = before
+
+
+def words(text):
+    return " ".join(text.split())
+
+
+def test_the_table_and_the_averages_are_those_of_the_results(page):
+    assert f"{page.START}\n{page.table()}\n{page.END}" in CHOOSING
+    together, minilm = (
+        "{:+.2f} ± {:.2f}".format(*found) for found in (page.pooled(), page.pooled(models=("minilm",)))
+    )
+    assert f"five pairs together: {together} points" in words(CHOOSING) and together in SWAP
+    assert f"MiniLM alone is {minilm}" in words(CHOOSING)
+    base, foam, _ = page.encoder_scores(page.SCALE)
+    assert len(foam) == 5 and len(base) == 6
+    base, foam, _ = page.encoder_scores(4)
+    sst2 = page.with_error([foam["mpnet", "sst2"][s] - base["mpnet", "sst2"][s] for s in base["mpnet", "sst2"]])
+    assert "ran at scale 4 alone ({:+.1f} ± {:.1f})".format(*sst2) in words(CHOOSING)
+
+
+def test_the_scale_of_the_page_is_the_default(page):
+    from foam_hf.optim_args import SCALES
+
+    assert SCALES["block"] == page.SCALE
+
+
+def test_what_is_said_of_lora_int8_and_embeddings_is_in_the_results(page):
+    smollm2, qwen = page.CHAT
+
+    def loss(path, arm):
+        losses, _ = page.chat_losses(path, arm)
+        return mean(losses["gsm8k"].values())
+
+    lora = [loss(smollm2, arm) for arm in ("LoRA, FOAM, scale 4", "LoRA, AdamW", "LoRA, FOAM, scale 8")]
+    assert "at scale 4 ({:.3f} against {:.3f}) and ahead at 8 ({:.3f})".format(*lora) in words(CHOOSING)
+    for scale in (4, 8):
+        bf16 = page.chat_losses(smollm2, f"FOAM, scale {scale}, bf16")[0]["gsm8k"]
+        int8 = page.chat_losses(smollm2, f"FOAM, scale {scale}, INT8")[0]["gsm8k"]
+        assert all(abs(int8[seed] - bf16[seed]) < 0.002 for seed in int8)
+    embeddings = [loss(qwen, f"FOAM, scale 4, {kind}bf16") for kind in ("embeddings factored at scale 1, ", "")]
+    assert "({:.4f} and {:.4f} on Qwen)".format(*embeddings) in words(CHOOSING)
+    row = [loss(qwen, f"FOAM, level row, scale {scale}, bf16") for scale in (4, 8)]
+    assert "({:.4f} and {:.4f} at scales 4 and 8)".format(*row) in words(CHOOSING)
+
+
+def test_tables_of_every_arm_are_those_of_the_results(page, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import swap_table
+    import yaml
+
+    plan = yaml.safe_load((BENCHMARKS / "swap_encoders.yaml").read_text(encoding="utf-8"))
+    table = swap_table.markdown(plan, swap_table.read_runs([page.ENCODERS]))
+    assert f"<!-- table: swap_encoders -->\n{table}\n<!-- end of swap_encoders -->" in SWAP
+
+
+def test_adamw_on_fresh_text_is_what_the_page_says():
+    runs = json.loads((BENCHMARKS / "results" / "pretrain_fresh_unfinished.json").read_text(encoding="utf-8"))["runs"]
+    perplexities = {run["learning_rate"]: run["perplexity"] for run in runs}
+    said = f"AdamW ends at {perplexities[1.3e-3]:.1f} and {perplexities[2.5e-3]:.1f} (1.3e-3 and 2.5e-3)"
+    assert said in words(CHOOSING)
+
+
+def test_the_readmes_numbers_are_those_of_the_results(page):
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    assert "{:+.1f} ± {:.1f} points, eight seeds".format(*page.pooled()) in words(readme)
+    for name, arm in (("AdamW", "AdamW, fp32"), ("`foam`", f"FOAM, scale {page.SCALE}, bf16")):
+        losses = [mean(found.values()) for path in page.CHAT for found in page.chat_losses(path, arm)[0].values()]
+        assert f"| {name} | {' | '.join(f'{loss:.4f}' for loss in losses)} |" in readme

@@ -1,0 +1,509 @@
+"""Which weights fold: exact names in every group, for the kinds of models that people fine-tune."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from foam_hf import FOAM, foam_param_groups
+from foam_hf.optim_args import SCALES
+from foam_hf.optimizer.groups import FOLDED_OPTIONS, foam_parameter_names, layer_names
+from tests.support import tiny_models
+
+LAYERS = range(tiny_models.LAYERS)
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def decoder_layer(i: int, names: tuple[str, ...]) -> list[str]:
+    return [f"model.layers.{i}.{name}" for name in names]
+
+
+def expected_roberta() -> dict[str, list[str]]:
+    dense = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+    dense += ("intermediate.dense", "output.dense")
+    layers = [f"roberta.encoder.layer.{i}" for i in LAYERS]
+    embeddings = ("word_embeddings", "token_type_embeddings", "position_embeddings")
+    norms = ["roberta.embeddings.LayerNorm"]
+    norms += [f"{layer}.{part}.LayerNorm" for layer in layers for part in ("attention.output", "output")]
+    return {
+        "folded/decay": [f"roberta.embeddings.{name}.weight" for name in embeddings]
+        + [f"{layer}.{name}.weight" for layer in layers for name in dense],
+        "plain/decay": ["classifier.dense.weight", "classifier.out_proj.weight"],
+        "plain/no_decay": [f"{norm}.{kind}" for norm in norms for kind in ("weight", "bias")]
+        + [f"{layer}.{name}.bias" for layer in layers for name in dense]
+        + ["classifier.dense.bias", "classifier.out_proj.bias"],
+    }
+
+
+def expected_llama() -> dict[str, list[str]]:
+    norms = ("input_layernorm.weight", "post_attention_layernorm.weight")
+    return {
+        "folded/decay": [f"model.layers.{i}.self_attn.{name}.weight" for i in LAYERS for name in ATTENTION]
+        + [f"model.layers.{i}.mlp.{name}.weight" for i in LAYERS for name in MLP]
+        + ["model.embed_tokens.weight", "lm_head.weight"],
+        "plain/no_decay": [name for i in LAYERS for name in decoder_layer(i, norms)] + ["model.norm.weight"],
+    }
+
+
+def expected_qwen2() -> dict[str, list[str]]:
+    names = expected_llama()
+    names["folded/decay"].remove("lm_head.weight")  # the same tensor as the embedding
+    names["plain/no_decay"] += [f"model.layers.{i}.self_attn.{name}.bias" for i in LAYERS for name in ATTENTION[:3]]
+    return names
+
+
+def expected_gpt2() -> dict[str, list[str]]:
+    blocks = [f"transformer.h.{i}" for i in LAYERS]
+    conv1d = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    norms = [f"{block}.{norm}" for block in blocks for norm in ("ln_1", "ln_2")] + ["transformer.ln_f"]
+    return {
+        "folded/decay": ["transformer.wte.weight", "transformer.wpe.weight"]
+        + [f"{block}.{name}.weight" for block in blocks for name in conv1d],
+        "plain/no_decay": [f"{norm}.{kind}" for norm in norms for kind in ("weight", "bias")]
+        + [f"{block}.{name}.bias" for block in blocks for name in conv1d],
+    }
+
+
+def expected_mixtral() -> dict[str, list[str]]:
+    names = expected_llama()
+    others = [name for name in names["folded/decay"] if "mlp" not in name]
+    if any("block_sparse_moe" in name for name, _ in tiny_models.tiny_mixtral().named_parameters()):  # transformers 4
+        moe = [f"model.layers.{i}.block_sparse_moe" for i in LAYERS]
+        experts = [f"{m}.experts.{e}.{w}.weight" for m in moe for e in range(4) for w in ("w1", "w2", "w3")]
+    else:  # fused, three dimensions
+        moe = [f"model.layers.{i}.mlp" for i in LAYERS]
+        experts = [f"{m}.experts.{w}" for m in moe for w in ("gate_up_proj", "down_proj")]
+    names["folded/decay"] = others + [f"{m}.gate.weight" for m in moe] + experts
+    return names
+
+
+def expected_t5() -> dict[str, list[str]]:
+    attention, feed_forward = ("q", "k", "v", "o"), ("wi", "wo")
+    encoder = [f"encoder.block.{i}.layer" for i in LAYERS]
+    decoder = [f"decoder.block.{i}.layer" for i in LAYERS]
+    return {
+        "folded/decay": [f"{b}.0.SelfAttention.{w}.weight" for b in encoder + decoder for w in attention]
+        + [f"{b}.1.EncDecAttention.{w}.weight" for b in decoder for w in attention]
+        + [f"{b}.1.DenseReluDense.{w}.weight" for b in encoder for w in feed_forward]
+        + [f"{b}.2.DenseReluDense.{w}.weight" for b in decoder for w in feed_forward]
+        + ["shared.weight", "lm_head.weight"],
+        # The relative position biases are embeddings of two dimensions; "bias" in their name keeps decay away.
+        "folded/no_decay": [f"{b[0]}.0.SelfAttention.relative_attention_bias.weight" for b in (encoder, decoder)],
+        "plain/no_decay": [f"{b}.{n}.layer_norm.weight" for b in encoder for n in (0, 1)]
+        + [f"{b}.{n}.layer_norm.weight" for b in decoder for n in (0, 1, 2)]
+        + ["encoder.final_layer_norm.weight", "decoder.final_layer_norm.weight"],
+    }
+
+
+def expected_lora_llama() -> dict[str, list[str]]:
+    model = "base_model.model.model"
+    targets = [f"{model}.layers.{i}.self_attn.{name}" for i in LAYERS for name in ("q_proj", "v_proj")]
+    return {
+        "folded/decay": [f"{model}.embed_tokens.lora_embedding_{ab}.default" for ab in "AB"]
+        + [f"{target}.lora_{ab}.default.weight" for target in targets for ab in "AB"],
+        "plain/decay": ["base_model.model.lm_head.modules_to_save.default.weight"],
+    }
+
+
+def expected_mlp() -> dict[str, list[str]]:
+    return {
+        "folded/decay": ["mixing", "embedding.weight", "input.weight", "output.weight"],
+        "plain/no_decay": ["input.bias", "output.bias", "norm.weight", "norm.bias"],
+    }
+
+
+EXPECTED = {
+    "roberta": expected_roberta,
+    "qwen2": expected_qwen2,
+    "llama": expected_llama,
+    "gpt2": expected_gpt2,
+    "mixtral": expected_mixtral,
+    "t5": expected_t5,
+    "lora_llama": expected_lora_llama,
+    "mlp": expected_mlp,
+}
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def folded_names(model: nn.Module, **options) -> set[str]:
+    names = foam_parameter_names(model, **options)
+    return {*names.get("folded/decay", []), *names.get("folded/no_decay", [])}
+
+
+@pytest.fixture(params=sorted(tiny_models.BUILDERS))
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_every_builder_has_expected_names():
+    assert set(EXPECTED) == set(tiny_models.BUILDERS)
+
+
+def test_exact_names_in_every_group(kind):
+    model = tiny_models.BUILDERS[kind]()
+    names, expected = foam_parameter_names(model), EXPECTED[kind]()
+    assert {group: set(members) for group, members in names.items()} == {g: set(m) for g, m in expected.items()}
+    assert list(names) == list(expected), "groups come in the fixed order"
+    # Nothing forgotten and nothing twice: the groups are a partition of what is trainable, in the model's order.
+    order = trainable_names(model)
+    assert sorted(name for members in names.values() for name in members) == sorted(order)
+    assert all(members == sorted(members, key=order.index) for members in names.values())
+
+
+def test_groups_hold_the_named_parameters_with_their_options(kind):
+    model = tiny_models.BUILDERS[kind]()
+    names = foam_parameter_names(model)
+    groups = foam_param_groups(model, weight_decay=0.1, level=4, scale=0.5)
+    by_id = {id(p): name for name, p in model.named_parameters()}
+    assert [[by_id[id(p)] for p in group["params"]] for group in groups] == list(names.values())
+    for group, key in zip(groups, names, strict=True):
+        options = {name: value for name, value in group.items() if name != "params"}
+        folded = {"level": 4, "scale": 0.5} if key.startswith("folded") else None
+        expected = folded or {"level": 0, "scale": 1.0, "second_moment": "block"}
+        assert options == {"weight_decay": 0.1 if key.endswith("/decay") else 0.0, **expected}
+
+
+def test_foam_fills_in_what_the_folded_groups_leave_open():
+    optimizer = FOAM(
+        foam_param_groups(tiny_models.tiny_roberta(), weight_decay=0.1), lr=3e-4, betas=(0.8, 0.9), level=5
+    )
+    assert [group["level"] for group in optimizer.param_groups] == [5, 0, 0]
+    assert [group["scale"] for group in optimizer.param_groups] == [SCALES["block"], 1.0, 1.0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+    assert all(group["lr"] == 3e-4 and group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
+
+
+def test_decay_rule_is_trainers_own(kind, tmp_path):
+    from transformers import Trainer
+
+    model = tiny_models.BUILDERS[kind]()
+    theirs = set(Trainer.get_decay_parameter_names(Trainer.__new__(Trainer), model)) & set(trainable_names(model))
+    names = foam_parameter_names(model)
+    ours = {*names.get("folded/decay", []), *names.get("plain/decay", [])}
+    assert ours == theirs
+
+
+def test_decay_rule_is_trainers_own_in_the_corners():
+    from transformers import Trainer
+
+    class Gate(nn.LayerNorm):  # a LayerNorm by inheritance, with a weight of two dimensions inside
+        def __init__(self) -> None:
+            super().__init__(4)
+            self.inner = nn.Linear(4, 4)
+
+    class Corners(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.Linear(4, 4)
+            self.normal = nn.Linear(4, 4)
+            self.q_norm = nn.ModuleDict({"x": nn.Linear(4, 4)})
+            self.gate = Gate()
+            self.RMSNorm = nn.Linear(4, 4)
+            self.shared_a = nn.ModuleList([nn.Linear(4, 4, bias=False)])
+            self.shared_b = nn.ModuleList([self.shared_a[0]])
+            self.Bias_table = nn.Parameter(torch.zeros(4, 4))
+
+    for model in (Corners(), nn.LayerNorm(4), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))):
+        theirs = set(Trainer.get_decay_parameter_names(Trainer.__new__(Trainer), model)) & set(trainable_names(model))
+        names = foam_parameter_names(model)
+        assert {*names.get("folded/decay", []), *names.get("plain/decay", [])} == theirs
+
+
+def test_given_decay_names_replace_the_rule():
+    names = foam_parameter_names(tiny_models.tiny_mlp(), decay_parameter_names={"input.bias", "mixing", "not there"})
+    assert names["folded/decay"] == ["mixing"]
+    assert names["folded/no_decay"] == ["embedding.weight", "input.weight", "output.weight"]
+    assert names["plain/decay"] == ["input.bias"]
+
+
+def test_frozen_parameters_are_left_out():
+    model = tiny_models.tiny_roberta()
+    for name, p in model.named_parameters():
+        p.requires_grad_("layer.1" in name or "classifier" in name)
+    names = foam_parameter_names(model)
+    assert sorted(name for members in names.values() for name in members) == sorted(trainable_names(model))
+    assert len(names["folded/decay"]) == 6
+
+
+def test_a_model_without_a_head_is_its_own_base_model():
+    llama = tiny_models.tiny_llama()
+    body = {name.removeprefix("model.") for name in expected_llama()["folded/decay"]} - {"lm_head.weight"}
+    assert folded_names(llama.model) == body
+
+
+def test_wrappers_are_looked_through():
+    model = tiny_models.tiny_llama()
+    for wrapped, prefix in ((torch.compile(model), "_orig_mod."), (nn.DataParallel(model), "module.")):
+        names = foam_parameter_names(wrapped)
+        expected = {group: {prefix + name for name in names} for group, names in expected_llama().items()}
+        assert {group: set(members) for group, members in names.items()} == expected
+
+
+def test_distributed_data_parallel_is_looked_through(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(tiny_models.tiny_lora_llama())
+        assert folded_names(wrapped) == {"module." + name for name in expected_lora_llama()["folded/decay"]}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_attribute_base_model_of_a_users_own_class_counts():
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_model = nn.Linear(4, 4)
+            self.head = nn.Linear(4, 2)
+
+    assert folded_names(Classifier()) == {"base_model.weight"}
+
+
+def test_an_lm_head_inside_the_base_model_is_a_head_and_a_tied_one_is_an_embedding():
+    t5 = tiny_models.tiny_t5()
+    assert t5.base_model is t5
+    assert folded_names(t5) - folded_names(t5, fold_head=False) == {"lm_head.weight"}
+    qwen = tiny_models.tiny_qwen2()
+    assert qwen.lm_head.weight is qwen.model.embed_tokens.weight
+    assert "model.embed_tokens.weight" in folded_names(qwen, fold_head=False)
+    assert "model.embed_tokens.weight" not in folded_names(qwen, fold_embeddings=False, fold_head=True)
+
+
+def embedding_names(kind: str) -> set[str]:
+    return {
+        "roberta": {f"roberta.embeddings.{e}.weight" for e in ("word_embeddings", "token_type_embeddings")}
+        | {"roberta.embeddings.position_embeddings.weight"},
+        "gpt2": {"transformer.wte.weight", "transformer.wpe.weight"},
+        "t5": {"shared.weight"}
+        | {f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for side in ("encoder", "decoder")},
+        "lora_llama": {f"base_model.model.model.embed_tokens.lora_embedding_{ab}.default" for ab in "AB"},
+        "mlp": {"embedding.weight"},
+    }.get(kind, {"model.embed_tokens.weight"})
+
+
+def test_the_papers_setting_leaves_out_an_lm_head_and_embeddings(kind):
+    model = tiny_models.BUILDERS[kind]()
+    head = {"lm_head.weight"} if kind in ("llama", "mixtral", "t5") else set()
+    everything = folded_names(model)
+    assert everything - folded_names(model, fold_head=False) == head
+    assert everything - folded_names(model, fold_embeddings=False) == embedding_names(kind)
+    layers = everything - head - embedding_names(kind)
+    assert folded_names(model, fold_embeddings=False, fold_head=False) == layers == layer_names(model)
+
+
+def test_with_muon_embeddings_and_heads_are_tables_of_the_factored_rule(kind):
+    model = tiny_models.BUILDERS[kind]()
+    names = foam_parameter_names(model, second_moment="muon")
+    head = {"lm_head.weight"} if kind in ("llama", "mixtral", "t5") else set()
+    tables = {*names.get("table/decay", []), *names.get("table/no_decay", [])}
+    assert tables == embedding_names(kind) | head
+    assert folded_names(model, second_moment="muon") == layer_names(model)
+    optimizer = FOAM(foam_param_groups(model, second_moment="muon", scale=0.5), second_moment="muon")
+    found = {
+        (group["second_moment"], group["level"], group["scale"])
+        for group in optimizer.param_groups
+        if {id(p) for p in group["params"]} & {id(p) for name, p in model.named_parameters() if name in tables}
+    }
+    assert found == {("factored", 8, 1.0)}
+    plain = foam_parameter_names(model, second_moment="muon", fold_embeddings=False, fold_head=False)
+    assert not [group for group in plain if group.startswith("table")]
+
+
+def test_peft_trainable_tokens_are_embeddings_and_saved_copies_stay_plain():
+    model = tiny_models.tiny_lora_llama(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 4]})
+    delta = [name for name in trainable_names(model) if "trainable_tokens_delta" in name]
+    assert delta and set(delta) <= folded_names(model)
+    assert not folded_names(model, fold_embeddings=False) & set(delta)
+    model = tiny_models.tiny_lora_llama(target_modules=["q_proj"], modules_to_save=["embed_tokens", "down_proj"])
+    copies = [name for name in trainable_names(model) if "modules_to_save" in name]
+    assert len(copies) == 1 + tiny_models.LAYERS
+    assert not folded_names(model, fold_embeddings=True) & set(copies)
+
+
+def test_lora_adapter_added_to_a_transformers_model_folds():
+    from peft import LoraConfig
+
+    model = tiny_models.tiny_llama()
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+    layers = {f"model.layers.{i}.self_attn.q_proj.lora_{ab}.default.weight" for i in LAYERS for ab in "AB"}
+    assert folded_names(model) == layers | {f"lm_head.lora_{ab}.default.weight" for ab in "AB"}
+    assert folded_names(model, fold_head=False) == layers
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["q_proj"], ["self_attn.q_proj"]),
+        (["model.layers.0.mlp.up_proj", "k_proj"], ["self_attn.k_proj", ("0", "mlp.up_proj")]),
+        ([r".*\.[kv]_proj"], ["self_attn.k_proj", "self_attn.v_proj"]),
+        (["mlp", "*not a regex but part of nothing"], [f"mlp.{name}" for name in MLP]),
+        (r".*\.0\.self_attn\.[qk]_proj", [("0", "self_attn.q_proj"), ("0", "self_attn.k_proj")]),
+        ("all-linear", [*(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{name}" for name in MLP), "lm_head"]),
+        ("all_linear", [*(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{name}" for name in MLP), "lm_head"]),
+        (["embed", "lm_head"], ["model.embed_tokens", "lm_head"]),
+    ],
+)
+def test_target_modules_narrow(targets, expected):
+    names = set()
+    for entry in expected:
+        layers, name = ([entry[0]], entry[1]) if isinstance(entry, tuple) else (LAYERS, entry)
+        outside = name in ("lm_head", "model.embed_tokens")
+        names |= {f"{name}.weight"} if outside else {f"model.layers.{i}.{name}.weight" for i in layers}
+    model = tiny_models.tiny_llama()
+    assert folded_names(model, target_modules=targets) == names
+    groups = foam_parameter_names(model, target_modules=targets)
+    assert sorted(name for members in groups.values() for name in members) == sorted(trainable_names(model))
+
+
+@pytest.mark.parametrize(
+    "targets", [["attn", "mlp"], "all-linear", r".*\.(q_proj|up_proj)", ["v_proj", r".*layers\.1\.mlp\..*"]]
+)
+def test_target_modules_choose_the_linear_layers_that_trainer_chooses(targets):
+    from transformers.trainer_utils import check_target_module_exists
+
+    model = tiny_models.tiny_llama()
+    theirs = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (targets == "all-linear" or check_target_module_exists(targets, name))
+    }
+    assert folded_names(model, target_modules=targets) == theirs
+    assert folded_names(model, target_modules=targets, fold_head=False) == theirs - {"lm_head.weight"}
+
+
+def test_all_linear_leaves_free_parameters_and_takes_conv1d():
+    assert folded_names(tiny_models.tiny_mlp(), target_modules="all-linear") == {"input.weight", "output.weight"}
+    gpt2 = tiny_models.tiny_gpt2()
+    tied = {"transformer.wte.weight"}  # its head is linear
+    assert folded_names(gpt2, target_modules="all-linear") == layer_names(gpt2) | tied
+
+
+def test_fused_experts_can_be_targeted():
+    model = tiny_models.tiny_mixtral()
+    experts = {name for name in expected_mixtral()["folded/decay"] if "experts" in name}
+    assert folded_names(model, target_modules=["experts"]) == experts
+
+
+def test_target_modules_do_not_undo_fold_embeddings():
+    folded = folded_names(tiny_models.tiny_llama(), target_modules=["q_proj"], fold_embeddings=True)
+    assert folded == {f"model.layers.{i}.self_attn.q_proj.weight" for i in LAYERS} | {"model.embed_tokens.weight"}
+    only = folded_names(tiny_models.tiny_llama(), target_modules=["embed_tokens"], fold_embeddings=True)
+    assert only == {"model.embed_tokens.weight"}
+
+
+def test_no_match_lists_names_that_exist():
+    with pytest.raises(ValueError, match=r"matches no weight that folds, got \['qproj'\]") as error:
+        foam_param_groups(tiny_models.tiny_llama(), target_modules=["qproj"])
+    assert "'model.layers.0.self_attn.q_proj'" in str(error.value)
+    with pytest.raises(ValueError, match=r"expected names such as 'transformer\.h\.0\.attn\.c_attn'"):
+        foam_param_groups(tiny_models.tiny_gpt2(), target_modules=r".*\.attention")
+    with pytest.raises(ValueError, match=r"got 'q_proj'; .* expected '\.\*q_proj\.\*', or a list, \['q_proj'\]"):
+        foam_param_groups(tiny_models.tiny_llama(), target_modules="q_proj")
+    # The head exists, and is linear, but nothing of it would fold.
+    with pytest.raises(ValueError, match=r"got \['lm_head'\]"):
+        foam_param_groups(tiny_models.tiny_llama(), target_modules=["lm_head"], fold_head=False)
+    with pytest.raises(ValueError, match=r"got \[\]"):
+        foam_param_groups(tiny_models.tiny_llama(), target_modules=[])
+
+
+def test_a_list_entry_without_a_match_is_warned_about(caplog):
+    with caplog.at_level(logging.WARNING, logger="foam_hf.optimizer.groups"):
+        foam_param_groups(tiny_models.tiny_llama(), target_modules=["q_proj", "upproj"])
+    assert "'upproj' matches no weight that folds" in caplog.text
+    assert "model.layers.0.mlp.up_proj" in caplog.text
+    assert "'q_proj' matches" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"weight_decay": -0.1}, ValueError, r"weight_decay is out of range, got -0\.1; expected"),
+        ({"weight_decay": float("nan")}, ValueError, "weight_decay is out of range, got nan"),
+        ({"weight_decay": float("inf")}, ValueError, "weight_decay is out of range, got inf"),
+        ({"weight_decay": "0.1"}, TypeError, "weight_decay is not a number, got '0.1'"),
+        ({"weight_decay": True}, TypeError, "weight_decay is not a number, got True"),
+        ({"levle": 3}, TypeError, "got levle=3; did you mean 'level'"),
+        ({"targets": ["q"]}, TypeError, "did you mean 'target_modules'"),
+        ({"lr": 1e-3}, TypeError, "lr, betas and eps go to FOAM itself"),
+        ({"target_modules": 3}, TypeError, "target_modules is neither a string nor a list of strings, got 3"),
+        ({"target_modules": ["a", 3]}, TypeError, "target_modules is neither"),
+        ({"target_modules": "*proj"}, ValueError, r"not a valid regular expression .* got '\*proj'"),
+        ({"fold_embeddings": "false"}, TypeError, "fold_embeddings is not a bool, got 'false'"),
+        ({"fold_head": 1}, TypeError, "fold_head is not a bool, got 1"),
+        ({"decay_parameter_names": "mixing"}, TypeError, "decay_parameter_names is one string"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        foam_param_groups(tiny_models.tiny_mlp(), **arguments)
+
+
+def test_a_model_without_trainable_parameters():
+    model = tiny_models.tiny_mlp().requires_grad_(False)
+    with pytest.raises(
+        ValueError, match="no trainable parameter, got TinyMLP with 8 frozen ones; expected at least one"
+    ):
+        foam_param_groups(model)
+    with pytest.raises(ValueError, match="got Identity with 0 frozen ones"):
+        foam_param_groups(nn.Identity())
+    with pytest.raises(TypeError, match="not a torch.nn.Module, got list"):
+        foam_param_groups(list(model.parameters()))
+
+
+def test_folded_options_are_foams_own():
+    keyword_only = [
+        name for name, p in inspect.signature(FOAM).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    assert set(FOLDED_OPTIONS) == set(keyword_only) - {"seed", "mini_rows", "plain_state", "nonfinite", "decided"}
+
+
+def test_needs_neither_transformers_nor_peft():
+    code = (
+        "import sys; sys.modules['transformers'] = sys.modules['peft'] = None\n"
+        "from torch import nn; from foam_hf.optimizer.groups import foam_param_groups\n"
+        "print(len(foam_param_groups(nn.Linear(4, 4))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "2"), done.stderr
+
+
+class Around(nn.Module):
+    """A module of somebody's own around others, with a head of its own: a loss, a value head, a LightningModule."""
+
+    def __init__(self, *models: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(models)
+        self.head = nn.Linear(32, 4)
+
+
+def test_a_model_inside_another_module_folds_as_it_does_alone():
+    for make in (tiny_models.tiny_roberta, tiny_models.tiny_llama, tiny_models.tiny_t5, tiny_models.tiny_lora_llama):
+        for options in ({}, {"fold_head": False}, {"fold_embeddings": False}):
+            expected = {f"inner.0.{name}" for name in folded_names(make(), **options)}
+            assert folded_names(Around(make()), **options) == expected, (make, options)
+
+
+def test_each_of_several_models_inside_has_its_own_head_and_a_shared_one_counts_once():
+    roberta, llama = tiny_models.tiny_roberta(), tiny_models.tiny_llama()
+    expected = {f"inner.0.{name}" for name in folded_names(roberta)}
+    expected |= {f"inner.1.{name}" for name in folded_names(llama)}
+    assert folded_names(Around(roberta, llama)) == expected
+    assert folded_names(Around(roberta, Around(llama), roberta)) == {
+        name.replace("inner.1.", "inner.1.inner.0.") for name in expected
+    }
+
+
+def test_what_is_trained_around_frozen_models_is_no_head_of_theirs():
+    model = Around(tiny_models.tiny_roberta().requires_grad_(False))
+    assert folded_names(model) == {"head.weight"}
+    model.inner[0].classifier.requires_grad_(True)  # now that model is trained, as alone: its head
+    assert folded_names(model) == set()

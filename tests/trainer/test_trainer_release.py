@@ -1,0 +1,349 @@
+"""`optim_args="gradient_release=true"` through real Trainers: bits, checkpoints, logs, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from foam_hf import FOAM
+from foam_hf.trainer import patches as trainer_plugin
+from tests.support.tiny_models import (
+    classification_data,
+    language_data,
+    quantized,
+    tiny_llama,
+    tiny_qwen2,
+    tiny_roberta,
+)
+
+
+@pytest.fixture(autouse=True)
+def _forget_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One process runs many Trainers here, and accelerate would keep the first bf16=True for the others."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def make(folder: Path, release: bool = True, trainer_class: type[Trainer] = Trainer, **settings: Any) -> Trainer:
+    """A Trainer of a tiny LLaMA, or of the `model` in the settings."""
+    given = {name: settings.pop(name) for name in ("model", "callbacks", "optimizers") if name in settings}
+    model = given.setdefault("model", tiny_llama())
+    data = language_data if "CausalLM" in type(model).__name__ else classification_data
+    defaults = {
+        "output_dir": str(folder),
+        "optim": "foam",
+        "optim_args": f"level=3,gradient_release={release}",
+        "learning_rate": 5e-3,
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "cosine",
+        "max_grad_norm": 0,
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    args = TrainingArguments(**{**defaults, **settings})
+    return trainer_class(args=args, train_dataset=data(32), eval_dataset=data(8, seed=1), **given)
+
+
+def optimizer_of(trainer: Trainer) -> FOAM:
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    assert isinstance(optimizer, FOAM)
+    return optimizer
+
+
+def assert_same(trainer: Trainer, other: Trainer) -> None:
+    """The same bits in weights and state, the same groups."""
+    for (name, p), q in zip(trainer.model.named_parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    mine, theirs = optimizer_of(trainer).state_dict(), optimizer_of(other).state_dict()
+    assert mine["param_groups"] == theirs["param_groups"] and mine["state"].keys() == theirs["state"].keys()
+    for key, state in mine["state"].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs["state"][key][name])), (key, name)
+
+
+def logged(trainer: Trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+class LiveGradients(TrainerCallback):
+    """The most gradients, in elements, that were there at one time of a backward pass."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        self.params = list(model.parameters())
+        for p in self.params:
+            p.register_post_accumulate_grad_hook(self.count)
+
+    def count(self, _: Tensor) -> None:
+        self.most = max(self.most, sum(p.grad.numel() for p in self.params if p.grad is not None))
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16 weights": {"dtype": torch.bfloat16},
+    "autocast": {"bf16": True},
+    "tied embeddings": {"build": tiny_qwen2, "dtype": torch.bfloat16},
+    "dropout and a classifier": {"build": tiny_roberta},
+    "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "reentrant checkpointing": {
+        "build": tiny_qwen2,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "INT8 weights": {"build": lambda: quantized(tiny_llama()), "dtype": torch.bfloat16},
+    "evaluation between the steps": {"eval_strategy": "steps", "eval_steps": 2},
+}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
+def test_a_run_has_the_bits_and_the_log_of_one_without_release(tmp_path: Path, run: dict[str, Any]) -> None:
+    settings = {name: value for name, value in run.items() if name not in ("build", "dtype")}
+    trainers, lives = [], []
+    for release in (False, True):
+        model = run.get("build", tiny_llama)().to(run.get("dtype", torch.float32))
+        lives.append(LiveGradients())
+        trainer = make(tmp_path, release, model=model, callbacks=[lives[-1]], **settings)
+        trainer.train()
+        trainers.append(trainer)
+    plain, released = trainers
+    assert_same(released, plain)
+    for name in ("loss", "learning_rate", "eval_loss"):
+        assert logged(released, name) == logged(plain, name)
+    sizes = sorted((p.numel() for p in model.parameters()), reverse=True)
+    assert lives[0].most == sum(sizes) and 0 < lives[1].most < 2 * sizes[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_resumed_run_has_the_bits_of_the_uninterrupted_one(tmp_path: Path, dtype: torch.dtype) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    whole = make(tmp_path / "whole", model=tiny_llama().to(dtype), **saving)
+    whole.train()
+    for release in (True, False):
+        resumed = make(tmp_path / str(release), release, model=tiny_llama().to(dtype), **saving)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+        assert_same(resumed, whole)
+        assert logged(resumed, "learning_rate") == logged(whole, "learning_rate")
+
+
+def test_clipping_is_by_weight_and_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = make(tmp_path, release=False, max_grad_norm=1e9)
+    plain.train()
+    released = make(tmp_path, max_grad_norm=1e9)
+    released.train()
+    assert_same(released, plain)
+    assert logged(released, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-5)
+    said = [record.getMessage() for record in caplog.records if "max_grad_norm" in record.getMessage()]
+    assert len(said) == 1 and "bounds the norm of each weight's gradient on its own" in said[0]
+
+    caplog.clear()
+    moved = {}
+    for bound in (1e-6, 0):
+        trainer = make(tmp_path, max_grad_norm=bound, adam_epsilon=1e-3, weight_decay=0.0)
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.train()
+        pairs = zip(trainer.model.parameters(), before, strict=True)
+        moved[bound] = sum((p - q).abs().sum().item() for p, q in pairs)
+        assert len(logged(trainer, "grad_norm")) == (6 if bound else 0)
+    assert 0 < moved[1e-6] < 0.05 * moved[0]
+    assert len(caplog.records) == 1
+
+
+def test_training_leaves_no_trace(tmp_path: Path) -> None:
+    class Fails(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise ArithmeticError("after the first step")
+
+    plain = make(tmp_path, release=False)
+    trainer = make(tmp_path)
+    clip, callbacks = trainer.accelerator.clip_grad_norm_, list(trainer.callback_handler.callbacks)
+    for run in (plain, trainer):
+        run.train()
+        run.train()  # goes on from the first
+    assert_same(trainer, plain)
+    trainer.add_callback(Fails)
+    with pytest.raises(ArithmeticError):
+        trainer.train()
+    trainer.remove_callback(Fails)
+    assert trainer.accelerator.clip_grad_norm_ == clip and trainer.callback_handler.callbacks == callbacks
+    batch = {name: column[None] for name, column in trainer.train_dataset[0].items()}
+    trainer.model(**batch).loss.backward()
+    assert all(p.grad is not None for p in trainer.model.parameters())
+
+
+def test_a_smaller_batch_is_found_after_running_out_of_memory_in_the_backward_pass(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Tight(Trainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            def run_out(_: Tensor) -> None:
+                raise RuntimeError("CUDA out of memory.")
+
+            too_large = inputs["input_ids"].shape[0] == 8
+            hook = model.model.embed_tokens.weight.register_hook(run_out) if too_large else None
+            try:
+                return super().training_step(model, inputs, *args, **kwargs)
+            finally:
+                if hook is not None:
+                    hook.remove()
+
+    trainer = make(tmp_path, trainer_class=Tight, auto_find_batch_size=True, per_device_train_batch_size=8)
+    trainer.train()
+    assert trainer.state.global_step == 6 and trainer._train_batch_size < 8
+    state = optimizer_of(trainer).state
+    assert state[trainer.model.model.embed_tokens.weight]["step"] == 6
+    assert state[trainer.model.lm_head.weight]["step"] == 7
+    count = len(list(trainer.model.parameters())) - 1
+    assert f"had updated {count} parameters, which stay updated" in caplog.text
+
+
+def test_the_model_card_names_it(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_steps=1)
+    trainer.train()
+    assert "gradient_release=True" in trainer_plugin._description(trainer.args)
+    assert "gradient_release" not in trainer_plugin._description(make(tmp_path, release=False).args)
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"gradient_accumulation_steps": 4}, "got gradient_accumulation_steps=4; expected 1, with a larger"),
+        ({"fp16": True}, "got fp16=True; expected bf16=True or float32"),
+    ],
+)
+def test_arguments_that_need_the_gradients_are_refused_at_once(
+    tmp_path: Path, setting: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        make(tmp_path, **setting)
+    trainer = make(tmp_path)
+    for name, value in setting.items():  # as a script might do later
+        setattr(trainer.args, name, value)
+    with pytest.raises(ValueError, match=told):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not hasattr(trainer.optimizer, "state")
+    assert TrainingArguments(str(tmp_path), optim="foam", use_cpu=True, gradient_accumulation_steps=4)
+
+
+def test_a_run_on_several_gpus_or_with_a_scaler_is_refused(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match="got 2, which DataParallel would share"):
+        trainer.train()
+    trainer = make(tmp_path)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(ValueError, match="got mixed_precision='no' from accelerate"):
+        trainer.train()
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    model = tiny_llama()
+    optimizers = (torch.optim.AdamW(model.parameters()), None)
+    with pytest.raises(TypeError, match=r"got AdamW; expected foam_hf\.FOAM"):
+        make(tmp_path, model=model, optimizers=optimizers).train()
+
+
+def test_a_trainer_that_adds_up_gradients_by_itself_is_told_so(tmp_path: Path) -> None:
+    class Twice(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            super().training_step(*args, **kwargs)
+            return super().training_step(*args, **kwargs)
+
+    with pytest.raises(RuntimeError, match="lm_head.weight got a second gradient before"):
+        make(tmp_path, trainer_class=Twice).train()
+
+
+def test_compiling_the_whole_model_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = make(tmp_path, release=False, torch_compile=True, torch_compile_backend="eager", max_steps=2)
+    plain.train()
+    assert not [record for record in caplog.records if record.name == "foam_hf"]
+    torch._dynamo.reset()
+    released = make(tmp_path, torch_compile=True, torch_compile_backend="eager", max_steps=2)
+    released.train()
+    assert_same(released, plain)
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "foam_hf"]
+    assert "torch_compile=True" in said
+
+
+def test_two_processes_are_refused(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("fork")  # the children need not import everything again
+    ranks = [context.Process(target=_train_as_one_rank, args=(tmp_path, rank)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    for rank in (0, 1):
+        assert "got 2 processes; expected one process with one GPU" in (tmp_path / f"{rank}.txt").read_text()
+
+
+def _train_as_one_rank(folder: Path, rank: int) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # accelerate asks for one; the store below is it
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", **address})
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    trainer = make(folder, ddp_backend="gloo")
+    assert trainer.args.world_size == 2
+    with pytest.raises(ValueError) as caught:
+        trainer.train()
+    (folder / f"{rank}.txt").write_text(str(caught.value))
+    torch.distributed.destroy_process_group()
+
+
+class Search(Trainer):
+    """A trial of a hyperparameter search: it sets arguments, and makes a new accelerator, inside of train()."""
+
+    trial_args = "level=3,gradient_release=true"
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        self.args.optim_args = self.trial_args
+        self.create_accelerator_and_postprocess()
+
+
+@pytest.mark.parametrize("before", ["level=3", "level=3,gradient_release=true"])
+def test_the_trials_of_a_search_release_gradients_by_their_own_arguments(tmp_path: Path, before: str) -> None:
+    found = []
+    trainer = make(tmp_path, trainer_class=Search, optim_args=before)
+    trainer.hp_search_backend = "some"
+    for trial_args, releases in ((Search.trial_args, True), ("level=3", False)):
+        trainer.trial_args, seen = trial_args, []
+        trainer.model = trainer.model_wrapped = tiny_llama()
+        trainer.optimizer = trainer.lr_scheduler = None
+        watch = Watch(trainer, seen)
+        trainer.add_callback(watch)
+        torch.manual_seed(42)
+        trainer.train()
+        trainer.remove_callback(watch)
+        assert seen == [releases] * 6
+        assert "clip_grad_norm_" not in vars(trainer.accelerator)
+        found.append(trainer.model)
+    for p, q in zip(*(model.parameters() for model in found), strict=True):
+        assert torch.equal(p, q)
+
+
+class Watch(TrainerCallback):
+    """Whether gradients were released when a step came."""
+
+    def __init__(self, trainer: Trainer, seen: list[bool]) -> None:
+        self.trainer, self.seen = trainer, seen
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.seen.append(all(p.grad is None for p in self.trainer.model.parameters()))
