@@ -39,11 +39,11 @@ from foam_hf.kernels.tables import (
     Entry,
     Geometry,
     device_of,
+    launches_of,
     numbers,
     takes_ptx,
 )
-from foam_hf.rules.block_kernel import Launch
-from foam_hf.rules.by_rows import Hyper, Member
+from foam_hf.tensors.step import Hyper, Member
 
 # Elements of a program of the update and of a warp of it, and registers of a thread.
 TILE, WARP, REGISTERS = 4096, 1024, 128
@@ -343,7 +343,7 @@ class Int8Geometry(Geometry):
         return cls(**{**vars(plain), "columns": columns, "even": even, "block_size": block_size})
 
 
-class Int8Launch(Launch):
+class Int8Launch(AddressTable):
     """The device tables of a launch for INT8 weights, and the launch itself."""
 
     def __init__(self, geometry: Int8Geometry, entries: list[Entry]) -> None:
@@ -355,7 +355,7 @@ class Int8Launch(Launch):
             scales = cast(Int8Weight, entry.weight).scales.data_ptr()
             table[i] = (*(x.data_ptr() for x in entry.tensors), rows, n, entry.stream, scales, 0, 0, 0)
             tiles.append(-(-rows * -(-n // geometry.columns) // self.segments))
-        AddressTable.__init__(self, geometry, entries, table, [tiles])
+        super().__init__(geometry, entries, table, [tiles])
         # A limit that only NVIDIA's backend knows; what has wide segments or much state needs more than it.
         light = geometry.width > 1 and geometry.aligned and geometry.columns <= TILE
         self.options = {"maxnreg": REGISTERS} if self.nvidia and light and geometry.state == torch.float32 else {}
@@ -383,21 +383,11 @@ class Int8Launch(Launch):
             )
 
 
-def make_int8_launches(members: list[Member]) -> tuple[list[Launch], list[Member]]:
-    """Launches for members that are INT8 weights, and those that no kernel takes."""
-    buckets: dict[tuple[Int8Geometry, bool], list[tuple[Member, Entry]]] = {}
-    unfit = []
-    for member in members:
-        entry = Entry.of(member)
-        taken = member.second_moment == "block" and fits_kernels(cast(Int8Weight, member.p).block_size)
-        if taken and entry.fits():
-            key = (Int8Geometry.of(entry), member.p.dim() > 1)
-            buckets.setdefault(key, []).append((member, entry))
-        else:
-            unfit.append(member)
-    launches: list[Launch] = []
-    for (geometry, _), bucket in buckets.items():
-        launch = Int8Launch(geometry, [entry for _, entry in bucket])
-        launch.know_states([member.state for member, _ in bucket])
-        launches.append(launch)
-    return launches, unfit
+def make_launches(members: list[Member]) -> tuple[list[Int8Launch], list[Member]]:
+    """Launches for ``members``, INT8 weights of the block rule, and the members that no kernel takes."""
+    return launches_of(members, _geometry_of, Int8Launch)
+
+
+def _geometry_of(entry: Entry) -> Int8Geometry | None:
+    taken = fits_kernels(cast(Int8Weight, entry.weight).block_size) and entry.fits()
+    return Int8Geometry.of(entry) if taken else None

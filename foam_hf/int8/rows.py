@@ -20,25 +20,33 @@ model this took a third off what INT8 weights cost (``recipes/benchmarks/int8_dr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from foam_hf.int8.codes import MAX_CODE, MIN_SCALE, block_scale
-from foam_hf.int8.weight import Int8Weight
+from foam_hf.tensors.places import Place
 from foam_hf.tensors.rounding import random_words
+from foam_hf.tensors.step import Hyper
 
 if TYPE_CHECKING:
-    from foam_hf.rules.by_rows import Hyper
+    from foam_hf.int8.weight import Int8Weight
 
 SMALL_CODE = 63  # largest code of a block that has room for one more bit
 
 
 class Int8Rows:
-    """An INT8 weight as ``update.update_parameter`` sees it: rows that load as a change, and take it."""
+    """An INT8 weight as the rules see it, a kind of ``foam_hf.tensors.rows.Rows``: rows load as a change, and take it.
 
-    def __init__(self, weight: Int8Weight) -> None:
+    It is whole: sharding is refused.
+    """
+
+    kind: ClassVar[str] = "int8"
+    kernels: ClassVar[Mapping[str, str]] = {"block": "foam_hf.int8.block_kernel"}
+
+    def __init__(self, weight: Int8Weight, place: Place) -> None:
         self.weight, self.block_size = weight, weight.block_size
         n, blocks = weight.codes.shape[-1], weight.scales.shape[-1]
         self.codes = weight.codes.view(-1, n).unflatten(1, (blocks, self.block_size))
@@ -46,6 +54,10 @@ class Int8Rows:
 
     def __len__(self) -> int:
         return self.codes.shape[0]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.weight.codes, self.weight.scales
 
     def load(self, rows: range, h: Hyper) -> Tensor:
         """What weight decay alone changes in ``rows``, float32 (rows, n)."""

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from foam_hf._version import __version__
 from foam_hf.int8.codes import BLOCK_SIZE, dequantize, quantize, row_chunks
 from foam_hf.int8.linear import linear
+from foam_hf.int8.rows import Int8Rows
 
 _aten = torch.ops.aten
 _SAME = (_aten.detach.default, _aten.alias.default)
@@ -66,6 +67,7 @@ class Int8Weight(Tensor):
 
     codes: Tensor
     scales: Tensor
+    foam_rows = Int8Rows  # how FOAM updates it, see foam_hf.tensors.rows
 
     @staticmethod
     def __new__(cls, codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Int8Weight:

@@ -7,9 +7,10 @@ tables.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
@@ -18,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from foam_hf.kernels.parts import philox
-from foam_hf.rules.by_rows import Hyper, Member, moment_names
 from foam_hf.tensors.folding import Level, block_width
 from foam_hf.tensors.places import Place, local
+from foam_hf.tensors.step import Hyper, Member
 
 MAX_COLUMNS = 32768  # a tile of more columns would not fit the registers of a program
 TILE_ELEMENTS = 2048  # of a program
@@ -49,7 +50,7 @@ class Entry:
 
     @classmethod
     def of(cls, member: Member) -> Entry:
-        moments = tuple(member.moments[name] for name in moment_names(member.level, member.second_moment))
+        moments = tuple(member.moments.values())
         if member.p.grad is None:  # for a later step, with a gradient as autograd makes them
             grad, offset = torch.empty(member.p.shape, dtype=member.p.dtype, device="meta"), 0
         else:
@@ -65,16 +66,12 @@ class Entry:
     def tensors(self) -> tuple[Tensor, ...]:
         return self.weight, self.grad, *self.moments
 
-    def fits(self) -> bool:
-        """Whether the kernel takes it; what does not fit goes through ``update.update_parameter``."""
+    def fits(self, empty: bool = False) -> bool:
+        """Whether a kernel takes it; a weight without elements only if ``empty``. The rest is updated plainly."""
         contiguous = self.weight.is_contiguous() and self.grad.is_contiguous()
         if not contiguous or not {x.dtype for x in self.tensors} <= TRITON_DTYPES.keys():
             return False
-        factored = len(self.moments) == 3
-        if factored and self.place.column_groups:  # no kernel for row means of which other ranks have a part
-            return False
-        # A rank without rows has means of columns all the same.
-        if self.weight.numel() == 0 and not (factored and self.place.row_groups and self.moments[2].numel()):
+        if self.weight.numel() == 0 and not empty:
             return False
         geometry = Geometry.of(self)
         rows = self.weight.numel() // self.columns if self.columns else 0
@@ -194,6 +191,33 @@ class AddressTable:
             return self.table, 0  # any tensor: it is unread
         aligned = grad_scale.clone() if grad_scale.data_ptr() % 16 else grad_scale  # as a tensor of its own is
         return aligned, 1 if grad_scale.numel() == 1 else 2
+
+
+Launches = TypeVar("Launches", bound=AddressTable)
+Found = TypeVar("Found", bound=Geometry)
+
+
+def launches_of(
+    members: Iterable[Member],
+    geometry_of: Callable[[Entry], Found | None],
+    launch: Callable[[Found, list[Entry]], Launches],
+) -> tuple[list[Launches], list[Member]]:
+    """A launch for all members of a geometry, and the members that no kernel takes: theirs is None."""
+    buckets: dict[tuple[Found, bool, bool], list[tuple[Member, Entry]]] = {}
+    unfit = []
+    for member in members:
+        entry = Entry.of(member)
+        geometry = geometry_of(entry)
+        if geometry is None:
+            unfit.append(member)
+            continue
+        key = geometry, member.p.dim() > 1, bool(entry.place.row_groups)  # vectors have another scale
+        buckets.setdefault(key, []).append((member, entry))
+    made = []
+    for (geometry, *_), bucket in buckets.items():
+        made.append(launch(geometry, [entry for _, entry in bucket]))
+        made[-1].know_states([member.state for member, _ in bucket])
+    return made, unfit
 
 
 def numbers(h: Hyper) -> tuple[float, ...]:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foam_hf.int8.weight import Int8Weight
 from foam_hf.memory.storages import state_storages, storages, total, without
 from foam_hf.optim_args import default_scale
 from foam_hf.optimizer.checks import check_options
@@ -18,6 +17,7 @@ from foam_hf.optimizer.foam import FOAM
 from foam_hf.optimizer.sharding import local_shape
 from foam_hf.optimizer.state import effective_rule, state_spec
 from foam_hf.tensors.places import is_sharded, local
+from foam_hf.tensors.rows import PLAIN, kind_of
 
 UNAVAILABLE = "unavailable"
 _PLAIN = {"block": "plain AdamW", "8bit": "AdamW with moments of 8 bits", "adam_mini": "Adam-mini"}  # by rule
@@ -179,9 +179,10 @@ def summarize(optimizer: Any) -> str:
                 plain.setdefault(second_moment, []).append(sized)
             else:
                 folded.setdefault((level, group["scale"], second_moment), []).append(sized)
-            kind = "INT8" if isinstance(p, Int8Weight) else str(p.dtype).removeprefix("torch.")
-            stochastic = kind in ("INT8", "bfloat16") and group["stochastic_rounding"] is not False
-            rounding.add(f"{kind} {'stochastically' if stochastic else 'to nearest'}")
+            kind = kind_of(p)
+            precision = str(p.dtype).removeprefix("torch.") if kind == PLAIN else kind.upper()
+            stochastic = (kind != PLAIN or p.dtype == torch.bfloat16) and group["stochastic_rounding"] is not False
+            rounding.add(f"{precision} {'stochastically' if stochastic else 'to nearest'}")
     lines = [
         f"FOAM: folded (level {level}, scale {scale:g}, {_words(rule)}): {_amount(members)}"
         for (level, scale, rule), members in folded.items()

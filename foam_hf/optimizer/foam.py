@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foam_hf.int8.weight import Int8Weight
 from foam_hf.kernels.choice import use_kernels
 from foam_hf.optim_args import default_scale
 from foam_hf.optimizer.checks import check_field_names, check_options, check_parameter, check_rule
@@ -25,9 +24,10 @@ from foam_hf.optimizer.sharding import as_state_of, empty_state, follow_placemen
 from foam_hf.optimizer.state import check_checkpoint, effective_rule, plain, state_problem, state_spec, with_dtype
 from foam_hf.optimizer.step import StepPlan, refuse_capture
 from foam_hf.rules.adam_8bit import require_bitsandbytes
-from foam_hf.rules.by_rows import Hyper, Member
 from foam_hf.tensors.folding import Level
 from foam_hf.tensors.places import Piece, is_sharded
+from foam_hf.tensors.rows import PLAIN, kind_of
+from foam_hf.tensors.step import Hyper, Member
 
 Places = dict[int, tuple[int, int]]  # by a parameter's id: the number of its group, and its own among all
 
@@ -140,7 +140,7 @@ class FOAM(torch.optim.Optimizer):
                 "expected betas, for the other rules"
             )
         asked = [p for group in self.param_groups if group["stochastic_rounding"] is True for p in group["params"]]
-        if asked and not any(p.dtype == torch.bfloat16 or isinstance(p, Int8Weight) for p in asked):
+        if asked and not any(p.dtype == torch.bfloat16 or kind_of(p) != PLAIN for p in asked):
             raise ValueError(
                 "stochastic_rounding=True is for bfloat16 and INT8 weights, and no parameter is bfloat16 or INT8: "
                 f"got {sorted({str(p.dtype) for p in asked})}; expected a bfloat16 or INT8 model, or 'auto'"
@@ -254,7 +254,8 @@ class FOAM(torch.optim.Optimizer):
 
     def _member(self, p: Tensor, group: dict[str, Any], stream: int) -> Member:
         """``p``, the parameter number ``stream`` of all, as a step sees it; it has state from now on."""
-        return Member(p, self._state_of(p, group), *effective_rule(p, group), stream)
+        names = tuple(state_spec(p, group))
+        return Member(p, self._state_of(p, group), names, *effective_rule(p, group), stream)
 
     @torch.no_grad()
     def _step_some(
@@ -382,7 +383,7 @@ def check_gradient(p: Tensor, i: int) -> None:
 
 def _hyper(group: dict[str, Any], member: Member) -> Hyper:
     b1, b2 = group["betas"]
-    if member.second_moment == "muon":
+    if member.rule == "muon":
         b1 = group["momentum"]
     if not (0 <= b1 < 1 and 0 <= b2 < 1):  # a schedule's, or a user's, since the group was checked
         check_options(group)

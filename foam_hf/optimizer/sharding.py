@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foam_hf.int8.weight import Int8Weight
 from foam_hf.tensors.folding import Level, block_width, num_blocks
 from foam_hf.tensors.places import Group, Piece, is_sharded, local, whole
+from foam_hf.tensors.rows import PLAIN, kind_of
 
 
 class _Cut(NamedTuple):
@@ -32,14 +32,15 @@ def pieces_of(p: Any, level: Level, second_moment: str) -> list[Piece]:
     """The pieces of this rank's shard of ``p``, a DTensor; one at least, which may be empty.
 
     Raises:
-        TypeError: INT8 weights.
+        TypeError: a weight that is not plain.
         ValueError: a placement that is not whole rows or whole blocks of a known part of the weight, both rows and
             columns of a factored matrix are split, or weights are offloaded to the CPU.
     """
-    if isinstance(local(p), Int8Weight):
+    if kind_of(local(p)) != PLAIN:
+        kind = kind_of(local(p)).upper()
         raise TypeError(
-            f"INT8 weights cannot be sharded: got one of shape {tuple(p.shape)} with placements {p.placements}; "
-            "expected bfloat16 or float32 weights under FSDP2, or INT8 weights with DDP"
+            f"{kind} weights cannot be sharded: got one of shape {tuple(p.shape)} with placements {p.placements}; "
+            f"expected bfloat16 or float32 weights under FSDP2, or {kind} weights with DDP"
         )
     mesh = p.device_mesh
     if local(p).device.type not in (mesh.device_type, "meta"):

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
 import operator
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 from torch import Tensor
 
-from foam_hf.int8.weight import Int8Weight
 from foam_hf.kernels.choice import use_kernels
-from foam_hf.optimizer.nonfinite import leaving_out_whole
 from foam_hf.optimizer.sharding import add_over_ranks
 from foam_hf.rules.adam_8bit import update_8bit
 from foam_hf.rules.adam_mini import update_adam_mini
-from foam_hf.rules.by_rows import FactoredMoment, Hyper, Member, update_parameter
+from foam_hf.rules.by_rows import FactoredMoment, update_parameter
 from foam_hf.rules.muon import update_muon
+from foam_hf.tensors.finite import leaving_out_whole
 from foam_hf.tensors.folding import Level
 from foam_hf.tensors.places import is_sharded, local
+from foam_hf.tensors.rows import PLAIN, kernels_of, kind_of, weight_rows
+from foam_hf.tensors.step import Hyper, Member, State
 
 if TYPE_CHECKING:
     from foam_hf.rules.block_kernel import Launch
     from foam_hf.rules.factored_kernel import FactoredLaunch
 
-State = MutableMapping[str, Any]
 Unfinished = Any  # a FactoredMoment or FactoredLaunch: ``sums`` and ``store``
 _GRAD, _DTYPE, _STEP = operator.attrgetter("grad"), operator.attrgetter("dtype"), operator.itemgetter("step")
 Told = Callable[[dict[str, Any], torch.device], Tensor | None]
 # Rules with an update of their own, on any device; no kernel takes them, and they need whole tensors.
+# The kernels of plain weights, by rule; other kinds of weight know their own.
+_KERNELS = {"block": "foam_hf.rules.block_kernel", "factored": "foam_hf.rules.factored_kernel"}
 _UPDATES: dict[str, Callable[[Tensor, Tensor, State, Level, Hyper], None]] = {
     "muon": update_muon,
     "adam_mini": update_adam_mini,
@@ -81,12 +84,12 @@ class StepPlan:
         self._addresses = self._current_addresses()
 
     def _add(self, group: dict[str, Any], members: list[Member]) -> None:
-        unfit = [member for member in members if not use_kernels(local(member.p).device)]
-        fused = [member for member in members if use_kernels(local(member.p).device)]
-        if fused:
-            from foam_hf.rules.block_kernel import make_launches
-
-            launches, more = make_launches(fused)
+        by_kernels: dict[str, list[Member]] = {}
+        for member in members:
+            by_kernels.setdefault(_kernels(member) or "", []).append(member)
+        unfit = by_kernels.pop("", [])
+        for module, some in by_kernels.items():
+            launches, more = importlib.import_module(module).make_launches(some)
             self._launches += [(group, launch) for launch in launches]
             unfit += more
         self._rest += [(group, member) for member in unfit]
@@ -190,17 +193,24 @@ class StepPlan:
         return list(map(Tensor.data_ptr, map(local, held) if self._sharded else held))
 
 
+def _kernels(member: Member) -> str | None:
+    """The module of the kernels that may take ``member``; None if there are none."""
+    if not use_kernels(local(member.p).device):
+        return None
+    kernels = _KERNELS if kind_of(member.weight) == PLAIN else kernels_of(member.weight)
+    return kernels.get(member.rule)
+
+
 def _told_of(member: Member, told: Tensor | None) -> Tensor | None:
     return None if told is None else told[member.stream]
 
 
 def _update_plainly(member: Member, h: Hyper, grad_scale: Tensor | None, told: Tensor | None) -> FactoredMoment | None:
-    weight, grad, level, rule = member.weight, member.grad, member.level, member.second_moment
+    weight, grad, level, rule = member.weight, member.grad, member.level, member.rule
     grad = grad if grad_scale is None else grad.float() / grad_scale.to(grad.device)
     if rule not in _UPDATES:
         return update_parameter(weight, grad, member.moments, level, rule, h, member.place, told)
-    held = [weight.codes, weight.scales] if isinstance(weight, Int8Weight) else [weight]
-    held += [x for x in member.state.values() if isinstance(x, Tensor)]
+    held = [*weight_rows(weight).tensors, *member.moments.values()]
     with leaving_out_whole(grad, held, told, h.step) as wanted:
         if wanted:
             _UPDATES[rule](weight, grad, member.state, level, h)

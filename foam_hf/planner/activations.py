@@ -21,8 +21,8 @@ from foam_hf.optimizer.groups import foam_parameter_names, grouping_options
 from foam_hf.planner.plan import Estimate
 from foam_hf.planner.trace import StepTrace, trace_step, with_value
 from foam_hf.rules.adam_8bit import SMALLEST
-from foam_hf.rules.by_rows import CHUNK_GPU
 from foam_hf.tensors.folding import Level, block_width
+from foam_hf.tensors.rows import CHUNK_GPU
 
 # Workspaces of cuBLAS, one for the forward thread and one for backward's, as an H100 has them: less on other GPUs.
 WORKSPACE = 2 * 32 * 2**20

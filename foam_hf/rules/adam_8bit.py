@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foam_hf.int8.rows import Int8Rows
-from foam_hf.int8.weight import Int8Weight
-from foam_hf.rules.by_rows import Hyper, PlainRows, _as_rows, _chunks, _load, adam_rule, bounded_, step_
+from foam_hf.rules.by_rows import adam_rule, bounded_, step_
 from foam_hf.tensors.folding import Level
+from foam_hf.tensors.rows import as_rows, chunks, load, weight_rows
+from foam_hf.tensors.step import Hyper
 
 BLOCK = 256  # elements that share a scale
 SMALLEST = 4096  # elements of the smallest tensor that is quantized, as in bitsandbytes
@@ -51,11 +51,11 @@ def eight_bit_spec(p: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
 def update_8bit(p: Tensor, grad: Tensor, state: MutableMapping[str, Any], level: Level, h: Hyper) -> None:
     """Advance one parameter and its state by one step, in bounded chunks; arguments as for ``update_parameter``."""
     n = p.shape[-1]
-    weight = Int8Rows(p) if isinstance(p, Int8Weight) else PlainRows(p, n)
-    gradient = _as_rows(grad, n)
+    weight = weight_rows(p)
+    gradient = as_rows(grad, n)
     first, root = (Quantized(state[f"{name}_8bit"], state[f"{name}_absmax"], name == "exp_avg") for name in MOMENTS)
     for rows in _block_chunks(len(weight), n, p.device):
-        W, G = weight.load(rows, h), _load(gradient, rows)
+        W, G = weight.load(rows, h), load(gradient, rows)
         m, v = first.load(rows, n), root.load(rows, n).square_()
         _, denominator = fraction = adam_rule(G, m, v, h)
         # A first moment that shrinks stays at a code whose neighbour is further away than it shrinks in a step, while
@@ -123,5 +123,5 @@ def _places(rows: range, n: int) -> tuple[slice, slice]:
 def _block_chunks(rows: int, n: int, device: torch.device) -> Iterator[range]:
     """Chunks of rows that begin where a block does."""
     together = BLOCK // math.gcd(n, BLOCK)  # rows
-    for chunk in _chunks(-(-rows // together), n * together, device):
+    for chunk in chunks(-(-rows // together), n * together, device):
         yield range(chunk.start * together, min(chunk.stop * together, rows))

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foam_hf.int8.rows import Int8Rows
-from foam_hf.int8.weight import Int8Weight
-from foam_hf.rules.by_rows import Fraction, Hyper, PlainRows, _as_rows, _chunks, _load, _store, bounded_, fold, step_
+from foam_hf.rules.by_rows import Fraction, bounded_, fold, step_
 from foam_hf.tensors.folding import Level, block_width, blocked, num_blocks, split_moment
+from foam_hf.tensors.rows import as_rows, chunks, load, store, weight_rows
+from foam_hf.tensors.step import Hyper
 
 logger = logging.getLogger(__name__)
 
@@ -61,22 +61,22 @@ def update_adam_mini(p: Tensor, grad: Tensor, state: MutableMapping[str, Any], l
         return
     n = p.shape[-1]
     width = block_width(level, n)
-    weight = Int8Rows(p) if isinstance(p, Int8Weight) else PlainRows(p, n)
-    gradient, moment = _as_rows(grad, n), _as_rows(state["folded_exp_avg"], num_blocks(level, n))
+    weight = weight_rows(p)
+    gradient, moment = as_rows(grad, n), as_rows(state["folded_exp_avg"], num_blocks(level, n))
     squares = torch.empty(len(weight), dtype=torch.float32, device=p.device)
-    for rows in _chunks(len(weight), n, p.device):
-        torch.mean(_load(gradient, rows).square(), -1, out=squares[rows.start : rows.stop])
+    for rows in chunks(len(weight), n, p.device):
+        torch.mean(load(gradient, rows).square(), -1, out=squares[rows.start : rows.stop])
     kept = state["row_block_exp_avg_sq"]
     v = kept.float()
     v.lerp_(squares.view(len(v), -1).mean(-1), 1 - h.b2)
     of_rows = v.repeat_interleave(len(weight) // len(v)).view(-1, 1, 1)
-    for rows in _chunks(len(weight), n, p.device):
-        W, G, m = weight.load(rows, h), _load(gradient, rows), _load(moment, rows)
+    for rows in chunks(len(weight), n, p.device):
+        W, G, m = weight.load(rows, h), load(gradient, rows), load(moment, rows)
         for Gi, mi, Wi in zip(blocked(G, width), split_moment(m, width, n), blocked(W, width), strict=True):
             step_(Wi, adam_mini_rule(Gi, mi, of_rows[rows.start : rows.stop], h), h)
         weight.store(rows, W, h)
-        _store(moment, rows, m, h, kind=1)
-    _store(kept.view(1, -1), range(1), v.view(1, -1), h, kind=2)
+        store(moment, rows, m, h, kind=1)
+    store(kept.view(1, -1), range(1), v.view(1, -1), h, kind=2)
     weight.finish()
 
 

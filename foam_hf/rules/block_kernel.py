@@ -10,14 +10,11 @@ every mean is inside a tile. Plain parameters are the block rule at ``F = 1``, w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from foam_hf.int8.weight import Int8Weight
 from foam_hf.kernels.parts import (
     kept_finite,
     lerp,
@@ -38,14 +35,11 @@ from foam_hf.kernels.tables import (
     Entry,
     Geometry,
     device_of,
+    launches_of,
     numbers,
 )
-from foam_hf.rules.by_rows import Hyper, Member
+from foam_hf.tensors.step import Hyper, Member
 
-if TYPE_CHECKING:
-    from foam_hf.rules.factored_kernel import FactoredLaunch
-
-KERNEL_RULES = ("block", "factored")
 WARP_ELEMENTS = 512
 # One row of the table: weight, gradient, first moment, second moment, rows, columns, stream; and where a shard's first
 # row and column are in the whole tensor, and the columns of that; step and bias corrections, see ``own_numbers``.
@@ -204,30 +198,6 @@ class Launch(AddressTable):
             )
 
 
-def make_launches(members: list[Member]) -> tuple[list[Launch | FactoredLaunch], list[Member]]:
-    """Launches for ``members``, and the members that no kernel takes."""
-    from foam_hf.int8.block_kernel import make_int8_launches
-    from foam_hf.rules.factored_kernel import FactoredLaunch
-
-    without = [member for member in members if member.second_moment not in KERNEL_RULES]
-    members = [member for member in members if member.second_moment in KERNEL_RULES]
-    int8_launches, unfit = make_int8_launches([member for member in members if isinstance(member.p, Int8Weight)])
-    unfit += without
-    buckets: dict[tuple[str, Geometry, bool, bool], list[tuple[Member, Entry]]] = {}
-    for member in members:
-        if isinstance(member.p, Int8Weight):
-            continue
-        entry = Entry.of(member)
-        if entry.fits():
-            shared = bool(entry.place.row_groups)
-            key = (member.second_moment, Geometry.of(entry), member.p.dim() > 1, shared)  # vectors have another scale
-            buckets.setdefault(key, []).append((member, entry))
-        else:
-            unfit.append(member)
-    kinds: dict[str, type[Launch] | type[FactoredLaunch]] = {"block": Launch, "factored": FactoredLaunch}
-    launches: list[Launch | FactoredLaunch] = [*int8_launches]
-    for (rule, geometry, *_), bucket in buckets.items():
-        launch = kinds[rule](geometry, [entry for _, entry in bucket])
-        launch.know_states([member.state for member, _ in bucket])
-        launches.append(launch)
-    return launches, unfit
+def make_launches(members: list[Member]) -> tuple[list[Launch], list[Member]]:
+    """Launches for ``members``, plain weights of this rule, and the members that no kernel takes."""
+    return launches_of(members, lambda entry: Geometry.of(entry) if entry.fits() else None, Launch)

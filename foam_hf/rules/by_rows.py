@@ -10,20 +10,17 @@ A rule updates its moments in place and returns the numerator and the denominato
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import reduce
-from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from foam_hf.int8.rows import Int8Rows
-from foam_hf.int8.weight import Int8Weight
-from foam_hf.optimizer.nonfinite import Kept, left_out_blocks
+from foam_hf.tensors.finite import KeptBlocks, left_out_blocks
 from foam_hf.tensors.folding import Level, block_width, blocked, split_moment
-from foam_hf.tensors.places import Group, Piece, Place, whole
-from foam_hf.tensors.rounding import random_bits, stochastic_round_
+from foam_hf.tensors.places import Group, Place, whole
+from foam_hf.tensors.rows import as_rows, chunks, load, store, weight_rows
+from foam_hf.tensors.step import Hyper
 
 Fraction = tuple[Tensor, Tensor]
 
@@ -32,64 +29,6 @@ Fraction = tuple[Tensor, Tensor]
 LARGEST_STEP = 16.0
 # How much larger than an element's second moment what its block adds may be, as roots; dense gradients stay below it.
 LARGEST_CENTER = 4.0
-
-
-@dataclass(frozen=True)
-class Hyper:
-    """The numbers of one parameter's step; ``seed``, ``step`` and ``stream`` say where its random bits come from."""
-
-    lr: float
-    b1: float
-    b2: float
-    c1: float
-    c2: float
-    eps: float
-    weight_decay: float
-    scale: float
-    rho: float
-    stochastic: bool
-    seed: int
-    step: int
-    stream: int
-
-
-class Member(NamedTuple):
-    """A parameter that has or may have a gradient, or a piece of its shard, as a step sees it."""
-
-    p: Tensor
-    state: MutableMapping[str, Any]
-    level: Level
-    second_moment: str
-    stream: int
-    piece: Piece | None = None  # of a DTensor
-
-    @property
-    def weight(self) -> Tensor:
-        return self.p if self.piece is None else self.piece.of(self.p)
-
-    @property
-    def grad(self) -> Tensor:
-        grad = cast(Tensor, self.p.grad)
-        return grad if self.piece is None else self.piece.of(grad)
-
-    @property
-    def place(self) -> Place:
-        return whole(self.p) if self.piece is None else self.piece.place
-
-    @property
-    def moments(self) -> MutableMapping[str, Any]:
-        """The state, of this piece."""
-        piece = self.piece
-        if piece is None:
-            return self.state
-        return {name: piece.of(value) for name, value in self.state.items() if isinstance(value, Tensor)}
-
-
-def moment_names(level: Level, second_moment: str) -> tuple[str, ...]:
-    """The tensors of state of a parameter under a rule, in the order that the rules and the kernels take them."""
-    if second_moment == "factored":
-        return "folded_exp_avg", "row_exp_avg_sq", "col_exp_avg_sq"
-    return ("exp_avg", "exp_avg_sq") if level == 0 else ("folded_exp_avg", "folded_exp_avg_sq")
 
 
 def fold(X: Tensor) -> Tensor:
@@ -145,33 +84,6 @@ def step_(W: Tensor, U: Fraction, h: Hyper) -> None:
     W.addcdiv_(*U, value=-h.lr * h.scale)
 
 
-class PlainRows:
-    """A weight of float32, bfloat16 or float16 as rows that load decayed, and take what became of them."""
-
-    def __init__(self, p: Tensor, n: int, place: Place | None = None) -> None:
-        self.p, self.rows, self.place = p, _as_rows(p, n), whole(p) if place is None else place
-
-    def __len__(self) -> int:
-        return self.rows.shape[0]
-
-    def load(self, rows: range, h: Hyper) -> Tensor:
-        """W * (1 - lr * weight_decay), as in torch.optim.AdamW."""
-        W = _load(self.rows, rows)
-        return W.mul_(1 - h.lr * h.weight_decay) if h.weight_decay else W
-
-    def unchanged(self, rows: range) -> Tensor:
-        """A copy of what to store where nothing is to change."""
-        return _load(self.rows, rows).clone()
-
-    def store(self, rows: range, W: Tensor, h: Hyper) -> None:
-        place = self.place
-        _store(self.rows, rows, W, h, 0, place.first_row, place.first_column, place.columns)
-
-    def finish(self) -> None:
-        if self.rows.data_ptr() != self.p.data_ptr():
-            self.p.copy_(self.rows.view(self.p.shape))
-
-
 class FactoredMoment:
     """The running row means ``r`` (..., rows) and column means ``c`` (..., n) of ``G*G``: V = outer(r, c) / mean(r).
 
@@ -219,18 +131,14 @@ class FactoredMoment:
                 told.masked_fill_(infinite.any(), h.step)
                 means = torch.where(infinite, x, means)
             x.lerp_(means, 1 - h.b2)
-        _store(self.r.view(1, -1), range(1), r32.view(1, -1), h, 2, 0, place.first_row, place.all_rows)
-        _store(self.c, range(self.matrices), c32, h, 3, place.first_matrix, place.first_column, place.columns)
-
-
-# Elements of a pass: small enough to stay in a core's cache, or to bound the temporaries on a GPU.
-CHUNK_CPU, CHUNK_GPU = 1 << 18, 1 << 24
+        store(self.r.view(1, -1), range(1), r32.view(1, -1), h, 2, 0, place.first_row, place.all_rows)
+        store(self.c, range(self.matrices), c32, h, 3, place.first_matrix, place.first_column, place.columns)
 
 
 def update_parameter(
     p: Tensor,
     grad: Tensor,
-    state: MutableMapping[str, Any],
+    state: Mapping[str, Tensor],
     level: Level,
     second_moment: str,
     h: Hyper,
@@ -239,9 +147,10 @@ def update_parameter(
 ) -> FactoredMoment | None:
     """Advance one parameter and its state by one step, a bounded chunk of rows at a time.
 
-    ``p`` and ``grad`` have one shape, any float dtypes and strides (``p`` may be an INT8 weight); ``state`` holds the
-    tensors ``foam_hf.FOAM`` describes. All arithmetic is float32. Rows do not mix (the factored rule's column means
-    excepted), so chunks change nothing. ``place`` says where in a whole tensor they lie, if they are a piece of one.
+    ``p``, of any kind, and ``grad`` have one shape, any float dtypes and strides; ``state`` holds the tensors
+    ``foam_hf.FOAM`` describes, in that order. All arithmetic is float32. Rows do not mix (the factored rule's column
+    means excepted), so chunks change nothing. ``place`` says where in a whole tensor they lie, if they are a piece of
+    one.
 
     With ``told``, an integer tensor of one element, blocks whose gradient is not finite keep their weights and
     moments, and ``told`` becomes this step; to the means of the factored rule they are zeros.
@@ -255,18 +164,18 @@ def update_parameter(
         return None
     n = p.shape[-1] if p.dim() else 1
     width = block_width(level, place.columns)
-    weight = Int8Rows(p) if isinstance(p, Int8Weight) else PlainRows(p, n, place)
-    gradient = _as_rows(grad, n)
-    tensors = [state[name] for name in moment_names(level, second_moment)]
+    weight = weight_rows(p, place)
+    gradient = as_rows(grad, n)
+    tensors = list(state.values())
     factored = FactoredMoment(tensors.pop(1), tensors.pop(1), place, h.stream) if second_moment == "factored" else None
-    moments = [_as_rows(x, -(-n // width)) for x in tensors]
+    moments = [as_rows(x, -(-n // width)) for x in tensors]
     blocks = -(-place.columns // width)
-    for rows in _chunks(len(weight) if n else 0, n, p.device):
-        G, kept = _load(gradient, rows), None
-        loaded = [_load(moment, rows) for moment in moments]
+    for rows in chunks(len(weight) if n else 0, n, p.device):
+        G, kept = load(gradient, rows), None
+        loaded = [load(moment, rows) for moment in moments]
         if told is not None and (mask := left_out_blocks(G, width)) is not None:
             told.masked_fill_(mask.any(), h.step)
-            kept = Kept(mask, G, weight.unchanged(rows), loaded, width)
+            kept = KeptBlocks(mask, G, weight.unchanged(rows), loaded, width)
             G = kept.gradient
         W = weight.load(rows, h)
         m = loaded[0]
@@ -284,51 +193,9 @@ def update_parameter(
             kept.restore(W, loaded)
         weight.store(rows, W, h)
         for kind, (moment, value) in enumerate(zip(moments, loaded, strict=True), start=1):
-            _store(moment, rows, value, h, kind, place.first_row, place.first_column // width, blocks)
+            store(moment, rows, value, h, kind, place.first_row, place.first_column // width, blocks)
     weight.finish()
     if factored is None or shared:
         return factored
     factored.store(h, told)
     return None
-
-
-def _as_rows(x: Tensor, n: int) -> Tensor:
-    """``x`` as (rows, n): a view where its strides allow, else a copy."""
-    return x.detach().reshape(x.numel() // n if n else math.prod(x.shape[:-1]), n)
-
-
-def _chunks(rows: int, n: int, device: torch.device) -> Iterator[range]:
-    size = max(1, (CHUNK_CPU if device.type == "cpu" else CHUNK_GPU) // max(1, n))
-    return (range(start, min(start + size, rows)) for start in range(0, rows, size))
-
-
-def _load(x: Tensor, rows: range) -> Tensor:
-    return x[rows.start : rows.stop].float()
-
-
-def _store(
-    x: Tensor,
-    rows: range,
-    value: Tensor,
-    h: Hyper,
-    kind: int,
-    first_row: int = 0,
-    first_column: int = 0,
-    n: int | None = None,
-) -> None:
-    """Write ``value`` to ``rows`` of ``x``, unless it is those rows; ``kind`` tells a parameter's tensors apart.
-
-    In the whole tensor, whose rows have ``n`` columns (by default those of ``x``), ``x`` begins at ``first_row`` and
-    ``first_column``.
-    """
-    if x.dtype == torch.float32 and value.data_ptr() == x[rows.start : rows.stop].data_ptr():
-        return
-    if x.dtype == torch.bfloat16 and h.stochastic:
-        where = range(first_row + rows.start, first_row + rows.stop)
-        columns = range(first_column, first_column + x.shape[-1])
-        n = x.shape[-1] if n is None else n
-        bits = random_bits(
-            where, n, seed=h.seed, step=h.step, stream=4 * h.stream + kind, device=x.device, columns=columns
-        )
-        value = stochastic_round_(value.contiguous(), bits)
-    x[rows.start : rows.stop] = value

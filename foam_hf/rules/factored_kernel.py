@@ -34,10 +34,12 @@ from foam_hf.kernels.tables import (
     Entry,
     Geometry,
     device_of,
+    launches_of,
     numbers,
 )
-from foam_hf.rules.by_rows import LARGEST_CENTER, LARGEST_STEP, Hyper
+from foam_hf.rules.by_rows import LARGEST_CENTER, LARGEST_STEP
 from foam_hf.tensors.places import Group
+from foam_hf.tensors.step import Hyper, Member
 
 STRIPE = 128  # S, rows of a program of the big pass
 ROW_ELEMENTS = 1024  # R * C: a program reads a stretch of a row that is long enough for the memory's pages
@@ -362,3 +364,17 @@ class FactoredLaunch(AddressTable):
                 ),
                 num_warps=4,
             )
+
+
+def make_launches(members: list[Member]) -> tuple[list[FactoredLaunch], list[Member]]:
+    """Launches for ``members``, plain weights of this rule, and the members that no kernel takes."""
+    return launches_of(members, _geometry_of, FactoredLaunch)
+
+
+def _geometry_of(entry: Entry) -> Geometry | None:
+    place = entry.place
+    if place.column_groups:  # no kernel for row means of which other ranks have a part
+        return None
+    # A rank without rows has means of columns all the same.
+    empty = bool(place.row_groups) and entry.moments[2].numel() > 0
+    return Geometry.of(entry) if entry.fits(empty) else None

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foam_hf.int8.rows import Int8Rows
-from foam_hf.int8.weight import Int8Weight
-from foam_hf.rules.by_rows import LARGEST_STEP, Hyper, PlainRows, _as_rows, _chunks, _load, _store, fold
+from foam_hf.rules.by_rows import LARGEST_STEP, fold
 from foam_hf.tensors.folding import Level, block_width, blocked, num_blocks, split_moment
+from foam_hf.tensors.rows import as_rows, chunks, load, store, weight_rows
+from foam_hf.tensors.step import Hyper
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, from Keller Jordan's Muon
 ITERATIONS, SMALLEST_NORM = 5, 1e-7
@@ -80,19 +80,19 @@ def update_muon(p: Tensor, grad: Tensor, state: MutableMapping[str, Any], level:
         return
     rows, n = p.shape[-2:]
     width = block_width(level, n)
-    weight = Int8Rows(p) if isinstance(p, Int8Weight) else PlainRows(p, n)
-    gradient, momentum = _as_rows(grad, n), _as_rows(state["folded_momentum"], num_blocks(level, n))
+    weight = weight_rows(p)
+    gradient, momentum = as_rows(grad, n), as_rows(state["folded_momentum"], num_blocks(level, n))
     size = 0.2 * math.sqrt(max(rows, n))
     step = h.lr * size * h.scale
     for first in range(0, len(weight), rows):
-        chunks = [range(first + chunk.start, first + chunk.stop) for chunk in _chunks(rows, n, p.device)]
+        parts = [range(first + chunk.start, first + chunk.stop) for chunk in chunks(rows, n, p.device)]
         direction = torch.empty(rows, n, dtype=torch.bfloat16, device=p.device)
-        for chunk in chunks:
+        for chunk in parts:
             direction[chunk.start - first : chunk.stop - first] = _direction(gradient, momentum, chunk, width, h)
         direction = orthogonalize(direction, COEFFICIENTS, ITERATIONS, SMALLEST_NORM)
         if size > LARGEST_STEP / LARGEST_VALUE:  # smaller matrices have no element that is limited
             direction.clamp_(-LARGEST_STEP / size, LARGEST_STEP / size)
-        for chunk in chunks:
+        for chunk in parts:
             W = weight.load(chunk, h)
             W.add_(direction[chunk.start - first : chunk.stop - first], alpha=-step)
             weight.store(chunk, W, h)
@@ -101,9 +101,9 @@ def update_muon(p: Tensor, grad: Tensor, state: MutableMapping[str, Any], level:
 
 def _direction(gradient: Tensor, momentum: Tensor, rows: range, width: int, h: Hyper) -> Tensor:
     """What is to be orthogonalised of ``rows``, float32; their momentum advances."""
-    G, m = _load(gradient, rows), _load(momentum, rows)
+    G, m = load(gradient, rows), load(momentum, rows)
     B, n = torch.empty_like(G), G.shape[-1]
     for Gi, mi, Bi in zip(blocked(G, width), split_moment(m, width, n), blocked(B, width), strict=True):
         muon_rule(Gi, mi, Bi, h)
-    _store(momentum, rows, m, h, kind=1)
+    store(momentum, rows, m, h, kind=1)
     return B

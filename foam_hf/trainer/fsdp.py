@@ -8,9 +8,10 @@ the variables ACCELERATE_USE_FSDP and FSDP_VERSION, by which `accelerate launch`
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from typing import Any
+
+from foam_hf.tensors.rows import kind_of
 
 _TRUE = ("1", "true", "yes")
 
@@ -70,10 +71,9 @@ def refuse_with_fsdp(model: Any, trainer: Any, options: Mapping[str, Any]) -> No
             "gradient_release=true updates each weight inside the backward pass, before FSDP2 has added up its "
             "gradient over the processes; expected gradient_release=false, or one process without FSDP"
         )
-    int8_weights = sys.modules.get("foam_hf.int8.weight")  # never imported, there are none
-    if model is None or int8_weights is None:
+    if model is None:
         return
-    names = [name for name, p in model.named_parameters() if isinstance(p, int8_weights.Int8Weight)]
+    names = [name for name, p in model.named_parameters() if kind_of(p) == "int8"]
     if names:
         raise ValueError(
             f"INT8 weights cannot be sharded: {type(model).__name__} has {len(names)}, {names[0]} the first, and runs "

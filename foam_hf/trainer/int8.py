@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from foam_hf.optim_args import one_of_ours
+from foam_hf.tensors.rows import kind_of
 
 
 def refuse_other_optimizer(model: Any, optimizer: str) -> None:
@@ -23,10 +23,9 @@ def refuse_other_optimizer(model: Any, optimizer: str) -> None:
 
 
 def _trained_int8(model: Any) -> list[str]:
-    int8_weights = sys.modules.get("foam_hf.int8.weight")  # never imported, there are none
-    if int8_weights is None or not callable(getattr(model, "named_parameters", None)):
+    if not callable(getattr(model, "named_parameters", None)):
         return []
-    return [name for name, p in model.named_parameters() if isinstance(p, int8_weights.Int8Weight) and p.requires_grad]
+    return [name for name, p in model.named_parameters() if kind_of(p) == "int8" and p.requires_grad]
 
 
 def refuse_ready_made_optimizer(trainer: Any) -> None:

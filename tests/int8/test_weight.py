@@ -18,7 +18,7 @@ from foam_hf.int8.rows import added, uniform
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.memory import summarize
 from foam_hf.memory.storages import storages, total, without
-from foam_hf.rules.by_rows import Hyper
+from foam_hf.tensors.step import Hyper
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -456,7 +456,7 @@ def test_the_random_bits_are_a_function_of_place_alone(monkeypatch):
 
     def trained(rows=slice(None), chunk=None, seed=5, neighbours=0):
         if chunk:
-            monkeypatch.setattr("foam_hf.rules.by_rows.CHUNK_CPU", chunk)
+            monkeypatch.setattr("foam_hf.tensors.rows.CHUNK_CPU", chunk)
         params = [nn.Parameter(torch.ones(3)) for _ in range(neighbours)]
         p = nn.Parameter(Int8Weight.from_float(weight[rows]))
         optimizer = FOAM([*params, p], lr=1e-3, level=3, seed=seed)

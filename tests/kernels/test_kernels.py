@@ -289,8 +289,11 @@ def test_tables_serve_while_gradients_come_and_go(monkeypatch, options):
         for i in missing:
             found[i] = None
     made: list[int] = []
-    original = kernels.make_launches
-    monkeypatch.setattr(kernels, "make_launches", lambda members: made.append(1) or original(members))
+    for module in (kernels, factored_kernels):
+        original = module.make_launches
+        monkeypatch.setattr(
+            module, "make_launches", lambda members, original=original: made.append(1) or original(members)
+        )
 
     def trained(anew: bool) -> tuple[list[torch.Tensor], list[int]]:
         params = [torch.nn.Parameter(w.clone()) for w in weights]
@@ -317,10 +320,7 @@ def test_one_group_of_equal_geometry_is_one_launch():
     optimizer = FOAM(params)
     for p in params:
         p.grad = torch.ones_like(p)
-    members = [
-        kernels.Member(p, optimizer._state_of(p, optimizer.param_groups[0]), 8, "block", i)
-        for i, p in enumerate(params)
-    ]
+    members = [optimizer._member(p, optimizer.param_groups[0], i) for i, p in enumerate(params)]
     launches, unfit = kernels.make_launches(members)
     assert len(launches) == 1 and not unfit
 

@@ -82,7 +82,7 @@ def test_chunks_change_nothing(monkeypatch, second_moment):
     weight, gradients = torch.randn(6, 19), [g.cpu() for g in poisoned((6, 19), math.nan)]
     options = {"level": 2, "second_moment": second_moment, "state_dtype": torch.bfloat16}
     whole, _ = train(weight, gradients, **options)
-    monkeypatch.setattr("foam_hf.rules.by_rows.CHUNK_CPU", 40)
+    monkeypatch.setattr("foam_hf.tensors.rows.CHUNK_CPU", 40)
     chunked, _ = train(weight, gradients, **options)
     assert_within(chunked, whole, "five steps against float64, float32 weights")
 

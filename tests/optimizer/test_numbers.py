@@ -12,7 +12,7 @@ from torch import nn
 
 from foam_hf import FOAM
 from foam_hf.int8.weight import Int8Weight
-from foam_hf.rules.by_rows import Member
+from foam_hf.tensors.step import Member
 from tests.support.tolerances import assert_within
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import foam_hf.rules.by_rows
+import foam_hf.tensors.rows
 from foam_hf import FOAM, foam_param_groups
 from foam_hf.memory import expected_state_bytes, state_bytes, summarize
 from foam_hf.rules.adam_8bit import Quantized, _dynamic_map
@@ -91,7 +91,7 @@ def test_codes_are_the_nearest_values_and_roots_never_become_zero(signed):
 def test_chunks_change_nothing(monkeypatch, dtype, n):
     weight, grads = torch.randn(600, n).to(dtype), [torch.randn(600, n).to(dtype) for _ in range(3)]
     whole, _ = train(weight, grads, plain_state="8bit")
-    monkeypatch.setattr(foam_hf.rules.by_rows, "CHUNK_CPU", 256 * n)
+    monkeypatch.setattr(foam_hf.tensors.rows, "CHUNK_CPU", 256 * n)
     chunked, _ = train(weight, grads, plain_state="8bit")
     assert torch.equal(whole, chunked)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-import foam_hf.rules.by_rows
+import foam_hf.tensors.rows
 from foam_hf import FOAM, foam_param_groups
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.rules.adam_mini import rows_of_blocks
@@ -84,7 +84,7 @@ def test_chunks_and_strides_change_nothing(monkeypatch, chunk, mini_rows):
     whole, _ = train(weight, grads, **options)
     transposed, _ = train(weight.t().contiguous().t(), [grad.t().contiguous().t() for grad in grads], **options)
     assert torch.equal(whole, transposed)
-    monkeypatch.setattr(foam_hf.rules.by_rows, "CHUNK_CPU", chunk)
+    monkeypatch.setattr(foam_hf.tensors.rows, "CHUNK_CPU", chunk)
     chunked, _ = train(weight, grads, **options)
     assert torch.equal(whole, chunked)
 

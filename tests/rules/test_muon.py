@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import foam_hf.rules.by_rows
+import foam_hf.tensors.rows
 from foam_hf import FOAM, foam_param_groups
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.rules.muon import COEFFICIENTS, newton_schulz, orthogonalize
@@ -92,7 +92,7 @@ def test_a_gpu_follows_the_float64_reference(shape):
 def test_chunks_change_nothing(monkeypatch, dtype, chunk):
     weight, grads = torch.randn(3, 5, 19).to(dtype), [torch.randn(3, 5, 19).to(dtype) for _ in range(3)]
     whole, _ = train(weight, grads, level=2, state_dtype=torch.bfloat16)
-    monkeypatch.setattr(foam_hf.rules.by_rows, "CHUNK_CPU", chunk)
+    monkeypatch.setattr(foam_hf.tensors.rows, "CHUNK_CPU", chunk)
     chunked, _ = train(weight, grads, level=2, state_dtype=torch.bfloat16)
     assert torch.equal(whole, chunked)
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import foam_hf.rules.by_rows
+import foam_hf.tensors.rows
 from foam_hf.optimizer import FOAM
 from tests.support.reference import Reference
 from tests.support.tolerances import assert_within
@@ -95,7 +96,7 @@ def test_chunks_change_nothing(monkeypatch, chunk, dtype, second_moment):
     weight, grads = torch.randn(3, 5, 19).to(dtype), [torch.randn(3, 5, 19).to(dtype) for _ in range(3)]
     options = {"lr": 0.01, "level": 2, "second_moment": second_moment, "state_dtype": torch.bfloat16}
     whole, _ = train(weight, grads, **options)
-    monkeypatch.setattr(foam_hf.rules.by_rows, "CHUNK_CPU", chunk)
+    monkeypatch.setattr(foam_hf.tensors.rows, "CHUNK_CPU", chunk)
     chunked, _ = train(weight, grads, **options)
     if second_moment == "block":
         assert torch.equal(whole, chunked)
