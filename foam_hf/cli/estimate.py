@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
+import os
 import re
 import sys
 import warnings
@@ -12,8 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foam_hf.cli.errors import CommandError
+from foam_hf.cli.way_out import SWITCHES, WayOut, describe, find_way_out
+from foam_hf.display import format_bytes
+from foam_hf.optim_args import FOAM_NAMES, one_of_ours, split_optim_args
+
 if TYPE_CHECKING:
-    from foam_hf.cli.way_out import WayOut
     from foam_hf.planner.planner import Planner
     from foam_hf.planner.report import Row
 
@@ -80,14 +85,23 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
-def run(options: argparse.Namespace) -> int:
+def main(options: argparse.Namespace) -> int:
     """Print the plans; 1 if none fits on the card, else 0.
 
     Raises:
-        ValueError: a model, an optimizer or an option that cannot be used, in one line.
-        ImportError: --plot without matplotlib.
-        OSError: --plot cannot write its file.
+        CommandError: a model, an optimizer or an option that cannot be used, --plot without matplotlib, or a picture
+            that cannot be written; in one line.
     """
+    try:
+        return _quietly(options)
+    except BrokenPipeError:  # `| head` has seen enough; nor must Python complain when it closes the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, ImportError, OSError) as error:
+        raise CommandError(str(error)) from error
+
+
+def _quietly(options: argparse.Namespace) -> int:
     if not options.json:  # importing torch and following a step take seconds
         print(f"foam-hf estimate: planning {options.model}, in about ten seconds ...", file=sys.stderr, flush=True)
     before = logging.root.manager.disable
@@ -101,7 +115,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from foam_hf.optim_args import one_of_ours
     from foam_hf.planner.planner import Planner
     from foam_hf.planner.report import draw, print_table, to_json
 
@@ -170,7 +183,6 @@ def chosen_optimizers(
     Raises:
         ValueError: an unknown or repeated name, or an option that none of them takes.
     """
-    from foam_hf.optim_args import split_optim_args
     from foam_hf.planner.counting import OPTIMIZERS, option_keys
 
     chosen = [name.strip() for entry in names or [COMPARED] for name in entry.split(",")]
@@ -259,8 +271,6 @@ def _notes(rows: list[Row], options: Any, foam_only: list[str]) -> list[str]:
 
 def _verdict(rows: list[Row], options: Any, found: WayOut | None, planner: Planner) -> list[str]:
     """No row fits: what is nearest, what the package can do about it, and the lines that do it."""
-    from foam_hf.cli.way_out import describe
-    from foam_hf.memory.measured import format_bytes
 
     least = rows[0].plan
     nothing = "As asked, nothing" if found is not None and found.fits else "Nothing"
@@ -289,8 +299,6 @@ def _command(options: Any, planner: Planner) -> list[str]:
 
 def _way_out(planner: Planner, rows: list[Row], options: Any, choices: list[tuple[str, dict[str, str]]]) -> Any:
     """What the package can do where no row fits the card, not even with a smaller batch; None where it need not."""
-    from foam_hf.cli.way_out import SWITCHES, find_way_out
-
     if options.gpu is None or any(row.largest_batch for row in rows):
         return None
     asked = {name: bool(getattr(options, name)) for name in (*SWITCHES, "lora_rank", "gradient_accumulation")}
@@ -298,8 +306,6 @@ def _way_out(planner: Planner, rows: list[Row], options: Any, choices: list[tupl
 
 
 def _is_foam(name: str) -> bool:
-    from foam_hf.optim_args import FOAM_NAMES
-
     return name in FOAM_NAMES
 
 

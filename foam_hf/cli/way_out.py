@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foam_hf.optim_args import FOAM_NAMES
+from foam_hf.cli.errors import CommandError
+from foam_hf.cli.recipes import recipe_folders
+from foam_hf.display import format_bytes
+from foam_hf.optim_args import FOAM_NAMES, split_optim_args
 
 if TYPE_CHECKING:
     from foam_hf.planner.plan import Plan
@@ -92,8 +95,6 @@ def describe(found: WayOut, model: str, planner: Planner, command: list[str]) ->
 
     `command` is that of the estimate: model, card and what else was asked for.
     """
-    from foam_hf.memory.measured import format_bytes
-
     flags = " ".join("--" + name.replace("_", "-") for name in found.switches)
     would = "takes" if found.fits else "would still take"
     with_options = f" ({found.plan.options})" if found.plan.options else ""
@@ -152,8 +153,6 @@ def bundled_configs() -> list[tuple[str, Path, dict[str, Any]]]:
     """(recipe, file, settings) of every config of the instruct recipe's script, those of `quantized` first."""
     import yaml  # transformers depends on it
 
-    from foam_hf.cli.command import CommandError, recipe_folders
-
     try:
         folders = recipe_folders()
     except CommandError:  # an installation without recipes
@@ -184,6 +183,4 @@ def hub_name(model: str) -> str:
 
 
 def _pairs(optim_args: str) -> dict[str, str]:
-    from foam_hf.optim_args import split_optim_args
-
     return dict(split_optim_args(optim_args))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from foam_hf.folders import MANIFEST, check_destination
+from foam_hf.folders import MANIFEST, check_destination, whole_folder
 from foam_hf.int8.weight import Int8Weight
 
 METHOD = "foam_int8"  # quantization_config["quant_method"] of such a checkpoint
@@ -159,16 +158,10 @@ def export_checkpoint(source: str | Path, destination: str | Path, dtype: torch.
         return math.prod(shape) * (dtype if cast else getattr(torch, held, torch.float32)).itemsize
 
     sizes = {name: size(name) for name in sorted([*converted, *plain])}
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".foam-hf-", dir=destination.parent) as workspace:
-        folder = Path(workspace) / "model"
-        folder.mkdir()
+    with whole_folder(destination) as folder:
         _copy_others(source, folder)
         _write_config(config, dtype, folder)
         _write_shards(sizes, tensor, folder)
-        if destination.is_dir():
-            destination.rmdir()
-        folder.rename(destination)
     return len(converted)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foam_hf.display import UNAVAILABLE, format_bytes
 from foam_hf.memory.storages import state_storages, storages, total, without
 from foam_hf.optim_args import default_scale
 from foam_hf.optimizer.checks import check_options
@@ -19,7 +20,6 @@ from foam_hf.optimizer.state import effective_rule, state_spec
 from foam_hf.tensors.places import is_sharded, local
 from foam_hf.tensors.rows import PLAIN, kind_of
 
-UNAVAILABLE = "unavailable"
 _PLAIN = {"block": "plain AdamW", "8bit": "AdamW with moments of 8 bits", "adam_mini": "Adam-mini"}  # by rule
 
 
@@ -131,20 +131,6 @@ def adamw_state_bytes(params: Iterable[Tensor]) -> int:
     """
     unique = {id(p): p for p in params if p.requires_grad}
     return sum(2 * mine.numel() * mine.element_size() + 4 for mine in map(local, unique.values()))
-
-
-def format_bytes(n: int | None) -> str:
-    """`n` bytes in decimal units: "512 B", "1.23 MB"; "unavailable" for None."""
-    if n is None:
-        return UNAVAILABLE
-    if abs(n) < 1000:
-        return f"{n} B"
-    value = n / 1000
-    for unit in ("kB", "MB", "GB"):
-        if abs(value) < 999.995:  # more would print as 1000.00
-            return f"{value:.2f} {unit}"
-        value /= 1000
-    return f"{value:.2f} TB"
 
 
 def headline(optimizer: Any) -> str:

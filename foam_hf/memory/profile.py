@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foam_hf.memory.measured import format_bytes
+from foam_hf.display import INK, KIND_COLORS, format_bytes
 from foam_hf.memory.storages import state_storages, storages, total
-from foam_hf.planner.report import INK, KIND_COLORS
 
-PICTURES = (".png", ".pdf", ".svg")
 FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer step"
 
 _BOTTOM_TO_TOP = ("weights", "state", "gradients", "activations")
@@ -130,15 +128,6 @@ def _size(gradient: Tensor, devices: set[torch.device]) -> int:
     """Called hundreds of times a sample, so by arithmetic alone."""
     local = gradient.to_local() if hasattr(gradient, "to_local") else gradient  # DTensor
     return local.numel() * local.element_size() if local.device in devices else 0
-
-
-def missing_for_pictures() -> str | None:
-    """What keeps pictures from being drawn, with the cure; None if nothing does."""
-    import importlib.util
-
-    if importlib.util.find_spec("matplotlib") is None:
-        return "drawing needs matplotlib, which is not installed; expected: pip install matplotlib"
-    return None
 
 
 def draw(samples: Sequence[Sample], path: Path, *, title: str) -> None:

@@ -9,13 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from foam_hf.memory.measured import format_bytes
+from foam_hf.display import INK, KIND_COLORS, format_bytes
 from foam_hf.planner.plan import Plan
 
 KINDS = ("weights", "gradients", "state", "activations")
-# Told apart in grey print and by people who see fewer colours: dark to light, and blue beside orange.
-KIND_COLORS = {"weights": "#3d4450", "gradients": "#a3aab4", "state": "#e08a1e", "activations": "#7db4e0"}
-INK, _RED = "#202124", "#c5221f"
+_RED = "#c5221f"
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from foam_hf.display import PICTURES, missing_for_pictures
 from foam_hf.memory.measured import MemoryBreakdown, breakdown, state_bytes
-from foam_hf.memory.profile import PICTURES, StepRecorder, draw, missing_for_pictures
+from foam_hf.memory.profile import StepRecorder, draw
 from foam_hf.trainer.run_report import BatchWatch, Predicted, predict, row, table
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from foam_hf.folders import (
-    MANIFEST,
+from foam_hf.folders import MANIFEST
+from foam_hf.trainer.file_checks import (
     Damaged,
     Unfinished,
     check_file,

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from foam_hf.folders import MANIFEST, Damaged
+from foam_hf.folders import MANIFEST
+from foam_hf.trainer.file_checks import Damaged
 
 PIECE = 1 << 26  # bytes of a file under one checksum: the pieces are read in parallel
 SENTINEL = "checkpoint-is-incomplete.txt"  # of `enable_jit_checkpoint`, removed once the manifest is written

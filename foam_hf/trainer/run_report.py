@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from foam_hf.memory.measured import UNAVAILABLE, MemoryBreakdown, format_bytes
+from foam_hf.display import UNAVAILABLE, format_bytes
+from foam_hf.memory.measured import MemoryBreakdown
 from foam_hf.optim_args import FOAM_NAMES, foam_options
 from foam_hf.planner.activations import activation_bytes, optimizer_temporary_bytes
 from foam_hf.planner.counting import OPTIMIZERS, count_bytes

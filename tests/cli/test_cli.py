@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 
 import foam_hf
 from foam_hf.cli import command as cli
+from foam_hf.cli import recipes
+from foam_hf.cli.run import SITECUSTOMIZE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,13 +145,13 @@ def test_the_users_own_path_is_kept(tmp_path: Path, theirs: str | None) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, env={**inherited, **environment}, capture_output=True, text=True
     )
     expected = ast.literal_eval(alone.stdout)
-    assert ast.literal_eval(done.stdout) == [expected[0], str(cli._SITECUSTOMIZE), *expected[1:]]
+    assert ast.literal_eval(done.stdout) == [expected[0], str(SITECUSTOMIZE), *expected[1:]]
 
 
 def test_interpreter_without_foam_hf_runs_silently_or_says_one_line(tmp_path: Path) -> None:
     """Another interpreter: here this one, with another prefix and without the checkout on its path."""
     code = "import sys; assert 'foam_hf' not in sys.modules"
-    hook = str(cli._SITECUSTOMIZE)
+    hook = str(SITECUSTOMIZE)
 
     def start(path: list[str]) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "FOAM_HF_RUN_PREFIX": "/another"}
@@ -182,7 +185,7 @@ def test_failing_sitecustomize_of_the_user_does_not_keep_foam_hf_out(tmp_path: P
 def test_two_hook_folders_on_the_path_do_not_call_each_other_for_ever(tmp_path: Path) -> None:
     copied = tmp_path / "copy"
     copied.mkdir()
-    (copied / "sitecustomize.py").write_text((cli._SITECUSTOMIZE / "sitecustomize.py").read_text())
+    (copied / "sitecustomize.py").write_text((SITECUSTOMIZE / "sitecustomize.py").read_text())
     done = foam_hf_command("run", "--", sys.executable, "-c", "print('fine')", cwd=tmp_path, path=[copied, ROOT])
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "fine", "")
 
@@ -246,7 +249,7 @@ def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (package / "recipes" / name / "__pycache__" / "train.pyc").touch()
         (package / "recipes" / name / "README.md").write_text(title)
         (package / "recipes" / name / "train.py").write_text(f"print('{name}')\n")
-    monkeypatch.setattr(cli, "_PACKAGE", package)
+    monkeypatch.setattr(recipes, "_PACKAGE", package)
     (tmp_path / "user").mkdir()
     monkeypatch.chdir(tmp_path / "user")
     return tmp_path / "user"
@@ -303,7 +306,7 @@ def test_copy_that_fails_half_way_leaves_nothing(
         Path(dest).touch()
 
     monkeypatch.setattr("shutil.copy2", copy_two)
-    monkeypatch.setattr(cli.shutil.copytree, "__defaults__", (False, None, copy_two, False, False))
+    monkeypatch.setattr(shutil.copytree, "__defaults__", (False, None, copy_two, False, False))
     assert cli.main(["recipes", "copy", "glue"]) == 1
     assert "cannot write glue" in capsys.readouterr().err
     assert list(bundled.iterdir()) == []
@@ -320,7 +323,7 @@ def test_installation_without_recipes_says_so(
 ) -> None:
     (tmp_path / "recipes" / "of-somebody-else").mkdir(parents=True)
     (tmp_path / "recipes" / "of-somebody-else" / "README.md").touch()
-    monkeypatch.setattr(cli, "_PACKAGE", tmp_path / "foam_hf")
+    monkeypatch.setattr(recipes, "_PACKAGE", tmp_path / "foam_hf")
     assert cli.main(["recipes"]) == 1
     assert "no recipes" in capsys.readouterr().err
 

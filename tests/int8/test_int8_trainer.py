@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from foam_hf import FOAM, Int8Config, foam_param_groups
+from foam_hf.folders import MANIFEST
 from foam_hf.int8.weight import Int8Weight
-from foam_hf.trainer.checkpoints import MANIFEST
 from tests.int8.test_quantizer import (
     assert_same_bits,
     bits,

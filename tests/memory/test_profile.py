@@ -305,7 +305,7 @@ def test_command_learns_the_picture(given, told, tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     monkeypatch.chdir(tmp_path)
     seen: dict[str, str] = {}
-    monkeypatch.setattr(cli.os, "execvpe", lambda file, args, env: seen.update(env) or sys.exit(0))
+    monkeypatch.setattr("os.execvpe", lambda file, args, env: seen.update(env) or sys.exit(0))
     with pytest.raises(SystemExit):
         cli.main(["run", "--report-memory", *given, "--", "x"])
     assert seen["FOAM_HF_REPORT_MEMORY"] == (told if told == "1" else str(tmp_path / told))

@@ -1,0 +1,141 @@
+"""`foam-hf run`: a training command whose scripts do not know foam_hf, with optim="foam" registered in it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from foam_hf.cli.errors import CommandError
+from foam_hf.display import PICTURES
+from foam_hf.optim_args import FOAM_NAMES
+
+USAGE = "foam-hf run [--summary] [--report-memory [PICTURE]] -- COMMAND ..."
+SITECUSTOMIZE = Path(__file__).resolve().parents[1] / "_sitecustomize"
+
+
+def add_parser(commands: Any) -> None:
+    """Add `run` to the subparsers of `foam-hf`."""
+    parser = commands.add_parser(
+        "run",
+        help="run a training command with optim=foam and its kin registered in it",
+        description="Run an unmodified training command (python, torchrun, accelerate launch, trl, ...) with "
+        f"--optim {', '.join(FOAM_NAMES)} available in it and in every python it starts.",
+        usage=USAGE,
+        epilog="example: foam-hf run --report-memory -- python train.py --optim foam --optim_args level=row",
+    )
+    parser.add_argument(
+        "--summary",
+        action="store_true",
+        help="print which weights fold, which do not, and what their state takes, before the first step",
+    )
+    parser.add_argument(
+        "--report-memory",
+        nargs="?",
+        const="1",
+        metavar="PICTURE",
+        help="add OptimizerMemoryCallback: measure and log the optimizer's bytes; with a file name that ends in .png, "
+        ".pdf or .svg, also draw the GPU's memory through a training step into it (needs matplotlib)",
+    )
+
+
+def refuse_misread(words: list[str], command: list[str] | None) -> None:
+    """Raise CommandError for a command without its "--" that asks for help: argparse would print ours.
+
+    Args:
+        words: what follows `foam-hf run`, up to "--".
+        command: what follows "--"; None without one.
+    """
+    if command is not None:
+        return
+    start = next((i for i, word in enumerate(words) if not word.startswith("-")), None)
+    if start and words[start - 1] == "--report-memory" and words[start].lower().endswith(PICTURES):
+        start = next((i for i, word in enumerate(words) if i > start and not word.startswith("-")), None)
+    if start is None:
+        return
+    ours, theirs = (any(word in ("-h", "--help") for word in some) for some in (words[:start], words[start:]))
+    if theirs and not ours:
+        raise CommandError(_unexpected(words, words[start], command))
+
+
+def main(options: argparse.Namespace, words: list[str], stray: list[str], command: list[str] | None) -> int:
+    """Run the command, as this process where the system can; return its exit code.
+
+    Args:
+        options: as parsed.
+        words, command: as `refuse_misread` takes them.
+        stray: the words that the parser did not know.
+
+    Raises:
+        CommandError: an argument that is not ours, or a command that cannot be run.
+    """
+    report = options.report_memory
+    if command is None and report in words and not report.lower().endswith(PICTURES):
+        stray = [report, *stray]  # the command, its "--" forgotten
+    if stray:
+        raise CommandError(_unexpected(words, stray[0], command))
+    report = _picture(report)
+    if not command:
+        raise CommandError("no command given; expected: foam-hf run -- python train.py --optim foam ...")
+    environment = _environment(report, options.summary)
+    try:
+        if os.name == "posix":
+            _replace_process(command, environment)
+        return subprocess.run(command, env=environment, check=False).returncode
+    except FileNotFoundError:
+        raise CommandError(f"command not found: {command[0]}", code=127) from None
+    except (OSError, ValueError) as error:  # ValueError: an empty command, or a NUL in it
+        reason = getattr(error, "strerror", None) or error
+        raise CommandError(f"cannot execute {command[0]!r}: {reason}", code=126) from None
+
+
+def _unexpected(words: list[str], word: str, command: list[str] | None) -> str:
+    if command is not None or word.startswith("-"):
+        return f"unknown argument {word}; expected: {USAGE}"
+    start = words.index(word)
+    right = ["foam-hf", "run", *words[:start], "--", *words[start:]]
+    return f"put -- before the command, got {shlex.join(words[start:])}; expected: {shlex.join(right)}"
+
+
+def _picture(report: str | None) -> str | None:
+    """What the callback is told: "1", or a path that holds wherever the command goes. Checked before the training."""
+    if report in (None, "1"):
+        return report
+    path = Path(report).absolute()
+    if path.suffix.lower() not in PICTURES:
+        raise CommandError(
+            f"--report-memory draws into a file that ends in {', '.join(PICTURES)}, got {report!r}; "
+            "expected: foam-hf run --report-memory memory.png -- COMMAND ..."
+        )
+    if not path.parent.is_dir():
+        raise CommandError(f"no folder {path.parent} for {path.name}; expected one that exists")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CommandError(
+            f"drawing {path.name} needs matplotlib; expected: pip install matplotlib, or --report-memory alone"
+        )
+    return str(path)
+
+
+def _environment(report: str | None, summary: bool) -> dict[str, str]:
+    environment = dict(os.environ)
+    inherited = environment.get("PYTHONPATH")  # an empty entry in it means the current folder; an empty one nothing
+    if str(SITECUSTOMIZE) not in (inherited or "").split(os.pathsep):
+        environment["PYTHONPATH"] = os.pathsep.join([str(SITECUSTOMIZE), *([inherited] if inherited else [])])
+    environment["FOAM_HF_RUN_PREFIX"] = sys.prefix  # children of this interpreter may import foam_hf from a checkout
+    if summary:
+        environment["FOAM_HF_SUMMARY"] = "1"
+    if report is not None:
+        environment["FOAM_HF_REPORT_MEMORY"] = report
+    return environment
+
+
+def _replace_process(command: list[str], environment: dict[str, str]) -> NoReturn:
+    """Become the command, so that signals and the exit code are its own."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execvpe(command[0], command, environment)

@@ -1,0 +1,32 @@
+"""How numbers and pictures look, wherever they are shown."""
+
+from __future__ import annotations
+
+UNAVAILABLE = "unavailable"
+PICTURES = (".png", ".pdf", ".svg")  # the files that pictures are drawn into
+INK = "#202124"
+# Told apart in grey print and by people who see fewer colours: dark to light, and blue beside orange.
+KIND_COLORS = {"weights": "#3d4450", "gradients": "#a3aab4", "state": "#e08a1e", "activations": "#7db4e0"}
+
+
+def format_bytes(n: int | None) -> str:
+    """`n` bytes in decimal units: "512 B", "1.23 MB"; "unavailable" for None."""
+    if n is None:
+        return UNAVAILABLE
+    if abs(n) < 1000:
+        return f"{n} B"
+    value = n / 1000
+    for unit in ("kB", "MB", "GB"):
+        if abs(value) < 999.995:  # more would print as 1000.00
+            return f"{value:.2f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
+
+
+def missing_for_pictures() -> str | None:
+    """What keeps pictures from being drawn, with the cure; None if nothing does."""
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        return "drawing needs matplotlib, which is not installed; expected: pip install matplotlib"
+    return None
