@@ -10,7 +10,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 CHECKED := foam_hf recipes tests
 # Tests compute on tiny tensors: more threads than processes only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-COMPAT_TESTS := tests/trainer/test_trainer.py tests/trainer/test_runs.py tests/cli/test_cli.py \
+COMPAT_TESTS := tests/trainer/test_trainer.py tests/trainer/test_patches.py tests/trainer/test_runs.py tests/cli/test_cli.py \
 	tests/optimizer/test_groups.py tests/trainer/test_callback.py tests/planner/test_counting.py tests/planner/test_model_configs.py \
 	tests/trainer/test_trainer_release.py tests/planner/test_planner.py tests/int8/test_compat.py tests/trainer/test_client_groups.py
 

@@ -59,21 +59,16 @@ def __dir__() -> list[str]:
 
 
 def _register_names(module: types.ModuleType) -> None:
-    from foam_hf.trainer.patches import register_names
+    from foam_hf.trainer.names import register_names
 
     register_names(module)
+    _patch(module)
 
 
-def _register_trainer(module: types.ModuleType) -> None:
-    from foam_hf.trainer.patches import register_trainer
+def _patch(module: types.ModuleType) -> None:
+    from foam_hf.trainer.patches import patch
 
-    register_trainer(module)
-
-
-def _register_modelcard(module: types.ModuleType) -> None:
-    from foam_hf.trainer.patches import register_modelcard
-
-    register_modelcard(module)
+    patch(module)
 
 
 def _register_int8(module: types.ModuleType) -> None:
@@ -81,6 +76,6 @@ def _register_int8(module: types.ModuleType) -> None:
 
 
 on_import("transformers.training_args", _register_names)
-on_import("transformers.trainer", _register_trainer)
-on_import("transformers.modelcard", _register_modelcard)
+on_import("transformers.trainer", _patch)
+on_import("transformers.modelcard", _patch)
 on_import("transformers.quantizers.auto", _register_int8)

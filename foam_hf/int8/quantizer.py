@@ -2,7 +2,9 @@
 
 What this file relies on, in transformers 5.6 to 5.x: `register_quantization_config` and `register_quantizer` (public),
 the hooks of `HfQuantizer` that it overrides, and `AutoHfQuantizer.merge_quantization_configs`, which is wrapped: it
-drops what a user asks of a checkpoint that is quantized already, `dequantize=True` with the rest.
+drops what a user asks of a checkpoint that is quantized already, `dequantize=True` with the rest. `int8.models` calls
+`PreTrainedModel._init_weights`, by which a model draws the weights of a module. What is relied on beside INT8 is in
+`foam_hf/trainer/patches.py`.
 """
 
 from __future__ import annotations

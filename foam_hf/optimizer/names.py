@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,14 +55,3 @@ def named(optimizer: Any, model: Any) -> Iterator[None]:
     finally:
         for group in optimizer.param_groups:
             group.pop("param_names", None)
-
-
-def loading_by_name(original: Callable[..., Any], foam_of: Callable[[Any], Any]) -> Callable[..., Any]:
-    """`Trainer._load_optimizer_and_scheduler`, where FOAM compares the names of weights."""
-
-    @functools.wraps(original)
-    def _load_optimizer_and_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with named(foam_of(self), self.model):
-            return original(self, *args, **kwargs)
-
-    return _load_optimizer_and_scheduler

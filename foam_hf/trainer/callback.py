@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,38 @@ logger = logging.getLogger(__name__)
 _ENDINGS = ", ".join(PICTURES)
 
 
-def _never_raising(event: Callable[..., None]) -> Callable[..., None]:
-    """A report that fails must not cost a training run: warn once with the reason, go on."""
+@dataclass(frozen=True)
+class _Moment:
+    """What Trainer says to a callback when something happens."""
 
-    @functools.wraps(event)
-    def guarded(self: OptimizerMemoryCallback, *args: Any, **kwargs: Any) -> None:
+    args: TrainingArguments
+    state: TrainerState
+    control: TrainerControl
+    model: Any = None
+    optimizer: Any = None
+
+
+def _event(react: Callable[[Any, _Moment], None]) -> Callable[..., None]:
+    """An event of `TrainerCallback`. A report that fails must not cost a training run: warn once, go on."""
+
+    @functools.wraps(react)
+    def event(
+        self: OptimizerMemoryCallback,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
         try:
-            event(self, *args, **kwargs)
+            react(self, _Moment(args, state, control, model, optimizer))
         except Exception as error:
             self._warn_once(
                 f"the report on optimizer memory fails ({type(error).__name__}: {error}); training goes on"
             )
 
-    return guarded
+    return event
 
 
 class OptimizerMemoryCallback(TrainerCallback):
@@ -89,19 +109,12 @@ class OptimizerMemoryCallback(TrainerCallback):
         # a weak proxy cannot be pickled, nor the hooks of a model that is in training
         return {**self.__dict__, "trainer": None, "_watch": None, "_recorder": None}
 
-    @_never_raising
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    @_event
+    def on_train_begin(self, moment: _Moment) -> None:
         """Start afresh; warn if training resumes from a checkpoint that has no optimizer."""
         self.heard = True
-        args, model = self._trained(args, model)
+        moment = self._of_trainer(moment)
+        model, state, optimizer = moment.model, moment.state, moment.optimizer
         self._take_hooks_off()
         self._first, self._to_measure, self._to_log = None, True, False
         if model is not None:
@@ -110,112 +123,81 @@ class OptimizerMemoryCallback(TrainerCallback):
         # Whatever the files are called, what was restored is there.
         resumed = state.global_step > 0 and optimizer is not None
         self._resumed_without_state = resumed and state_bytes(optimizer) == 0
-        folder = _checkpoint(args, state)
+        folder = _checkpoint(moment.args, state)
         # Also optimizer.bin, optimizer_0 (FSDP), rank0-of-2-optimizer.pt (XLA), global_step8 (DeepSpeed).
         saved = folder and any("optimizer" in name or name.startswith("global_step") for name in os.listdir(folder))
         if self._resumed_without_state and folder and not saved:
             self._resumed_without_state = False
             self._warn_of_lost_state(state, f"from {folder}, which has no optimizer.pt")
 
-    @_never_raising
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    @_event
+    def on_step_begin(self, moment: _Moment) -> None:
         """Record the step after the first one: from then on there is state."""
         self.heard = True
-        args, model = self._trained(args, model)
-        if self._to_record and self._first is not None and model is not None and optimizer is not None:
+        moment = self._of_trainer(moment)
+        model = moment.model
+        if self._to_record and self._first is not None and model is not None and moment.optimizer is not None:
             self._to_record = False
-            self._recorder = StepRecorder(model, optimizer, _gpus(model))
+            self._recorder = StepRecorder(model, moment.optimizer, _gpus(model))
             self._recorder.start()
 
-    @_never_raising
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    @_event
+    def on_pre_optimizer_step(self, moment: _Moment) -> None:
         """Backward is over, and gradients are clipped."""
         if self._recorder is not None:
             self._recorder.before_optimizer()
 
-    @_never_raising
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    @_event
+    def on_optimizer_step(self, moment: _Moment) -> None:
         """Measure after the first step that was taken: state exists by now, and gradients exist still."""
         if self._recorder is not None:
             self._recorder.after_optimizer()
         self._hears_steps = True
-        self._measure(state, self._trained(args, model)[1], optimizer)
+        self._measure(self._of_trainer(moment))
 
-    @_never_raising
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    @_event
+    def on_step_end(self, moment: _Moment) -> None:
         """Log the first measurement, now that the step counts; draw the step that was recorded."""
-        args, model = self._trained(args, model)
+        moment = self._of_trainer(moment)
+        step = moment.state.global_step
         if not self._hears_steps:  # a training loop of somebody else's, with this event alone
-            self._measure(state, model, optimizer)
+            self._measure(moment)
         if self._recorder is not None and self.plot is not None:
             recorder, self._recorder = self._recorder, None
-            title = f"{type(model).__name__}, {_name(optimizer)}: GPU memory through step {state.global_step}"
+            title = f"{type(moment.model).__name__}, {_name(moment.optimizer)}: GPU memory through step {step}"
             draw(recorder.stop(), self.plot, title=title)
-            tqdm.write(f"Memory through step {state.global_step} is drawn in {self.plot}")
+            tqdm.write(f"Memory through step {step} is drawn in {self.plot}")
         if self._to_log and self._first is not None:
             self._to_log = False
-            should_log = control.should_log
+            should_log = moment.control.should_log
             try:
-                self._log(_metrics(self._first), state)
+                self._log(_metrics(self._first), moment.state)
             finally:
-                control.should_log = should_log  # or logging now would swallow Trainer's own log of this step
+                moment.control.should_log = should_log  # or logging now would swallow Trainer's own log of this step
 
-    @_never_raising
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    @_event
+    def on_train_end(self, moment: _Moment) -> None:
         """Print the table on the main process."""
         if self._to_record:
             self._warn_once(f"{self.plot} is not drawn: training had no second step, the first one with all memory")
-        args, model = self._trained(args, model)
+        moment = self._of_trainer(moment)
         own = None
         try:
-            own = self._row(model, optimizer)
+            own = self._row(moment.model, moment.optimizer)
         finally:
             rows = _gather(own)  # even if this process has nothing to tell: the others wait for it
         measured = [found for found in rows if found is not None]
-        if state.is_world_process_zero and measured:
-            printed = table(measured, _name(optimizer), self._predicted(args, model, optimizer))
+        if moment.state.is_world_process_zero and measured:
+            printed = table(measured, _name(moment.optimizer), self._predicted(moment))
             tqdm.write("\n" + printed)  # write: a progress bar may be open
 
-    def _trained(self, args: Any, model: Any) -> tuple[Any, Any]:
-        """Trainer's arguments and model: setfit gives callbacks its own, whose model is no module."""
+    def _of_trainer(self, moment: _Moment) -> _Moment:
+        """With Trainer's arguments and model: setfit gives callbacks its own, whose model is no module."""
+        model = moment.model
         if model is None or isinstance(model, nn.Module):
-            return args, model
+            return moment
         try:
-            return self.trainer.args, self.trainer.model
+            return replace(moment, args=self.trainer.args, model=self.trainer.model)
         except (AttributeError, ReferenceError):
             raise TypeError(
                 f"the model that callbacks get is no torch.nn.Module but a {type(model).__name__}, and no Trainer is "
@@ -233,8 +215,9 @@ class OptimizerMemoryCallback(TrainerCallback):
         weighty = [one for one in losses if any(id(p) not in known for p in one.parameters())]
         return nn.ModuleList([model, *weighty]) if weighty else model
 
-    def _measure(self, state: TrainerState, model: Any, optimizer: Any) -> None:
+    def _measure(self, moment: _Moment) -> None:
         """Once, after a step that was taken."""
+        model, optimizer = moment.model, moment.optimizer
         skipped = getattr(optimizer, "step_was_skipped", False)  # accelerate, when a loss scale overflowed
         if not self._to_measure or skipped or model is None or optimizer is None:
             return
@@ -243,20 +226,21 @@ class OptimizerMemoryCallback(TrainerCallback):
         self._to_log = True
         # An optimizer that keeps nothing, as SGD, has lost nothing: only now is this one known to keep something.
         if self._resumed_without_state and self._first.state > 0:
-            self._warn_of_lost_state(state, "but the optimizer's state was not restored")
+            self._warn_of_lost_state(moment.state, "but the optimizer's state was not restored")
 
     def _row(self, model: Any, optimizer: Any) -> dict[str, int | None] | None:
         return None if self._first is None else row(self._first, breakdown(self._with_loss(model), optimizer))
 
-    def _predicted(self, args: TrainingArguments, model: Any, optimizer: Any) -> Predicted | None:
+    def _predicted(self, moment: _Moment) -> Predicted | None:
         watch = self._watch
         self._take_hooks_off()  # or the model's copy would have them
         try:
             if watch is None:
                 return None
+            model, optimizer = moment.model, _inner(moment.optimizer)
             whole, on_gpu = self._with_loss(model), bool(_gpus(model))
-            return predict(model, _inner(optimizer), args, watch, on_gpu=on_gpu, whole=whole)
-        except Exception as error:  # what was measured is told all the same
+            return predict(model, optimizer, moment.args, watch, on_gpu=on_gpu, whole=whole)
+        except Exception as error:  # what was measured is shown all the same
             self._warn_once(f"the report lacks what was predicted ({type(error).__name__}: {error})")
             return None
 

@@ -1,20 +1,31 @@
-"""The manifest of a checkpoint: who is writing it, and then the size and the CRC-32 of every file."""
+"""Which checkpoints are whole: a manifest says who is writing one, and then the size and the CRC-32 of every file."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import re
 import socket
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from foam_hf.folders import MANIFEST
-from foam_hf.trainer.file_checks import Damaged
+from foam_hf.trainer.file_checks import (
+    Damaged,
+    Unfinished,
+    check_file,
+    check_without_manifest,
+    is_read,
+    step_for_missing,
+)
+
+logger = logging.getLogger("foam_hf")
 
 PIECE = 1 << 26  # bytes of a file under one checksum: the pieces are read in parallel
 SENTINEL = "checkpoint-is-incomplete.txt"  # of `enable_jit_checkpoint`, removed once the manifest is written
@@ -189,3 +200,99 @@ def _started(pid: Any) -> str | None:
         )
     except (OSError, ValueError, TypeError, IndexError):
         return None
+
+
+# which checkpoints are whole
+
+
+def checkpoints_in(output: Path) -> list[Path]:
+    """The folders of checkpoints in `output`, the newest first."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output.glob("checkpoint-*")]
+    numbered = [(int(match[1]), path) for match, path in found if match is not None and path.is_dir()]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def check(folder: Path, wanted: Callable[[str], bool] = is_read) -> None:
+    """Raise Unfinished or Damaged if what is `wanted` of a checkpoint is not what was saved."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        check_without_manifest(folder, wanted)
+        return
+    if manifest["complete"] is False:
+        raise Unfinished("its save did not finish")
+    saved = {name: sums for name, sums in manifest["files"].items() if name != SENTINEL and wanted(name)}
+    for name, sums in saved.items():
+        path = folder / name
+        if not path.is_file():
+            raise Damaged(f"{name} is missing{step_for_missing(name)}")
+        if path.stat().st_size != sums["bytes"]:
+            _refuse_changed(path, name, f"has {path.stat().st_size} bytes, it was saved with {sums['bytes']}")
+    found = checksums([folder / name for name in saved], manifest["piece"])
+    for name, sums in saved.items():
+        if found[folder / name] != sums:
+            _refuse_changed(folder / name, name, "has other contents than were saved")
+
+
+def _refuse_changed(path: Path, name: str, how: str) -> None:
+    try:
+        check_file(path)
+    except Damaged as problem:
+        raise Damaged(f"{name} {how}, and cannot be read: {problem}") from None
+    raise Damaged(f"{name} {how}; if that is meant, delete {MANIFEST}, and it is taken as it is")
+
+
+def instead(folder: Path) -> str:
+    """Which other checkpoint is whole, as the end of a sentence."""
+    for other in checkpoints_in(folder.parent):
+        if other != folder:
+            try:
+                check(other)
+            except (Unfinished, Damaged):
+                continue
+            return f"; the newest complete checkpoint beside it is {other}"
+    return "; no other checkpoint there is complete"
+
+
+def newest_whole(output: Path) -> str | None:
+    """The newest complete checkpoint in `output`, or None where there is none at all, which Trainer says.
+
+    Raises:
+        ValueError: it is damaged, or none is complete.
+    """
+    folders = checkpoints_in(output)
+    passed = []
+    for folder in folders:
+        try:
+            check(folder)
+        except Unfinished as problem:
+            passed.append(f"{folder.name} ({problem})")
+            continue
+        except Damaged as problem:
+            raise ValueError(_refusal(folder, problem)) from None
+        if passed:
+            logger.warning(f"training resumes from {folder}, as newer checkpoints are incomplete: {', '.join(passed)}")
+        return str(folder)
+    if passed:
+        raise ValueError(
+            f"no checkpoint in {output} is complete: {', '.join(passed)}; expected one whose save finished, or "
+            "training from the start, without resume_from_checkpoint"
+        )
+    return None
+
+
+def checked(folder: Path) -> str:
+    """The folder of a checkpoint to resume from, if it is whole.
+
+    Raises:
+        ValueError: it is incomplete or damaged.
+    """
+    if folder.is_dir():  # otherwise Trainer says what is missing
+        try:
+            check(folder)
+        except (Unfinished, Damaged) as problem:
+            raise ValueError(_refusal(folder, problem)) from None
+    return str(folder)
+
+
+def _refusal(folder: Path, problem: Exception) -> str:
+    return f"{folder} cannot be resumed from: {problem}{instead(folder)}"

@@ -1,8 +1,7 @@
-"""`optim_args="gradient_release=true"` inside the Hugging Face Trainer: refusals, hooks while it trains, clipping.
+"""`optim_args="gradient_release=true"` inside the Hugging Face Trainer: hooks while it trains, clipping.
 
-What this file relies on, in transformers 4.57 to 5.x: `TrainerCallback.on_train_begin` comes when model and optimizer
-are where they stay, after `model.to()` has dropped the hooks of quantized weights; between backward pass and step,
-Trainer clips and measures gradients with `trainer.accelerator.clip_grad_norm_`, which is ours while it trains.
+`TrainerCallback.on_train_begin` comes when model and optimizer are where they stay, after `model.to()` has dropped
+the hooks of quantized weights.
 """
 
 from __future__ import annotations
@@ -15,54 +14,24 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
-from foam_hf.optimizer.release import GradientRelease, enable_gradient_release, refuse_distributed
+from foam_hf.optimizer.release import GradientRelease, enable_gradient_release
+from foam_hf.trainer.names import releases_gradients
+from foam_hf.trainer.patches import replace_clipping
+from foam_hf.trainer.refusals import refuse_kept_gradients_of
 
 logger = logging.getLogger("foam_hf")
 
 
-def refuse_arguments(args: Any) -> None:
-    """Raise ValueError for TrainingArguments that need gradients to outlive the backward pass."""
-    if args.gradient_accumulation_steps > 1:
-        raise ValueError(
-            "gradient_release=true updates each weight inside the backward pass, so that no gradient is left to add "
-            f"to: got gradient_accumulation_steps={args.gradient_accumulation_steps}; expected 1, with a larger "
-            "per_device_train_batch_size if it fits, or gradient_release=false"
-        )
-    if args.fp16:
-        raise ValueError(
-            "gradient_release=true updates each weight before a loss scaler could look for overflows in all of them: "
-            "got fp16=True; expected bf16=True or float32, or gradient_release=false"
-        )
-
-
-def _refuse_run(trainer: Any) -> None:
-    """The same for what only the trainer knows."""
-    refuse_arguments(trainer.args)
-    if trainer.model is not None:  # between the trials of a hyperparameter search there is none
-        refuse_distributed(trainer.model)
-    if trainer.args.n_gpu > 1:
-        raise ValueError(
-            f"gradient_release=true trains on one GPU: got {trainer.args.n_gpu}, which DataParallel would share; "
-            "expected one of them in CUDA_VISIBLE_DEVICES, or gradient_release=false"
-        )
-    if getattr(trainer.accelerator, "scaler", None) is not None:
-        raise ValueError(
-            "gradient_release=true updates each weight before a loss scaler could look for overflows in all of them: "
-            f"got mixed_precision={trainer.accelerator.mixed_precision!r} from accelerate; expected 'bf16' or 'no', "
-            "or gradient_release=false"
-        )
-
-
 @contextmanager
-def released(trainer: Any, asked: Callable[[Any], bool]) -> Iterator[None]:
-    """Release gradients as soon as training begins, if the arguments then are `asked`, and not after this context.
+def released(trainer: Any) -> Iterator[None]:
+    """Release gradients as soon as training begins, if the arguments then ask for it, and not after this context.
 
     Raises:
         ValueError: the run needs gradients to outlive the backward pass.
     """
-    if asked(trainer.args):
-        _refuse_run(trainer)
-    callback = _Release(trainer, asked)
+    if releases_gradients(trainer.args):
+        refuse_kept_gradients_of(trainer)
+    callback = _Release(trainer)
     trainer.add_callback(callback)
     try:
         yield
@@ -89,23 +58,23 @@ def _warn(args: Any) -> None:
 class _Release(TrainerCallback):
     """Registers the hooks, again where `auto_find_batch_size` begins anew."""
 
-    def __init__(self, trainer: Any, asked: Callable[[Any], bool]) -> None:
-        self._trainer, self._asked = trainer, asked
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
         self._handle: GradientRelease | None = None
-        self._accelerator: Any = None  # whose clip_grad_norm_ is ours
+        self._clip_as_before: Callable[[], None] | None = None
         self._warned = False
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.remove()
         trainer = self._trainer
-        if not self._asked(trainer.args):
+        if not releases_gradients(trainer.args):
             return
-        _refuse_run(trainer)
+        refuse_kept_gradients_of(trainer)
         if not self._warned:
             self._warned = True
             _warn(trainer.args)
-        self._accelerator = trainer.accelerator  # a hyperparameter search has made a new one by now
-        self._accelerator.clip_grad_norm_ = self.grad_norm
+        # the accelerator of now: a hyperparameter search has made a new one
+        self._clip_as_before = replace_clipping(trainer.accelerator, self.grad_norm)
         self._handle = enable_gradient_release(
             trainer.model, trainer.optimizer, max_grad_norm=trainer.args.max_grad_norm
         )
@@ -116,9 +85,9 @@ class _Release(TrainerCallback):
 
     def remove(self) -> None:
         handle, self._handle = self._handle, None
-        accelerator, self._accelerator = self._accelerator, None
-        if accelerator is not None:
-            del accelerator.clip_grad_norm_
+        clip_as_before, self._clip_as_before = self._clip_as_before, None
+        if clip_as_before is not None:
+            clip_as_before()
         if handle is None:
             return
         if handle.unfinished:

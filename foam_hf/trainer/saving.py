@@ -5,11 +5,6 @@ the disk, is one with the size and the CRC-32 of every file, renewed for what ca
 save that was killed, cut off by a power failure or stopped by a full disk is known for what it is, and so is every
 file that changed afterwards. Old checkpoints are deleted only when the new one is whole, and unfinished ones only when
 nobody can be writing them.
-
-What this file relies on, in transformers 4.57 to 5.x, wrapped by `trainer_plugin`: `Trainer._save_checkpoint` writes
-`checkpoint-STEP` into `Trainer._get_output_dir(trial)`, its last file is `trainer_state.json`, then come
-`Trainer._push_from_checkpoint` and the deletion of old ones, by `Trainer._rotate_checkpoints` (4.x) or
-`transformers.trainer.rotate_checkpoints` (5.x), and after it `CallbackHandler.on_save`.
 """
 
 from __future__ import annotations
@@ -25,8 +20,19 @@ from typing import Any
 
 from foam_hf.folders import MANIFEST
 from foam_hf.optimizer.names import named
-from foam_hf.trainer.checkpoints import checkpoints_in, foam_of, instead
-from foam_hf.trainer.manifest import begin, files_of, seal, stamps, surely_dead, unfinished, writing
+from foam_hf.trainer.manifest import (
+    begin,
+    checkpoints_in,
+    files_of,
+    instead,
+    seal,
+    stamps,
+    surely_dead,
+    unfinished,
+    writing,
+)
+from foam_hf.trainer.names import foam_of, is_ours
+from foam_hf.trainer.patches import checkpoint_folder
 from foam_hf.trainer.weights import warn_unreadable
 
 logger = logging.getLogger("foam_hf")
@@ -34,22 +40,22 @@ logger = logging.getLogger("foam_hf")
 _running: ContextVar[_Save | None] = ContextVar("foam_hf_save", default=None)
 
 
-def saving(original: Callable[..., Any], is_ours: Callable[[Any], bool]) -> Callable[..., Any]:
+def wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     """`Trainer._save_checkpoint`, with a manifest and the names of the weights that the optimizer holds state of."""
 
     @functools.wraps(original)
-    def _save_checkpoint(self: Any, model: Any, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if not is_ours(self.args):
-            return original(self, model, trial, *args, **kwargs)
-        optimizer = foam_of(self)
+    def _save_checkpoint(trainer: Any, model: Any, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not is_ours(trainer.args):
+            return original(trainer, model, trial, *args, **kwargs)
+        optimizer = foam_of(trainer)
         if optimizer is not None:
             optimizer.check_gradients()
-        save = _Save(self, Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+        save = _Save(trainer, Path(checkpoint_folder(trainer, trial)))
         token = _running.set(save)
         try:
-            with writing(save.folder), named(optimizer, self.model):
+            with writing(save.folder), named(optimizer, trainer.model):
                 save.begin()
-                result = original(self, model, trial, *args, **kwargs)
+                result = original(trainer, model, trial, *args, **kwargs)
                 save.finish()
         except Exception as error:
             if _is_of_the_disk(error) and not save.is_whole:  # else it is of an upload, or an old one's deletion
@@ -57,13 +63,13 @@ def saving(original: Callable[..., Any], is_ours: Callable[[Any], bool]) -> Call
             raise
         finally:
             _running.reset(token)
-        self.callback_handler._foam_hf_save = save
+        trainer.callback_handler._foam_hf_save = save
         return result
 
     return _save_checkpoint
 
 
-def finishing(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_after_last_file(original: Callable[..., Any]) -> Callable[..., Any]:
     """What Trainer does with a checkpoint that it takes for finished: upload it, delete older ones."""
 
     @functools.wraps(original)
@@ -78,13 +84,13 @@ def finishing(original: Callable[..., Any]) -> Callable[..., Any]:
     return after_the_last_file
 
 
-def sealing_again(original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_on_save(original: Callable[..., Any]) -> Callable[..., Any]:
     """`CallbackHandler.on_save`, where callbacks convert, annotate or remove files of the checkpoint just saved."""
 
     @functools.wraps(original)
-    def on_save(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        save = self.__dict__.pop("_foam_hf_save", None)
+    def on_save(handler: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(handler, *args, **kwargs)
+        save = handler.__dict__.pop("_foam_hf_save", None)
         if save is not None:
             save.seal_again()
         return result
@@ -194,6 +200,6 @@ def _changed(folder: Path) -> float:
 
 def _is_of_the_disk(error: Exception) -> bool:
     """Whether writing failed, in the words of Python, safetensors or torch."""
-    told = str(error)
-    writer = "inline_container" in told or "PytorchStreamWriter" in told
+    message = str(error)
+    writer = "inline_container" in message or "PytorchStreamWriter" in message
     return isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or writer

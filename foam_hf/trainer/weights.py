@@ -3,10 +3,6 @@
 ViT, LLaVA, Qwen2-VL, GPT-NeoX and most mixtures of experts are saved as their first authors' files are, and only
 `from_pretrained` reads that; Trainer would leave such weights as they were. Under FOAM they are read by it and copied.
 
-What this file relies on: `Trainer._load_from_checkpoint` and `Trainer._issue_warnings_after_load`, wrapped by
-`trainer_plugin`; `from_pretrained` of the model's class. To know what is saved under other names before it is saved,
-`core_model_loading.revert_weight_conversion` and `WeightConverter`, `conversion_mapping.get_model_conversion_mapping`
-and the model's `_weight_conversions` (5.x), or its `_checkpoint_conversion_mapping` (4.57).
 """
 
 from __future__ import annotations
@@ -19,24 +15,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from foam_hf.trainer.names import is_ours
+from foam_hf.trainer.patches import (
+    as_saved,
+    has_adapters,
+    has_converters,
+    is_deepspeed_enabled,
+    is_fsdp_enabled,
+    saves_other_names,
+    warn_after_load,
+)
+
 logger = logging.getLogger("foam_hf")
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 # loading
-
-
-def loading_renamed(original: Callable[..., Any], is_ours: Callable[[Any], bool]) -> Callable[..., Any]:
-    """`Trainer._load_from_checkpoint`, with the weights that transformers saves under other names."""
-
-    @functools.wraps(original)
-    def _load_from_checkpoint(self: Any, resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_ours(self.args) and loads(self, Path(resume_from_checkpoint)):
-            return None
-        return original(self, resume_from_checkpoint, *args, **kwargs)
-
-    return _load_from_checkpoint
 
 
 def loads(trainer: Any, folder: Path) -> bool:
@@ -62,8 +57,7 @@ def loads(trainer: Any, folder: Path) -> bool:
         raise ValueError(f"{folder} cannot be loaded: {reason}")
     refuse_missing(model, missing)
     result = model.load_state_dict(state, strict=False)
-    if hasattr(trainer, "_issue_warnings_after_load"):
-        trainer._issue_warnings_after_load(result)
+    warn_after_load(trainer, result)
     return True
 
 
@@ -81,14 +75,14 @@ def _read(model: Any, folder: Path) -> tuple[dict[str, Any], list[str]]:
     dtypes = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     with torch.random.fork_rng(devices=[]):  # what is not in the checkpoint is drawn, and dropped here
-        loaded, told = type(model).from_pretrained(
+        loaded, info = type(model).from_pretrained(
             folder,
             config=_config(model),
             dtype=dtype,
             output_loading_info=True,
             attn_implementation="eager",  # the fast ones may ask for a GPU
         )
-    missing = set(told["missing_keys"])
+    missing = set(info["missing_keys"])
     return {name: tensor for name, tensor in loaded.state_dict().items() if name not in missing}, sorted(missing)
 
 
@@ -105,9 +99,9 @@ def _by_plain_names(trainer: Any) -> bool:
     """Whether Trainer would load a state dict into the model by its names: not of PEFT, FSDP or DeepSpeed."""
     from transformers import PreTrainedModel
 
-    engine = getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False)
+    engine = is_fsdp_enabled(trainer) or is_deepspeed_enabled(trainer)
     model = trainer.model
-    return isinstance(model, PreTrainedModel) and not engine and not getattr(model, "_hf_peft_config_loaded", False)
+    return isinstance(model, PreTrainedModel) and not engine and not has_adapters(model)
 
 
 def _saved_shapes(folder: Path) -> Shapes | None:
@@ -131,43 +125,24 @@ def _saved_shapes(folder: Path) -> Shapes | None:
 def _is_renamed(model: Any, saved: Shapes) -> bool:
     """Whether `saved` has names that are not the model's in place of some that are, or other layouts under its own."""
     mine = _shapes(model.state_dict())
-    return bool(mine.keys() - saved.keys() and saved.keys() - mine.keys()) or _has_converters(model)
+    return bool(mine.keys() - saved.keys() and saved.keys() - mine.keys()) or has_converters(model)
 
 
 def _shapes(state: dict[str, Any]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in state.items() if hasattr(tensor, "shape")}
 
 
-def _conversions(model: Any) -> list[Any]:
-    """How transformers 5 changes the model's weights as it saves them."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import PrefixChange
-    except ImportError:
-        return []
-    kept = getattr(model, "_weight_conversions", None)
-    if kept is not None:
-        return list(kept)
-    return [
-        each for each in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(each, PrefixChange)
-    ]
-
-
-def _has_converters(model: Any) -> bool:
-    return any(type(each).__name__ == "WeightConverter" for each in _conversions(model))
-
-
 # weights that nothing could load
 
 
-def refusing_missing_weights(original: Callable[..., Any], is_ours: Callable[[Any], bool]) -> Callable[..., Any]:
+def wrap_issue_warnings(original: Callable[..., Any]) -> Callable[..., Any]:
     """`Trainer._issue_warnings_after_load`, which only warns about weights that a checkpoint did not bring."""
 
     @functools.wraps(original)
-    def _issue_warnings_after_load(self: Any, load_result: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_ours(self.args):
-            refuse_missing(self.model, load_result.missing_keys)
-        return original(self, load_result, *args, **kwargs)
+    def _issue_warnings_after_load(trainer: Any, load_result: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_ours(trainer.args):
+            refuse_missing(trainer.model, load_result.missing_keys)
+        return original(trainer, load_result, *args, **kwargs)
 
     return _issue_warnings_after_load
 
@@ -255,20 +230,14 @@ def refuse_unreadable(trainer: Any) -> None:
     model = trainer.model
     if model is None or not trainer.args.load_best_model_at_end or not _by_plain_names(trainer):
         return
-    renamed = getattr(model, "_checkpoint_conversion_mapping", None) or _conversions(model)
-    reason = renamed and _not_remade(model)
+    reason = saves_other_names(model) and _not_remade(model)
     if reason and _is_renamed(model, _reverted(model)):
         raise ValueError(f"load_best_model_at_end: {_unreadable(model, _reverted(model))}")
 
 
 def _reverted(model: Any) -> Shapes:
     """What transformers 5 would save of the model."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return {}
-    state = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
-    return _shapes(revert_weight_conversion(model, state))
+    return _shapes(as_saved(model, {name: tensor.to("meta") for name, tensor in model.state_dict().items()}))
 
 
 def warn_unreadable(trainer: Any, folder: Path) -> None:

@@ -20,8 +20,7 @@ from foam_hf import FOAM, foam_param_groups
 from foam_hf import recipe_kit as recipe_helpers
 from foam_hf.cli import command as cli
 from foam_hf.optim_args import foam_options
-from foam_hf.trainer.patches import _refuse_sharding
-from foam_hf.trainer.release import refuse_arguments
+from foam_hf.trainer.refusals import refuse_kept_gradients, refuse_sharding
 
 REPO = Path(__file__).resolve().parents[2]
 PAGE = (REPO / "docs" / "mistakes.md").read_text(encoding="utf-8")
@@ -52,13 +51,15 @@ def run_of(**variables: str) -> Callable[..., str]:
     def message(monkeypatch: pytest.MonkeyPatch, *_: Any) -> str:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        return error_of(_refuse_sharding, SimpleNamespace(optim="foam", optim_args=None))()
+        return error_of(refuse_sharding, SimpleNamespace(optim="foam", optim_args=None))()
 
     return message
 
 
 def release(**settings: Any) -> Callable[..., str]:
-    return error_of(refuse_arguments, SimpleNamespace(**{"gradient_accumulation_steps": 1, "fp16": False, **settings}))
+    return error_of(
+        refuse_kept_gradients, SimpleNamespace(**{"gradient_accumulation_steps": 1, "fp16": False, **settings})
+    )
 
 
 def command(*words: str) -> Callable[..., str]:

@@ -381,7 +381,7 @@ def test_an_upload_that_fails_is_not_taken_for_a_failed_save(monkeypatch, run: P
         raise ConnectionError("the hub is unreachable")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_push_from_checkpoint", trainer_saving.finishing(unreachable))
+        patch.setattr(Trainer, "_push_from_checkpoint", trainer_saving.wrap_after_last_file(unreachable))
         trainer = make_trainer(run, **SAVING)
         trainer.args.push_to_hub = True
         with pytest.raises(ConnectionError, match="^the hub is unreachable$"):

@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from foam_hf.trainer import int8 as trainer_int8
+from foam_hf.trainer import patches
+from foam_hf.trainer.checkpoints import refuse_other_weights
 from tests.support.tiny_models import classification_data, tiny_roberta
 from tests.trainer.test_trainer import ROOT, make_args
 
@@ -89,8 +90,9 @@ def test_a_ready_made_odd_optimizer_trains(tmp_path: Path) -> None:
 def test_a_trainer_whose_parts_are_odd_passes_every_wrapper(tmp_path: Path) -> None:
     """Each wrapped method of `Trainer` on objects that lack what a Trainer has."""
     bare = types.SimpleNamespace(args=types.SimpleNamespace(optim=["no", "name"]), model=object(), state=None)
-    names = ("train", "create_optimizer", "_load_from_checkpoint", "_save_checkpoint", "_load_best_model")
-    names += tuple(name for name in ("_issue_warnings_after_load", "_push_from_checkpoint") if hasattr(Trainer, name))
+    rows = [row for row in patches.TABLE if row.owner == "Trainer" and row.wrapper and hasattr(Trainer, row.name)]
+    names = [row.name for row in rows if row.name != "get_optimizer_cls_and_kwargs"]  # static
+    assert "_save_checkpoint" in names
     for args in (bare.args, types.SimpleNamespace(), None):
         bare.args = args
         for name in names:
@@ -101,29 +103,16 @@ def test_a_trainer_whose_parts_are_odd_passes_every_wrapper(tmp_path: Path) -> N
 
 
 def _rewrapped(name: str, original: Any) -> Any:
-    from foam_hf.trainer import checkpoints as trainer_checkpoints
-    from foam_hf.trainer import patches as trainer_plugin
-    from foam_hf.trainer import saving as trainer_saving
-    from foam_hf.trainer import weights as trainer_weights
-
-    is_ours = trainer_plugin._is_ours
     original.__name__ = name
-    return {
-        "train": trainer_plugin._binding_train,
-        "create_optimizer": trainer_plugin._creating_optimizer,
-        "_load_from_checkpoint": functools.partial(trainer_int8.refusing_other_checkpoints, is_ours=is_ours),
-        "_save_checkpoint": functools.partial(trainer_saving.saving, is_ours=is_ours),
-        "_load_best_model": functools.partial(trainer_checkpoints.loading_best, is_ours=is_ours),
-        "_issue_warnings_after_load": functools.partial(trainer_weights.refusing_missing_weights, is_ours=is_ours),
-        "_push_from_checkpoint": trainer_saving.finishing,
-    }[name](original)
+    (row,) = (row for row in patches.TABLE if row.owner == "Trainer" and row.name == name)
+    return patches._wrapper(row.wrapper)(original)
 
 
 @pytest.mark.parametrize("config", [[], "text", {"quantization_config": "awq"}, {"quantization_config": [1]}, None])
 def test_a_checkpoint_with_an_odd_config_is_transformers_business(tmp_path: Path, config: Any) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
-    trainer_int8._refuse_other_checkpoint(object(), str(tmp_path))
+    refuse_other_weights(object(), str(tmp_path))
 
 
 def test_importing_changes_no_bit_of_a_run(tmp_path: Path) -> None:

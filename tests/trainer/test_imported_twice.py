@@ -11,7 +11,7 @@ from tests.trainer.test_trainer import python
 AGAIN = {
     "purged": "for name in ours(): del sys.modules[name]\nimport foam_hf",
     "reloaded": "for name in ours(): importlib.reload(sys.modules[name])",
-    "autoreloaded": "importlib.reload(sys.modules['foam_hf.trainer.patches'])",
+    "autoreloaded": "importlib.reload(sys.modules['foam_hf.trainer.names'])",
 }
 
 CODE = """

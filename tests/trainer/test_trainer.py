@@ -27,8 +27,9 @@ import foam_hf
 from foam_hf import FOAM
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.optim_args import FOAM_NAMES
-from foam_hf.trainer import patches as trainer_plugin
+from foam_hf.trainer import build, names, patches
 from foam_hf.trainer.callback import OptimizerMemoryCallback
+from foam_hf.trainer.refusals import refuse_sharding
 from tests.support.tiny_models import classification_data, tiny_llama, tiny_roberta
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,9 +95,9 @@ def test_command_line_parser_offers_the_names(tmp_path: Path) -> None:
 def test_registering_again_changes_nothing() -> None:
     before = list(OptimizerNames), Trainer.train, Trainer.get_optimizer_cls_and_kwargs, TrainingArguments.__post_init__
     importlib.reload(foam_hf)
-    trainer_plugin.register_names(training_args)
-    trainer_plugin.register_trainer(trainer)
-    trainer_plugin.register_modelcard(modelcard)
+    names.register_names(training_args)
+    for module in (training_args, trainer, modelcard):
+        patches.patch(module)
     assert before == (
         list(OptimizerNames),
         Trainer.train,
@@ -123,21 +124,22 @@ def test_name_that_transformers_ships_stays_theirs(
     module = types.ModuleType("transformers.training_args")
     module.OptimizerNames, module.TrainingArguments = OptimizerNames, TrainingArguments  # type: ignore[attr-defined]
     theirs = OptimizerNames.FOAM
-    monkeypatch.setattr(trainer_plugin, "_registered", set())
+    monkeypatch.setattr(names, "_registered", set())
     with caplog.at_level(logging.WARNING, "foam_hf"):
-        trainer_plugin.register_names(module)
+        names.register_names(module)
     assert OptimizerNames.FOAM is theirs and OptimizerNames("foam_mini") == "foam_mini"
-    assert trainer_plugin._registered == set(FOAM_NAMES) - {"foam"}
+    assert names._registered == set(FOAM_NAMES) - {"foam"}
     assert [record.getMessage().startswith("transformers has its own optim='foam'") for record in caplog.records] == [
         True
     ]
     args = types.SimpleNamespace(optim=theirs)
-    assert trainer_plugin._building_foam(lambda args, model: "theirs").__func__(args, None) == "theirs"
+    assert build.wrap_get_optimizer(lambda args, model: "theirs").__func__(args, None) == "theirs"
 
 
 def test_transformers_without_a_needed_name_is_an_error_that_names_it() -> None:
     with pytest.raises(ImportError, match=r"cannot register with transformers .*Trainer has no get_optimizer_cls"):
-        trainer_plugin.register_trainer(types.SimpleNamespace(Trainer=type("Trainer", (), {})))  # type: ignore[arg-type]
+        module = types.SimpleNamespace(__name__="transformers.trainer", Trainer=type("Trainer", (), {}))
+        patches.patch(module)  # type: ignore[arg-type]
 
 
 # args as data
@@ -451,7 +453,7 @@ def with_fsdp(**plugin: Any) -> types.SimpleNamespace:
 def test_sharded_training_is_refused_with_what_works(found: str, args: dict[str, Any], model: Any, run: Any) -> None:
     namespace = types.SimpleNamespace(optim=OptimizerNames.FOAM, **args)
     with pytest.raises(ValueError) as caught:
-        trainer_plugin._refuse_sharding(namespace, model, run)
+        refuse_sharding(namespace, model, run)
     assert found in str(caught.value) and "What works: one GPU, or several with DDP" in str(caught.value)
 
 
@@ -481,9 +483,9 @@ def test_what_fsdp2_cannot_be_combined_with_is_refused(
     told: str, options: dict[str, Any], plugin: dict[str, Any]
 ) -> None:
     args = types.SimpleNamespace(**{"optim": OptimizerNames.FOAM, "optim_args": None, **options})
-    trainer_plugin._refuse_sharding(types.SimpleNamespace(optim=OptimizerNames.FOAM, optim_args=None), None, FSDP2)
+    refuse_sharding(types.SimpleNamespace(optim=OptimizerNames.FOAM, optim_args=None), None, FSDP2)
     with pytest.raises(ValueError, match=told):
-        trainer_plugin._refuse_sharding(args, None, with_fsdp(fsdp_version=2, **plugin))
+        refuse_sharding(args, None, with_fsdp(fsdp_version=2, **plugin))
 
 
 def test_int8_weights_are_refused_with_fsdp2() -> None:
@@ -491,7 +493,7 @@ def test_int8_weights_are_refused_with_fsdp2() -> None:
     model.weight = torch.nn.Parameter(Int8Weight.from_float(model.weight.detach(), 32))
     args = types.SimpleNamespace(optim=OptimizerNames.FOAM, optim_args=None)
     with pytest.raises(ValueError, match="INT8 weights cannot be sharded: Linear has 1, weight the first"):
-        trainer_plugin._refuse_sharding(args, model, FSDP2)
+        refuse_sharding(args, model, FSDP2)
 
 
 @pytest.mark.parametrize(
@@ -506,7 +508,7 @@ def test_sharding_arguments_are_refused_at_once(tmp_path: Path, setting: dict[st
 def test_sagemaker_model_parallelism_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.utils.is_sagemaker_mp_enabled", lambda: True)
     with pytest.raises(ValueError, match="SageMaker model parallelism"):
-        trainer_plugin._refuse_sharding(types.SimpleNamespace(optim=OptimizerNames.FOAM))
+        refuse_sharding(types.SimpleNamespace(optim=OptimizerNames.FOAM))
 
 
 def test_training_refuses_before_the_first_step(tmp_path: Path) -> None:

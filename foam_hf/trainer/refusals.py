@@ -1,0 +1,209 @@
+"""What does not run with FOAM, or not without it, said before the first step."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from foam_hf.optim_args import one_of_ours
+from foam_hf.tensors.places import is_sharded
+from foam_hf.tensors.rows import kind_of
+from foam_hf.trainer.names import asked_options, is_ours, meant_name, name_of, releases_gradients
+from foam_hf.trainer.patches import fsdp_plugin, is_deepspeed_enabled, is_fsdp_enabled, unwrapped_optimizer
+
+_TRUE = ("1", "true", "yes")
+
+
+def wrap_post_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`TrainingArguments.__post_init__`, after the checks of what was asked of FOAM."""
+
+    @functools.wraps(original)
+    def __post_init__(args: Any, *more: Any, **kwargs: Any) -> None:
+        if is_ours(args):  # first: before transformers asks for DeepSpeed to be installed, for example
+            asked_options(args)
+            refuse_sharding(args)
+            if releases_gradients(args):
+                refuse_kept_gradients(args)
+        elif meant := meant_name(args.optim):  # before transformers lists some forty names
+            raise ValueError(f"optim={args.optim!r} is no optimizer of the Trainer; did you mean {meant!r}?")
+        original(args, *more, **kwargs)
+
+    return __post_init__
+
+
+# weights in pieces
+
+
+def refuse_sharding(args: Any, model: Any = None, trainer: Any = None) -> None:
+    """Raise ValueError where the optimizer would receive pieces of weights other than FSDP2's."""
+    found = _sharding(args, model, trainer)
+    if found is not None:
+        raise ValueError(
+            f"optim={name_of(args.optim)!r} does not run with {found}. What works: one GPU, or several with DDP or "
+            "with FSDP2 of accelerate 1.6 or newer (fsdp_version: 2), started by torchrun or accelerate launch."
+        )
+    if _uses_fsdp(args, trainer):
+        _refuse_with_fsdp(model, trainer, asked_options(args))
+
+
+def _sharding(args: Any, model: Any, trainer: Any) -> str | None:
+    """What splits the weights in a way that has no path, or None, as far as the arguments known by now can tell."""
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in _TRUE
+    if launched or getattr(args, "deepspeed", None) or is_deepspeed_enabled(trainer):
+        return "DeepSpeed, which hands an optimizer flat pieces of many weights, cut anywhere"
+    if found := _unsupported_fsdp(args, trainer):
+        return found
+    from transformers.utils import is_sagemaker_mp_enabled
+
+    if is_sagemaker_mp_enabled():
+        return "SageMaker model parallelism"
+
+    def degree(owner: Any, name: str) -> int:
+        return getattr(owner, name, None) or 1
+
+    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
+    if getattr(distributed, "enable_expert_parallel", False) or degree(distributed, "ep_size") > 1:
+        return "expert parallelism"
+    parallelism = getattr(getattr(trainer, "accelerator", args), "parallelism_config", None)
+    if degree(model, "tp_size") > 1 or degree(parallelism, "tp_size") > 1:
+        return "tensor parallelism, as Trainer would save the optimizer state of one process alone"
+    sharded = model is not None and any(is_sharded(parameter) for parameter in model.parameters())
+    if sharded and not _uses_fsdp(args, trainer):
+        return "a model sharded before the Trainer got it, whose optimizer state it would save from one process alone"
+    return None
+
+
+def _uses_fsdp(args: Any, trainer: Any) -> bool:
+    """Whether accelerate will shard the model, as far as is known by now."""
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in _TRUE
+    return bool(launched or getattr(args, "fsdp", None) or is_fsdp_enabled(trainer))
+
+
+def _unsupported_fsdp(args: Any, trainer: Any) -> str | None:
+    """What is wrong with the kind of FSDP in use, or None."""
+    if not _uses_fsdp(args, trainer):
+        return None
+    config = getattr(args, "fsdp_config", None)
+    config = config if isinstance(config, Mapping) else {}  # a path, before TrainingArguments has read it
+    if config.get("xla"):
+        return "FSDP of torch_xla"
+    if getattr(trainer, "accelerator", None) is None:
+        version = config.get("version", config.get("fsdp_version"))
+        if version is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in _TRUE:
+            version = os.environ.get("FSDP_VERSION")  # of `accelerate launch`
+        if version is None:
+            return None  # not known yet
+    else:
+        plugin = fsdp_plugin(trainer)
+        if plugin is None:
+            return "FSDP where accelerate does not set it up, as without a GPU"
+        version = getattr(plugin, "fsdp_version", None)
+        if version is None:
+            import accelerate
+
+            return f"FSDP of accelerate {accelerate.__version__}, which knows version 1 alone"
+    if str(version) != "2":
+        return f"FSDP version {version}, which hands an optimizer flat pieces of many weights"
+    return None
+
+
+def _refuse_with_fsdp(model: Any, trainer: Any, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for what FSDP2 cannot be combined with; ``options`` are those that were asked of FOAM."""
+    offload = getattr(fsdp_plugin(trainer), "cpu_offload", None)
+    if offload is True or type(offload).__name__ == "CPUOffloadPolicy":
+        raise ValueError(
+            "FSDP2's CPU offload is not supported by FOAM: got fsdp_offload_params: true (fsdp_config's cpu_offload); "
+            "expected false, as FOAM's state is small"
+        )
+    for name, legal in (("second_moment", ("block", "factored")), ("plain_state", ("full",))):
+        if options.get(name, legal[0]) not in legal:
+            raise ValueError(
+                f"{name}={options[name]} needs whole weights, and FSDP2 splits them; expected "
+                f"{name}={' or '.join(legal)}, or DDP"
+            )
+    if options.get("gradient_release"):
+        raise ValueError(
+            "gradient_release=true updates each weight inside the backward pass, before FSDP2 has added up its "
+            "gradient over the processes; expected gradient_release=false, or one process without FSDP"
+        )
+    if model is None:
+        return
+    names = [name for name, p in model.named_parameters() if kind_of(p) == "int8"]
+    if names:
+        raise ValueError(
+            f"INT8 weights cannot be sharded: {type(model).__name__} has {len(names)}, {names[0]} the first, and runs "
+            "with FSDP; expected DDP, or a bfloat16 model with FSDP2"
+        )
+
+
+# INT8 weights without FOAM
+
+
+def refuse_other_optimizer(model: Any, optimizer: str) -> None:
+    """Raise ValueError where `optimizer`, which is not FOAM, would have to train INT8 weights."""
+    trained = _trained_int8(model)
+    if trained:
+        raise ValueError(
+            f"{optimizer} cannot train INT8 weights, and {len(trained)} of {type(model).__name__} are to be trained, "
+            f"{trained[0]} the first; expected optim={one_of_ours()}, or LoRA on frozen INT8 weights"
+        )
+
+
+def _trained_int8(model: Any) -> list[str]:
+    if not callable(getattr(model, "named_parameters", None)):
+        return []
+    return [name for name, p in model.named_parameters() if kind_of(p) == "int8" and p.requires_grad]
+
+
+def refuse_ready_made_optimizer(trainer: Any) -> None:
+    """The same for an optimizer that was handed to the Trainer: itself, its class, or any function that makes it."""
+    model = getattr(trainer, "model", None)
+    if not _trained_int8(model):
+        return
+    from foam_hf.optimizer.foam import FOAM
+
+    optimizer = unwrapped_optimizer(trainer)
+    given = getattr(trainer, "optimizer_cls_and_kwargs", None)
+    made_by = type(optimizer) if optimizer is not None else given[0] if given else FOAM
+    if not (isinstance(made_by, type) and issubclass(made_by, FOAM)):
+        refuse_other_optimizer(model, f"the optimizer {getattr(made_by, '__name__', made_by)}")
+
+
+# gradient_release=true
+
+
+def refuse_kept_gradients(args: Any) -> None:
+    """Raise ValueError for TrainingArguments that need gradients to outlive the backward pass."""
+    if args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            "gradient_release=true updates each weight inside the backward pass, so that no gradient is left to add "
+            f"to: got gradient_accumulation_steps={args.gradient_accumulation_steps}; expected 1, with a larger "
+            "per_device_train_batch_size if it fits, or gradient_release=false"
+        )
+    if args.fp16:
+        raise ValueError(
+            "gradient_release=true updates each weight before a loss scaler could look for overflows in all of them: "
+            "got fp16=True; expected bf16=True or float32, or gradient_release=false"
+        )
+
+
+def refuse_kept_gradients_of(trainer: Any) -> None:
+    """The same for what only the trainer knows."""
+    from foam_hf.optimizer.release import refuse_distributed
+
+    refuse_kept_gradients(trainer.args)
+    if trainer.model is not None:  # between the trials of a hyperparameter search there is none
+        refuse_distributed(trainer.model)
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"gradient_release=true trains on one GPU: got {trainer.args.n_gpu}, which DataParallel would share; "
+            "expected one of them in CUDA_VISIBLE_DEVICES, or gradient_release=false"
+        )
+    if getattr(trainer.accelerator, "scaler", None) is not None:
+        raise ValueError(
+            "gradient_release=true updates each weight before a loss scaler could look for overflows in all of them: "
+            f"got mixed_precision={trainer.accelerator.mixed_precision!r} from accelerate; expected 'bf16' or 'no', "
+            "or gradient_release=false"
+        )
