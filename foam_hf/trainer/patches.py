@@ -10,6 +10,7 @@ import importlib
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
@@ -45,17 +46,18 @@ class Row:
         return Version(self.since) <= Version(version) < Version(self.until)
 
 
-_TRAINER = "transformers.trainer"
+_TRAINER, _ARGUMENTS = "transformers.trainer", "transformers.training_args"
+_MAPPING, _LOADING = "transformers.conversion_mapping", "transformers.core_model_loading"
 
 TABLE = (
     Row(
-        "transformers.training_args",
+        _ARGUMENTS,
         "",
         "OptimizerNames",
         use="a str Enum, the legal values of optim: `names` adds ours to the private maps of enum.Enum",
     ),
     Row(
-        "transformers.training_args",
+        _ARGUMENTS,
         "TrainingArguments",
         "__post_init__",
         use="a bad optim_args fails before a model is loaded",
@@ -90,12 +92,7 @@ TABLE = (
         "resume_from_checkpoint",
         wrapper="training.wrap_train",
     ),
-    Row(
-        _TRAINER,
-        "Trainer",
-        "_get_output_dir",
-        use="of (trial): the folder of a run's checkpoints",
-    ),
+    Row(_TRAINER, "Trainer", "_get_output_dir", use="of (trial): the folder of a run's checkpoints"),
     Row(
         _TRAINER,
         "Trainer",
@@ -172,7 +169,7 @@ TABLE = (
         wrapper="build.wrap_model_card",
     ),
     Row(
-        "transformers.conversion_mapping",
+        _MAPPING,
         "",
         "get_model_conversion_mapping",
         use="see `weight_conversions`",
@@ -180,7 +177,7 @@ TABLE = (
         without="no weight is taken for one that is saved under another name",
     ),
     Row(
-        "transformers.core_model_loading",
+        _LOADING,
         "",
         "PrefixChange",
         use="see `weight_conversions`",
@@ -188,7 +185,7 @@ TABLE = (
         without="no weight is taken for one that is saved under another name",
     ),
     Row(
-        "transformers.core_model_loading",
+        _LOADING,
         "",
         "revert_weight_conversion",
         use="see `as_saved`",
@@ -227,9 +224,9 @@ def _wrapper(path: str) -> Callable[[Any], Any]:
 # What is read of a Trainer and of its accelerator
 
 
-def checkpoint_folder(trainer: Any, trial: Any) -> str:
+def checkpoint_folder(trainer: Any, trial: Any) -> Path:
     """Where the trainer is about to save its state."""
-    return f"{trainer._get_output_dir(trial=trial)}/checkpoint-{trainer.state.global_step}"
+    return Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
 
 
 def decay_parameter_names(trainer: Any, model: Any) -> Any:

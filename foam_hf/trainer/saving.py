@@ -50,7 +50,7 @@ def wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         optimizer = foam_of(trainer)
         if optimizer is not None:
             optimizer.check_gradients()
-        save = _Save(trainer, Path(checkpoint_folder(trainer, trial)))
+        save = _Save(trainer, checkpoint_folder(trainer, trial))
         token = _running.set(save)
         try:
             with writing(save.folder), named(optimizer, trainer.model):

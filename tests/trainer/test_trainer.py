@@ -145,6 +145,11 @@ def test_transformers_without_a_needed_name_is_an_error_that_names_it() -> None:
 # args as data
 
 
+def test_pickles_of_earlier_versions_find_the_name() -> None:
+    """A training_args.bin of version 0.2 calls a function of a module that has gone since."""
+    assert pickle.loads(b"cfoam_hf.trainer_plugin\noptimizer_name\n(Vfoam_mini\ntR.") is OptimizerNames.FOAM_MINI
+
+
 def test_arguments_copy_pickle_and_serialise(tmp_path: Path) -> None:
     args = make_args(tmp_path, optim_args="level=4")
     for twin in (copy.copy(args), copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
