@@ -49,6 +49,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("foam_hf.memory")
     if name not in _LAZY_MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "FOAM":  # where it is, `torch.load(weights_only=True)` takes INT8 weights
+        importlib.import_module("foam_hf.int8.weight")
     value = getattr(importlib.import_module(_LAZY_MODULES[name]), name)
     globals()[name] = value  # the next access skips this function
     return value

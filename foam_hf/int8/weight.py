@@ -288,7 +288,9 @@ def _rebuild(codes: Tensor, scales: Tensor, dtype: torch.dtype, requires_grad: b
     return weight
 
 
-torch.serialization.add_safe_globals([_rebuild, Int8Weight])
+# By the names of version 0.2 and earlier too: `torch.load(weights_only=True)` compares names.
+_OLD_NAMES = [(known, f"foam_hf.int8_weights.{known.__name__}") for known in (_rebuild, Int8Weight)]
+torch.serialization.add_safe_globals([_rebuild, Int8Weight, *_OLD_NAMES])
 
 
 def _check_parts(codes: Any, scales: Any, dtype: Any) -> None:
