@@ -1,64 +1,18 @@
-"""`TrainingArguments.optim_args` as FOAM reads it: typed, checked, with an error for whatever it does not know."""
+"""Every option of FOAM in one table: its default, what is legal, who reads it. Imports no torch.
+
+A new option is a record of `OPTIONS`; one that param groups have is also an argument of `FOAM`.
+"""
 
 from __future__ import annotations
 
 import difflib
-import math
+import numbers
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
-MAX_NUMBER = 1e9  # that of ``options``, which imports torch
-
-
-def _level(text: str) -> int | str:
-    if text == "row":
-        return text
-    return _in_range(int(text), 0, 16)
-
-
-def _in_range(value: Any, low: float, high: float) -> Any:
-    if not (low <= value <= high and math.isfinite(value)):
-        raise ValueError
-    return value
-
-
-def _positive(text: str) -> float:
-    return _in_range(float(text), math.ulp(0.0), MAX_NUMBER)
-
-
-def _fraction(text: str) -> float:
-    return _in_range(float(text), 0.0, math.nextafter(1.0, 0.0))
-
-
-def _one_of(**choices: Any) -> Callable[[str], Any]:
-    return lambda text: choices[text.lower()]
-
-
-_dtype = _one_of(float32="float32", fp32="float32", bfloat16="bfloat16", bf16="bfloat16")
-
-_OPTIM_ARGS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "level": (_level, "an integer from 0 to 16, or row"),
-    "scale": (_positive, "a finite number above 0, at most 1e9"),
-    "second_moment": (
-        _one_of(block="block", factored="factored", muon="muon", adam_mini="adam_mini"),
-        "block, factored, muon or adam_mini",
-    ),
-    "residual_scale": (
-        lambda text: _in_range(float(text), 0.0, MAX_NUMBER),
-        "a finite number, 0 or more, at most 1e9",
-    ),
-    "stochastic_rounding": (_one_of(auto="auto", true=True, false=False), "auto, true or false"),
-    "state_dtype": (lambda text: _dtype(text.removeprefix("torch.")), "float32 or bfloat16"),
-    "nonfinite": (_one_of(error="error", skip="skip", ignore="ignore"), "error, skip or ignore"),
-    "fold_embeddings": (_one_of(true=True, false=False), "true or false"),
-    "fold_head": (_one_of(true=True, false=False), "true or false"),
-    "gradient_release": (_one_of(true=True, false=False), "true or false"),
-    "momentum": (_fraction, "a number from 0 to below 1"),
-    "plain_state": (_one_of(full="full", **{"8bit": "8bit"}), "full or 8bit"),
-    "seed": (lambda text: int(_in_range(int(text), 0, 2**64 - 1)), "an integer from 0 to 2**64 - 1"),
-}
-FOAM_KEYS = tuple(_OPTIM_ARGS)
+MAX_NUMBER = 1e9  # products of two of them, over a bias correction, are float32 numbers
 # The scale of each rule under which AdamW's learning rate is the right one, and Muon's for Muon. That of block was
 # measured, docs/choosing.md; Adam-mini's update has the same form, and its scale is block's.
 SCALES = {"block": 6.0, "factored": 1.0, "muon": 1.0, "adam_mini": 6.0}
@@ -74,6 +28,222 @@ FOAM_NAMES: dict[str, dict[str, Any]] = {
 def default_scale(level: int | str, second_moment: str) -> float:
     """The `scale` that a rule has where none is given: that of `SCALES`, and 1 where nothing folds, which is AdamW."""
     return 1.0 if level == 0 else SCALES[second_moment]
+
+
+def written(value: Any) -> str:
+    """`value` as optim_args has it: true, row, bfloat16."""
+    return str(value).removeprefix("torch.").lower()
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Legal are numbers for which `holds` is true: reals, or integers, beside which a word may be legal, or pairs."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    kind: Literal["real", "integer", "pair"] = "real"
+    word: str = ""
+
+    def said(self, write: Callable[[Any], str]) -> str:
+        """What is legal, for messages; `write` writes a value: `written` in optim_args, `repr` in Python."""
+        return self.words + (f", or {write(self.word)}" if self.word else "")
+
+    def read(self, text: str) -> Any:
+        """The value that `text` in optim_args stands for; ValueError, OverflowError or KeyError if none is legal."""
+        value: Any = text if text == self.word else int(text) if self.kind == "integer" else float(text)
+        if self.problem(value):
+            raise ValueError
+        return value
+
+    def problem(self, value: Any) -> str:
+        """What is wrong with a value in Python, or an empty string."""
+        if self.kind == "integer":
+            if isinstance(value, str):
+                return "" if self.word and value == self.word else "out of range"
+            integer = not isinstance(value, bool) and isinstance(value, numbers.Integral)
+            return "" if integer and self.holds(value) else "out of range"
+        if self.kind == "pair" and not (isinstance(value, tuple | list) and len(value) == 2):
+            return "not a pair"
+        each = value if self.kind == "pair" else (value,)
+        if any(isinstance(number, bool) or not isinstance(number, numbers.Real) for number in each):
+            return "not a number"
+        return "" if all(map(self.holds, each)) else "out of range"
+
+
+@dataclass(frozen=True)
+class Words:
+    """Legal are some words, or bools."""
+
+    values: tuple[Any, ...] = (True, False)
+
+    def said(self, write: Callable[[Any], str]) -> str:
+        *others, last = map(write, self.values)
+        return f"{', '.join(others)} or {last}"
+
+    def read(self, text: str) -> Any:
+        return {written(value): value for value in self.values}[text.lower()]
+
+    def problem(self, value: Any) -> str:
+        if any(type(value) is type(legal) and value == legal for legal in self.values):
+            return ""
+        return "not a bool" if self.values == (True, False) else "not valid"
+
+
+class Dtypes(Words):
+    """Legal are dtypes of torch, in optim_args by their names."""
+
+    def said(self, write: Callable[[Any], str]) -> str:
+        return super().said(lambda name: f"torch.{name}" if write is repr else name)
+
+    def read(self, text: str) -> Any:
+        name = text.removeprefix("torch.").lower()
+        return super().read({"fp32": "float32", "bf16": "bfloat16"}.get(name, name))
+
+    def problem(self, value: Any) -> str:
+        dtype = type(value).__module__ == "torch" and str(value).startswith("torch.")
+        return super().problem(written(value)) if dtype else "not valid"
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option: what is legal, and who reads it."""
+
+    name: str
+    default: Any  # FOAM's, a dtype by name; None if something else decides
+    legal: Numbers | Words
+    help: str  # with which its row in docs/options.md begins
+    decided_by: str = ""  # a run's default, where that is not `default`
+    key: bool = True  # of optim_args; the others are Trainer's own, or found for each weight
+    field: bool = True  # of a param group, and an argument of FOAM
+    grouping: bool = False  # foam_param_groups decides by it which weights fold, and how they are grouped
+    folded: bool = False  # foam_param_groups takes it for the groups that fold
+    plain: Any = None  # its value in groups that do not fold; None leaves it to the optimizer
+    # Each step reads its value in the group anew. Prepared steps and checkpoints fit one value alone of a field that
+    # does not say so, which is safe for a new one.
+    may_change: bool = False
+    carried: bool = False  # a run that is told how to go on with an older checkpoint is told its value
+    rule: str | None = None  # the second_moment that alone reads it
+    elsewhere: tuple[str, str] = ("", "")  # what other rules read in its place: in Trainer, in FOAM
+    excluded: tuple[Any, str, str] | None = None  # a value, the second_moment that it does not go with ({} below), why
+
+    def read(self, text: str) -> Any:
+        """The value that `text` in optim_args stands for; ValueError if it is not legal."""
+        try:
+            return self.legal.read(text)
+        except (ValueError, KeyError, OverflowError):
+            raise ValueError(f"optim_args: {self.name} must be {self.legal.said(written)}, got {text!r}.") from None
+
+    def check(self, value: Any) -> None:
+        """Raise TypeError or ValueError if `value`, in Python, is not legal; None is legal where it is the default."""
+        if (value is None and self.default is None) or not (problem := self.legal.problem(value)):
+            return
+        expected = self.legal.said(repr) + (", or None" if self.default is None else "")
+        error = TypeError if problem.startswith("not a ") else ValueError
+        raise error(f"{self.name} is {problem}: got {value!r}; expected {expected}")
+
+
+_AT_MOST = f"at most {MAX_NUMBER:g}".replace("e+0", "e")
+_POSITIVE = Numbers(f"a finite number above 0, {_AT_MOST}", lambda x: 0 < x <= MAX_NUMBER and float(x) > 0)
+_FROM_0 = Numbers(f"a finite number, 0 or more, {_AT_MOST}", lambda x: 0 <= x <= MAX_NUMBER)
+_BELOW_1 = Numbers("a number from 0 to below 1", lambda x: 0 <= x < 1)
+_PAIR = Numbers("two numbers from 0 to below 1", _BELOW_1.holds, "pair")
+_LEVEL = Numbers("an integer from 0 to 16", lambda n: 0 <= n <= 16, "integer", word="row")
+_ROWS = Numbers("an integer of 0 or more", lambda n: n >= 0, "integer")
+_SEED = Numbers("an integer from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64, "integer")
+_SCALES = f"the rule's own: {', '.join(f'{scale:g}' for scale in SCALES.values())}"
+
+# fmt: off
+OPTIONS: tuple[Option, ...] = (
+    Option("lr", 1e-3, _FROM_0, "the learning rate", key=False, may_change=True),
+    Option("betas", (0.9, 0.999), _PAIR, "decay rates of the moments", key=False, may_change=True),
+    Option("eps", 1e-8, _FROM_0, "added to the root of the second moment", key=False, may_change=True),
+    Option("weight_decay", 0.0, _FROM_0, "decoupled, as in AdamW", key=False, may_change=True),
+    Option("level", 8, _LEVEL, "a block has 2**level adjacent columns; row makes a whole row one block; 0 "
+           "folds nothing", folded=True, plain=0, carried=True),
+    Option("scale", None, _POSITIVE, "multiplies the step of folded weights, not their decay: the paper's alpha",
+           decided_by=_SCALES, folded=True, plain=1.0, may_change=True),
+    Option("second_moment", "block", Words(tuple(SCALES)), "the rule: block is the paper's, factored keeps means over "
+           "rows and columns instead", grouping=True, folded=True, plain="block", carried=True),
+    Option("residual_scale", 1.0, _FROM_0, "weight of what a block's mean loses of the gradient; 0 leaves it out",
+           folded=True, may_change=True, carried=True),
+    Option("stochastic_rounding", "auto", Words(("auto", True, False)), "auto rounds stochastically where weights or "
+           "state are bf16; true is an error if no weight is", folded=True, may_change=True),
+    Option("state_dtype", "float32", Dtypes(("float32", "bfloat16")), "of all state, the unfolded weights' too",
+           folded=True, may_change=True),  # what state there is stays as it is
+    Option("nonfinite", "error", Words(("error", "skip", "ignore")), "what NaN and infinite gradients do",
+           may_change=True),
+    Option("fold_embeddings", None, Words(), "false keeps embeddings plain", decided_by="true", field=False,
+           grouping=True),
+    Option("fold_head", None, Words(), "the same for an LM head that is not tied to the embedding", decided_by="true",
+           field=False, grouping=True),
+    Option("gradient_release", False, Words(), "updates weights inside the backward pass, and frees their gradients",
+           field=False),
+    Option("momentum", 0.95, _BELOW_1, "Muon's, of foam_muon alone", folded=True, may_change=True, carried=True,
+           rule="muon", elsewhere=("Adam's adam_beta1", "betas")),
+    Option("mini_rows", 1, _ROWS, "adjacent rows that share a second moment of Adam-mini; 0 for all", key=False,
+           rule="adam_mini"),
+    Option("plain_state", "full", Words(("full", "8bit")), "8bit quantizes the moments of what does not fold, by "
+           "bitsandbytes", carried=True, excluded=(
+               "8bit", "adam_mini", "quantizes AdamW's moments, and with {} what does not fold has Adam-mini's")),
+    Option("seed", 0, _SEED, "of stochastic rounding", decided_by="the run's seed", may_change=True),
+)
+# fmt: on
+
+
+def option(name: str) -> Option:
+    return next(each for each in OPTIONS if each.name == name)
+
+
+def names_of(test: Callable[[Option], Any]) -> tuple[str, ...]:
+    """The names of the options for which `test` is true, in the order of the table."""
+    return tuple(each.name for each in OPTIONS if test(each))
+
+
+def table_of_keys() -> list[tuple[str, str, str, str]]:
+    """Of each key of optim_args its name, what is legal, its default and its help: `--help` and docs/options.md."""
+    keys = [each for each in OPTIONS if each.key]
+    return [
+        (each.name, each.legal.said(written), each.decided_by or written(each.default), each.help) for each in keys
+    ]
+
+
+def check_fields(group: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError unless all fields of `group`, without tensors, are legal."""
+    for each in OPTIONS:
+        if each.field:
+            each.check(group[each.name])
+    refuse_excluded(group, group["second_moment"])
+
+
+def refuse_excluded(options: Mapping[str, Any], rule: str, optim: str | None = None) -> None:
+    """Raise ValueError for an option whose value does not go with `rule`, the `second_moment`.
+
+    `optim` is the run's name, where optim_args gave the options; None where they are arguments of FOAM.
+    """
+    for each in OPTIONS:
+        if each.excluded is not None and (options.get(each.name), rule) == each.excluded[:2]:
+            write = repr if optim is None else written
+            value, default, other = map(write, (each.excluded[0], each.default, rule))
+            why = each.excluded[2].format(f"second_moment={other}")
+            right = f"{each.name}={default}, or another second_moment"
+            raise _refusal(f"{each.name}={value} {why}: got both; expected {right}", optim)
+
+
+def refuse_unread(given: Mapping[str, Any], rules: Collection[str], optim: str | None = None) -> None:
+    """Raise ValueError for a key in `given` that no rule of `rules` reads; `optim` as in `refuse_excluded`."""
+    for each in OPTIONS:
+        if each.key and each.rule is not None and each.name in given and each.rule not in rules:
+            owner = {"muon": "Muon", "adam_mini": "Adam-mini"}.get(each.rule, each.rule)
+            name = next(name for name, fixed in FOAM_NAMES.items() if fixed.get("second_moment") == each.rule)
+            others, right = f"optim={optim!r} has {each.elsewhere[0]}", f"optim={name!r}, or no {each.name}"
+            if optim is None:
+                others = f"no param group has second_moment={each.rule!r}"
+                right = f"{each.elsewhere[1]}, for the other rules"
+            raise _refusal(f"{each.name}={given[each.name]} is {owner}'s, and {others}; expected {right}", optim)
+
+
+def _refusal(message: str, optim: str | None) -> ValueError:
+    return ValueError(message if optim is None else f"optim_args: {message}.")
 
 
 # What belongs to the Trainer, by the names under which optimizers know it -> its field of TrainingArguments.
@@ -117,34 +287,22 @@ def foam_options(optim: str, optim_args: str | Mapping[str, Any] | None) -> dict
                 f"optim_args: {key}={parsed[key]} contradicts optim={optim!r}, which is {key}={value}; "
                 f"expected optim='foam' with {key}={parsed[key]}, or {optim!r} without {key}."
             )
-    if "momentum" in parsed and parsed.get("second_moment") != "muon":
-        raise ValueError(
-            f"optim_args: momentum={parsed['momentum']} is Muon's, and optim={optim!r} has Adam's adam_beta1; "
-            "expected optim='foam_muon', or no momentum."
-        )
-    if parsed.get("plain_state") == "8bit" and parsed.get("second_moment") == "adam_mini":
-        raise ValueError(
-            "optim_args: plain_state=8bit quantizes AdamW's moments, and with Adam-mini what does not fold has "
-            "others; expected no plain_state, or another optim."
-        )
+    rule = parsed.get("second_moment", option("second_moment").default)
+    refuse_unread(parsed, {rule}, optim)
+    refuse_excluded(parsed, rule, optim)
     return parsed
 
 
 def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Read `TrainingArguments.optim_args` for FOAM.
+    """The options in `TrainingArguments.optim_args`: those that it gives, as Python has them, but dtypes by name.
 
     Args:
         optim_args: "key=value,key=value" with blanks allowed around keys and values, a mapping, or None.
 
-    Returns:
-        Only the keys that were given, typed: `level` (int or "row"), `scale`, `residual_scale` and `momentum` (float),
-        `second_moment`, `plain_state` and `nonfinite` (str), `stochastic_rounding` ("auto" or bool), `state_dtype`
-        ("float32" or "bfloat16"), `fold_embeddings`, `fold_head` and `gradient_release` (bool), `seed` (int).
-
     Raises:
         ValueError: unknown or repeated key, missing "=", empty piece, or a value that is ill-typed or out of range.
     """
-    parsed: dict[str, Any] = {}
+    keys, parsed = names_of(lambda each: each.key), {}
     for key, text in split_optim_args(optim_args):
         if key.lower() in _TRAINERS:
             field = _TRAINERS[key.lower()]
@@ -152,15 +310,11 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
                 f"optim_args: {key}={text} is TrainingArguments' own; expected {field} of TrainingArguments "
                 f"(--{field.replace(' and ', ', --')}), and no {key} in optim_args."
             )
-        if key not in _OPTIM_ARGS:
-            near = difflib.get_close_matches(key.lower(), _OPTIM_ARGS, n=1, cutoff=0.5)
+        if key not in keys:
+            near = difflib.get_close_matches(key.lower(), keys, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"optim_args: unknown key {key!r}.{hint} The keys of FOAM are {', '.join(_OPTIM_ARGS)}.")
-        convert, legal = _OPTIM_ARGS[key]
-        try:
-            parsed[key] = convert(text)
-        except (ValueError, KeyError, OverflowError):
-            raise ValueError(f"optim_args: {key} must be {legal}, got {text!r}.") from None
+            raise ValueError(f"optim_args: unknown key {key!r}.{hint} The keys of FOAM are {', '.join(keys)}.")
+        parsed[key] = option(key).read(text)
     return parsed
 
 

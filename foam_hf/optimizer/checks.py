@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import math
-import numbers
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foam_hf.optimizer.nonfinite import MODES
-from foam_hf.tensors.folding import MAX_LEVEL
+from foam_hf.optim_args import check_fields
 from foam_hf.tensors.places import is_sharded
-
-MAX_NUMBER = 1e9  # products of two of them, over a bias correction, are float32 numbers
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -25,59 +20,14 @@ def check_options(options: dict[str, Any]) -> None:
         TypeError: a value of the wrong type.
         ValueError: a value out of range, NaN and infinity included.
     """
-    level = options["level"]
-    if not (level == "row" if isinstance(level, str) else _is_int(level) and 0 <= level <= MAX_LEVEL):
-        raise ValueError(f"level is out of range: got {level!r}; expected an integer from 0 to {MAX_LEVEL}, or 'row'")
     lr = options["lr"]
-    if isinstance(lr, Tensor) and (lr.numel() != 1 or lr.is_complex() or lr.dtype == torch.bool):
-        raise ValueError(
-            f"lr has {lr.numel()} elements of {lr.dtype}; expected a float or a tensor of one real number"
-        )
-    _check_number("lr", float(lr) if isinstance(lr, Tensor) else lr)
-    betas = options["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"betas is not a pair: got {betas!r}; expected two numbers in [0, 1)")
-    for i, beta in enumerate(betas):
-        _check_number(f"betas[{i}]", beta, below=1.0)
-    for name in ("eps", "weight_decay", "residual_scale"):
-        _check_number(name, options[name])
-    if options["scale"] is not None:
-        _check_number("scale", options["scale"], positive=True)
-    _check_number("momentum", options["momentum"], below=1.0)
-    for name, legal in (
-        ("second_moment", ("block", "factored", "muon", "adam_mini")),
-        ("stochastic_rounding", ("auto", True, False)),
-        ("state_dtype", (torch.float32, torch.bfloat16)),
-        ("nonfinite", MODES),
-        ("plain_state", ("full", "8bit")),
-    ):
-        if not any(type(options[name]) is type(value) and options[name] == value for value in legal):
-            raise ValueError(f"{name} is not valid: got {options[name]!r}; expected one of {legal}")
-    mini_rows = options["mini_rows"]
-    if not _is_int(mini_rows) or mini_rows < 0:
-        raise ValueError(f"mini_rows is out of range: got {mini_rows!r}; expected an integer of 0 or more")
-    if options["plain_state"] == "8bit" and options["second_moment"] == "adam_mini":
-        raise ValueError(
-            "plain_state='8bit' quantizes AdamW's moments, and with second_moment='adam_mini' what does not fold has "
-            "Adam-mini's: got both; expected plain_state='full', or another second_moment"
-        )
-    seed = options["seed"]
-    if not _is_int(seed) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed is out of range: got {seed!r}; expected an integer from 0 to 2**64 - 1")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _check_number(name: str, value: Any, *, below: float = math.inf, positive: bool = False) -> None:
-    finite = f"a finite number {'>' if positive else '>='} 0, at most {MAX_NUMBER:g}"
-    legal = f"a number in [0, {below:g})" if below < math.inf else finite
-    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-        raise TypeError(f"{name} is not a number: got {value!r}; expected {legal}")
-    number: Any = value  # compared before it is converted, which a huge integer does not survive
-    if not (0 <= number < below and number <= MAX_NUMBER) or (positive and float(number) == 0):  # NaN fails each
-        raise ValueError(f"{name} is out of range: got {value!r}; expected {legal}")
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or lr.is_complex() or lr.dtype == torch.bool:
+            raise ValueError(
+                f"lr has {lr.numel()} elements of {lr.dtype}; expected a float or a tensor of one real number"
+            )
+        lr = float(lr)
+    check_fields({**options, "lr": lr})
 
 
 # What torch's schedulers write into groups.

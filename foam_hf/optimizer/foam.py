@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from foam_hf.kernels.choice import use_kernels
-from foam_hf.optim_args import default_scale
+from foam_hf.optim_args import default_scale, names_of, option, refuse_unread
 from foam_hf.optimizer.checks import check_field_names, check_options, check_parameter, check_rule
 from foam_hf.optimizer.decided import Decided
 from foam_hf.optimizer.nonfinite import Watch
@@ -107,23 +107,8 @@ class FOAM(torch.optim.Optimizer):
         seed: int = 0,
         decided: Decided | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "level": level,
-            "scale": scale,
-            "second_moment": second_moment,
-            "residual_scale": residual_scale,
-            "stochastic_rounding": stochastic_rounding,
-            "state_dtype": state_dtype,
-            "nonfinite": nonfinite,
-            "momentum": momentum,
-            "mini_rows": mini_rows,
-            "plain_state": plain_state,
-            "seed": seed,
-        }
+        arguments = locals()
+        defaults = {name: arguments[name] for name in names_of(lambda each: each.field)}
         check_options(defaults)
         self._plan: StepPlan | None = None  # holds addresses: never copied, pickled or resumed
         self._watch = Watch()
@@ -134,11 +119,9 @@ class FOAM(torch.optim.Optimizer):
             p.device.type != "meta" for p in self._parameters()
         ):
             require_bitsandbytes()
-        if momentum != 0.95 and not any(group["second_moment"] == "muon" for group in self.param_groups):
-            raise ValueError(
-                f"momentum is for second_moment='muon', and no param group has that: got momentum={momentum!r}; "
-                "expected betas, for the other rules"
-            )
+        of_rules = names_of(lambda each: each.rule is not None)
+        given = {name: defaults[name] for name in of_rules if defaults[name] != option(name).default}
+        refuse_unread(given, {group["second_moment"] for group in self.param_groups})
         asked = [p for group in self.param_groups if group["stochastic_rounding"] is True for p in group["params"]]
         if asked and not any(p.dtype == torch.bfloat16 or kind_of(p) != PLAIN for p in asked):
             raise ValueError(

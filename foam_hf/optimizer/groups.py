@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import difflib
 import logging
-import math
-import numbers
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+from foam_hf.optim_args import names_of, option
 from foam_hf.rules.adam_mini import rows_of_blocks
 
 logger = logging.getLogger(__name__)
 
-FOLDED_OPTIONS = (
-    *("level", "scale", "second_moment", "residual_scale", "stochastic_rounding", "state_dtype"),
-    "momentum",
-)
-# What decides which weights fold, or how they are grouped.
-_GROUPING_OPTIONS = ("second_moment", "fold_embeddings", "fold_head")
-# What makes a group plain AdamW, whatever the optimizer's own arguments say.
-PLAIN_OPTIONS = {"level": 0, "scale": 1.0, "second_moment": "block"}
 # Embeddings and heads where the layers have Muon: a table of vectors is no matrix to orthogonalise.
 TABLE_OPTIONS = {"second_moment": "factored", "scale": 1.0}
 
 # The names that transformers' Trainer keeps out of weight decay; searched in lower-cased names.
 _NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 _PEFT_EMBEDDINGS = ("lora_embedding_", "trainable_tokens_")
+
+
+def plain_options() -> dict[str, Any]:
+    """What makes a group plain AdamW, whatever the optimizer's own arguments say."""
+    return {name: option(name).plain for name in names_of(lambda each: each.plain is not None)}
 
 
 def foam_param_groups(
@@ -87,10 +83,10 @@ def foam_param_groups(
         decay_parameter_names=decay_parameter_names,
         second_moment=folded_options.get("second_moment"),
     )
-    _check_weight_decay(weight_decay)
+    option("weight_decay").check(weight_decay)
     _check_folded_options(folded_options)
     parameters = dict(model.named_parameters())
-    kinds = {"folded": folded_options, "table": {**folded_options, **TABLE_OPTIONS}, "plain": PLAIN_OPTIONS}
+    kinds = {"folded": folded_options, "table": {**folded_options, **TABLE_OPTIONS}, "plain": plain_options()}
     groups = []
     for group, members in names.items():
         kind, decay = group.split("/")
@@ -136,9 +132,8 @@ def foam_parameter_names(
         raise TypeError(f"model is not a torch.nn.Module, got {type(model).__name__}; expected the model to train")
     if isinstance(decay_parameter_names, str):
         raise TypeError(f"decay_parameter_names is one string, got {decay_parameter_names!r}; expected a list or set")
-    for option, value in (("fold_embeddings", fold_embeddings), ("fold_head", fold_head)):
-        if not isinstance(value, bool | None):
-            raise TypeError(f"{option} is not a bool, got {value!r}; expected True, False or None")
+    option("fold_embeddings").check(fold_embeddings)
+    option("fold_head").check(fold_head)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         frozen = sum(1 for _ in model.parameters())
@@ -168,10 +163,8 @@ def foam_parameter_names(
 
 def grouping_options(options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `foam_param_groups` among `options`, from which those go that are no fields of a group."""
-    found = {name: options[name] for name in _GROUPING_OPTIONS if name in options}
-    for name in ("fold_embeddings", "fold_head"):
-        options.pop(name, None)
-    return found
+    asked = [option(name) for name in names_of(lambda each: each.grouping) if name in options]
+    return {each.name: options[each.name] if each.field else options.pop(each.name) for each in asked}
 
 
 def layer_names(model: nn.Module) -> set[str]:
@@ -367,18 +360,12 @@ def _decay_parameter_names(model: nn.Module) -> list[str]:
     return names
 
 
-def _check_weight_decay(weight_decay: Any) -> None:
-    if isinstance(weight_decay, bool) or not isinstance(weight_decay, numbers.Real):
-        raise TypeError(f"weight_decay is not a number, got {weight_decay!r}; expected a float >= 0")
-    if not math.isfinite(weight_decay) or weight_decay < 0:
-        raise ValueError(f"weight_decay is out of range, got {weight_decay!r}; expected a finite float >= 0")
-
-
 def _check_folded_options(options: dict[str, Any]) -> None:
+    folded = names_of(lambda each: each.folded)
     for key in options:
-        if key not in FOLDED_OPTIONS:
+        if key not in folded:
             own = ("weight_decay", "target_modules", "fold_embeddings", "fold_head", "decay_parameter_names")
-            legal = (*FOLDED_OPTIONS, *own)
+            legal = (*folded, *own)
             near = difflib.get_close_matches(key, legal, n=1, cutoff=0.0)[0]
             raise TypeError(
                 f"unknown option, got {key}={options[key]!r}; did you mean {near!r}? expected one of "

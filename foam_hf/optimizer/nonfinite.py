@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 logger = logging.getLogger("foam_hf")
 
-MODES = ("error", "skip", "ignore")
-
 
 class NonfiniteGradientError(FloatingPointError):
     """A gradient was NaN or infinite, and ``nonfinite`` is ``"error"``.

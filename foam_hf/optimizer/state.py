@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foam_hf.optim_args import names_of, option
 from foam_hf.optimizer.checks import check_options
 from foam_hf.optimizer.names import names_problem
 from foam_hf.rules.adam_8bit import SMALLEST, eight_bit_spec
@@ -114,9 +115,8 @@ def check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
                     f"the checkpoint is of another optimizer: its param groups have no {name!r}, "
                     f"its state holds {held}; expected one that FOAM wrote"
                 )
-        older = {"mini_rows": 1, "plain_state": "full"}  # what versions without these fields did
-        for name in ("level", "second_moment", *older):
-            value = saved.get(name, older.get(name))
+        for name in names_of(lambda each: each.field and not each.may_change):
+            value = saved.get(name, option(name).default)  # what versions without the field did
             if value != group[name]:
                 raise CheckpointMismatchError(
                     f"the checkpoint was trained with {name}={value!r} in param group {i}, this optimizer has "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from foam_hf.kernels.choice import use_kernels
+from foam_hf.optim_args import names_of
 from foam_hf.optimizer.sharding import add_over_ranks
 from foam_hf.rules.adam_8bit import update_8bit
 from foam_hf.rules.adam_mini import update_adam_mini
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 Unfinished = Any  # a FactoredMoment or FactoredLaunch: ``sums`` and ``store``
 _GRAD, _DTYPE, _STEP = operator.attrgetter("grad"), operator.attrgetter("dtype"), operator.itemgetter("step")
+# The fields of a group that a step, once prepared, reads no more.
+_PREPARED_FOR = operator.itemgetter(*names_of(lambda each: each.field and not each.may_change))
 Told = Callable[[dict[str, Any], torch.device], Tensor | None]
 # Rules with an update of their own, on any device; no kernel takes them, and they need whole tensors.
 # The kernels of plain weights, by rule; other kinds of weight know their own.
@@ -240,10 +243,7 @@ def _same(some: list[Any], others: list[Any]) -> bool:
 
 
 def _rules(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    return [
-        (group["level"], group["second_moment"], group["mini_rows"], group["plain_state"], len(group["params"]))
-        for group in groups
-    ]
+    return [(*_PREPARED_FOR(group), len(group["params"])) for group in groups]
 
 
 def _gradients(params: list[Tensor], sharded: bool) -> tuple[numpy.ndarray, list[Any], numpy.ndarray]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foam_hf.optim_args import FOAM_NAMES, foam_options
+from foam_hf.optim_args import FOAM_NAMES, foam_options, option
 from foam_hf.optimizer.groups import foam_parameter_names, grouping_options
 from foam_hf.planner.plan import Estimate
 from foam_hf.planner.trace import StepTrace, trace_step, with_value
@@ -111,14 +111,15 @@ def _foam_temporary_bytes(model: nn.Module, options: dict[str, Any]) -> int:
 
     The factored rule's kernels take the sums of all weights of a launch at once.
     """
-    rule, eight_bit = options.get("second_moment", "block"), options.get("plain_state") == "8bit"
+    rule = options.get("second_moment", option("second_moment").default)
+    eight_bit = options.get("plain_state") == "8bit"
     groups = foam_parameter_names(model, **grouping_options(dict(options)))
     folded, tables, plain = (
         {name for group, names in groups.items() if group.startswith(kind) for name in names}
         for kind in ("folded", "table", "plain")
     )
     factored = tables | folded if rule == "factored" else tables
-    level, sums = options.get("level", 8), 0
+    level, sums = options.get("level", option("level").default), 0
     most = 0
     for name, p in model.named_parameters():
         if not p.requires_grad:

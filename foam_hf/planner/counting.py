@@ -12,7 +12,7 @@ from torch import nn
 
 from foam_hf.memory.measured import expected_state_bytes
 from foam_hf.memory.storages import storages, total
-from foam_hf.optim_args import FOAM_KEYS, FOAM_NAMES, foam_options, one_of_ours, split_optim_args
+from foam_hf.optim_args import FOAM_NAMES, foam_options, names_of, one_of_ours, split_optim_args
 from foam_hf.optimizer.foam import FOAM
 from foam_hf.optimizer.groups import foam_param_groups, grouping_options, layer_names
 from foam_hf.planner import peers
@@ -52,8 +52,9 @@ OPTIMIZERS = (*FOAM_NAMES, *_PEERS, *_PROJECTED, "muon", "adam_mini")
 def option_keys(optim: str) -> tuple[str, ...]:
     """The keys that `optim`, one of `OPTIMIZERS`, reads from `optim_args`."""
     if optim in FOAM_NAMES:
-        other = set(FOAM_NAMES[optim]) if optim == "foam_muon" else {*FOAM_NAMES[optim], "momentum"}
-        return tuple(key for key in FOAM_KEYS if key not in other)
+        fixed = FOAM_NAMES[optim]
+        rules = (None, fixed.get("second_moment"))
+        return names_of(lambda each: each.key and each.name not in fixed and each.rule in rules)
     return tuple(_PROJECTED_KEYS.get(optim, ()))
 
 

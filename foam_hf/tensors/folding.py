@@ -10,7 +10,6 @@ from __future__ import annotations
 from torch import Tensor
 
 Level = int | str
-MAX_LEVEL = 16
 
 
 def block_width(level: Level, n: int) -> int:

@@ -7,14 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from foam_hf.optim_args import default_scale
+from foam_hf.optim_args import default_scale, names_of, option, written
 from foam_hf.optimizer.foam import FOAM
-from foam_hf.optimizer.groups import PLAIN_OPTIONS, foam_param_groups, wraps_models
+from foam_hf.optimizer.groups import foam_param_groups, plain_options, wraps_models
 from foam_hf.optimizer.names import named
 from foam_hf.optimizer.state import CheckpointMismatchError, check_checkpoint, with_dtype
-
-# Options of a run that its folded groups carry, and what stands for them where a checkpoint is older than they are.
-_CARRIED = {"level": 8, "second_moment": "block", "residual_scale": 1.0, "momentum": 0.95, "plain_state": "full"}
 
 
 def continuing_args(
@@ -28,11 +25,12 @@ def continuing_args(
         given: the run's own `optim_args`, read; what they say beside this stays.
     """
     saved_groups = [with_dtype(group) for group in error.state_dict["param_groups"]]
-    folding = [group for group in saved_groups if any(group.get(key) != PLAIN_OPTIONS[key] for key in PLAIN_OPTIONS)]
+    plain = plain_options()
+    folding = [group for group in saved_groups if any(group.get(name) != plain[name] for name in plain)]
     if not folding:
         return None
     folded = folding[0]
-    options = {name: folded.get(name, default) for name, default in _CARRIED.items()}
+    options = {name: folded.get(name, default) for name, default in _carried_defaults().items()}
     options["scale"] = folded.get("scale", default_scale(options["level"], options["second_moment"]))
     for embeddings, head in itertools.product((None, False, True), repeat=2):
         choice: dict[str, Any] = {"fold_embeddings": embeddings, "fold_head": head}
@@ -60,10 +58,15 @@ def wrapped_heads(model: nn.Module, error: CheckpointMismatchError) -> str:
     )
 
 
+def _carried_defaults() -> dict[str, Any]:
+    """The options that folded groups carry on; a default stands for one that a checkpoint is older than."""
+    return {name: option(name).default for name in names_of(lambda each: each.carried)}
+
+
 def _words(options: dict[str, Any], given: dict[str, Any]) -> str:
     """`options` as `optim_args`, without what is the default, then what else is `given`."""
-    own = {**_CARRIED, "scale": default_scale(options["level"], options["second_moment"])}
+    own = {**_carried_defaults(), "scale": default_scale(options["level"], options["second_moment"])}
     own |= {"fold_embeddings": None, "fold_head": None}
     words = {name: value for name, value in options.items() if value != own[name]}
     words |= {name: value for name, value in given.items() if name not in options}
-    return ",".join(f"{name}={str(value).lower()}" for name, value in words.items())
+    return ",".join(f"{name}={written(value)}" for name, value in words.items())

@@ -7,6 +7,7 @@ import torch
 
 from foam_hf.kernels import tables as kernel_tables
 from foam_hf.kernels.choice import use_kernels
+from foam_hf.optim_args import OPTIONS
 from foam_hf.optimizer import FOAM
 from foam_hf.rules import block_kernel as kernels
 from foam_hf.rules import factored_kernel as factored_kernels
@@ -313,6 +314,54 @@ def test_tables_serve_while_gradients_come_and_go(monkeypatch, options):
     assert len(made) == 2, "with the first gradients, and with the fourth weight's first one"
     fresh, again = trained(anew=True)
     assert steps == again == [4, 4, 3, 4] and all(map(torch.equal, kept, fresh))
+
+
+# Of every field of a group a value that somebody may set between steps.
+LATER = {
+    "lr": 0.02,
+    "betas": (0.8, 0.9),
+    "eps": 1e-3,
+    "weight_decay": 0.5,
+    "level": 2,
+    "scale": 2.0,
+    "second_moment": "factored",
+    "residual_scale": 0.5,
+    "stochastic_rounding": False,
+    "state_dtype": torch.bfloat16,
+    "nonfinite": "ignore",
+    "momentum": 0.5,
+    "mini_rows": 2,
+    "plain_state": "8bit",
+    "seed": 7,
+}
+# Those that the next step of this rule does not show.
+UNSEEN = ("state_dtype", "nonfinite", "momentum")
+
+
+@pytest.mark.parametrize("name", [option.name for option in OPTIONS if option.field])
+def test_a_prepared_step_follows_what_a_group_says_now(monkeypatch, name):
+    weights, gradients = drawn(torch.bfloat16, steps=2, shapes=[(3, 64), (5, 64)])
+
+    def second_step(anew=False, **changed):
+        params, optimizer = train(monkeypatch, "triton", weights, gradients[:1], level=3)
+        optimizer.param_groups[0].update(changed)
+        for p, grad in zip(params, gradients[1], strict=True):
+            p.grad = grad.clone()
+        optimizer._plan = None if anew else optimizer._plan
+        return params, optimizer
+
+    params, optimizer = second_step(**{name: LATER[name]})
+    holds = optimizer._plan.holds(optimizer.param_groups, params, list(optimizer.state.values()))
+    assert holds == next(option.may_change for option in OPTIONS if option.name == name)
+    if not holds:
+        return
+    optimizer.step()
+    fresh, other = second_step(anew=True, **{name: LATER[name]})
+    other.step()
+    assert all(map(torch.equal, params, fresh))
+    unchanged, other = second_step()
+    other.step()
+    assert all(map(torch.equal, params, unchanged)) == (name in UNSEEN)
 
 
 def test_one_group_of_equal_geometry_is_one_launch():

@@ -16,7 +16,7 @@ import torch
 
 import foam_hf
 from foam_hf import FOAM
-from foam_hf.optim_args import FOAM_KEYS, FOAM_NAMES, foam_options
+from foam_hf.optim_args import FOAM_NAMES, foam_options, names_of
 
 OURS = Path(foam_hf.__file__).parent
 LEGAL: dict[str, list[Any]] = {
@@ -151,7 +151,7 @@ GOOD = {
 def random_text(chance: random.Random) -> str | dict[Any, Any]:
     pieces: list[tuple[Any, Any]] = []
     for _ in range(chance.randrange(5)):
-        key = chance.choice(FOAM_KEYS)
+        key = chance.choice(names_of(lambda option: option.key))
         value: Any = chance.choice(LEGAL[key])
         if chance.random() < 0.15:
             value = chance.choice(ODD_TEXT)

@@ -172,7 +172,9 @@ def test_a_parametrized_convolution_is_no_matrix_either():
 
 def test_momentum_belongs_to_muon():
     p = nn.Parameter(torch.zeros(4, 4))
-    with pytest.raises(ValueError, match=r"momentum=0.9; expected betas, for the other rules"):
+    with pytest.raises(
+        ValueError, match=r"momentum=0\.9 is Muon's, and no param group has .*; expected betas, for the other rules"
+    ):
         FOAM([p], momentum=0.9)
     with pytest.raises(ValueError, match=r"momentum is out of range: got 1.0"):
         FOAM([p], second_moment="muon", momentum=1.0)
