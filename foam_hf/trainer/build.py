@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import os
 import sys
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-from foam_hf.optim_args import default_scale
+from foam_hf.optim_args import default_scale, names_of, option
 from foam_hf.trainer.names import asked_options, is_ours, name_of, releases_gradients
 from foam_hf.trainer.patches import decay_parameter_names
 from foam_hf.trainer.refusals import refuse_other_optimizer, refuse_sharding
@@ -162,19 +161,14 @@ def wrap_model_card(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def describe(args: Any) -> str:
     """FOAM with every option that TrainingArguments give it, as a model card says it."""
-    from foam_hf.optimizer.foam import FOAM
-
-    keyword_only = inspect.Parameter.KEYWORD_ONLY
-    signature = inspect.signature(FOAM).parameters.values()
-    effective = {p.name: p.default for p in signature if p.kind is keyword_only}
+    effective = {name: option(name).default for name in names_of(lambda each: each.key and each.field)}
     if args.optim_target_modules is None:  # else these decide, unless the options are given
         effective |= {"fold_embeddings": True, "fold_head": True}
     effective |= _options(args)
     if effective["scale"] is None:
         effective["scale"] = default_scale(effective["level"], effective["second_moment"])
-    del effective["mini_rows"], effective["decided"]  # each group has its own
-    if effective["second_moment"] != "muon":
-        del effective["momentum"]
+    for name in names_of(lambda each: each.rule not in (None, effective["second_moment"])):
+        effective.pop(name, None)
     if releases_gradients(args):
         effective["gradient_release"] = True
     if args.optim_target_modules is not None:
