@@ -13,6 +13,7 @@ from torch import nn
 
 import foam_hf.optim_args
 from foam_hf import FOAM, foam_param_groups
+from foam_hf.cli import main
 from foam_hf.memory import expected_state_bytes
 from foam_hf.optim_args import OPTIONS, Numbers, Option, parse_optim_args, written
 from foam_hf.planner.counting import option_keys
@@ -125,7 +126,7 @@ def test_the_optimizer_has_an_argument_for_each_field_with_its_default() -> None
     assert group.keys() == {"params", *arguments}
 
 
-def test_a_new_option_is_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_option_is_one_record(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     new = Option(
         "warmth",
         3,
@@ -146,3 +147,7 @@ def test_a_new_option_is_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = foam_param_groups(tiny_mlp(), warmth=5)
     assert {group.get("level", "folded"): group["warmth"] for group in groups} == {"folded": 5, 0: 2}
     assert "warmth" in option_keys("foam_muon") and "warmth" not in option_keys("foam")
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    assert "warmth (an integer of 2 or more; default: 3): how warm a folded weight is" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from foam_hf.cli.errors import CommandError
 from foam_hf.cli.way_out import SWITCHES, WayOut, describe, find_way_out
 from foam_hf.display import format_bytes
-from foam_hf.optim_args import FOAM_NAMES, one_of_ours, split_optim_args
+from foam_hf.optim_args import FOAM_NAMES, one_of_ours, option, split_optim_args, written
 
 if TYPE_CHECKING:
     from foam_hf.planner.planner import Planner
@@ -29,6 +29,7 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 def add_parser(commands: Any) -> None:
     """Add `estimate` to the subparsers of `foam-hf`."""
+    level = option("level").legal.said(written)
     parser = commands.add_parser(
         "estimate",
         help="say what training a model takes, before anything but its config is read",
@@ -59,9 +60,11 @@ def add_parser(commands: Any) -> None:
         metavar="NAME,...",
         help=f"optimizers to compare, by Trainer's names, and muon, adam_mini (default: {COMPARED})",
     )
-    parser.add_argument("--level", metavar="N,...", help="FOAM's level, 0 to 16 or row; several make several rows")
+    parser.add_argument("--level", metavar="N,...", help=f"FOAM's level, {level}; several make several rows")
     parser.add_argument(
-        "--optim-args", metavar="KEY=VALUE,...", help="as Trainer's; each optimizer takes the keys that it has"
+        "--optim-args",
+        metavar="KEY=VALUE,...",
+        help="as Trainer's; each optimizer takes the keys that it has; `foam-hf run --help` lists FOAM's",
     )
     parser.add_argument(
         "--architecture",

@@ -6,14 +6,16 @@ import argparse
 import importlib.util
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, NoReturn
 
 from foam_hf.cli.errors import CommandError
 from foam_hf.display import PICTURES
-from foam_hf.optim_args import FOAM_NAMES
+from foam_hf.optim_args import FOAM_NAMES, table_of_keys
 
 USAGE = "foam-hf run [--summary] [--report-memory [PICTURE]] -- COMMAND ..."
 SITECUSTOMIZE = Path(__file__).resolve().parents[1] / "_sitecustomize"
@@ -24,10 +26,13 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "run",
         help="run a training command with optim=foam and its kin registered in it",
-        description="Run an unmodified training command (python, torchrun, accelerate launch, trl, ...) with "
-        f"--optim {', '.join(FOAM_NAMES)} available in it and in every python it starts.",
+        description=_filled(
+            "Run an unmodified training command (python, torchrun, accelerate launch, trl, ...) with "
+            f"--optim {', '.join(FOAM_NAMES)} available in it and in every python it starts."
+        ),
         usage=USAGE,
-        epilog="example: foam-hf run --report-memory -- python train.py --optim foam --optim_args level=row",
+        epilog=_keys_of_optim_args(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--summary",
@@ -42,6 +47,20 @@ def add_parser(commands: Any) -> None:
         help="add OptimizerMemoryCallback: measure and log the optimizer's bytes; with a file name that ends in .png, "
         ".pdf or .svg, also draw the GPU's memory through a training step into it (needs matplotlib)",
     )
+
+
+def _filled(text: str, indent: str = "") -> str:
+    """`text` in lines as wide as argparse's own; what follows the first is indented."""
+    return textwrap.fill(text, shutil.get_terminal_size().columns - 2, subsequent_indent=indent)
+
+
+def _keys_of_optim_args() -> str:
+    keys = [
+        _filled(f"  {name} ({legal}; default: {default}): {text}", indent=6 * " ")
+        for name, legal, default, text in table_of_keys()
+    ]
+    example = "example: foam-hf run --report-memory -- python train.py --optim foam --optim_args level=row"
+    return "\n".join(["keys of --optim_args, as key=value,key=value:", *keys, "", example])
 
 
 def refuse_misread(words: list[str], command: list[str] | None) -> None:
