@@ -409,7 +409,7 @@ TWO_RANKS = """
             def step(self, closure=None):
                 super().step(closure)
                 self.extra = torch.zeros(1000)
-        foam_hf.optimizer.FOAM = FOAM
+        foam_hf.optimizer.foam.FOAM = FOAM
     args = TrainingArguments(
         output_dir=sys.argv[1], optim="foam", max_steps=2, save_strategy="no", report_to="none", use_cpu=True,
         disable_tqdm=True, ddp_backend="gloo", per_device_train_batch_size=4,
