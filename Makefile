@@ -45,9 +45,9 @@ quality: $(VENV)/.installed-dev  ## check with ruff and mypy, changing nothing
 
 bench: $(VENV)/.installed-dev  ## step speed on this machine's GPU, then the tables from all results
 	@if $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
-	then $(RUN) recipes/benchmarks/step_speed.py; \
+	then $(RUN) -m recipes.benchmarks.speed.step_speed; \
 	else echo "No GPU: nothing is measured."; fi
-	@$(RUN) recipes/benchmarks/report.py
+	@$(RUN) -m recipes.benchmarks.speed.report
 
 clean:  ## remove the virtual environments, caches and demo_output
 	rm -rf $(VENV) $(VENV_COMPAT) demo_output build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

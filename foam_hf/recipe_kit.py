@@ -1,4 +1,4 @@
-"""What the scripts of `recipes/` share, wherever they are copied to: a run says what it replaces or starts over.
+"""What the scripts of `recipes/` share, wherever they are copied to: configs, flags, messages, results, resuming.
 
 Private to them: no promise is made on these names.
 """
@@ -6,13 +6,31 @@ Private to them: no promise is made on these names.
 from __future__ import annotations
 
 import difflib
+import functools
+import json
+import math
 import os
 import re
-from collections.abc import Callable, Iterable
+import tempfile
+import threading
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_origin
 
 SENTENCE_LENGTH = 3  # names in a hint
+
+
+def say(*words: object) -> None:
+    """Print on the first process only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(*words, flush=True)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text for a message of one line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else text[:400] + " ..."
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
@@ -50,6 +68,162 @@ def replaced_optim_args(given: str | None, config: str | None, name: str) -> str
     if not dropped:
         return None
     return f"--optim_args {given} replaces all optim_args of {name}: without {','.join(dropped)} from now on."
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The values of a YAML config, optim_args as Trainer takes them; SystemExit for a file that has none."""
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise SystemExit(f"Cannot read the config {path}: {one_line(error)}") from None
+    if not isinstance(config, dict):
+        raise SystemExit(f"{path}: expected lines of 'key: value', got {type(config).__name__}.")
+    return {key: pairs(value) if key == "optim_args" else value for key, value in config.items()}
+
+
+def pairs(value: Any) -> Any:
+    """A mapping as the text "key=value,key=value"; anything else as it is."""
+    return ",".join(f"{key}={one}" for key, one in value.items()) if isinstance(value, dict) else value
+
+
+def config_values(
+    config: dict[str, Any], path: Path, parser: ArgumentParser, own: Collection[str], lists: Collection[str] = ()
+) -> dict[str, Any]:
+    """A config's values, checked and converted as the flags of the same names; SystemExit for what is wrong.
+
+    Args:
+        config: of `read_config`.
+        path: where it was read, for messages.
+        own: names of the recipe's own flags, which take no mappings or lists,
+        lists: but for these, which take several words.
+    """
+    names = {action.dest for action in parser._actions} - {"help"}
+    structured = {a.dest for a in parser._actions if a.type is str or a.nargs == "+" or get_origin(a.type)}
+    flags, unconverted = [], {}
+    for key, value in config.items():
+        if key not in names:
+            near = ", ".join(map(repr, nearest(str(key), names)))
+            raise SystemExit(f"{path}: unknown key {key!r}; nearest: {near}.")
+        if key in lists:
+            flags += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        elif isinstance(value, (dict, list)):
+            if key not in structured or key in own:
+                raise SystemExit(f"{path}: {key}: got {value}; expected one value.")
+            unconverted[key] = value  # as lr_scheduler_kwargs: TrainingArguments takes it as it is
+        elif value is not None:
+            flags += [f"--{key}={value}"]
+    return {**parse_flags(parser, flags, str(path)), **unconverted}
+
+
+def parse_flags(parser: ArgumentParser, flags: list[str], source: str) -> dict[str, Any]:
+    """The flags that are given, without defaults: argparse adds none to a namespace that already holds None."""
+
+    def fail(message: str) -> NoReturn:
+        raise SystemExit(f"{source}: {said_optimizer(message)}")
+
+    parser.error = fail  # type: ignore[method-assign]  # one line, instead of a page of usage
+    names = {action.dest for action in parser._actions} - {"help"}
+    found, unknown = parser.parse_known_args(flags, Namespace(**dict.fromkeys(names)))
+    if unknown:
+        name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
+        fail(f"unknown argument {unknown[0]}; nearest: --{', --'.join(nearest(name, names))}.")
+    return {name: value for name, value in vars(found).items() if value is not None}
+
+
+def drop_foreign_settings(config: dict[str, Any], given: Collection[str], optim: str, name: str) -> list[str]:
+    """Take from the config `name` the optim_args of another optimizer than `optim`; what to tell the user of it.
+
+    Args:
+        config: changed in place; its optim_args belong to the optimizer beside which they are written.
+        given: names of the flags that are given.
+    """
+    notes, of = [], config.get("optim")
+    dropped = config.pop("optim_args", None)
+    if dropped and "optim_args" not in given:
+        notes.append(f"optim_args {dropped} of {name} are for {of}: dropped for {optim}.")
+    if "learning_rate" in config and "learning_rate" not in given:
+        notes.append(f"learning_rate {config['learning_rate']} of {name} is for {of}: kept.")
+    return notes
+
+
+def settle_pairs(
+    exclusive: Iterable[tuple[str, str]], given: dict[str, Any], config: dict[str, Any], path: Path
+) -> None:
+    """Let either of two flags win over both of the config, in place; SystemExit where one source has both."""
+    for pair in exclusive:
+        for source, where in ((given, "train.py"), (config, path)):
+            if set(pair) <= source.keys():
+                raise SystemExit(f"{where}: got both {pair[0]} and {pair[1]}; expected one of them.")
+        if set(pair) & given.keys():
+            for name in pair:
+                config.pop(name, None)
+
+
+@functools.cache
+def hub_problem() -> str | None:
+    """Why the model hub cannot be used, or None where it answers; one request, given up after 4 seconds.
+
+    After a failed request the Hugging Face libraries of this process are switched to offline mode, so that none of
+    them spends minutes on retries; what is in their caches still loads.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "offline mode is set (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)"
+    problems = [f"{constants.ENDPOINT} does not answer within 4 seconds"]
+
+    def ask() -> None:
+        try:
+            status = get_session().head(constants.ENDPOINT, timeout=3).status_code
+        except Exception as error:  # the session is of requests or of httpx, by version: no common class of errors
+            problems.append(f"{constants.ENDPOINT} does not answer ({type(error).__name__})")
+        else:
+            bad = status >= 500 or status == 407  # 407: a proxy that wants a password
+            problems.append(f"{constants.ENDPOINT} answers with HTTP status {status}" if bad else "")
+
+    # A thread, because no timeout covers a name server that keeps silent.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout=4)
+    if problems[-1]:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True
+    return problems[-1] or None
+
+
+def resumes_newest(wanted: object) -> bool:
+    """Whether --resume_from_checkpoint asks for a run's newest checkpoint, rather than none or a named one."""
+    return str(wanted).lower() in ("true", "1", "yes")
+
+
+def checkpoint_to_resume(wanted: str | None, output_dir: str | Path) -> str | None:
+    """The checkpoint that --resume_from_checkpoint asks for, or None; SystemExit for a folder that is not there."""
+    if not wanted or str(wanted).lower() in ("false", "0", "no"):
+        return None
+    if not resumes_newest(wanted):
+        if not os.path.isdir(wanted):
+            raise SystemExit(f"--resume_from_checkpoint: no folder {wanted}; expected a checkpoint, or true.")
+        return wanted
+    from transformers.trainer_utils import get_last_checkpoint
+
+    found = get_last_checkpoint(str(output_dir)) if os.path.isdir(output_dir) else None
+    say(f"Resuming from {found}." if found else f"No checkpoint in {output_dir}: starting anew.")
+    return found
+
+
+def finished_results(output_dir: str | Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The results in `output_dir`, if they are of a run with the same settings but for the folder."""
+    file = Path(output_dir) / "results.json"
+    if not file.is_file():
+        return None
+    results = json.loads(file.read_text(encoding="utf-8"))
+    keys = {**settings, **results["settings"]}.keys() - {"output_dir", "resume_from_checkpoint"}
+    if any(settings.get(key) != results["settings"].get(key) for key in keys):
+        return None
+    say(f"{output_dir} is finished: its results are kept.")
+    return results
 
 
 def keep_earlier(output_dir: str | Path, resumes: bool, say: Callable[[str], None]) -> None:
@@ -135,3 +309,41 @@ def resumed_callback(say: Callable[[str], None]) -> Any:
                     say(f"Resumed at step {state.global_step} with the checkpoint's {', '.join(differing)}.")
 
     return SaysWhatIsUsed()
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for what a diverged run has: JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def write_json(path: Path, value: object, ensure_ascii: bool = True) -> None:
+    """Write the whole file or leave what was there: a temporary neighbour, then one rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=1, allow_nan=False, ensure_ascii=ensure_ascii)
+            stream.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def put_between(page: str, start: str, end: str, text: str) -> str:
+    """`page` with `text` on the lines between the marks `start` and `end`; ValueError where it lacks them."""
+    before, first, rest = page.partition(start)
+    _, last, after = rest.partition(end)
+    if not (first and last):
+        raise ValueError(f"expected a page with the lines {start} and {end}")
+    return f"{before}{start}\n{text}\n{end}{after}"
+
+
+def renew_page(path: Path, start: str, end: str, text: str) -> None:
+    """Put `text` between the marks of a file; SystemExit for one that lacks them, which stays as it is."""
+    try:
+        page = put_between(path.read_text(encoding="utf-8"), start, end, text)
+    except ValueError as error:
+        raise SystemExit(f"{path}: {error}") from None
+    path.write_text(page, encoding="utf-8")

@@ -61,8 +61,12 @@ def test_the_wheel_holds_the_package_its_types_and_the_recipes_and_nothing_else(
     for source in [*(REPO / "foam_hf").rglob("*.py"), REPO / "foam_hf" / "py.typed"]:
         assert source.relative_to(REPO).as_posix() in names
     for source in (REPO / "recipes").rglob("*"):
-        if source.suffix in (".py", ".yaml", ".md"):
-            assert f"foam_hf/{source.relative_to(REPO).as_posix()}" in names
+        name = source.relative_to(REPO).as_posix()
+        if source.suffix in (".py", ".yaml", ".md") and not name.startswith("recipes/benchmarks/"):
+            assert f"foam_hf/{name}" in names
+    assert not [
+        name for name in names if "benchmarks" in name or "/results/" in name or name.endswith((".png", ".jsonl"))
+    ]
     assert f"foam_hf-{__version__}.dist-info/licenses/LICENSE" in names
     assert {name.split("/")[0] for name in names} == {"foam_hf", f"foam_hf-{__version__}.dist-info"}
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
@@ -80,8 +84,9 @@ def test_the_metadata_asks_for_what_the_package_needs(metadata):
 def test_the_installed_command_lists_and_copies_the_recipes(installed, tmp_path):
     command = installed / "bin" / "foam-hf"
     listed = run(sys.executable, command, "recipes", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert not re.search(r"^benchmarks\b", listed, re.MULTILINE)
     for folder in (REPO / "recipes").iterdir():
-        if (folder / "README.md").is_file():
+        if (folder / "README.md").is_file() and folder.name != "benchmarks":
             assert re.search(rf"^{folder.name}\s+\S", listed, re.MULTILINE), listed
     run(sys.executable, command, "recipes", "copy", "glue", cwd=tmp_path, PYTHONPATH=str(installed))
     assert (tmp_path / "glue" / "train.py").is_file()
@@ -103,7 +108,10 @@ def test_the_source_distribution_can_be_built_and_tested(tmp_path):
         "Makefile",
         "constraints.txt",
         "LICENSE",
+        "docs/figures/state_bytes.png",
         "docs/options.md",
+        "recipes/benchmarks/results/faults.json",
+        "recipes/benchmarks/speed/step_speed.py",
         "tests/test_packaging.py",
     ):
         assert f"foam_hf-{__version__}/{name}" in names

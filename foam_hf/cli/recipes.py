@@ -60,7 +60,9 @@ def recipe_folders() -> dict[str, Path]:
     root = inside if inside.is_dir() or not (clone / "pyproject.toml").is_file() else clone / "recipes"
     if not root.is_dir():
         raise CommandError(f"this installation has no recipes: expected them in {root}", code=1)
-    return {folder.name: folder for folder in sorted(root.iterdir()) if (folder / "README.md").is_file()}
+    folders = {folder.name: folder for folder in sorted(root.iterdir()) if (folder / "README.md").is_file()}
+    folders.pop("benchmarks", None)  # of a clone: they run there alone
+    return folders
 
 
 def _list() -> int:

@@ -15,7 +15,7 @@ one plus ``d``, and without an update nothing changes.
 Rounding is unbiased but noisy: after ``t`` steps a code is off by about the root of ``t * mean(|d|)``, and gradients
 that point here and there make that more than what they move. So each odd step takes ``1 - u`` of the step before: a
 step back then undoes a step to the last code, and any other is as unbiased as before. In 10,000 steps of a small
-model this took a third off what INT8 weights cost (``recipes/benchmarks/int8_drift.py``).
+model this took a third off what INT8 weights cost (``recipes/benchmarks/robustness/int8_drift.py``).
 """
 
 from __future__ import annotations

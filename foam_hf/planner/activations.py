@@ -27,7 +27,7 @@ from foam_hf.tensors.rows import CHUNK_GPU
 # Workspaces of cuBLAS, one for the forward thread and one for backward's, as an H100 has them: less on other GPUs.
 WORKSPACE = 2 * 32 * 2**20
 
-_MEASURED = "benchmarks/results/activation_peaks-nvidia-*.json"
+_ACCURACY = Path(__file__).with_name("accuracy.json")
 _AUTOCAST = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a head of transformers computes its loss from, by the end of its class name: argument -> one for each token?
 _HEADS = {
@@ -153,16 +153,11 @@ def factored_sums_bytes(shape: torch.Size, level: Level) -> int:
 def accuracy() -> str:
     """How good the estimates are, in a few words: the largest error in the runs that were measured on GPUs.
 
-    They are in `recipes/benchmarks/results`, and `recipes/benchmarks/activation_peaks.py` measures them.
+    `recipes/benchmarks/memory/activation_peaks.py` measures them and writes the file.
     """
-    package = Path(__file__).resolve().parents[1]
-    recipes = package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
-    measured = [json.loads(path.read_text(encoding="utf-8")) for path in recipes.glob(_MEASURED)]
-    errors = [abs(row["error"]) for run in measured for row in run["rows"] if row.get("error") is not None]
-    if not errors:
-        return "not compared with a GPU"
-    machines = ", ".join(sorted({run["machine"]["name"] for run in measured}))
-    return f"within {100 * max(errors):.1f}% of the peak in {len(errors)} runs measured on {machines}"
+    found = json.loads(_ACCURACY.read_text(encoding="utf-8"))
+    error, machines = 100 * found["largest_error"], ", ".join(found["machines"])
+    return f"within {error:.1f}% of the peak in {found['runs']} runs measured on {machines}"
 
 
 class _Step:

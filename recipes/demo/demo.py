@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     output, model_folder, train_script = options.output_dir, find_model(), find_train_script()
     check_output(output)
+    from foam_hf.recipe_kit import hub_problem  # not before find_train_script has said where foam_hf is missing
+
     say(f'Fine-tuning all-MiniLM-L6-v2 with optim="foam"; everything is written to {output}/')
 
     say("\n[1/5] Data: sentences of Python's documentation, as they stand (1) or with half of their words moved (0)")
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         say(f"  {label}  {next(row['sentence'] for row in rows if row['label'] == label)}")
 
     say("\n[2/5] The untrained model: the pretrained encoder with a fresh classifier")
-    hub_answers = hub_is_reachable(train_script)
+    hub_answers = hub_problem() is None  # asked once, for a few seconds
     quiet_libraries()
     tokenizer, model = load(model_folder, options.seed)
     untrained = evaluate(tokenizer, model, rows)
@@ -242,15 +244,6 @@ def report(
     (output / "results.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     say(f"\nSaved: the model and its tokenizer in {output / 'model'}, these numbers in {output / 'results.json'}.")
     say(f"  AutoModelForSequenceClassification.from_pretrained({str(output / 'model')!r})")
-
-
-def hub_is_reachable(train_script: Path) -> bool:
-    """Whether the model hub answers, asked once for a few seconds by the GLUE recipe's own check."""
-    # by its path: a module called data may well be on the user's own
-    spec = importlib.util.spec_from_file_location("foam_hf_glue_data", train_script.parent / "data.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    return recipe.hub_problem() is None
 
 
 def shown(path: Path) -> str:

@@ -1,17 +1,22 @@
 """The recipe's arguments: dataclasses, a YAML config, and the command line over both."""
 
 import dataclasses
-import os
-import typing
-from argparse import Namespace
 from pathlib import Path
 
 import torch
-import yaml
-from data import TASKS, one_line
+from data import TASKS
 from transformers import HfArgumentParser, TrainingArguments
 
-from foam_hf.recipe_kit import find_config, nearest, replaced_optim_args, said_optimizer
+from foam_hf.recipe_kit import (
+    config_values,
+    drop_foreign_settings,
+    find_config,
+    one_line,
+    parse_flags,
+    read_config,
+    replaced_optim_args,
+    settle_pairs,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -45,12 +50,6 @@ class GlueArguments:
     )
 
 
-def say(*words: object) -> None:
-    """Print on the first process only."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(*words, flush=True)
-
-
 def parse(argv: list[str]) -> tuple[GlueArguments, dict, Path, list[str]]:
     """This recipe's arguments, those for TrainingArguments, the config's path, and what to tell the user about them.
 
@@ -59,28 +58,17 @@ def parse(argv: list[str]) -> tuple[GlueArguments, dict, Path, list[str]]:
     parser = build_parser()
     has_config = bool(argv) and not argv[0].startswith("-")
     path = find_config(Path(argv[0]).expanduser(), HERE) if has_config else HERE / "roberta-base.yaml"
-    from_config = read_config(path, parser)
+    own = [field.name for field in dataclasses.fields(GlueArguments)]
+    from_config = config_values(read_config(path), path, parser, own, lists=("task_name", "seeds"))
     from_user = parse_flags(parser, argv[has_config:], "train.py")
 
     notes = []
-    optim, config_optim = from_user.get("optim"), from_config.get("optim")
-    if optim not in (None, config_optim) and "optim_args" in from_config:
-        dropped = from_config.pop("optim_args")  # they belong to the optimizer beside which they are written
-        if "optim_args" not in from_user:
-            notes.append(f"optim_args {dropped} of {path.name} are for {config_optim}: dropped for {optim}.")
-        if "learning_rate" not in from_user:
-            notes.append(
-                f"learning_rate {from_config.get('learning_rate')} of {path.name} is for {config_optim}: kept."
-            )
+    optim = from_user.get("optim")
+    if optim not in (None, from_config.get("optim")) and "optim_args" in from_config:
+        notes += drop_foreign_settings(from_config, from_user, optim, path.name)
     if note := replaced_optim_args(from_user.get("optim_args"), from_config.get("optim_args"), path.name):
         notes.append(note)
-    for first, second in (("warmup_steps", "warmup_ratio"), ("seeds", "seed")):
-        for source, where in ((from_user, "train.py"), (from_config, path)):
-            if first in source and second in source:
-                raise SystemExit(f"{where}: got both {first} and {second}; expected one of them.")
-        if first in from_user or second in from_user:  # either wins over both of the config
-            from_config.pop(first, None)
-            from_config.pop(second, None)
+    settle_pairs((("warmup_steps", "warmup_ratio"), ("seeds", "seed")), from_user, from_config, path)
     defaults = {"report_to": "none", "dataloader_pin_memory": torch.cuda.is_available()}
     values = {**defaults, **from_config, **from_user}
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -88,8 +76,7 @@ def parse(argv: list[str]) -> tuple[GlueArguments, dict, Path, list[str]]:
         values["warmup_steps"] = values.pop("warmup_ratio")  # newer releases read a value below 1 as a ratio
     if "overwrite_output_dir" not in names:
         values.pop("overwrite_output_dir", None)  # newer releases always do
-    own = [field.name for field in dataclasses.fields(GlueArguments) if field.name in values]
-    recipe = GlueArguments(**{name: values.pop(name) for name in own})
+    recipe = GlueArguments(**{name: values.pop(name) for name in own if name in values})
     check(recipe, values)
     return recipe, values, path, notes
 
@@ -103,52 +90,6 @@ def build_parser() -> HfArgumentParser:
     if "overwrite_output_dir" not in names:
         parser.add_argument("--overwrite_output_dir", nargs="?", const="true")
     return parser
-
-
-def parse_flags(parser: HfArgumentParser, flags: list[str], source: str) -> dict:
-    """The flags that are given, without defaults: argparse adds none to a namespace that already holds None."""
-
-    def fail(message: str) -> None:
-        raise SystemExit(f"{source}: {said_optimizer(message)}")
-
-    parser.error = fail  # one line, instead of a page of usage
-    names = {action.dest for action in parser._actions} - {"help"}
-    found, unknown = parser.parse_known_args(flags, Namespace(**dict.fromkeys(names)))
-    if unknown:
-        name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
-        fail(f"unknown argument {unknown[0]}; nearest: --{', --'.join(nearest(name, names))}.")
-    return {name: value for name, value in vars(found).items() if value is not None}
-
-
-def read_config(path: Path, parser: HfArgumentParser) -> dict:
-    """A YAML config's values, checked and converted as the flags of the same names."""
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise SystemExit(f"Cannot read the config {path}: {one_line(error)}") from None
-    if not isinstance(config, dict):
-        raise SystemExit(f"{path}: expected lines of 'key: value', got {type(config).__name__}.")
-    names = {action.dest for action in parser._actions} - {"help"}
-    own = {field.name for field in dataclasses.fields(GlueArguments)}
-    structured = {
-        a.dest for a in parser._actions if a.type is str or a.nargs == "+" or typing.get_origin(a.type)
-    } - own
-    flags, unconverted = [], {}
-    for key, value in config.items():
-        if key not in names:
-            near = ", ".join(map(repr, nearest(str(key), names)))
-            raise SystemExit(f"{path}: unknown key {key!r}; nearest: {near}.")
-        if key == "optim_args" and isinstance(value, dict):
-            value = ",".join(f"{name}={setting}" for name, setting in value.items())
-        if key in ("task_name", "seeds"):
-            flags += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-        elif isinstance(value, (dict, list)):
-            if key not in structured:
-                raise SystemExit(f"{path}: {key}: got {value}; expected one value.")
-            unconverted[key] = value  # as lr_scheduler_kwargs: TrainingArguments takes it as it is
-        elif value is not None:
-            flags += [f"--{key}={value}"]
-    return {**parse_flags(parser, flags, str(path)), **unconverted}
 
 
 def check(recipe: GlueArguments, training: dict) -> None:
@@ -182,11 +123,6 @@ def check(recipe: GlueArguments, training: dict) -> None:
             raise SystemExit(f"--{name} false: this recipe always trains, then evaluates.")
     if training.pop("do_predict", False):
         raise SystemExit("--do_predict: this recipe trains and evaluates; load the saved model to predict.")
-
-
-def resumes_newest(training: dict) -> bool:
-    """Whether --resume_from_checkpoint asks for each run's newest checkpoint, rather than none or a named one."""
-    return str(training.get("resume_from_checkpoint", "")).lower() in ("true", "1", "yes")
 
 
 def build_training_arguments(training: dict, output_dir: Path, seed: int) -> TrainingArguments:

@@ -5,16 +5,15 @@ itself, except parquet (pyarrow).
 """
 
 import csv
-import functools
 import glob
 import itertools
 import json
-import os
 import sys
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from foam_hf.recipe_kit import hub_problem, one_line
 
 HUB_DATASET = "nyu-mll/glue"
 EXTENSIONS = ("jsonl", "json", "csv", "parquet", "tsv")
@@ -68,44 +67,6 @@ TASKS = {
     "rte": Task("RTE", PAIR, ("entailment", "not_entailment"), ACCURACY, ACCURACY),
     "wnli": Task("WNLI", PAIR, ("not_entailment", "entailment"), ACCURACY, ACCURACY),
 }
-
-
-@functools.cache
-def hub_problem() -> str | None:
-    """Why the model hub cannot be used, or None where it answers; one request, given up after 4 seconds.
-
-    After a failed request the Hugging Face libraries of this process are switched to offline mode, so that none of
-    them spends minutes on retries; what is in their caches still loads.
-    """
-    from huggingface_hub import constants, get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return "offline mode is set (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)"
-    problems = [f"{constants.ENDPOINT} does not answer within 4 seconds"]
-
-    def ask() -> None:
-        try:
-            status = get_session().head(constants.ENDPOINT, timeout=3).status_code
-        except Exception as error:  # the session is of requests or of httpx, by version: no common class of errors
-            problems.append(f"{constants.ENDPOINT} does not answer ({type(error).__name__})")
-        else:
-            bad = status >= 500 or status == 407  # 407: a proxy that wants a password
-            problems.append(f"{constants.ENDPOINT} answers with HTTP status {status}" if bad else "")
-
-    # A thread, because no timeout covers a name server that keeps silent.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout=4)
-    if problems[-1]:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        constants.HF_HUB_OFFLINE = True
-    return problems[-1] or None
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text for a message of one line."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else text[:400] + " ..."
 
 
 def load_splits(task_name: str, dataset_path: str | None, several: bool = False) -> dict[str, list[dict]]:

@@ -7,11 +7,12 @@ labels) are all the same, is 0.0, and so is the F1 of a run that never predicts 
 import functools
 import importlib.util
 import math
-import os
 import warnings
 
 import numpy as np
-from data import TASKS, hub_problem
+from data import TASKS
+
+from foam_hf.recipe_kit import hub_problem, say
 
 try:
     from scipy.stats import pearsonr, spearmanr
@@ -58,12 +59,6 @@ def one_class(task_name: str, predictions: np.ndarray) -> str:
     labels = TASKS[task_name].labels
     what = f"the value {predictions[0]:g}" if labels is None else f"the class {labels[int(predictions[0])]}"
     return f"the model predicts {what} for all {len(predictions)} rows; a score of it says nothing of the task"
-
-
-def say(text: str) -> None:
-    """Print on the first process only."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(text, flush=True)
 
 
 @functools.cache

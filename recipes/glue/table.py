@@ -8,25 +8,11 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 
+from foam_hf.recipe_kit import put_between
+
 START, END = "<!-- table: made by table.py from results/*.json -->", "<!-- end of table -->"
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write the whole file or leave what was there: a temporary neighbour, then one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=1, allow_nan=False)
-            stream.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def read_runs(paths: list[Path]) -> list[dict]:
@@ -150,13 +136,6 @@ def _average(main: dict[str, dict[tuple[str, int], float]]) -> list[list[str]]:
     return [["average", "of main scores", *cells]] if set(cells) != {"-"} else []
 
 
-def with_table(readme: str, table: str) -> str:
-    """The README's text with what stands between the markers replaced by the table."""
-    before, rest = readme.split(START, 1)
-    after = rest.split(END, 1)[1]
-    return f"{before}{START}\n{table or 'Not measured yet.'}\n{END}{after}"
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("results", nargs="*", type=Path, help="folders of runs, or results.json files")
@@ -167,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.readme is None:
             print(table)
             return
-        text = with_table(options.readme.read_text(encoding="utf-8"), table)
+        text = put_between(options.readme.read_text(encoding="utf-8"), START, END, table or "Not measured yet.")
     except (OSError, ValueError, KeyError) as error:
         sys.exit(
             f"table.py: {type(error).__name__}: {error}; expected folders of runs or results.json files, and a "

@@ -27,19 +27,28 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 import foam_hf  # registers optim="foam" and "foam_mini"
 from foam_hf.memory import adamw_state_bytes, state_bytes
-from foam_hf.recipe_kit import keep_earlier, resumed_callback
+from foam_hf.recipe_kit import (
+    checkpoint_to_resume,
+    finite,
+    hub_problem,
+    keep_earlier,
+    one_line,
+    resumed_callback,
+    resumes_newest,
+    say,
+    write_json,
+)
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [] if str(HERE) in sys.path else [str(HERE)]  # the siblings, also when this file is imported
 
 import metrics  # noqa: E402
 import table  # noqa: E402
-from arguments import GlueArguments, build_training_arguments, parse, resumes_newest, say  # noqa: E402
-from data import TASKS, hub_problem, load_splits, one_line  # noqa: E402
+from arguments import GlueArguments, build_training_arguments, parse  # noqa: E402
+from data import TASKS, load_splits  # noqa: E402
 
 
 def model_source(recipe: GlueArguments) -> tuple[str, bool]:
@@ -165,19 +174,10 @@ def evaluate(trainer: Trainer, task_name: str) -> dict[str, float]:
     return {name: value for name, value in found.items() if name.endswith((*TASKS[task_name].metrics, "loss"))}
 
 
-def finite(value: float) -> float | None:
-    """The value, or None for the loss of a run that diverged: JSON has no NaN."""
-    return value if math.isfinite(value) else None
-
-
 def earlier_work(output_dir: Path, settings: dict, training: dict) -> tuple[dict | None, str | None]:
     """Results of the same run if it finished, and the checkpoint to go on from, as --resume_from_checkpoint asks."""
     wanted, results_file = training.get("resume_from_checkpoint"), output_dir / "results.json"
-    if not resumes_newest(training):
-        if wanted and not os.path.isdir(wanted):
-            raise SystemExit(f"--resume_from_checkpoint: no folder {wanted}; expected a checkpoint, or true.")
-        return None, wanted
-    if results_file.is_file():
+    if resumes_newest(wanted) and results_file.is_file():
         finished = json.loads(results_file.read_text(encoding="utf-8"))
         if "settings" not in finished:
             raise SystemExit(f"{results_file} is not of one run; choose another --output_dir.")
@@ -187,9 +187,7 @@ def earlier_work(output_dir: Path, settings: dict, training: dict) -> tuple[dict
             raise SystemExit(f"{results_file} is of another {', '.join(changed)}; choose another --output_dir.")
         say(f"{output_dir} is finished: its results are kept.")
         return finished, None
-    checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-    say(f"Resuming from {checkpoint}." if checkpoint else f"No checkpoint in {output_dir}: starting anew.")
-    return None, checkpoint
+    return None, checkpoint_to_resume(wanted, output_dir)
 
 
 def run(recipe: GlueArguments, args: TrainingArguments, training: dict, task_name: str, splits: dict) -> dict:
@@ -242,7 +240,7 @@ def run(recipe: GlueArguments, args: TrainingArguments, training: dict, task_nam
         },
     }
     if trainer.is_world_process_zero():
-        table.write_json(output_dir / "results.json", results)
+        write_json(output_dir / "results.json", results)
     return results
 
 
@@ -253,7 +251,8 @@ def main(argv: list[str] | None = None) -> dict:
     seeds = recipe.seeds or [training.get("seed", TrainingArguments.seed)]
     runs = [(task_name, seed) for task_name in recipe.task_name for seed in seeds]
     grid = len(recipe.task_name) > 1 or bool(recipe.seeds)
-    if len(runs) > 1 and training.get("resume_from_checkpoint") and not resumes_newest(training):
+    wanted = training.get("resume_from_checkpoint")
+    if len(runs) > 1 and wanted and not resumes_newest(wanted):
         raise SystemExit("--resume_from_checkpoint: several runs resume by true, each from its own newest checkpoint.")
     optim = training.get("optim", "the default")
     optim = f"{optim} ({training['optim_args']})" if training.get("optim_args") else optim
@@ -282,10 +281,10 @@ def main(argv: list[str] | None = None) -> dict:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     merged = {"runs": results} if grid else results[0]
-    if grid and not resumes_newest(training):
+    if grid and not resumes_newest(wanted):
         keep_earlier(root, True, say)  # the table of an earlier grid; each run has said of its own
     if grid and int(os.environ.get("RANK", "0")) == 0:
-        table.write_json(root / "results.json", merged)
+        write_json(root / "results.json", merged)
     where = root / "TASK" / "seed-N" if grid else root
     say(f"\nSaved in {where}: the model, its tokenizer and results.json. To use the model:")
     before = "import foam_hf; " if recipe.int8_weights else ""

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from gguf_models import gguf_file, load_gguf
-from instruct_arguments import WHOLE, InstructArguments, say
-from instruct_data import one_line
+from instruct_arguments import WHOLE, InstructArguments
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from foam_hf import Int8Config, foam_param_groups
 from foam_hf.int8.quantizer import quantize_model_
 from foam_hf.memory import adamw_state_bytes, expected_state_bytes, format_bytes
 from foam_hf.memory.storages import storages, total
+from foam_hf.recipe_kit import one_line, say
 
 
 def load(recipe: InstructArguments, output_dir: Path):

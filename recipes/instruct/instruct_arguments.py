@@ -7,14 +7,21 @@ import os
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import HfArgumentParser
 
-from foam_hf.recipe_kit import find_config, nearest, replaced_optim_args, said_optimizer
+from foam_hf import recipe_kit
+from foam_hf.recipe_kit import (
+    drop_foreign_settings,
+    find_config,
+    nearest,
+    one_line,
+    replaced_optim_args,
+    said_optimizer,
+    say,
+)
 
 try:
     import datasets  # noqa: F401  # before trl, which hides what it lacks
-    from instruct_data import one_line
     from trl import SFTConfig
 except ImportError as error:  # before anything is read
     raise SystemExit(f"This recipe needs TRL, PEFT and datasets (pip install trl peft datasets): {error}") from None
@@ -73,12 +80,6 @@ class InstructArguments:
         return json.loads(self.chat_template_kwargs or "{}")
 
 
-def say(*words: object) -> None:
-    """Print on the first process only."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(*words, flush=True)
-
-
 def parse(argv: list[str]) -> tuple[InstructArguments, SFTConfig, dict]:
     """This recipe's arguments, TRL's, and every setting that was given (config and command line), for results.json.
 
@@ -104,7 +105,9 @@ def parse(argv: list[str]) -> tuple[InstructArguments, SFTConfig, dict]:
         if unknown:
             near = ", ".join(map(repr, nearest(str(unknown[0]), actions)))
             raise SystemExit(f"{source}: unknown key {unknown[0]!r}; nearest: {near}.")
-    drop_foreign_optimizer_settings(config, given, flags, path.name)
+    if "optim" in given and (optim := value_of("--optim", flags)) != config.get("optim"):
+        for note in drop_foreign_settings(config, given, optim, path.name):
+            say(note)
     use_new_names(config, given, actions)
     if "dataset_path" in given or "dataset_name" in given:  # either replaces the config's
         for name in ("dataset_path", "dataset_name", "dataset_config"):
@@ -142,33 +145,18 @@ def build_parser() -> HfArgumentParser:
     return HfArgumentParser((InstructArguments, SFTConfig), allow_abbrev=False)
 
 
+def value_of(flag: str, flags: list[str]) -> str:
+    """What a flag that is given is followed by, or holds behind "="."""
+    index = next(i for i, word in enumerate(flags) if word.split("=")[0] == flag)
+    _, equals, value = flags[index].partition("=")
+    return value if equals else (flags[index + 1 :] or [""])[0]
+
+
 def read_config(path: Path) -> dict:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise SystemExit(f"Cannot read the config {path}: {one_line(error)}") from None
-    if not isinstance(config, dict):
-        raise SystemExit(f"{path}: expected lines of 'key: value', got {type(config).__name__}.")
-    if isinstance(config.get("optim_args"), dict):
-        config["optim_args"] = ",".join(f"{name}={value}" for name, value in config["optim_args"].items())
+    config = recipe_kit.read_config(path)
     if isinstance(config.get("chat_template_kwargs"), dict):
         config["chat_template_kwargs"] = json.dumps(config["chat_template_kwargs"])
     return config
-
-
-def drop_foreign_optimizer_settings(config: dict, given: set[str], flags: list[str], name: str) -> None:
-    """A config's optim_args belong to the optimizer beside which they are written."""
-    if "optim" not in given:
-        return
-    value = next(f for i, f in enumerate(flags) if f.split("=")[0] == "--optim")
-    optim = value.split("=", 1)[1] if "=" in value else (flags[flags.index(value) + 1 :] or [""])[0]
-    if optim == config.get("optim"):
-        return
-    dropped = config.pop("optim_args", None)
-    if dropped and "optim_args" not in given:
-        say(f"optim_args {dropped} of {name} are for {config.get('optim')}: dropped for {optim}.")
-    if "learning_rate" in config and "learning_rate" not in given:
-        say(f"learning_rate {config['learning_rate']} of {name} is for {config.get('optim')}: kept.")
 
 
 def use_new_names(config: dict, given: set[str], actions: dict) -> None:

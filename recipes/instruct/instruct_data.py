@@ -16,6 +16,8 @@ from pathlib import Path
 
 import datasets
 
+from foam_hf.recipe_kit import one_line
+
 LAYOUTS = {  # in this order: a data set with messages often has a prompt column beside them
     "messages": ("messages",),
     "conversations": ("conversations",),
@@ -356,9 +358,3 @@ def describe(counts: dict, max_length: int | None) -> str:
                 line += f"; columns not used: {', '.join(found['columns_not_used'])}"
         lines.append(line)
     return "\n".join(lines)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text for a message of one line."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else text[:400] + " ..."

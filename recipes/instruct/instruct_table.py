@@ -1,6 +1,6 @@
 """Tables of a study's JSON; `python instruct_table.py results/*.json --readme README.md` renews the README's.
 
-The JSON comes from recipes/benchmarks/instruct_gpu.py. `--swap` makes one table of all files: every arm on every model
+The JSON comes from instruct_gpu.py of the benchmarks. `--swap` makes one table of all files: every arm on every model
 and data set, its difference from the arm whose learning rate it took, and its state.
 """
 
@@ -9,6 +9,8 @@ import json
 import statistics
 import sys
 from pathlib import Path
+
+from foam_hf.recipe_kit import put_between
 
 START, END = "<!-- tables: made by recipes/instruct/instruct_table.py -->", "<!-- end of tables -->"
 KINDS = ("weights", "gradients", "optimizer_state", "rest")
@@ -167,13 +169,6 @@ def chosen_rates(pairs: list[tuple[dict, str]]) -> str:
     return f"Learning rates: {'; '.join(words)}."
 
 
-def with_tables(readme: str, text: str) -> str:
-    """The README's text with what stands between the markers replaced."""
-    before, rest = readme.split(START, 1)
-    after = rest.split(END, 1)[1]
-    return f"{before}{START}\n{text or 'Not measured yet.'}\n{END}{after}"
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("results", nargs="*", type=Path, help="JSON files of instruct_gpu.py")
@@ -189,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.readme is None:
             print(text)
             return
-        renewed = with_tables(options.readme.read_text(encoding="utf-8"), text)
+        renewed = put_between(options.readme.read_text(encoding="utf-8"), START, END, text or "Not measured yet.")
     except (OSError, ValueError, KeyError, IndexError) as error:
         sys.exit(f"instruct_table.py: {type(error).__name__}: {error}; expected JSON of instruct_gpu.py, and markers.")
     options.readme.write_text(renewed, encoding="utf-8")

@@ -1,13 +1,8 @@
 """What a run costs, what it ran on, and how its results are written."""
 
-import json
-import math
-import os
 import platform
-import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
@@ -56,11 +51,6 @@ class Meter(TrainerCallback):
         return {"total": peak, **kinds, "rest": peak - sum(kinds.values())}
 
 
-def finite(value: float) -> float | None:
-    """The value, or None for the loss of a run that diverged: JSON has no NaN."""
-    return value if math.isfinite(value) else None
-
-
 def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"python": platform.python_version(), "foam_hf": foam_hf.__version__}
     for name in PACKAGES:
@@ -69,18 +59,3 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[name] = None
     return found
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write the whole file or leave what was there: a temporary neighbour, then one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=1, allow_nan=False, ensure_ascii=False)
-            stream.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

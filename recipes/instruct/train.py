@@ -4,20 +4,27 @@ Keys are the fields of InstructArguments (instruct_arguments.py) and of TRL's SF
 the YAML config (smollm2-135m.yaml beside this script if none is named), and that over the defaults.
 """
 
-import json
 import logging
 import math
-import os
 import sys
 import time
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from transformers.trainer_utils import get_last_checkpoint
 
 import foam_hf  # registers optim="foam" and "foam_mini"
-from foam_hf.recipe_kit import keep_earlier, resumed_callback
+from foam_hf.recipe_kit import (
+    checkpoint_to_resume,
+    finished_results,
+    finite,
+    keep_earlier,
+    one_line,
+    resumed_callback,
+    resumes_newest,
+    say,
+    write_json,
+)
 
 try:
     import datasets  # noqa: F401  # before trl, which hides what it lacks
@@ -30,9 +37,9 @@ sys.path[:0] = [] if str(HERE) in sys.path else [str(HERE)]  # the siblings, als
 
 import answers  # noqa: E402
 import chat_models  # noqa: E402
-from instruct_arguments import WHOLE, InstructArguments, parse, say  # noqa: E402
-from instruct_data import Instructions, count_lengths, describe, load_instructions, one_line  # noqa: E402
-from measuring import Meter, finite, versions, write_json  # noqa: E402
+from instruct_arguments import WHOLE, InstructArguments, parse  # noqa: E402
+from instruct_data import Instructions, count_lengths, describe, load_instructions  # noqa: E402
+from measuring import Meter, versions  # noqa: E402
 
 SAMPLES = 3  # answers in results.json
 
@@ -151,24 +158,10 @@ def question_and_answer(row: dict) -> tuple[str | list[dict], str]:
 
 def earlier_work(args, settings: dict) -> tuple[dict | None, str | None]:
     """Results of the same run if it finished, and the checkpoint to go on from, as --resume_from_checkpoint asks."""
-    wanted, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
-    word = str(wanted).lower()
-    if wanted is None or word in ("false", "0", "no"):
-        return None, None
-    if word not in ("true", "1", "yes"):
-        if not os.path.isdir(wanted):
-            raise SystemExit(f"--resume_from_checkpoint: no folder {wanted}; expected a checkpoint, or true.")
-        return None, wanted
-    file = output_dir / "results.json"
-    if file.is_file():
-        finished = json.loads(file.read_text(encoding="utf-8"))
-        keys = {**settings, **finished["settings"]}.keys() - {"output_dir", "resume_from_checkpoint"}
-        if all(settings.get(key) == finished["settings"].get(key) for key in keys):
-            say(f"{output_dir} is finished: its results are kept.")
-            return finished, None
-    checkpoint = get_last_checkpoint(args.output_dir) if output_dir.is_dir() else None
-    say(f"Resuming from {checkpoint}." if checkpoint else f"No checkpoint in {output_dir}: starting anew.")
-    return None, checkpoint
+    wanted = args.resume_from_checkpoint
+    if resumes_newest(wanted) and (finished := finished_results(args.output_dir, settings)):
+        return finished, None
+    return None, checkpoint_to_resume(wanted, args.output_dir)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -225,7 +218,7 @@ def main(argv: list[str] | None = None) -> dict:
         "versions": versions(),
     }
     if trainer.is_world_process_zero():
-        write_json(output_dir / "results.json", results)
+        write_json(output_dir / "results.json", results, ensure_ascii=False)
     say(summary(results, output_dir))
     return results
 

@@ -2,20 +2,28 @@
 
 import dataclasses
 import os
-import typing
-from argparse import Namespace
 from pathlib import Path
 
 import torch
-import yaml
 from other_optimizers import OTHERS
-from pretrain_data import HUB_DATASET, one_line
+from pretrain_data import HUB_DATASET
 from transformers import HfArgumentParser, TrainingArguments
 
-from foam_hf.recipe_kit import find_config, nearest, replaced_optim_args, said_optimizer
+from foam_hf.recipe_kit import (
+    config_values,
+    drop_foreign_settings,
+    find_config,
+    one_line,
+    pairs,
+    parse_flags,
+    read_config,
+    replaced_optim_args,
+    settle_pairs,
+)
 
 HERE = Path(__file__).resolve().parent
 PROJECTED = ("galore", "apollo")
+EXCLUSIVE = (("warmup_steps", "warmup_ratio"), ("max_steps", "num_train_epochs"), ("dataset_path", "dataset_name"))
 LAYERS = r".*\.(self_attn|mlp)\..*"  # what GaLore and APOLLO project in their papers; all-linear has the LM head too
 
 
@@ -59,12 +67,6 @@ class PretrainArguments:
     prepare_only: bool = dataclasses.field(default=False, metadata={"help": "make --tokens_path, then stop"})
 
 
-def say(*words: object) -> None:
-    """Print on the first process only."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(*words, flush=True)
-
-
 def parse(argv: list[str]) -> tuple[PretrainArguments, dict, str, list[str]]:
     """This recipe's arguments, those for TrainingArguments, the optimizer's name, and what to tell the user.
 
@@ -73,34 +75,21 @@ def parse(argv: list[str]) -> tuple[PretrainArguments, dict, str, list[str]]:
     parser = build_parser()
     has_config = bool(argv) and not argv[0].startswith("-")
     path = find_config(Path(argv[0]).expanduser(), HERE) if has_config else HERE / "llama-60m.yaml"
-    from_config = read_config(path, parser)
+    config = {key: pairs(value) if key == "config_overrides" else value for key, value in read_config(path).items()}
+    own = {field.name for field in dataclasses.fields(PretrainArguments)}
+    from_config = config_values(config, path, parser, own)
     from_user = parse_flags(parser, argv[has_config:], "train.py")
     notes = []
-    optim, config_optim = from_user.get("optim"), from_config.get("optim")
-    if optim not in (None, config_optim):
-        dropped = from_config.pop("optim_args", None)  # they belong to the optimizer beside which they are written
-        if dropped and "optim_args" not in from_user:
-            notes.append(f"optim_args {dropped} of {path.name} are for {config_optim}: dropped for {optim}.")
-        if "learning_rate" in from_config and "learning_rate" not in from_user:
-            notes.append(f"learning_rate {from_config['learning_rate']} of {path.name} is for {config_optim}: kept.")
+    optim = from_user.get("optim")
+    if optim not in (None, from_config.get("optim")):
+        notes += drop_foreign_settings(from_config, from_user, optim, path.name)
     if note := replaced_optim_args(from_user.get("optim_args"), from_config.get("optim_args"), path.name):
         notes.append(note)
-    for pair in (
-        ("warmup_steps", "warmup_ratio"),
-        ("max_steps", "num_train_epochs"),
-        ("dataset_path", "dataset_name"),
-    ):
-        for source, where in ((from_user, "train.py"), (from_config, path)):
-            if set(pair) <= source.keys():
-                raise SystemExit(f"{where}: got both {pair[0]} and {pair[1]}; expected one of them.")
-        if set(pair) & from_user.keys():  # either wins over both of the config
-            for name in pair:
-                from_config.pop(name, None)
+    settle_pairs(EXCLUSIVE, from_user, from_config, path)
     if "dataset_name" in from_user:  # another data set's configuration is not this one's
         from_config.pop("dataset_config", None)
     cuda = torch.cuda.is_available() and str(from_user.get("use_cpu", "")).lower() != "true"
     values: dict = {"report_to": "none", "dataloader_pin_memory": cuda, **from_config, **from_user}
-    own = {field.name for field in dataclasses.fields(PretrainArguments)}
     recipe = PretrainArguments(**{name: values.pop(name) for name in own & values.keys()})
     if recipe.dtype == "float32":
         values.setdefault("bf16", cuda and torch.cuda.is_bf16_supported())
@@ -123,50 +112,6 @@ def build_parser() -> HfArgumentParser:
         parser.add_argument("--warmup_ratio", type=float)
     actions["optim"].type, actions["optim"].choices = str, None
     return parser
-
-
-def parse_flags(parser: HfArgumentParser, flags: list[str], source: str) -> dict:
-    """The flags that are given, without defaults: argparse adds none to a namespace that already holds None."""
-
-    def fail(message: str) -> None:
-        raise SystemExit(f"{source}: {said_optimizer(message)}")
-
-    parser.error = fail  # one line, instead of a page of usage
-    names = {action.dest for action in parser._actions} - {"help"}
-    found, unknown = parser.parse_known_args(flags, Namespace(**dict.fromkeys(names)))
-    if unknown:
-        name = unknown[0].split("=")[0].lstrip("-").replace("-", "_")
-        fail(f"unknown argument {unknown[0]}; nearest: --{', --'.join(nearest(name, names))}.")
-    return {name: value for name, value in vars(found).items() if value is not None}
-
-
-def read_config(path: Path, parser: HfArgumentParser) -> dict:
-    """A YAML config's values, checked and converted as the flags of the same names."""
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise SystemExit(f"Cannot read the config {path}: {one_line(error)}") from None
-    if not isinstance(config, dict):
-        raise SystemExit(f"{path}: expected lines of 'key: value', got {type(config).__name__}.")
-    names = {action.dest for action in parser._actions} - {"help"}
-    own = {field.name for field in dataclasses.fields(PretrainArguments)}
-    structured = {
-        a.dest for a in parser._actions if a.type is str or a.nargs == "+" or typing.get_origin(a.type)
-    } - own
-    flags, unconverted = [], {}
-    for key, value in config.items():
-        if key not in names:
-            near = ", ".join(map(repr, nearest(str(key), names)))
-            raise SystemExit(f"{path}: unknown key {key!r}; nearest: {near}.")
-        if key in ("optim_args", "config_overrides") and isinstance(value, dict):
-            value = ",".join(f"{name}={setting}" for name, setting in value.items())
-        if isinstance(value, (dict, list)):
-            if key not in structured:
-                raise SystemExit(f"{path}: {key}: got {value}; expected one value.")
-            unconverted[key] = value  # as lr_scheduler_kwargs: TrainingArguments takes it as it is
-        elif value is not None:
-            flags += [f"--{key}={value}"]
-    return {**parse_flags(parser, flags, str(path)), **unconverted}
 
 
 def check(recipe: PretrainArguments, training: dict) -> None:

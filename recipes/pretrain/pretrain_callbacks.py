@@ -1,16 +1,15 @@
 """What a run does beside training: the position of its data in every checkpoint, and the time of its steps."""
 
 import json
-import os
-import tempfile
 import time
 from pathlib import Path
 
 from pretrain_arguments import PretrainArguments
-from pretrain_data import one_line
 from pretrain_stream import PackedStream
 from pretrain_tokens import Data
 from transformers import TrainerCallback, TrainingArguments
+
+from foam_hf.recipe_kit import one_line, write_json
 
 
 class Position(TrainerCallback):
@@ -70,14 +69,3 @@ class Clock(TrainerCallback):
         self.seen += 1
         if self.seen > 2:  # they compile kernels and allocate
             self.seconds, self.steps = self.seconds + time.perf_counter() - self.began, self.steps + 1
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write the whole file or leave what was there: a temporary neighbour, then one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1, allow_nan=False)
-        stream.write("\n")
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)

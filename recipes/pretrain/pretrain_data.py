@@ -4,14 +4,12 @@ Documents are joined end to end, each closed by the tokenizer's end of sequence,
 What is held out is chosen by document, from its text alone, so that a copy of it is never trained on.
 """
 
-import functools
 import gzip
 import hashlib
 import json
 import os
 import re
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -19,52 +17,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from foam_hf.recipe_kit import one_line
+
 HUB_DATASET = "allenai/c4"
 HUB_CONFIGS = {HUB_DATASET: "en"}
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".txt.gz", ".jsonl.gz", ".json.gz")
 EXPECTED = "a .txt, .jsonl or .parquet file or a folder of them"
 BATCH = 512  # documents tokenized together
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text for a message of one line."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else text[:400] + " ..."
-
-
-@functools.cache
-def hub_problem() -> str | None:
-    """Why the hub cannot be used, or None where it answers; one request, given up after 4 seconds.
-
-    After a failed request the Hugging Face libraries of this process are switched to offline mode, so that none of
-    them spends minutes on retries.
-    """
-    from huggingface_hub import constants, get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return "offline mode is set (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)"
-    problems = [f"{constants.ENDPOINT} does not answer within 4 seconds"]
-
-    def ask() -> None:
-        try:
-            status = get_session().head(constants.ENDPOINT, timeout=3).status_code
-        except Exception as error:  # the session is of requests or of httpx, by version: no common class of errors
-            problems.append(f"{constants.ENDPOINT} does not answer ({type(error).__name__})")
-        else:
-            bad = status >= 500 or status == 407  # 407: a proxy that wants a password
-            problems.append(f"{constants.ENDPOINT} answers with HTTP status {status}" if bad else "")
-
-    # A thread, because no timeout covers a name server that keeps silent.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout=4)
-    if problems[-1]:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        constants.HF_HUB_OFFLINE = True
-    return problems[-1] or None
-
-
-# ---- documents ----
 
 
 def text_files(path: Path) -> list[Path]:

@@ -8,21 +8,21 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from pretrain_arguments import PretrainArguments, say
+from pretrain_arguments import PretrainArguments
 from pretrain_data import (
     EXPECTED,
     HUB_CONFIGS,
     Encoder,
     PackedTokens,
-    hub_problem,
     local_documents,
-    one_line,
     place,
     text_files,
     write_tokens,
 )
 from pretrain_stream import HubStream, PackedStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from foam_hf.recipe_kit import hub_problem, one_line, say
 
 END = "<|endoftext|>"
 SAMPLE = 200_000_000  # characters that a tokenizer is trained on, from the start of the data

@@ -20,21 +20,29 @@ import transformers
 import yaml
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 import foam_hf  # registers optim="foam" and its companions
 from foam_hf.memory import adamw_state_bytes, state_bytes
 from foam_hf.optimizer.groups import layer_names
 from foam_hf.planner.model_configs import ModelError, load_config
-from foam_hf.recipe_kit import keep_earlier, resumed_callback
+from foam_hf.recipe_kit import (
+    checkpoint_to_resume,
+    finished_results,
+    finite,
+    keep_earlier,
+    one_line,
+    resumed_callback,
+    resumes_newest,
+    say,
+    write_json,
+)
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [] if str(HERE) in sys.path else [str(HERE)]  # the siblings, also when this file is imported
 
 import other_optimizers  # noqa: E402
-from pretrain_arguments import PretrainArguments, build_training_arguments, parse, say  # noqa: E402
-from pretrain_callbacks import Clock, Position, write_json  # noqa: E402
-from pretrain_data import one_line  # noqa: E402
+from pretrain_arguments import PretrainArguments, build_training_arguments, parse  # noqa: E402
+from pretrain_callbacks import Clock, Position  # noqa: E402
 from pretrain_stream import PackedStream  # noqa: E402
 from pretrain_tokens import Data, prepare  # noqa: E402
 
@@ -170,44 +178,15 @@ def layers_state_bytes(model, optimizer) -> int:
     return state_bytes(Part())
 
 
-def finite(value: float) -> float | None:
-    """The value, or None for what a diverged run has: JSON has no NaN."""
-    return value if math.isfinite(value) else None
-
-
-def resumes_newest(args: TrainingArguments) -> bool:
-    return str(args.resume_from_checkpoint).lower() in ("true", "1", "yes")
-
-
 def find_checkpoint(args: TrainingArguments) -> str | None:
     """The checkpoint that --resume_from_checkpoint asks for, or None; SystemExit if it is at the last step already."""
-    wanted = args.resume_from_checkpoint
-    if str(wanted).lower() in ("false", "0", "no"):
-        return None
-    if resumes_newest(args):
-        wanted = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-        say(f"Resuming from {wanted}." if wanted else f"No checkpoint in {args.output_dir}: starting anew.")
-    elif wanted and not os.path.isdir(wanted):
-        raise SystemExit(f"--resume_from_checkpoint: no folder {wanted}; expected a checkpoint, or true.")
+    wanted = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     state = Path(wanted or "") / "trainer_state.json"
     if wanted and args.max_steps > 0 and state.is_file():
         step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
         if step >= args.max_steps:  # Trainer would take one more
             raise SystemExit(f"{wanted} is at step {step} of --max_steps {args.max_steps}; expected more steps.")
     return wanted
-
-
-def finished_results(args: TrainingArguments, settings: dict) -> dict | None:
-    """What the same run wrote, if it has finished and is only to be resumed."""
-    file = Path(args.output_dir) / "results.json"
-    if not resumes_newest(args) or not file.is_file():
-        return None
-    results = json.loads(file.read_text(encoding="utf-8"))
-    keys = {**settings, **results["settings"]}.keys() - {"output_dir", "resume_from_checkpoint"}
-    if any(settings.get(key) != results["settings"].get(key) for key in keys):
-        return None
-    say(f"{args.output_dir} is finished: its results are kept.")
-    return results
 
 
 class Tokens:
@@ -234,7 +213,8 @@ def main(argv: list[str] | None = None) -> dict:
     secret = ("hub_token", "push_to_hub_token")
     settings = {**dataclasses.asdict(recipe), **{key: value for key, value in training.items() if key not in secret}}
     settings = json.loads(json.dumps(settings, default=str))
-    if not recipe.prepare_only and (finished := finished_results(args, settings)):
+    goes_on = resumes_newest(args.resume_from_checkpoint) and not recipe.prepare_only
+    if goes_on and (finished := finished_results(args.output_dir, settings)):
         return finished
     per_process = recipe.total_batch_size // args.world_size
     say("Reading and tokenizing the text ...")

@@ -18,6 +18,7 @@ from foam_hf.int8.models import plan_int8
 from foam_hf.memory import adamw_state_bytes, expected_state_bytes
 from foam_hf.planner.meta_models import meta_model, with_adapters
 from foam_hf.planner.model_configs import load_config
+from foam_hf.recipe_kit import renew_page
 
 START, END = "<!-- table: made by recipes/quantized/method_bytes.py -->", "<!-- end of table -->"
 MODELS = {"Qwen2.5-0.5B": "qwen2.5-0.5b", "Qwen2.5-7B": "qwen2.5-7b", "LLaMA-3.1-8B": "llama-3.1-8b"}
@@ -109,11 +110,7 @@ def main() -> None:
     if options.readme is None:
         print(text)
         return
-    before, _, rest = options.readme.read_text(encoding="utf-8").partition(START)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        parser.error(f"{options.readme} lacks the marks {START} and {END}")
-    options.readme.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
+    renew_page(options.readme, START, END, text)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.benchmark_runs import BENCHMARKS, REPOSITORY, call, refused, run, start_server
-
-sys.path.append(str(BENCHMARKS))
-
-import report
-from cases import CASES, SHAPES, make_weights
-from harness import run_alone
-from step_speed import floor_bytes, move_gradients, refresh_ms
-
 from foam_hf.memory import state_bytes
+from recipes.benchmarks.common.cases import CASES, SHAPES, make_weights
+from recipes.benchmarks.common.harness import run_alone
+from recipes.benchmarks.speed import report
+from recipes.benchmarks.speed.step_speed import floor_bytes, move_gradients, refresh_ms
+from tests.support.benchmark_runs import BENCHMARKS, REPOSITORY, call, refused, run, start_server
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,7 +43,7 @@ def steps(tmp_path_factory) -> tuple[Path, dict, str]:
         "--results",
         str(folder),
     ]
-    printed = run("step_speed.py", *words).stdout
+    printed = run("speed.step_speed", *words).stdout
     (path,) = folder.iterdir()
     assert path.name.startswith("step_speed-")
     return path, json.loads(path.read_text()), printed
@@ -75,22 +71,22 @@ def test_a_run_goes_on_where_it_was_cut_off(steps, tmp_path: Path) -> None:
     kept = [row for row in content["rows"] if row["optimizer"] != "foam"]
     partial.write_text(json.dumps({**content, "rows": kept}))
     words = ["--device", "cpu", "--shapes", "tiny", "--dtypes", "bf16", "--optimizers", "foam,adamw-foreach"]
-    said = call("step_speed.py", *words, "--results", str(tmp_path), "--resume", "--budget-s", "-1")
+    said = call("speed.step_speed", *words, "--results", str(tmp_path), "--resume", "--budget-s", "-1")
     assert "1 of 1 cases were not run" in said
     assert json.loads(partial.read_text())["rows"] == kept
-    call("step_speed.py", *words, "--results", str(tmp_path), "--resume")
+    call("speed.step_speed", *words, "--results", str(tmp_path), "--resume")
     *rest, last = json.loads(partial.read_text())["rows"]
     assert rest == kept and (last["optimizer"], last["status"]) == ("foam", "ok")
 
 
 def test_unknown_names_are_errors_that_list_the_known() -> None:
     for script, option, known in [
-        ("training_speed.py", "models", "llama-7b"),
-        ("memory_peak.py", "cases", "8b-int8-release"),
+        ("speed.training_speed", "models", "llama-7b"),
+        ("memory.memory_peak", "cases", "8b-int8-release"),
     ]:
         done = run(script, f"--{option}", "llama-8b", check=False)
         assert done.returncode != 0 and "unknown llama-8b" in done.stderr and known in done.stderr
-    told = refused("step_speed.py", "--shapes", "llama-8b")  # which runs as a command above
+    told = refused("speed.step_speed", "--shapes", "llama-8b")  # which runs as a command above
     assert "unknown llama-8b" in told and "llama-7b" in told
 
 
@@ -204,19 +200,19 @@ def test_the_refresh_of_a_projection_is_measured() -> None:
 
 def test_optimizers_take_turns_on_a_cpu(tmp_path: Path) -> None:
     words = ["--shapes", "tiny", "--optimizers", "foam,adamw-foreach", "--rounds", "3", "--threads", "1"]
-    printed = run("cpu_step.py", *words, "--results", str(tmp_path)).stdout
+    printed = run("speed.cpu_step", *words, "--results", str(tmp_path)).stdout
     (path,) = tmp_path.iterdir()
     content = json.loads(path.read_text())
     rows = {row["optimizer"]: row for row in content["rows"]}
     assert content["machine"]["name"].endswith("1 threads") and list(rows) == ["foam", "adamw-foreach"]
     assert all(0 < row["ms_least"] <= row["ms"] and row["rounds"] == 3 for row in rows.values())
     assert all(row["label"] in printed and row["label"] in report.section([content]) for row in rows.values())
-    assert "expected at least 1" in refused("cpu_step.py", "--rounds", "0")
+    assert "expected at least 1" in refused("speed.cpu_step", "--rounds", "0")
 
 
 def test_training_speed_runs_a_trainer(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--models", "tiny", "--sequences", "16", "--steps", "2", "--results", str(tmp_path)]
-    printed = call("training_speed.py", *words, "--optimizers", "foam,adamw-fused")
+    printed = call("speed.training_speed", *words, "--optimizers", "foam,adamw-fused")
     (path,) = tmp_path.iterdir()
     foam, adamw = json.loads(path.read_text())["rows"]
     assert (foam["optimizer"], foam["status"], adamw["status"]) == ("foam", "ok", "ok"), foam.get("reason")
@@ -228,9 +224,10 @@ def test_training_speed_runs_a_trainer(tmp_path: Path) -> None:
 
 def test_sharded_speed_measures_under_torchrun(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--model", "tiny", "--sequence", "16", "--steps", "1", "--results", str(tmp_path)]
+    words += ["--optimizers", "foam,foam-factored,adamw-fused"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [*launch, str(BENCHMARKS / "sharded_speed.py"), *words, "--optimizers", "foam,foam-factored,adamw-fused"]
+    command = [*launch, "-m", "recipes.benchmarks.speed.sharded_speed", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.iterdir()
@@ -247,7 +244,7 @@ def test_sharded_speed_measures_under_torchrun(tmp_path: Path) -> None:
 def test_memory_peak_runs_a_trainer_for_every_kind_of_case(tmp_path: Path) -> None:
     cases = "ladder-adamw-mixed,ladder-release,8b-int8-loaded,glue-release"
     words = ["--device", "cpu", "--tiny", "--steps", "1", "--results", str(tmp_path), "--cases", cases]
-    printed = call("memory_peak.py", *words)
+    printed = call("memory.memory_peak", *words)
     (path,) = tmp_path.iterdir()
     rows = {row["case"]: row for row in json.loads(path.read_text())["rows"]}
     assert list(rows) == cases.split(",") and {row["status"] for row in rows.values()} == {"ok"}, printed
@@ -311,12 +308,12 @@ def test_report_writes_the_tables_between_its_markers(steps, tmp_path: Path) -> 
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
     words = ["--results", str(path.parent), "--readme", str(readme)]
-    assert run("report.py", *words, "--check", check=False).returncode != 0
-    run("report.py", *words)
+    assert run("speed.report", *words, "--check", check=False).returncode != 0
+    run("speed.report", *words)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert all(row["label"] in text for row in content["rows"])
-    run("report.py", *words, "--check")
+    run("speed.report", *words, "--check")
 
 
 def test_report_judges_the_budget_and_draws(tmp_path: Path) -> None:

@@ -15,18 +15,15 @@ import datasets
 import pytest
 import yaml
 
+from recipes.benchmarks.quality import before, instruct_gpu, instruct_run
 from tests.support.instruct_runs import RECIPE, ROOT, load_script, save_model, sums, write_jsonl
 
 load_script()
-sys.path.append(str(ROOT / "recipes" / "benchmarks"))
 
-import before  # noqa: E402
 import instruct_arguments  # noqa: E402
-import instruct_gpu  # noqa: E402
-import instruct_run  # noqa: E402
 import instruct_table  # noqa: E402
 
-BENCHMARKS = ROOT / "recipes" / "benchmarks"
+QUALITY = ROOT / "recipes" / "benchmarks" / "quality"
 STUDIES = {"instruct_study.yaml": 14, "instruct_swap.yaml": 7, "instruct_swap_qwen.yaml": 6}  # arms that are searched
 TINY = {
     "settings": {
@@ -63,14 +60,13 @@ TINY = {
 }
 
 
-COMMAND = [str(BENCHMARKS / "instruct_gpu.py")]
+COMMAND = ["-m", "recipes.benchmarks.quality.instruct_gpu"]
 # The same main() twice in one process, which imports once; what each writes is kept.
 TWICE = """
 import shutil, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import instruct_gpu
-words = sys.argv[2:]
+from recipes.benchmarks.quality import instruct_gpu
+words = sys.argv[1:]
 cut = words.index("--then")
 instruct_gpu.main(words[:cut])
 shutil.copy("runs/results.json", "runs/results-before.json")
@@ -182,7 +178,7 @@ def test_a_study_goes_on_where_it_was_cut_off(finished) -> None:
     kept = [line for line in lines if '"final' not in json.loads(line)["key"][:10]]
     (folder / "runs" / "runs.jsonl").write_text("\n".join(kept[:-1]) + "\n")  # one search run and all final ones lost
     first, then = ["--parts", "search", "--budget-s", "0"], ["--parts", "search,final", "--arms", "1"]
-    said, content = study(folder, *first, "--then", *then, command=["-c", TWICE, str(Path(COMMAND[0]).parent)])
+    said, content = study(folder, *first, "--then", *then, command=["-c", TWICE])
     cut = json.loads((folder / "runs" / "results-before.json").read_text())
     assert len(cut["search"]) == 2 and cut["unfinished"] > 0 and not cut["runs"]
     said = said.split("THEN\n")[1]
@@ -193,11 +189,11 @@ def test_a_study_goes_on_where_it_was_cut_off(finished) -> None:
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_setting_of_a_study_is_one_that_the_recipe_knows(study: str, tmp_path: Path) -> None:
-    content = yaml.safe_load((BENCHMARKS / study).read_text())
+    content = yaml.safe_load((QUALITY / study).read_text())
     for dataset in content["datasets"].values():
         write_jsonl(tmp_path / dataset["file"], sums())
     where = ["--data", str(tmp_path), "--model", "model", "--out", str(tmp_path / "out")]
-    options, rest = instruct_gpu.parse(["--study", str(BENCHMARKS / study), *where])
+    options, rest = instruct_gpu.parse(["--study", str(QUALITY / study), *where])
     jobs = instruct_gpu.Study(options, rest).waiting
     searched = [arm for arm in content["arms"] if "rates" in arm]
     assert len(searched) == STUDIES[study]
@@ -319,13 +315,13 @@ def test_tables_in_the_readmes_are_those_of_the_results(recipe: str, tmp_path: P
 
 
 def test_the_swap_table_is_that_of_the_results(tmp_path: Path) -> None:
-    page = BENCHMARKS / "instruct_swap.md"
+    page = QUALITY / "instruct_swap.md"
     (words,) = [shlex.split(line) for line in re.findall(r"^python (\S+table\.py .*)$", page.read_text(), re.M)]
     results = [str(ROOT / word) for word in words if word.endswith(".json") and (ROOT / word).is_file()]
     copy = tmp_path / "page.md"
     copy.write_text(page.read_text())
     instruct_table.main(["--swap", *results, "--readme", str(copy)])
     assert copy.read_text() == page.read_text()
-    for line in re.findall(r"^python (\S+gpu\.py .*)$", page.read_text(), re.M):
+    for line in re.findall(r"^python -m (\S+gpu .*)$", page.read_text(), re.M):
         given = shlex.split(line)
         assert given[given.index("--json") + 1] in words and given[given.index("--study") + 1].endswith(tuple(STUDIES))

@@ -12,7 +12,7 @@ from tests.support.benchmark_runs import BENCHMARKS, refused, run
 
 def test_int8_speed_measures_every_kind_of_case(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--shapes", "tiny", "--results", str(tmp_path), "--cases", "dequantize,linear"]
-    printed = run("int8_speed.py", *words).stdout
+    printed = run("speed.int8_speed", *words).stdout
     (path,) = tmp_path.iterdir()
     rows = json.loads(path.read_text())["rows"]
     assert {row["status"] for row in rows} == {"ok"} and all(row["ms"] > 0 for row in rows)
@@ -21,11 +21,11 @@ def test_int8_speed_measures_every_kind_of_case(tmp_path: Path) -> None:
         if row["what"].startswith("dequantize"):
             assert row["floor_bytes"] == row["parameters"] * (1 + 2 + 4 / 8)  # codes, bf16, a scale for eight
         assert f"| {row['what']} | {row['case']} | {row['ms']:.3f} |" in printed
-    assert "unknown linears" in refused("int8_speed.py", "--cases", "linears")
+    assert "unknown linears" in refused("speed.int8_speed", "--cases", "linears")
 
 
 def test_int8_speed_times_the_update(tmp_path: Path) -> None:
-    from int8_speed import measure_update
+    from recipes.benchmarks.speed.int8_speed import measure_update
 
     row, plain = (measure_update(case, "tiny", "cpu", None) for case in ("int8", "bf16"))
     assert row["parameters"] == plain["parameters"] and row["ms"] > 0 and 0 <= row["codes_changed_by_a_step"] < 1
@@ -34,7 +34,7 @@ def test_int8_speed_times_the_update(tmp_path: Path) -> None:
 
 def test_int8_drift_compares_every_variant_with_fp32(tmp_path: Path) -> None:
     words = ["--steps", "40", "--first-steps", "20", "--results", str(tmp_path)]
-    printed = run("int8_drift.py", *words).stdout
+    printed = run("robustness.int8_drift", *words).stdout
     content = json.loads((tmp_path / "int8_drift.json").read_text())
     variants = {row["variant"]: row for row in content["summary"]}
     assert variants["fp32"]["loss_above_fp32"] == 0 and variants["fp32"]["slopes"] == 1
@@ -49,6 +49,6 @@ def test_ten_thousand_further_steps_do_not_drift() -> None:
     int8, nearest = variants["int8"], variants["int8, rounded to nearest"]
     assert abs(int8["slopes"] - 1) < 0.01 and abs(int8["norm_ratios"] - 1) < 0.02
     assert int8["loss_above_fp32"] < 0.02 < nearest["loss_above_fp32"]
-    from int8_drift import table
+    from recipes.benchmarks.robustness.int8_drift import table
 
     assert table(content["summary"]) in (BENCHMARKS / "README.md").read_text(encoding="utf-8")

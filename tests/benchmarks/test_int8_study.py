@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import yaml
 
+from recipes.benchmarks.quality import instruct_gpu, instruct_run
+from recipes.benchmarks.quality import study as quality
 from tests.support.instruct_runs import ROOT, load_script, sums, write_jsonl
 
 load_script()
-sys.path += [str(ROOT / "recipes" / "benchmarks")]
 
 import instruct_arguments  # noqa: E402
-import instruct_gpu  # noqa: E402
-import instruct_run  # noqa: E402
 import instruct_table  # noqa: E402
-import quality  # noqa: E402
 
 PAGE = ROOT / "recipes" / "quantized" / "int8.md"
-STUDY = ROOT / "recipes" / "benchmarks" / "int8_study.yaml"
+STUDY = ROOT / "recipes" / "benchmarks" / "quality" / "int8_study.yaml"
 
 
 def commands(script: str) -> list[list[str]]:
-    lines = re.findall(rf"^python (recipes/\S*/{script}\.py .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    page = PAGE.read_text(encoding="utf-8")
+    lines = re.findall(rf"^python (?:-m )?(\S*\b{script}(?:\.py)? .*)$", page, re.MULTILINE)
     return [shlex.split(line) for line in lines]
 
 
@@ -58,7 +56,7 @@ def test_the_arms_of_the_study_differ_in_their_weights(tmp_path: Path) -> None:
 
 
 def test_glue_is_measured_with_and_without_int8_weights() -> None:
-    (words,) = commands("quality")
+    (words,) = commands("study")
     options = quality.parse(words[1:])
     fp32, int8 = (
         quality.Job(options, "result", "cola", arm, 1e-4, options.seeds[0]).told for arm in options.plan["arms"]

@@ -13,17 +13,16 @@ import yaml
 from transformers.training_args import OptimizerNames
 
 from foam_hf.optim_args import FOAM_NAMES, foam_options
+from foam_hf.recipe_kit import put_between
+from recipes.benchmarks.quality import pretrain_gpu, pretrain_report
 from tests.support.pretrain_runs import QUICK, RECIPE, ROOT, SHAPES, VOCAB, load_script, write_jsonl
 from tests.support.pretrain_runs import text as document
 
 train = load_script()
-sys.path.append(str(ROOT / "recipes" / "benchmarks"))
 
 import pretrain_arguments  # noqa: E402
-import pretrain_gpu  # noqa: E402
-import pretrain_report  # noqa: E402
 
-STUDY = ROOT / "recipes" / "benchmarks" / "pretrain_study.yaml"
+STUDY = ROOT / "recipes" / "benchmarks" / "quality" / "pretrain_study.yaml"
 STUDIES = [STUDY.with_name(f"pretrain_{name}.yaml") for name in ("study", "long", "defaults", "fresh")]
 TINY = {
     "settings": {
@@ -311,7 +310,7 @@ def test_the_tables_in_the_readme_are_those_of_the_results(tmp_path: Path) -> No
     contents = [json.loads(path.read_text()) for path in sorted((RECIPE / "results").glob("*.json"))]
     copy = tmp_path / "README.md"
     text = "\n\n".join(pretrain_report.section(content, "results") for content in contents)
-    copy.write_text(pretrain_report.renewed((RECIPE / "README.md").read_text(), text))
+    copy.write_text(put_between((RECIPE / "README.md").read_text(), pretrain_report.START, pretrain_report.END, text))
     assert copy.read_text() == (RECIPE / "README.md").read_text()
 
 

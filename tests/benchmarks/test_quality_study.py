@@ -16,24 +16,26 @@ import torch
 import yaml
 
 import foam_hf
+from foam_hf.recipe_kit import put_between
+from recipes.benchmarks.quality import plan as quality_plan
+from recipes.benchmarks.quality import rates as quality_rates
+from recipes.benchmarks.quality import run as quality_run
+from recipes.benchmarks.quality import study as quality
+from recipes.benchmarks.quality import table as quality_table
+from recipes.benchmarks.quality import update_similarity
+from recipes.benchmarks.quality.before import BEFORE
+from recipes.benchmarks.quality.candidates import Candidate
 from tests.support.tiny_models import tiny_llama
 from tests.support.tolerances import assert_within
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "recipes" / "benchmarks"
-sys.path[:0] = [str(BENCHMARKS), str(ROOT / "recipes" / "glue")]
+QUALITY = BENCHMARKS / "quality"
+sys.path.insert(0, str(ROOT / "recipes" / "glue"))
 
 import arguments  # noqa: E402
-import quality  # noqa: E402
-import quality_plan  # noqa: E402
-import quality_rates  # noqa: E402
-import quality_run  # noqa: E402
-import quality_table  # noqa: E402
-import update_similarity  # noqa: E402
-from before import BEFORE  # noqa: E402
-from candidates import Candidate  # noqa: E402
 
-PLANS = sorted(BENCHMARKS.glob("quality_*.yaml"))
+PLANS = sorted(QUALITY.glob("quality_*.yaml"))
 STEPS = {"max_steps": 3, "hidden_size": 16, "intermediate_size": 32, "sequence": 16, "batch": 2, "eval_sequences": 8}
 TINY = {
     "model": "tiny",
@@ -540,24 +542,24 @@ def test_similarity_is_one_at_level_0_and_falls_with_the_level() -> None:
 
 
 def test_the_page_holds_what_the_committed_runs_say() -> None:
-    page = (BENCHMARKS / "quality.md").read_text(encoding="utf-8")
+    page = (QUALITY / "README.md").read_text(encoding="utf-8")
     for path in sorted((BENCHMARKS / "results").glob("quality_*.jsonl")):
-        plan = quality_plan.read_plan(BENCHMARKS / f"{path.stem}.yaml")
+        plan = quality_plan.read_plan(QUALITY / f"{path.stem}.yaml")
         table = quality_table.markdown(plan, quality_table.read_runs([path]))
-        assert quality_table.with_table(page, path.stem, table) == page, path.name
+        assert put_between(page, *quality_table.marks(path.stem), table) == page, path.name
         if f"<!-- table: {path.stem} tuning -->" in page:
             table = quality_table.tuning_markdown(plan, quality_table.read_runs([path]))
-            assert quality_table.with_table(page, f"{path.stem} tuning", table) == page, path.name
+            assert put_between(page, *quality_table.marks(f"{path.stem} tuning"), table) == page, path.name
     table = quality_rates.markdown(rates_plans())
-    assert quality_table.with_table(page, "rates", table) == page
+    assert put_between(page, *quality_table.marks("rates"), table) == page
     for path in sorted((BENCHMARKS / "results").glob("similarity-*.json")):
         assert update_similarity.markdown(json.loads(path.read_text(encoding="utf-8"))) in page, path.name
 
 
 def rates_plans() -> list[tuple[dict, list[dict]]]:
-    """The plans that the page's command of quality_rates.py names, with their runs."""
-    page = (BENCHMARKS / "quality.md").read_text(encoding="utf-8")
-    (command,) = [line for line in page.splitlines() if "quality_rates.py " in line]
+    """The plans that the page's command of rates.py names, with their runs."""
+    page = (QUALITY / "README.md").read_text(encoding="utf-8")
+    (command,) = [line for line in page.splitlines() if "quality.rates " in line]
     return quality_rates.load([word for word in shlex.split(command) if word.startswith("quality_")])
 
 
@@ -570,7 +572,7 @@ def page_rows(title: str) -> dict[str, list[str]]:
 
 
 def test_the_rivals_quality_is_that_of_the_studies() -> None:
-    plan = quality_plan.read_plan(BENCHMARKS / "quality_main.yaml")
+    plan = quality_plan.read_plan(QUALITY / "quality_main.yaml")
     runs = quality_table.current(plan, quality_table.read_runs([BENCHMARKS / "results" / "quality_main.jsonl"]))
     averages = quality_table.averages(plan, runs)
     chats = json.loads((BENCHMARKS.parent / "instruct" / "results" / "smollm2-135m.json").read_text())["runs"]
@@ -599,13 +601,12 @@ def test_the_rivals_quality_is_that_of_the_studies() -> None:
 
 
 def test_the_pages_commands_are_accepted_and_its_counts_true(capsys) -> None:
-    page = (BENCHMARKS / "quality.md").read_text(encoding="utf-8")
-    commands = [
-        shlex.split(line) for line in page.splitlines() if line.startswith("python recipes/benchmarks/quality.py ")
-    ]
+    page = (QUALITY / "README.md").read_text(encoding="utf-8")
+    script = "python -m recipes.benchmarks.quality.study "
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith(script)]
     assert len(commands) >= 2
     for words in commands:
-        options = quality.parse(words[2:])
+        options = quality.parse(words[3:])
         assert options.runs.stem == options.plan_name
     for path in PLANS:
         numbers = quality.count(quality.parse(["--plan", str(path), "--runs", "r", "--count"]))

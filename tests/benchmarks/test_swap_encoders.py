@@ -18,18 +18,11 @@ from torch import nn
 
 from foam_hf import FOAM
 from foam_hf.rules.adam_mini import rows_of_blocks
+from recipes.benchmarks.quality import stacked, stacked_models, stacked_optim, swap_encoders, swap_table
 from tests.support.tolerances import assert_within
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = ROOT / "recipes" / "benchmarks"
-sys.path[:0] = [str(BENCHMARKS), str(ROOT / "recipes" / "glue")]
-
-import stacked  # noqa: E402
-import stacked_models  # noqa: E402
-import stacked_optim  # noqa: E402
-import swap_encoders  # noqa: E402
-import swap_table  # noqa: E402
-
+QUALITY = ROOT / "recipes" / "benchmarks" / "quality"
 KINDS = ("bert", "mpnet")
 RULES = {
     "block": {"level": 3, "scale": 4.0, "second_moment": "block"},
@@ -291,9 +284,8 @@ def study(tmp_path: Path) -> list[str]:
 
 
 def test_a_study_swaps_at_the_bases_rate_and_a_failure_leaves_the_others_alone(study: list[str], tmp_path, capsys):
-    ran = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "swap_encoders.py"), *study], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "recipes.benchmarks.quality.swap_encoders", *study]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
     records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     tuned = [record for record in records if record["part"] == "tuning"]
@@ -317,7 +309,7 @@ def test_a_study_swaps_at_the_bases_rate_and_a_failure_leaves_the_others_alone(s
 
 
 def test_the_plan_names_only_what_there_is() -> None:
-    plan = swap_encoders.read_plan(BENCHMARKS / "swap_encoders.yaml")
+    plan = swap_encoders.read_plan(QUALITY / "swap_encoders.yaml")
     for arm in plan["arms"]:
         assert arm["optim"] in stacked_optim.OPTIMIZERS
         if arm["optim"] == "foam":

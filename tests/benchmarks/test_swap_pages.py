@@ -1,38 +1,26 @@
 """What the pages say of the swap test is what the results hold."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from statistics import mean
 
-import pytest
+import yaml
+
+from recipes.benchmarks.common.folders import RESULTS
+from recipes.benchmarks.quality import swap_page as page
+from recipes.benchmarks.quality import swap_table
 
 REPO = Path(__file__).resolve().parents[2]
-BENCHMARKS = REPO / "recipes" / "benchmarks"
+QUALITY = REPO / "recipes" / "benchmarks" / "quality"
 CHOOSING = (REPO / "docs" / "choosing.md").read_text(encoding="utf-8")
-SWAP = (BENCHMARKS / "swap.md").read_text(encoding="utf-8")
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"page_{name}", BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def page():
-    before = list(sys.path)
-    yield load("swap_page")
-    sys.path[:] = before
+SWAP = (QUALITY / "swap.md").read_text(encoding="utf-8")
 
 
 def words(text):
     return " ".join(text.split())
 
 
-def test_the_table_and_the_averages_are_those_of_the_results(page):
+def test_the_table_and_the_averages_are_those_of_the_results():
     assert f"{page.START}\n{page.table()}\n{page.END}" in CHOOSING
     together, minilm = (
         "{:+.2f} ± {:.2f}".format(*found) for found in (page.pooled(), page.pooled(models=("minilm",)))
@@ -46,13 +34,13 @@ def test_the_table_and_the_averages_are_those_of_the_results(page):
     assert "ran at scale 4 alone ({:+.1f} ± {:.1f})".format(*sst2) in words(CHOOSING)
 
 
-def test_the_scale_of_the_page_is_the_default(page):
+def test_the_scale_of_the_page_is_the_default():
     from foam_hf.optim_args import SCALES
 
     assert SCALES["block"] == page.SCALE
 
 
-def test_what_is_said_of_lora_int8_and_embeddings_is_in_the_results(page):
+def test_what_is_said_of_lora_int8_and_embeddings_is_in_the_results():
     smollm2, qwen = page.CHAT
 
     def loss(path, arm):
@@ -71,24 +59,20 @@ def test_what_is_said_of_lora_int8_and_embeddings_is_in_the_results(page):
     assert "({:.4f} and {:.4f} at scales 4 and 8)".format(*row) in words(CHOOSING)
 
 
-def test_tables_of_every_arm_are_those_of_the_results(page, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import swap_table
-    import yaml
-
-    plan = yaml.safe_load((BENCHMARKS / "swap_encoders.yaml").read_text(encoding="utf-8"))
+def test_tables_of_every_arm_are_those_of_the_results():
+    plan = yaml.safe_load((QUALITY / "swap_encoders.yaml").read_text(encoding="utf-8"))
     table = swap_table.markdown(plan, swap_table.read_runs([page.ENCODERS]))
     assert f"<!-- table: swap_encoders -->\n{table}\n<!-- end of swap_encoders -->" in SWAP
 
 
 def test_adamw_on_fresh_text_is_what_the_page_says():
-    runs = json.loads((BENCHMARKS / "results" / "pretrain_fresh_unfinished.json").read_text(encoding="utf-8"))["runs"]
+    runs = json.loads((RESULTS / "pretrain_fresh_unfinished.json").read_text(encoding="utf-8"))["runs"]
     perplexities = {run["learning_rate"]: run["perplexity"] for run in runs}
     said = f"AdamW ends at {perplexities[1.3e-3]:.1f} and {perplexities[2.5e-3]:.1f} (1.3e-3 and 2.5e-3)"
     assert said in words(CHOOSING)
 
 
-def test_the_readmes_numbers_are_those_of_the_results(page):
+def test_the_readmes_numbers_are_those_of_the_results():
     readme = (REPO / "README.md").read_text(encoding="utf-8")
     assert "{:+.1f} ± {:.1f} points, eight seeds".format(*page.pooled()) in words(readme)
     for name, arm in (("AdamW", "AdamW, fp32"), ("`foam`", f"FOAM, scale {page.SCALE}, bf16")):

@@ -31,7 +31,7 @@ REPO = Path(__file__).resolve().parents[2]
 DOCS = sorted((REPO / "docs").glob("*.md"))
 README = REPO / "README.md"
 PAGES = {path.relative_to(REPO).as_posix(): path.read_text(encoding="utf-8") for path in [README, *DOCS]}
-FIGURES = REPO / "recipes" / "figures"
+FIGURES = REPO / "docs" / "figures"
 SHELLS = ("bash", "console", "sh")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -181,7 +181,7 @@ def test_figure_of_pretraining_is_what_the_planner_counts():
     assert "FOAM-Muon" in done.stdout
     # The figure carries the numbers that it was drawn from.
     assert done.stdout.rstrip().encode("latin-1") in (FIGURES / "pretraining_state.png").read_bytes()
-    assert 'src="../recipes/figures/pretraining_state.png"' in PAGES["docs/memory.md"]
+    assert 'src="figures/pretraining_state.png"' in PAGES["docs/memory.md"]
 
 
 def test_every_make_target_exists():
@@ -250,7 +250,7 @@ def test_memory_table_and_figure_are_what_the_code_counts():
     done = run(sys.executable, FIGURES / "state_bytes.py")
     assert done.returncode == 0, done.stderr
     table = done.stdout.strip()
-    start, end = "<!-- table: made by recipes/figures/state_bytes.py", "<!-- end of table -->"
+    start, end = "<!-- table: made by docs/figures/state_bytes.py", "<!-- end of table -->"
     assert between("README.md", start, end) == table
     # The figure carries the table that it was drawn from.
     assert table.encode("latin-1") in (FIGURES / "state_bytes.png").read_bytes()

@@ -16,8 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from foam_hf import FOAM, foam_param_groups
-from foam_hf import recipe_kit as recipe_helpers
+from foam_hf import FOAM, foam_param_groups, recipe_kit
 from foam_hf.cli import command as cli
 from foam_hf.optim_args import foam_options
 from foam_hf.trainer.refusals import refuse_kept_gradients, refuse_sharding
@@ -95,7 +94,7 @@ def other_scale(*_: Any) -> str:
 
 def earlier_run(monkeypatch: pytest.MonkeyPatch, capsys: Any, folder: Path) -> str:
     (folder / "checkpoint-5").mkdir()
-    recipe_helpers.keep_earlier(folder, resumes=False, say=print)
+    recipe_kit.keep_earlier(folder, resumes=False, say=print)
     return capsys.readouterr().out
 
 
@@ -131,7 +130,7 @@ MESSAGES: dict[str, Callable[..., str]] = {
     ),
     "... no trainable weight of ... folds, so this run keeps AdamW's state": source("foam_hf/trainer/patches.py"),
     "--optim_args ... replaces all optim_args of ...": lambda *_: str(
-        recipe_helpers.replaced_optim_args("level=2", "level=8,seed=1", "c.yaml")
+        recipe_kit.replaced_optim_args("level=2", "level=8,seed=1", "c.yaml")
     ),
     "... Expected finite gradients: a lower learning rate, other data or clipping may help": step(
         WEIGHT, torch.full((2, 8), torch.nan)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,15 +14,22 @@ from foam_hf import FOAM
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.optim_args import foam_options
 from foam_hf.optimizer.groups import foam_parameter_names, grouping_options
-from foam_hf.planner.activations import WORKSPACE, activation_bytes, activation_curve, optimizer_temporary_bytes
+from foam_hf.planner.activations import (
+    WORKSPACE,
+    accuracy,
+    activation_bytes,
+    activation_curve,
+    optimizer_temporary_bytes,
+)
 from foam_hf.planner.trace import trace_step, with_value
+from recipes.benchmarks.common.folders import RESULTS
+from recipes.benchmarks.memory import activation_peaks
 from tests.support import tiny_models
 from tests.support.tolerances import TOLERANCES
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "recipes" / "benchmarks"
 MEASURED = [
     row
-    for path in sorted(BENCHMARKS.glob("results/activation_peaks-nvidia-*.json"))
+    for path in sorted(RESULTS.glob("activation_peaks-nvidia-*.json"))
     for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
     if row["status"] == "ok"
 ]
@@ -339,26 +344,24 @@ def _projected(package: str, name: str, params: list[nn.Parameter]) -> torch.opt
 # --- against GPUs ---
 
 
-@pytest.fixture
-def benchmark_script(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-    import activation_peaks
-
-    return activation_peaks
-
-
 @pytest.mark.parametrize("row", MEASURED, ids=[row["case"] for row in MEASURED])
-def test_estimates_stay_within_the_stated_error_of_measured_peaks(row, benchmark_script):
+def test_estimates_stay_within_the_stated_error_of_measured_peaks(row):
     assert abs(row["error"]) <= 0.10
-    predicted = benchmark_script.predict(benchmark_script.CASES[row["case"]], tiny=False)["total"]
+    predicted = activation_peaks.predict(activation_peaks.CASES[row["case"]], tiny=False)["total"]
     # torch and transformers differ from those of the GPU's machine, and with them a few tensors
     assert abs(predicted / row["measured"]["total"] - 1) <= max(abs(other["error"]) for other in MEASURED) + 0.01
 
 
-def test_the_benchmark_runs_every_kind_of_case(benchmark_script, tmp_path, capsys):
+def test_the_accuracy_that_is_quoted_is_that_of_the_measured_runs():
+    assert json.loads(activation_peaks.ACCURACY.read_text()) == activation_peaks.quoted(RESULTS)
+    largest = 100 * max(abs(row["error"]) for row in MEASURED)
+    assert accuracy().startswith(f"within {largest:.1f}% of the peak in {len(MEASURED)} runs measured on NVIDIA ")
+
+
+def test_the_benchmark_runs_every_kind_of_case(tmp_path, capsys):
     cases = ["llama-350m, accumulation", "llama-3.1-8b, INT8, release", "roberta-large, padded"]
     arguments = ["--device", "cpu", "--tiny", "--results", str(tmp_path), "--cases", ";".join(cases)]
-    rows = benchmark_script.main(arguments)["rows"]
+    rows = activation_peaks.main(arguments)["rows"]
     assert [(row["case"], row["status"]) for row in rows] == [(case, "ok") for case in cases]
     for row in rows:
         assert row["predicted"]["weights"] == row["measured"]["weights"]

@@ -473,15 +473,6 @@ def test_bfloat16_on_a_cpu_is_said_to_be_slow(tmp_path, capsys):
         assert ("--dtype float32" in capsys.readouterr().out) is said
 
 
-def test_results_are_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "results.json"
-    measuring.write_json(path, {"loss": 1.0})
-    with pytest.raises(ValueError):
-        measuring.write_json(path, {"loss": float("nan")})
-    assert json.loads(path.read_text()) == {"loss": 1.0}
-    assert os.listdir(tmp_path) == ["results.json"]
-
-
 # ---- the READMEs ----
 
 sys.path.insert(0, str(ROOT / "recipes" / "quantized"))

@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from foam_hf import recipe_kit
 from foam_hf.planner.model_configs import BUILTIN
 from tests.support.pretrain_runs import QUICK, RECIPE, ROOT, SHAPES, TINY, VOCAB, load_script, text, write_jsonl
 from tests.support.tolerances import assert_within
@@ -56,9 +57,9 @@ def no_hub(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    pretrain_data.hub_problem.cache_clear()
+    recipe_kit.hub_problem.cache_clear()
     yield
-    pretrain_data.hub_problem.cache_clear()
+    recipe_kit.hub_problem.cache_clear()
 
 
 @pytest.fixture
@@ -529,7 +530,7 @@ def test_a_hub_that_keeps_silent_is_given_up_within_seconds(monkeypatch) -> None
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: (_ for _ in ()).throw(ConnectionError("refused")))
-    assert re.search(r"does not answer \(ConnectionError\)", pretrain_data.hub_problem())
+    assert re.search(r"does not answer \(ConnectionError\)", recipe_kit.hub_problem())
     assert constants.HF_HUB_OFFLINE  # nothing else tries again
 
 

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from foam_hf import recipe_kit as recipe_helpers
+from foam_hf import recipe_kit
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_nearest_names_are_those_that_begin_with_what_was_typed():
     names = ["data_seed", "dataset_path", "dataset_name", "output_dir"]
-    assert recipe_helpers.nearest("dataset", names) == ["dataset_name", "dataset_path"]
-    assert recipe_helpers.nearest("path", names) == ["dataset_path"]
-    assert recipe_helpers.nearest("ouput_dir", names) == ["output_dir"]
+    assert recipe_kit.nearest("dataset", names) == ["dataset_name", "dataset_path"]
+    assert recipe_kit.nearest("path", names) == ["dataset_path"]
+    assert recipe_kit.nearest("ouput_dir", names) == ["output_dir"]
 
 
 def test_optim_args_that_drop_nothing_need_no_word():
-    assert recipe_helpers.replaced_optim_args("level=2", None, "c.yaml") is None
-    assert recipe_helpers.replaced_optim_args("level=2,scale=1", "level=8", "c.yaml") is None
-    said = recipe_helpers.replaced_optim_args("level=2", "level=8,gradient_release=true", "c.yaml")
+    assert recipe_kit.replaced_optim_args("level=2", None, "c.yaml") is None
+    assert recipe_kit.replaced_optim_args("level=2,scale=1", "level=8", "c.yaml") is None
+    said = recipe_kit.replaced_optim_args("level=2", "level=8,gradient_release=true", "c.yaml")
     assert said == (
         "--optim_args level=2 replaces all optim_args of c.yaml: without gradient_release=true from now on."
     )
@@ -31,23 +33,43 @@ def test_optim_args_that_drop_nothing_need_no_word():
 
 def test_results_are_kept_and_checkpoints_told_of(tmp_path):
     said: list[str] = []
-    recipe_helpers.keep_earlier(tmp_path / "none", False, said.append)
+    recipe_kit.keep_earlier(tmp_path / "none", False, said.append)
     assert said == []
     for content in ("first", "second"):
         (tmp_path / "results.json").write_text(content)
-        recipe_helpers.keep_earlier(tmp_path, True, said.append)
+        recipe_kit.keep_earlier(tmp_path, True, said.append)
     assert [(tmp_path / f"results-{n}.json").read_text() for n in (1, 2)] == ["first", "second"]
     (tmp_path / "checkpoint-20").mkdir()
     (tmp_path / "checkpoint-3").mkdir()
-    recipe_helpers.keep_earlier(tmp_path, False, said.append)
+    recipe_kit.keep_earlier(tmp_path, False, said.append)
     assert "newest of step 20: this one starts at step 0; --resume_from_checkpoint true" in said[-1]
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "results.json"
+    recipe_kit.write_json(file, {"loss": 1.0})
+    with pytest.raises(ValueError):
+        recipe_kit.write_json(file, {"loss": [1, float("nan")]})
+    assert json.loads(file.read_text()) == {"loss": 1.0}
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_a_page_without_marks_is_left_as_it_is(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- a -->\nold\n<!-- b -->\nafter\n")
+    recipe_kit.renew_page(page, "<!-- a -->", "<!-- b -->", "new")
+    assert page.read_text() == "before\n<!-- a -->\nnew\n<!-- b -->\nafter\n"
+    for start, end in (("<!-- a -->", "<!-- c -->"), ("<!-- c -->", "<!-- b -->")):
+        with pytest.raises(SystemExit, match="page.md: expected a page with the lines <!-- . --> and <!-- . -->"):
+            recipe_kit.renew_page(page, start, end, "none")
+    assert "new" in page.read_text()
 
 
 @pytest.mark.parametrize("name", ["quantized/smollm2-135m-int8.yaml", "smollm2-135m-int8.yaml", "qwen3-0.6b.yaml"])
 def test_a_config_is_found_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert recipe_helpers.find_config(Path(name), ROOT / "recipes" / "instruct").is_file()
-    assert recipe_helpers.find_config(Path("none.yaml"), ROOT / "recipes" / "instruct") == Path("none.yaml")
+    assert recipe_kit.find_config(Path(name), ROOT / "recipes" / "instruct").is_file()
+    assert recipe_kit.find_config(Path("none.yaml"), ROOT / "recipes" / "instruct") == Path("none.yaml")
 
 
 @pytest.mark.parametrize("missing", ["trl", "datasets"])

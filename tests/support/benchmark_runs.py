@@ -17,15 +17,12 @@ BENCHMARKS = REPOSITORY / "recipes" / "benchmarks"
 # What a case imports itself takes it some ten seconds; the server that all cases are forked from does so once.
 IMPORTED_ONCE = ["torch", "torch._dynamo", "transformers.trainer", "transformers.models.llama.modeling_llama"]
 
-if str(BENCHMARKS) not in sys.path:
-    sys.path.append(str(BENCHMARKS))
-
 
 def run(script: str, *words: str, check: bool = True) -> subprocess.CompletedProcess:
-    """A script as the command that a user gives."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, str(BENCHMARKS / script), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    """A script, named as in `speed.step_speed`, as the command that a user gives."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    command = [sys.executable, "-m", f"recipes.benchmarks.{script}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY, timeout=500)
     assert done.returncode == 0 or not check, done.stderr
     return done
 
@@ -34,7 +31,7 @@ def call(script: str, *words: str) -> str:
     """What the main() of a script prints; it still runs every case in a process of its own."""
     start_server()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        importlib.import_module(script.removesuffix(".py")).main([*words])
+        importlib.import_module(f"recipes.benchmarks.{script}").main([*words])
     return printed.getvalue()
 
 
@@ -42,7 +39,7 @@ def refused(script: str, *words: str) -> str:
     """The error of a script whose arguments are wrong."""
     with contextlib.redirect_stderr(io.StringIO()) as told:
         try:
-            importlib.import_module(script.removesuffix(".py")).main([*words])
+            importlib.import_module(f"recipes.benchmarks.{script}").main([*words])
         except SystemExit as stopped:
             assert stopped.code not in (None, 0)
         else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -346,9 +345,9 @@ def test_large_files_have_a_checksum_for_each_piece(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_processes_go_on_exactly(tmp_path: Path) -> None:
     """The fault campaign, a small one."""
-    script = Path(__file__).parents[2] / "recipes" / "benchmarks" / "faults.py"
-    main = runpy.run_path(str(script))["main"]
-    found = main(["--kills", "2", "--parts", "kills", "--results", str(tmp_path / "faults.json")])["kills"]
+    from recipes.benchmarks.robustness import faults
+
+    found = faults.main(["--kills", "2", "--parts", "kills", "--results", str(tmp_path / "faults.json")])["kills"]
     assert found["trials"] == 2 == found.get("exact", 0) + found.get("refused", 0)
 
 

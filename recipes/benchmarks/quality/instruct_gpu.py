@@ -1,0 +1,349 @@
+"""Ways to tune a chat model, compared on one GPU: a learning-rate search on a seed of its own, then the seeds.
+
+A study (instruct_study.yaml) names arms and data sets. An arm has learning rates to search, or takes (`swap`) those
+that the search of another has chosen. Each run is recipes/instruct/train.py, by instruct_run.py; `--jobs` of them
+share the GPU. Speed and memory are measured apart (`alone`), one run at a time, the first after a rehearsal. Rerun the
+same command to go on: finished runs are lines of OUT/runs.jsonl; where that is lost, --resume takes those of the JSON.
+The JSON is rewritten after every run, whole or not at all; instruct_table.py of the recipe makes tables of it.
+Sample answers, which quote the data, stay out of it.
+
+    python recipes/instruct/gguf_models.py smollm2-135m smollm2
+    python -m recipes.benchmarks.quality.instruct_gpu --model smollm2 --data folder --out runs \\
+        --json results.json --jobs 8
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import yaml
+
+from foam_hf.recipe_kit import write_json
+from recipes.benchmarks.common.forked import CONTEXT, Queue, Run, warm
+from recipes.benchmarks.quality.before import as_before
+
+HERE = Path(__file__).resolve().parent
+
+RUNNER = HERE / "instruct_run.py"
+PARTS = ("alone", "search", "final")
+LISTS = {"alone": "alone", "search": "search", "final": "runs"}  # where each part's records are in the JSON
+KEPT = (  # of a run's results.json; what is not here names folders or quotes the data
+    "method",
+    "dtype",
+    "attention",
+    "optim",
+    "optim_args",
+    "train_loss",
+    "steps",
+    "train_seconds",
+    "trained_parameters",
+    "optimizer_state_bytes",
+    "peak_bytes",
+    "data",
+    "device",
+    "versions",
+)
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Our options, and the rest for train.py."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--study", type=Path, default=HERE / "instruct_study.yaml")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the study's files")
+    parser.add_argument("--model", required=True, help="folder or hub name of the chat model")
+    parser.add_argument("--label", help="the model's name in the results (default: --model)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--json", type=Path, help="the results (default: OUT/results.json)")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}; final needs search")
+    parser.add_argument("--arms", help="numbers of the study's arms, from 1 (default: all)")
+    parser.add_argument("--datasets", help="some of the study's (default: all)")
+    parser.add_argument("--jobs", type=int, default=4, help="runs at a time")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that the JSON has of the same study")
+    parser.add_argument("--memory", type=float, default=1.0, help="share of the GPU's memory for all jobs together")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="stop after so many seconds")
+    options, rest = parser.parse_known_args(argv)
+    options.json = options.json or options.out / "results.json"
+    options.study = yaml.safe_load(options.study.read_text(encoding="utf-8"))
+    arms, datasets = options.study["arms"], options.study["datasets"]
+    options.parts = options.parts.split(",")
+    options.datasets = options.datasets.split(",") if options.datasets else list(datasets)
+    numbers = [int(word) for word in options.arms.split(",")] if options.arms else range(1, len(arms) + 1)
+    for what, given, legal in (
+        ("part", options.parts, PARTS),
+        ("data set", options.datasets, datasets),
+        ("arm", numbers, range(1, len(arms) + 1)),
+    ):
+        if unknown := [str(word) for word in given if word not in legal]:
+            parser.error(f"unknown {what} {', '.join(unknown)}; expected some of {', '.join(map(str, legal))}")
+    if "final" in options.parts and "search" not in options.parts:
+        parser.error("the part final needs search, which chooses its learning rates")
+    if not CONTEXT * options.jobs < options.memory <= 1:
+        parser.error(f"--memory: got {options.memory:g}; expected a share of 1 that leaves each job some")
+    missing = [name for name in options.datasets if not (options.data / datasets[name]["file"]).is_file()]
+    if missing:
+        parser.error(f"--data: no file {options.data / datasets[missing[0]]['file']}")
+    options.arms = [arms[number - 1] for number in numbers]
+    searched = [arm["name"] for arm in options.arms if "rates" in arm]
+    for arm in options.arms:
+        if source(arm) not in searched:
+            parser.error(f"the arm {arm['name']!r} takes the rates of {source(arm)!r}; expected that one too")
+    return options, rest
+
+
+def source(arm: dict) -> str:
+    """The name of the arm whose search chooses this one's learning rates."""
+    return arm.get("swap", arm["name"])
+
+
+class Job:
+    """One run: its settings, its place in the queue, its record once it is finished."""
+
+    def __init__(self, options: argparse.Namespace, rest: list[str], part: str, dataset: str, arm: dict, rate, seed):
+        study = options.study
+        self.part, self.dataset, self.arm, self.rate, self.seed = part, dataset, arm["name"], rate, seed
+        settings = {**study["settings"], **study["datasets"][dataset]["settings"], **arm["settings"]}
+        settings |= {
+            "alone": study["alone"]["settings"],
+            "search": study["datasets"][dataset].get("search", {}),
+            "final": {},
+        }[part]
+        settings |= {"learning_rate": rate, "seed": seed}
+        first = arm is study["arms"][0] and seed == study["seeds"][0]
+        if part == "final" and first:
+            settings["eval_before"] = True  # the untrained model's scores, once a data set
+        self.name = (part, dataset, self.arm, rate, seed)
+        self.what = f"{part} {dataset} | {self.arm} | lr {rate:g} seed {seed}"
+        self.key = json.dumps([part, dataset, self.arm, settings, rest], sort_keys=True)
+        number = study["arms"].index(arm)
+        stage = study["seeds"].index(seed) + 1 if part == "final" else 0
+        self.order = (part != "alone", int(arm.get("last", 0)), stage, options.datasets.index(dataset), number)
+        self.folder = options.out / part / dataset / f"arm-{number + 1}-lr-{rate:g}-seed-{seed}"
+        words = {
+            **as_before(settings),
+            "model_name_or_path": options.model,
+            "dataset_path": options.data / study["datasets"][dataset]["file"],
+            "output_dir": self.folder,
+            "prepared": options.out / "prepared",
+            "disable_tqdm": True,
+        }
+        self.words = [word for name, value in words.items() for word in (f"--{name}", str(value))] + rest
+        self.run: Run | None = None
+        self.record: dict | None = None
+        self.tries = 0
+
+    def start(self, train, jobs: int, memory: float = 1.0) -> None:
+        """Run beside as many others as `jobs` allows; what runs alone, or a second time, may take all memory."""
+        self.began, self.tries = time.monotonic(), self.tries + 1
+        share = memory if self.part == "alone" or self.tries > 1 else memory / jobs - CONTEXT
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.run = Run(train, self.words, self.folder / "log.txt", threads, share, RUNNER)
+
+    def finish(self) -> None:
+        """Take the record from results.json, if there is one, and leave only the log: saved models fill a disk."""
+        file = self.folder / "results.json"
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            record = {"dataset": self.dataset, "arm": self.arm, "learning_rate": self.rate, "seed": self.seed}
+            record |= {name: found[name] for name in KEPT}
+            for when in ("before", "after"):
+                scores = found[when] or {}
+                record[when] = {name: value for name, value in scores.items() if name != "samples"} or None
+            if self.part == "alone":  # among other runs it would say nothing
+                record["tokens_per_second"] = found["tokens_per_second"]
+            self.record = record | {"seconds": round(time.monotonic() - self.began, 1)}
+        for path in self.folder.iterdir():
+            if path.name != "log.txt":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-1500:]
+
+    def failure(self) -> dict:
+        return {"part": self.part, "dataset": self.dataset, "arm": self.arm, "rate": self.rate, "log": self.log}
+
+
+def best_rate(jobs: list[Job]) -> float | None:
+    """The learning rate of the lowest held-out loss among a search's finished runs; a diverged one has none."""
+    losses = [(job.record["after"]["eval_loss"], job.rate) for job in jobs if job.record]
+    return min((pair for pair in losses if pair[0] is not None), default=(None, None))[1]
+
+
+def kept(options: argparse.Namespace, rest: list[str]) -> dict:
+    """What the JSON has, empty without one; its study and words must be the same, but arms may have joined."""
+    if not options.json.is_file():
+        return {}
+    content = json.loads(options.json.read_text(encoding="utf-8"))
+    before, now = content["study"], options.study
+    shared = [arm for arm in now["arms"] if arm in before["arms"]]
+    if content["extra"] != rest or {**before, "arms": now["arms"]} != now or shared != before["arms"]:
+        raise SystemExit(f"--resume: {options.json} is of another study or other settings; expected the same ones")
+    return content
+
+
+class Study(Queue):
+    """All jobs: waiting, running, finished; a final run joins once the search has chosen its learning rate."""
+
+    def __init__(self, options: argparse.Namespace, rest: list[str]):
+        super().__init__(options.budget_s)
+        self.options, self.rest = options, rest
+        study = options.study
+        self.lines = options.out / "runs.jsonl"
+        text = self.lines.read_text(encoding="utf-8") if self.lines.is_file() else ""
+        self.earlier = {entry["key"]: entry["record"] for entry in map(json.loads, text.splitlines())}
+        before = kept(options, rest) if options.resume else {}
+        self.kept = {
+            (part, *(run[name] for name in ("dataset", "arm", "learning_rate", "seed"))): run
+            for part in PARTS
+            for run in before.get(LISTS[part], [])
+        }
+        self.kept_choices, self.kept_failures = before.get("chosen", []), before.get("failed", [])
+        self.chosen: dict[tuple[str, str], float | None] = {}
+        self.searches: dict[tuple[str, str], list[Job]] = {}
+        if "alone" in options.parts:
+            dataset, seed = study["alone"]["dataset"], study["search_seed"]
+            rates = {arm["name"]: arm["rates"][dataset][1] for arm in options.arms if "rates" in arm}
+            self.add(Job(options, rest, "alone", dataset, arm, rates[source(arm)], seed) for arm in options.arms)
+        self.searches = {
+            (dataset, arm["name"]): [
+                Job(options, rest, "search", dataset, arm, rate, study["search_seed"])
+                for rate in arm["rates"][dataset]
+            ]
+            for dataset in options.datasets
+            for arm in options.arms
+            if "search" in options.parts and "rates" in arm
+        }
+        for jobs in self.searches.values():
+            self.add(jobs)
+
+    def add(self, jobs) -> None:
+        """Put jobs into the queue; those that an earlier call finished are done."""
+        for job in jobs:
+            job.record = self.earlier.get(job.key) or self.kept.get(job.name)
+            (self.finished if job.record else self.waiting).append(job)
+        self.waiting.sort(key=lambda job: job.order)
+        self.choose()
+
+    def choose(self) -> None:
+        for (dataset, name), jobs in self.searches.items():
+            if (dataset, name) in self.chosen or not all(job in self.finished for job in jobs):
+                continue
+            rate = best_rate(jobs)
+            arms = [arm for arm in self.options.arms if source(arm) == name]
+            self.chosen |= {(dataset, arm["name"]): rate for arm in arms}
+            if rate is not None and "final" in self.options.parts:
+                given = [(arm, rate, seed) for arm in arms for seed in self.options.study["seeds"]]
+                self.add([Job(self.options, self.rest, "final", dataset, *one) for one in given])
+
+    def put_off(self, job: Job) -> None:
+        super().put_off(job)
+        print(f"{self.elapsed():6.0f} s  out of memory, put off: {job.folder}", flush=True)
+
+    def ended(self, job: Job) -> str:
+        said = f"FAILED, see {job.folder / 'log.txt'}"
+        if job.record:
+            with open(self.lines, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"key": job.key, "record": job.record}) + "\n")
+            after = job.record["after"]
+            loss, match = after["eval_loss"], after.get("exact_match")
+            said = "diverged" if loss is None else f"loss {loss:.4f}"
+            said += "" if match is None else f", exact match {100 * match:.1f}%"
+            said += f", {job.record['seconds']:.0f} s"
+        self.choose()
+        return said
+
+    def fill(self, start) -> None:
+        """Start what there is room for; a run that is measured alone waits for the others, and they for it."""
+        while self.waiting and len(self.running) < self.options.jobs:
+            alone = self.waiting[0].part == "alone" or any(job.part == "alone" for job in self.running)
+            if alone and self.running:
+                break
+            job = self.waiting.pop(0)
+            self.running.append(job)
+            start(job)
+
+    def asked(self, part: str, dataset: str, arm: str) -> bool:
+        """Whether this command was asked for such a run."""
+        given = self.options
+        return part in given.parts and dataset in given.datasets and arm in (one["name"] for one in given.arms)
+
+    def others(self) -> dict[tuple, dict]:
+        """The JSON's runs that are no jobs of this command, without final ones at a rate that is the best no more."""
+        mine = {job.name for job in [*self.finished, *self.waiting, *self.running]}
+        return {
+            name: run
+            for name, run in self.kept.items()
+            if name not in mine and (name[0] != "final" or self.chosen.get(name[1:3], name[3]) == name[3])
+        }
+
+    def report(self) -> dict:
+        finished = sorted(self.finished, key=lambda job: (job.order, job.rate))  # whichever ended first
+        others = self.others()
+        records = {
+            part: [
+                *(run for name, run in others.items() if name[0] == part),
+                *(job.record for job in finished if job.part == part and job.record),
+            ]
+            for part in PARTS
+        }
+        content = {
+            "model": self.options.label or self.options.model,
+            "study": self.options.study,
+            "extra": self.rest,
+            "chosen": [
+                *(one for one in self.kept_choices if (one["dataset"], one["arm"]) not in self.chosen),
+                *(
+                    {"dataset": dataset, "arm": name, "learning_rate": rate}
+                    for (dataset, name), rate in self.chosen.items()
+                ),
+            ],
+            **{LISTS[part]: found for part, found in records.items()},
+            "failed": [
+                *(one for one in self.kept_failures if not self.asked(one["part"], one["dataset"], one["arm"])),
+                *(job.failure() for job in finished if not job.record),
+            ],
+            "unfinished": self.left(),
+            "seconds": round(self.elapsed(), 1),
+        }
+        write_json(self.options.json, content)
+        return content
+
+
+def rehearse(study: Study, train) -> None:
+    """Run the first of the runs that are timed once for nothing: on a cold machine it waits for files."""
+    started = time.monotonic()
+    job = next((job for job in study.waiting if job.part == "alone"), None)
+    if job is None:
+        return
+    job.start(train, 1)
+    while job.run.poll() is None and study.elapsed() < study.budget_s:
+        time.sleep(0.1)
+    job.run.terminate()
+    shutil.rmtree(job.folder)
+    job.tries = 0
+    print(f"Rehearsed in {time.monotonic() - started:.0f} s.", flush=True)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    options, rest = parse(argv)
+    started = time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
+    study = Study(options, rest)
+    train = None
+    if study.waiting:
+        train = warm(RUNNER)
+        kind = "forks" if train else "fresh processes"
+        print(f"Imported in {time.monotonic() - started:.0f} s; runs are {kind}.", flush=True)
+        rehearse(study, train)
+    study.run(lambda job: job.start(train, options.jobs, options.memory))
+    content = study.report()
+    counts = ", ".join(f"{len(content[name])} {name}" for name in ("alone", "search", "runs", "failed"))
+    print(f"{counts}, {content['unfinished']} unfinished: {options.json}")
+    return content
+
+
+if __name__ == "__main__":
+    main()
