@@ -7,7 +7,7 @@ VENV_COMPAT := .venv-compat
 RUN := $(VENV)/bin/python
 RUN_COMPAT := $(VENV_COMPAT)/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
-CHECKED := foam_hf recipes tests
+CHECKED := foam_hf recipes tests docs
 # Tests compute on tiny tensors: more threads than processes only get in each other's way.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 COMPAT_TESTS := tests/trainer/test_trainer.py tests/trainer/test_patches.py tests/trainer/test_runs.py tests/cli/test_cli.py \
@@ -51,7 +51,7 @@ bench: $(VENV)/.installed-dev  ## step speed on this machine's GPU, then the tab
 
 clean:  ## remove the virtual environments, caches and demo_output
 	rm -rf $(VENV) $(VENV_COMPAT) demo_output build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find foam_hf recipes tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find foam_hf recipes tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: written last, so that an interrupted install is done again.
 %/.created:

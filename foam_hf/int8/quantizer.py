@@ -244,7 +244,7 @@ def quantize_model_(model: Any, config: Int8Config | None = None, *, device: tor
     """Make the weights of a model INT8 in place, as `from_pretrained` would have.
 
     Parameters on the meta device come into being one module at a time, with random values by the model's own rule, so
-    that a model never exists in floating point as a whole: see `random_int8_model`.
+    that a model never exists in floating point as a whole.
 
     Args:
         model: a transformers model.
@@ -272,31 +272,6 @@ def quantize_model_(model: Any, config: Int8Config | None = None, *, device: tor
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)
     return model
-
-
-def random_int8_model(
-    config: Any,
-    quantization_config: Int8Config | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    model_class: Any = None,
-) -> Any:
-    """A model of random weights, INT8 from the start: for measuring memory and speed without a checkpoint.
-
-    Args:
-        config: a transformers model config.
-        quantization_config: `Int8Config()` by default.
-        device: where the weights come into being.
-        dtype: of the weights that are not INT8, and of the arithmetic.
-        model_class: `AutoModelForCausalLM` by default, or any class with `from_config`.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):  # buffers are small, and not every model can fill them later
-        model = (model_class or AutoModelForCausalLM).from_config(config, dtype=dtype)
-    return quantize_model_(model, quantization_config, device=device).to(device)
 
 
 def _keeping_what_was_asked(original: Callable[..., Any]) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from foam_hf.optim_args import FOAM_NAMES, foam_options, option
 from foam_hf.optimizer.groups import foam_parameter_names, grouping_options
+from foam_hf.planner.peers import BY_NAME
 from foam_hf.planner.plan import Estimate
 from foam_hf.planner.trace import StepTrace, trace_step, with_value
 from foam_hf.rules.adam_8bit import SMALLEST
@@ -87,23 +88,17 @@ def optimizer_temporary_bytes(model: nn.Module, optim: str, optim_args: str | No
 
     FOAM's kernels on a GPU allocate nothing but the factored rule's, which keep sums of squares for the time of a
     step; fused and 8-bit AdamW, and SGD, nothing either. FOAM without a kernel (Muon,
-    Adam-mini, moments of 8 bits) takes what it takes on a CPU, in larger chunks. Of other optimizers this knows
-    adamw_torch, adafactor, galore_adamw and apollo_adamw.
+    Adam-mini, moments of 8 bits) takes what it takes on a CPU, in larger chunks. Other optimizers say so in
+    `planner/peers.py`.
 
     Args:
         model: its trainable parameters count, on whatever device.
         optim, optim_args: as in TrainingArguments.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if optim == "adamw_torch":  # the roots of all second moments at once
-        return sum(p.numel() * p.element_size() for p in trained)
     if optim in FOAM_NAMES:
         return _foam_temporary_bytes(model, foam_options(optim, optim_args))
-    if optim == "adafactor":  # two float32 copies; of halves, those of gradient and weight as well
-        return max((p.numel() * (8 if p.element_size() > 2 else 16) for p in trained), default=0)
-    if optim in ("galore_adamw", "apollo_adamw"):  # the update at full size, and what it is made of
-        return max((2 * p.numel() * p.element_size() for p in trained), default=0)
-    return 0
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return BY_NAME[optim].temporary(trained) if optim in BY_NAME else 0
 
 
 def _foam_temporary_bytes(model: nn.Module, options: dict[str, Any]) -> int:

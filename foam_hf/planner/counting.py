@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,39 +14,10 @@ from foam_hf.memory.measured import expected_state_bytes
 from foam_hf.memory.storages import storages, total
 from foam_hf.optim_args import FOAM_NAMES, foam_options, names_of, one_of_ours, split_optim_args
 from foam_hf.optimizer.foam import FOAM
-from foam_hf.optimizer.groups import foam_param_groups, grouping_options, layer_names
-from foam_hf.planner import peers
+from foam_hf.optimizer.groups import foam_param_groups, grouping_options
+from foam_hf.planner.peers import BY_NAME
 
-_PEERS: dict[str, Callable[[nn.Module], int]] = {
-    "adamw_torch": peers.adamw,
-    "adamw_torch_fused": peers.adamw,
-    "adamw_8bit": peers.adamw_8bit,
-    "adamw_bnb_8bit": peers.adamw_8bit,
-    "paged_adamw_8bit": peers.adamw_8bit,
-    "paged_adamw_32bit": peers.adamw_32bit,
-    "adafactor": peers.adafactor,
-    "sgd": peers.sgd,
-}
-_PROJECTED: dict[str, Callable[..., int]] = {"galore_adamw": peers.galore, "apollo_adamw": peers.apollo}
-# What Trainer reads from optim_args: key -> the words it may be, or None for a number.
-_PROJECTED_KEYS: dict[str, dict[str, tuple[str, ...] | None]] = {
-    "galore_adamw": {
-        "rank": None,
-        "update_proj_gap": None,
-        "scale": None,
-        "proj_type": ("std", "reverse_std", "right", "left", "full"),
-    },
-    "apollo_adamw": {
-        "rank": None,
-        "update_proj_gap": None,
-        "scale": None,
-        "proj": ("random", "svd"),
-        "scale_type": ("channel", "tensor"),
-        "proj_type": ("std", "reverse_std", "right", "left"),
-    },
-}
-# Trainer's names, and two that Trainer does not have: torch.optim.Muon, and Adam-mini of the adam-mini package.
-OPTIMIZERS = (*FOAM_NAMES, *_PEERS, *_PROJECTED, "muon", "adam_mini")
+OPTIMIZERS = (*FOAM_NAMES, *BY_NAME)
 
 
 def option_keys(optim: str) -> tuple[str, ...]:
@@ -55,7 +26,7 @@ def option_keys(optim: str) -> tuple[str, ...]:
         fixed = FOAM_NAMES[optim]
         rules = (None, fixed.get("second_moment"))
         return names_of(lambda each: each.key and each.name not in fixed and each.rule in rules)
-    return tuple(_PROJECTED_KEYS.get(optim, ()))
+    return tuple(BY_NAME[optim].options)
 
 
 @dataclass(frozen=True)
@@ -113,24 +84,7 @@ def count_state(
         raise ValueError(f"unknown optimizer {optim!r}; {hint}expected one of {', '.join(OPTIMIZERS)}")
     if optim in FOAM_NAMES:
         return _foam_state(model, optim, optim_args, target_modules)
-    options = _peer_options(optim, optim_args)
-    if optim in _PEERS:
-        return _PEERS[optim](model)
-    if optim == "adam_mini":
-        config = getattr(model, "config", None)
-        hidden_size, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-        if hidden_size is None or heads is None:
-            raise ValueError(
-                f"adam_mini needs a config with hidden_size and num_attention_heads, got {type(model).__name__}"
-            )
-        return peers.adam_mini(model, hidden_size=hidden_size, heads=heads)
-    if optim == "muon":
-        return peers.muon(model, layer_names(model))
-    if target_modules:
-        targets = peers.linear_targets(model, target_modules)
-    else:
-        targets = layer_names(model) & peers.linear_targets(model, "all-linear")
-    return _PROJECTED[optim](model, targets, **options)
+    return BY_NAME[optim].state_bytes(model, _peer_options(optim, optim_args), target_modules)
 
 
 def _foam_state(
@@ -147,7 +101,7 @@ def _foam_state(
 
 def _peer_options(optim: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
     """What changes the bytes, typed; every key is checked."""
-    legal = _PROJECTED_KEYS.get(optim, {})
+    legal = BY_NAME[optim].options
     options: dict[str, Any] = {}
     for key, text in split_optim_args(optim_args):
         if key not in legal:

@@ -1,17 +1,21 @@
-"""Bytes of state that other optimizers hold after one step, from shapes and dtypes alone; nothing is allocated.
+"""Optimizers of others: what each keeps after one step and takes during it; nothing is allocated to count it.
 
-Each function follows what the optimizer's own code keeps, as Trainer builds it; the tests hold every one against the
-real optimizer, to the byte. State that is a Python number (most step counters) takes none.
+A function for each kind of state follows what the optimizer's own code keeps, as Trainer builds it; the tests hold
+every one against the real optimizer, to the byte. State that is a Python number (most step counters) takes none.
+`PEERS`, at the end, has a record for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foam_hf.memory.measured import adamw_state_bytes
+from foam_hf.optimizer.groups import layer_names
 
 FLOAT = 4  # bytes of float32
 # Names of what Adam-mini gives one value a row: embeddings and heads, values, attention outputs, MLPs.
@@ -20,6 +24,38 @@ _MINI_ROWS = (
     *("v_proj", "wv", "value", "o_proj", "wo", "attn.proj", "feed_forward", "linear", "mlp"),
 )
 _BNB_BLOCK, _BNB_SMALLEST = 256, 4096  # elements that share a scale; fewer elements than the second stay in float32
+
+
+def nothing(trained: Sequence[Tensor]) -> int:
+    """The temporary bytes of a step that allocates none."""
+    return 0
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One optimizer of others, by all the names that mean the same.
+
+    Attributes:
+        names: of Trainer's `optim`, or ours for what Trainer does not have.
+        state: bytes after one step of a model, whose further arguments are the names of the weights that `targets`
+            gives, if there is one, and the options that change the bytes.
+        targets: (model, `optim_target_modules`) -> names of the weights that it does not treat as AdamW does.
+        options: what Trainer reads from `optim_args`: key -> the words it may be, or None for a number.
+        temporary: the most that a step allocates and frees again, for the tensors that are trained.
+    """
+
+    names: tuple[str, ...]
+    state: Callable[..., int]
+    targets: Callable[[nn.Module, str | list[str] | None], set[str]] | None = None
+    options: Mapping[str, tuple[str, ...] | None] = field(default_factory=dict)
+    temporary: Callable[[Sequence[Tensor]], int] = nothing
+
+    def state_bytes(
+        self, model: nn.Module, options: Mapping[str, Any], target_modules: str | list[str] | None = None
+    ) -> int:
+        """Bytes of state that it holds for `model`, on whatever device, after one step."""
+        targets = (self.targets(model, target_modules),) if self.targets else ()
+        return self.state(model, *targets, **options)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -114,12 +150,19 @@ def muon(model: nn.Module, targets: Collection[str]) -> int:
     return momentum + adamw_state_bytes(p for p in parameters.values() if id(p) not in ids)
 
 
-def adam_mini(model: nn.Module, *, hidden_size: int, heads: int) -> int:
+def adam_mini(model: nn.Module) -> int:
     """Adam-mini 1.1.1: a full first moment, and a second one for each head, row or tensor, by the weight's name.
 
     Raises:
-        ValueError: Adam-mini itself would fail on a parameter of this model.
+        ValueError: a model without hidden_size and num_attention_heads in its config, or with a parameter on which
+            Adam-mini itself would fail.
     """
+    config = getattr(model, "config", None)
+    hidden_size, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    if hidden_size is None or heads is None:
+        raise ValueError(
+            f"adam_mini needs a config with hidden_size and num_attention_heads, got {type(model).__name__}"
+        )
     head = hidden_size * hidden_size // heads
     found = 0
     for full_name, p in trainable_parameters(model).items():
@@ -164,6 +207,13 @@ def linear_targets(model: nn.Module, target_modules: str | list[str]) -> set[str
     return found
 
 
+def projected_targets(model: nn.Module, target_modules: str | list[str] | None) -> set[str]:
+    """What GaLore and APOLLO project: `optim_target_modules`, or without them the layers' linear weights."""
+    if target_modules:
+        return linear_targets(model, target_modules)
+    return layer_names(model) & linear_targets(model, "all-linear")
+
+
 def _projects_columns(p: Tensor, proj_type: str) -> bool:
     """Whether the gradient is multiplied from the right: its columns become `rank` ones."""
     tall = p.shape[0] >= p.shape[1]
@@ -183,3 +233,49 @@ def _svd_projection(p: Tensor, rank: int, proj_type: str) -> tuple[int, int]:
         return kept * (rows + columns) * p.element_size(), rank * rank
     right = _projects_columns(p, proj_type)
     return kept * (columns if right else rows) * p.element_size(), rank * (rows if right else columns)
+
+
+def _second_moments(trained: Sequence[Tensor]) -> int:
+    """AdamW without fusion: the roots of all second moments at once."""
+    return sum(p.numel() * p.element_size() for p in trained)
+
+
+def _float32_copies(trained: Sequence[Tensor]) -> int:
+    """Adafactor: two float32 copies of a weight; of halves, those of gradient and weight as well."""
+    return max((p.numel() * (8 if p.element_size() > 2 else 16) for p in trained), default=0)
+
+
+def _full_updates(trained: Sequence[Tensor]) -> int:
+    """GaLore and APOLLO: the update of a weight at full size, and what it is made of."""
+    return max((2 * p.numel() * p.element_size() for p in trained), default=0)
+
+
+_SIDES = ("std", "reverse_std", "right", "left")
+_GALORE: dict[str, tuple[str, ...] | None] = {
+    "rank": None,
+    "update_proj_gap": None,
+    "scale": None,
+    "proj_type": (*_SIDES, "full"),
+}
+_APOLLO: dict[str, tuple[str, ...] | None] = {
+    "rank": None,
+    "update_proj_gap": None,
+    "scale": None,
+    "proj": ("random", "svd"),
+    "scale_type": ("channel", "tensor"),
+    "proj_type": _SIDES,
+}
+PEERS = (
+    Peer(("adamw_torch",), adamw, temporary=_second_moments),
+    Peer(("adamw_torch_fused",), adamw),
+    Peer(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), adamw_8bit),
+    Peer(("paged_adamw_32bit",), adamw_32bit),
+    Peer(("adafactor",), adafactor, temporary=_float32_copies),
+    Peer(("sgd",), sgd),
+    Peer(("galore_adamw",), galore, projected_targets, _GALORE, _full_updates),
+    Peer(("apollo_adamw",), apollo, projected_targets, _APOLLO, _full_updates),
+    # Trainer has no name for torch.optim.Muon, nor for Adam-mini of the adam-mini package.
+    Peer(("muon",), muon, lambda model, target_modules: layer_names(model)),
+    Peer(("adam_mini",), adam_mini),
+)
+BY_NAME = {name: peer for peer in PEERS for name in peer.names}

@@ -24,8 +24,9 @@ from transformers import (
 )
 
 from foam_hf import Int8Config, foam_param_groups
-from foam_hf.int8.quantizer import quantize_model_, random_int8_model
+from foam_hf.int8.quantizer import quantize_model_
 from foam_hf.int8.weight import Int8Weight
+from recipes.benchmarks.memory.memory_peak import random_int8_model
 from tests.support.tiny_models import (
     tiny_gpt2,
     tiny_llama,

@@ -126,11 +126,11 @@ def build(case: Case, model_name: str, sequence: int, device: str):
         model_class = LlamaForCausalLM
         config = LlamaConfig(**LLAMAS[model_name], max_position_embeddings=sequence, use_cache=False)
     if case.weights == "int8":
-        from foam_hf.int8.quantizer import Int8Config, random_int8_model
+        from foam_hf import Int8Config
 
         return random_int8_model(config, Int8Config(), device=device)
     if case.weights == "loaded":
-        from foam_hf.int8.quantizer import Int8Config
+        from foam_hf import Int8Config
 
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(model_class, config, Path(folder), device)
@@ -144,6 +144,18 @@ def build(case: Case, model_name: str, sequence: int, device: str):
         model = model_class(config)
     torch.set_default_dtype(torch.float32)
     return model
+
+
+def random_int8_model(config, quantization_config, *, device="cpu", dtype=torch.bfloat16):
+    """A causal model of random weights, INT8 from the start; `dtype` is that of the others and of the arithmetic."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from foam_hf.int8.quantizer import quantize_model_
+
+    with init_empty_weights(include_buffers=False):  # buffers are small, and not every model can fill them later
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return quantize_model_(model, quantization_config, device=device).to(device)
 
 
 def write_checkpoint(model_class, config, folder: Path, device: str) -> None:
