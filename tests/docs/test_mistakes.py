@@ -128,14 +128,14 @@ MESSAGES: dict[str, Callable[..., str]] = {
     "... matches no weight that folds": error_of(
         foam_param_groups, nn.Sequential(nn.Linear(4, 4)), target_modules=["attention"]
     ),
-    "... no trainable weight of ... folds, so this run keeps AdamW's state": source("foam_hf/trainer/patches.py"),
+    "... no trainable weight of ... folds, so this run keeps AdamW's state": source("foam_hf/trainer/build.py"),
     "--optim_args ... replaces all optim_args of ...": lambda *_: str(
         recipe_kit.replaced_optim_args("level=2", "level=8,seed=1", "c.yaml")
     ),
     "... Expected finite gradients: a lower learning rate, other data or clipping may help": step(
         WEIGHT, torch.full((2, 8), torch.nan)
     ),
-    "... cannot train INT8 weights": source("foam_hf/trainer/int8.py"),
+    "... cannot train INT8 weights": source("foam_hf/trainer/refusals.py"),
     "the model predicts ... for all ... rows": source("recipes/glue/metrics.py"),
     "... so that no gradient is left to add to: got gradient_accumulation_steps=4": release(
         gradient_accumulation_steps=4
@@ -147,10 +147,10 @@ MESSAGES: dict[str, Callable[..., str]] = {
     "... does not run with FSDP version 1": run_of(ACCELERATE_USE_FSDP="true", FSDP_VERSION="1"),
     "FOAM has no amsgrad: got amsgrad=True in a param group": error_of(FOAM, [{"params": [WEIGHT], "amsgrad": True}]),
     "FOAM needs dense real gradients: got torch.sparse_coo": step(WEIGHT, torch.ones(2, 8).to_sparse()),
-    "... To go on with this checkpoint: optim='foam', optim_args=...": source("foam_hf/trainer/patches.py"),
+    "... To go on with this checkpoint: optim='foam', optim_args=...": source("foam_hf/trainer/training.py"),
     "... goes on with the hyperparameters of its checkpoint: scale=...": other_scale,
-    "... has other contents than were saved": source("foam_hf/trainer/checkpoints.py"),
-    "... its save did not finish": source("foam_hf/trainer/checkpoints.py"),
+    "... has other contents than were saved": source("foam_hf/trainer/manifest.py"),
+    "... its save did not finish": source("foam_hf/trainer/manifest.py"),
     "... will not resume: ...": source("foam_hf/trainer/weights.py"),
     "... is being saved here while another save of it has not finished": source("foam_hf/trainer/saving.py"),
     "... holds checkpoints of an earlier run, ...: this one starts at step 0": earlier_run,
