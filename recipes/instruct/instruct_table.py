@@ -16,9 +16,9 @@ START, END = "<!-- tables: made by recipes/instruct/instruct_table.py -->", "<!-
 KINDS = ("weights", "gradients", "optimizer_state", "rest")
 
 
-def mean(values: list[float], digits: int) -> str:
+def mean(values: list[float], digits: int, sign: str = "") -> str:
     """Mean, with its standard error (the standard deviation over the root of the count) if there are several."""
-    text = f"{statistics.fmean(values):.{digits}f}"
+    text = f"{statistics.fmean(values):{sign}.{digits}f}"
     if len(values) == 1:
         return text
     return f"{text} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
@@ -117,9 +117,9 @@ def swap_table(contents: list[dict]) -> str:
             )
     devices = ", ".join(sorted({run["device"] for content in models for run in content["runs"]}))
     return (
-        f"Held-out loss, mean ± standard error over seeds, on {devices}. In brackets: the mean difference, seed by "
-        "seed, from the arm whose learning rate was taken. State: bytes of the optimizer over eight for each trained "
-        "weight."
+        f"Held-out loss, mean ± standard error over seeds, on {devices}. In brackets: the difference, seed "
+        "by seed, from the arm whose learning rate was taken. State: bytes of the optimizer over eight for each "
+        "trained weight."
         f"\n\n{markdown(rows)}\n\n{chosen_rates(pairs)}"
     )
 
@@ -148,7 +148,7 @@ def swap_cell(content: dict, dataset: str, name: str) -> str:
     differences = [loss - taken[seed] for seed, loss in losses.items() if taken.get(seed) is not None]
     wanted = len(content["study"]["seeds"])
     short = "" if len(losses) == wanted else f", {len(losses)} of {wanted} seeds"
-    return mean(list(losses.values()), 4) + (f" ({statistics.fmean(differences):+.4f})" if differences else "") + short
+    return mean(list(losses.values()), 4) + (f" ({mean(differences, 4, '+')})" if differences else "") + short
 
 
 def state(content: dict, name: str) -> str:

@@ -325,9 +325,34 @@ def test_the_pages_perplexities_are_those_of_the_study() -> None:
         "APOLLO, rank 128": "APOLLO",
         "AdamW": "AdamW",
     }
-    text = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8").split("## From scratch", 1)[1]
-    rows = [line.strip("| ").split(" | ") for line in text.split("\n\n")[2].splitlines()[2:]]
+    rows = rows_of_the_page("| optimizer | perplexity | state on the layers |")
     assert [name for name, _, _ in rows] == list(names)
     for name, perplexity, share in rows:
         arm = arms[names[name]]
         assert perplexity == f"{arm.perplexity:.1f}" and share == f"{100 * arm.layers / arms['AdamW'].layers:.3g}%"
+
+
+def rows_of_the_page(header: str) -> list[list[str]]:
+    """Cells of the table of docs/choosing.md that begins so, below its section on training from scratch."""
+    text = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8").split("## From scratch", 1)[1]
+    lines = text.split(header, 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    return [line.strip("| ").split(" | ") for line in lines]
+
+
+def test_what_the_pages_say_of_fresh_text_is_in_its_results() -> None:
+    content = json.loads((RECIPE / "results" / "pretrain_fresh.json").read_text())
+    arms = {arm.name: arm for arm in pretrain_report.arms(content, "llama-60m-fresh")}
+    muon, adamw = arms["FOAM-Muon"], arms["AdamW"]
+    assert content["study"]["fresh"] and content["data"]["counts"]["train"]["tokens"] > content["study"]["tokens"]
+    assert (adamw.rate, muon.rate) == (min(adamw.by_rate), max(muon.by_rate))  # neither is at its best for sure
+    assert max(run["perplexity"] for run in muon.runs) < adamw.perplexity and muon.state < 0.01 * adamw.state
+    rows = []
+    for arm, name in ((muon, "`foam_muon`, as it is by default"), (adamw, "AdamW")):
+        (other,) = arm.by_rate.keys() - {arm.rate}
+        state = f"{pretrain_report.format_bytes(arm.state)}, {100 * arm.state / adamw.state:.3g}%"
+        rows.append([name, *(f"{arm.score(rate)} at {rate:g}" for rate in (arm.rate, other)), state])
+    header = "| optimizer | perplexity | at the other rate | state of the whole model |"
+    assert rows_of_the_page(header) == rows
+    said = "`foam_muon` ends at perplexity {:.1f} with {:.2%} of AdamW's state, AdamW at {:.1f}"
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert said.format(muon.perplexity, muon.state / adamw.state, adamw.perplexity) in readme

@@ -162,7 +162,7 @@ def _alt(kind: str) -> str:
 def draw(content: dict, folder: Path) -> list[Path]:
     """Two pictures a model: perplexity against tokens, and against bytes of state."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     drawn = []
     for model in models(content):
@@ -197,8 +197,10 @@ def draw(content: dict, folder: Path) -> list[Path]:
             else:
                 axes.set(xlabel="MB of optimizer state", xscale="log")
                 axes.xaxis.set_major_formatter(ScalarFormatter())
-                axes.xaxis.set_minor_formatter(ScalarFormatter())
                 points = [(arm.state / 1e6, arm.perplexity) for arm in found]
+                # Over several powers of ten there is no room for labels between them.
+                wide = points and max(points)[0] > 10 * min(points)[0]
+                axes.xaxis.set_minor_formatter(NullFormatter() if wide else ScalarFormatter())
                 for arm, point in zip(found, points, strict=True):
                     axes.plot(*point, "o", color=shades[arm.name])
                 axes.margins(x=0.2, y=0.15)
