@@ -114,7 +114,7 @@ def new_scales(values, s, peak, R: tl.constexpr, C: tl.constexpr, B: tl.constexp
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _update_kernel(
-    table, owner, step, seed, step_size, decay, b1, a1, b2, a2, inv_c1, inv_c2, eps, rho, grad_scale, told,
+    table, owner, step, seed, step_size, decay, b1, a1, b2, a2, inv_c1, inv_c2, eps, rho, grad_scale, left_out_at,
     G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr, B: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     EVEN: tl.constexpr, ALIGNED: tl.constexpr, DECAYS: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr,
     CHECKED: tl.constexpr, MIXED: tl.constexpr, NVIDIA: tl.constexpr,
@@ -174,7 +174,7 @@ def _update_kernel(
             mean, square = tl.sum(parts, 2) * share, tl.sum(parts * parts, 2) * share
         m, v = lerp(m, mean, a1, b1), lerp(v, square, a2, b2)
     if CHECKED:
-        finite = kept_finite(square, told + stream, step, m_mask)
+        finite = kept_finite(square, left_out_at + stream, step, m_mask)
         m, v = tl.where(finite, m, old_m), tl.where(finite, v, old_v)
     m_bits, v_bits = 0, 0
     if STOCHASTIC and S_DTYPE is tl.bfloat16:
@@ -360,7 +360,7 @@ class Int8Launch(AddressTable):
         light = geometry.width > 1 and geometry.aligned and geometry.columns <= TILE
         self.options = {"maxnreg": REGISTERS} if self.nvidia and light and geometry.state == torch.float32 else {}
 
-    def run(self, h: Hyper, grad_scale: Tensor | None = None, told: Tensor | None = None) -> None:
+    def run(self, h: Hyper, grad_scale: Tensor | None = None, left_out_at: Tensor | None = None) -> None:
         g = cast(Int8Geometry, self.geometry)
         self.follow_steps(h)
         step_size, _, *others = numbers(h)
@@ -371,12 +371,12 @@ class Int8Launch(AddressTable):
                 len(self.owners[0]),
                 (
                     *(self.table, self.owners[0], h.step, h.seed, step_size, float(h.lr * h.weight_decay), *others),
-                    *(scale, self.told(told)),
+                    *(scale, self.left_out_at(left_out_at)),
                 ),
                 (
                     *(TRITON_DTYPES[g.grad], TRITON_DTYPES[g.state], g.width, g.block_size, self.segments, g.columns),
                     *(g.even, g.aligned, h.weight_decay != 0, h.stochastic, scaled),
-                    *(told is not None, self.mixed, self.nvidia),
+                    *(left_out_at is not None, self.mixed, self.nvidia),
                 ),
                 num_warps=max(1, min(MAX_WARPS, g.columns * self.segments // WARP)),
                 **self.options,

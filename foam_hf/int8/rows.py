@@ -44,10 +44,10 @@ class Int8Rows:
     """
 
     kind: ClassVar[str] = "int8"
-    kernels: ClassVar[Mapping[str, str]] = {"block": "foam_hf.int8.block_kernel"}
+    kernels: ClassVar[Mapping[str, str]] = dict.fromkeys(("block", "adam"), "foam_hf.int8.block_kernel")
 
     def __init__(self, weight: Int8Weight, place: Place) -> None:
-        self.weight, self.block_size = weight, weight.block_size
+        self.weight, self.place, self.block_size = weight, place, weight.block_size
         n, blocks = weight.codes.shape[-1], weight.scales.shape[-1]
         self.codes = weight.codes.view(-1, n).unflatten(1, (blocks, self.block_size))
         self.scales = weight.scales.view(-1, blocks, 1)

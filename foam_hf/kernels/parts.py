@@ -106,8 +106,8 @@ def own_numbers(entry, step, inv_c1, inv_c2, MIXED: tl.constexpr):
 
 
 @triton.jit
-def kept_finite(squares, told, step, mask):
-    """Where sums of squares are finite; where not, ``step`` is stored at ``told``: predicated off nearly always."""
+def kept_finite(squares, left_out_at, step, mask):
+    """Where sums of squares are finite; where not ``step`` goes to ``left_out_at``, predicated off nearly always."""
     finite = squares < float("inf")  # NaN is not
-    tl.store(told + finite.to(tl.int32) * 0, step, mask=mask & ~finite)
+    tl.store(left_out_at + finite.to(tl.int32) * 0, step, mask=mask & ~finite)
     return finite

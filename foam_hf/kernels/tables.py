@@ -134,6 +134,10 @@ class AddressTable:
         self.mixed = False  # parameters that missed steps have step counts and bias corrections of their own
         self._compiled: dict[Any, Any] = {}
 
+    @property
+    def device(self) -> torch.device:
+        return self.geometry.device
+
     def know_states(self, states: list[Any]) -> None:
         """Take the state of each tensor of the table, whose step counts may differ."""
         self._states = states
@@ -181,9 +185,9 @@ class AddressTable:
         if DIRECT_LAUNCH and compiled is not None:  # None from Triton's interpreter
             self._compiled[key] = compiled
 
-    def told(self, told: Tensor | None) -> Tensor:
-        """Where a kernel tells what it leaves out; where nothing is checked any tensor: it stays unwritten."""
-        return self.table if told is None else told
+    def left_out_at(self, given: Tensor | None) -> Tensor:
+        """Where a kernel writes the step of what it leaves out; where nothing is checked any tensor, unwritten."""
+        return self.table if given is None else given
 
     def scale(self, grad_scale: Tensor | None) -> tuple[Tensor, int]:
         """The scales as a kernel takes them, and its ``SCALED``: 0 for none, 1 for one for all, 2 for one each."""

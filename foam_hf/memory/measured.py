@@ -16,11 +16,10 @@ from foam_hf.optim_args import default_scale
 from foam_hf.optimizer.checks import check_options
 from foam_hf.optimizer.foam import FOAM
 from foam_hf.optimizer.sharding import local_shape
-from foam_hf.optimizer.state import effective_rule, state_spec
+from foam_hf.optimizer.state import expected_state
+from foam_hf.rules.all import rule_of
 from foam_hf.tensors.places import is_sharded, local
 from foam_hf.tensors.rows import PLAIN, kind_of
-
-_PLAIN = {"block": "plain AdamW", "8bit": "AdamW with moments of 8 bits", "adam_mini": "Adam-mini"}  # by rule
 
 
 @dataclass(frozen=True)
@@ -159,24 +158,24 @@ def summarize(optimizer: Any) -> str:
         for p in group["params"]:
             if not p.requires_grad:
                 continue
-            level, second_moment = effective_rule(p, group)
+            rule, level = rule_of(p, group)
             sized = (p, _expected(p, group))
-            if level == 0 and second_moment in _PLAIN and (group["scale"] == 1 or p.dim() < 2):
-                plain.setdefault(second_moment, []).append(sized)
+            if level == 0 and rule.plain_words and (group["scale"] == 1 or p.dim() < 2):
+                plain.setdefault(rule.plain_words, []).append(sized)
             else:
-                folded.setdefault((level, group["scale"], second_moment), []).append(sized)
+                folded.setdefault((level, group["scale"], rule.words), []).append(sized)
             kind = kind_of(p)
             precision = str(p.dtype).removeprefix("torch.") if kind == PLAIN else kind.upper()
             stochastic = (kind != PLAIN or p.dtype == torch.bfloat16) and group["stochastic_rounding"] is not False
             rounding.add(f"{precision} {'stochastically' if stochastic else 'to nearest'}")
     lines = [
-        f"FOAM: folded (level {level}, scale {scale:g}, {_words(rule)}): {_amount(members)}"
-        for (level, scale, rule), members in folded.items()
+        f"FOAM: folded (level {level}, scale {scale:g}, {words}): {_amount(members)}"
+        for (level, scale, words), members in folded.items()
     ] or ["FOAM: no weight folds"]
-    for rule, members in plain.items():
+    for words, members in plain.items():
         largest, cost = max(members, key=lambda sized: sized[1])
         lines.append(
-            f"FOAM: unfolded ({_PLAIN[rule]}): {_amount(members)}, of which {format_bytes(cost)} for the largest "
+            f"FOAM: unfolded ({words}): {_amount(members)}, of which {format_bytes(cost)} for the largest "
             f"tensor, {list(largest.shape)}"
         )
     everything = [sized for members in (*plain.values(), *folded.values()) for sized in members]
@@ -186,10 +185,6 @@ def summarize(optimizer: Any) -> str:
         f"weights are rounded: {', '.join(sorted(rounding))}"
     )
     return "\n".join(lines)
-
-
-def _words(rule: str) -> str:
-    return "orthogonalised by Muon" if rule == "muon" else f"second moment {rule}"
 
 
 def _amount(members: list[tuple[Tensor, int]]) -> str:
@@ -217,5 +212,5 @@ def _filled(param_groups: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any
 
 
 def _expected(p: Tensor, group: dict[str, Any]) -> int:
-    spec = state_spec(p, group).items()
-    return sum(local_shape(p, name, shape).numel() * dtype.itemsize for name, (shape, dtype) in spec)
+    tensors = expected_state(p, group).values()
+    return sum(local_shape(p, tensor).numel() * tensor.dtype.itemsize for tensor in tensors)

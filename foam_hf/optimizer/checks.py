@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from foam_hf.optim_args import check_fields
+from foam_hf.rules.all import asked_rules, shardable_options
 from foam_hf.tensors.places import is_sharded
 
 
@@ -63,20 +64,26 @@ def check_field_names(group: dict[Any, Any], known: Iterable[str]) -> None:
 
 
 def check_rule(p: Tensor, group: dict[str, Any]) -> None:
-    """Raise ValueError for a parameter that the rule of its group does not fit."""
-    rule, mini_rows = group["second_moment"], group["mini_rows"]
-    if is_sharded(p) and (rule in ("muon", "adam_mini") or group["plain_state"] == "8bit"):
-        wanting = f"second_moment={rule!r}" if rule in ("muon", "adam_mini") else "plain_state='8bit'"
-        raise ValueError(
-            f"{wanting} needs whole weights: got a DTensor of shape {tuple(p.shape)}; expected one process, DDP, or "
-            "second_moment='block' with plain_state='full'"
-        )
-    rows = p.numel() // p.shape[-1] if p.dim() > 1 and p.numel() else 0
-    if rule == "adam_mini" and mini_rows and rows % mini_rows:
-        raise ValueError(
-            f"mini_rows={mini_rows} does not divide the {rows} rows of a parameter of shape {tuple(p.shape)}; "
-            "expected the rows of a head, 1 for a second moment of each row, or 0 for one of the whole tensor"
-        )
+    """Raise ValueError for a parameter that a rule which its group asks for does not fit."""
+    for rule in asked_rules(group):
+        if rule.shards == "nothing" and is_sharded(p):
+            field, value = rule.asked
+            raise ValueError(
+                f"{field}={value!r} needs whole weights: got a DTensor of shape {tuple(p.shape)}; expected one "
+                "process, DDP, or second_moment='block' with plain_state='full'"
+            )
+        rule.check(p, group)
+
+
+def whole_weights_problem(options: Mapping[str, Any]) -> str | None:
+    """What of ``options``, keys of FOAM as far as they were given, does not go with sharded weights; None: nothing."""
+    for field, legal in shardable_options().items():
+        if options.get(field, legal[0]) not in legal:
+            return (
+                f"{field}={options[field]} needs whole weights, and FSDP2 splits them; expected "
+                f"{field}={' or '.join(legal)}, or DDP"
+            )
+    return None
 
 
 def check_parameter(p: Tensor) -> None:

@@ -18,12 +18,13 @@ from foam_hf.kernels.choice import use_kernels
 from foam_hf.optim_args import default_scale, names_of, option, refuse_unread
 from foam_hf.optimizer.checks import check_field_names, check_options, check_parameter, check_rule
 from foam_hf.optimizer.decided import Decided
-from foam_hf.optimizer.nonfinite import Watch
+from foam_hf.optimizer.nonfinite import LeftOutReport
 from foam_hf.optimizer.releases import expect_release, is_released
 from foam_hf.optimizer.sharding import as_state_of, empty_state, follow_placements, pieces_of
-from foam_hf.optimizer.state import check_checkpoint, effective_rule, plain, state_problem, state_spec, with_dtype
+from foam_hf.optimizer.state import check_checkpoint, expected_state, plain, state_problem, with_dtype
 from foam_hf.optimizer.step import StepPlan, refuse_capture
-from foam_hf.rules.adam_8bit import require_bitsandbytes
+from foam_hf.rules.all import asked_rules, rule_named, rule_of
+from foam_hf.rules.rule import Rule
 from foam_hf.tensors.folding import Level
 from foam_hf.tensors.places import Piece, is_sharded
 from foam_hf.tensors.rows import PLAIN, kind_of
@@ -111,14 +112,14 @@ class FOAM(torch.optim.Optimizer):
         defaults = {name: arguments[name] for name in names_of(lambda each: each.field)}
         check_options(defaults)
         self._plan: StepPlan | None = None  # holds addresses: never copied, pickled or resumed
-        self._watch = Watch()
+        self._left_out = LeftOutReport()
         super().__init__(params if decided is None else decided.applied_to(params), defaults)
         if decided is not None and decided.released:
             expect_release(self)
-        if any(group["plain_state"] == "8bit" for group in self.param_groups) and any(
-            p.device.type != "meta" for p in self._parameters()
-        ):
-            require_bitsandbytes()
+        if any(p.device.type != "meta" for p in self._parameters()):
+            for group in self.param_groups:
+                for rule in asked_rules(group):
+                    rule.require()
         of_rules = names_of(lambda each: each.rule is not None)
         given = {name: defaults[name] for name in of_rules if defaults[name] != option(name).default}
         refuse_unread(given, {group["second_moment"] for group in self.param_groups})
@@ -144,7 +145,7 @@ class FOAM(torch.optim.Optimizer):
                 check_parameter(p)
                 check_rule(p, group)
                 if is_sharded(p):
-                    pieces_of(p, *effective_rule(p, group))
+                    pieces_of(p, *rule_of(p, group))
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -169,7 +170,7 @@ class FOAM(torch.optim.Optimizer):
             RuntimeError: in the capture of a CUDA graph.
         """
         refuse_capture()  # first: asking a GPU anything would break the capture
-        self._watch.tell(self.param_groups)
+        self._left_out.report(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -183,22 +184,22 @@ class FOAM(torch.optim.Optimizer):
         if self._plan is None or not self._plan.holds(self.param_groups, params, states):
             members = self._members()
             self._plan = StepPlan(self.param_groups, params, list(self.state.values()), members)
-        self._plan.run(_hyper, grad_scale, self._told)
-        self._watch.send()
-        self._watch.tell(self.param_groups)
+        self._plan.run(_hyper, grad_scale, self._left_out_at)
+        self._left_out.send()
+        self._left_out.report(self.param_groups)
         return loss
 
     def check_gradients(self) -> None:
         """Tell of gradients that were NaN or infinite in the steps so far, as ``nonfinite`` says. Waits for the GPU.
 
         Raises:
-            FloatingPointError: there was one, it was not told of yet, and ``nonfinite`` is ``"error"``.
+            FloatingPointError: there was one, it was not reported yet, and ``nonfinite`` is ``"error"``.
         """
-        self._watch.tell(self.param_groups, wait=True)
+        self._left_out.report(self.param_groups, wait=True)
 
-    def _told(self, group: dict[str, Any], device: torch.device) -> Tensor | None:
-        """Where a step tells of which parameters it left out a block."""
-        return self._watch.told(group, device, sum(len(each["params"]) for each in self.param_groups))
+    def _left_out_at(self, group: dict[str, Any], device: torch.device) -> Tensor | None:
+        """Where a step writes its number for the parameters of which it leaves out a block."""
+        return self._left_out.left_out_at(group, device, sum(len(each["params"]) for each in self.param_groups))
 
     def _members(self) -> list[list[Member]]:
         """Every parameter with a gradient, by group, with state; of DTensors, the pieces of this rank's shard.
@@ -229,16 +230,16 @@ class FOAM(torch.optim.Optimizer):
         pieces: list[Piece | None] = [None]
         if is_sharded(p):
             check_rule(p, group)  # FSDP2 shards what the constructor saw whole
-            pieces = [*pieces_of(p, *effective_rule(p, group))]
+            pieces = [*pieces_of(p, *rule_of(p, group))]
         if not self.state[p]:
-            self._watch.forget(stream, self.param_groups)
+            self._left_out.forget(stream, self.param_groups)
         member = self._member(p, group, stream)
         return [member._replace(piece=piece) for piece in pieces]
 
     def _member(self, p: Tensor, group: dict[str, Any], stream: int) -> Member:
         """``p``, the parameter number ``stream`` of all, as a step sees it; it has state from now on."""
-        names = tuple(state_spec(p, group))
-        return Member(p, self._state_of(p, group), names, *effective_rule(p, group), stream)
+        rule, level = rule_of(p, group)
+        return Member(p, *self._state_of(p, rule, level, group), level, rule.name, stream)
 
     @torch.no_grad()
     def _step_some(
@@ -257,32 +258,30 @@ class FOAM(torch.optim.Optimizer):
                 index, stream = places[id(p)]
                 members[index].append(self._member(p, self.param_groups[index], stream))
             plan = StepPlan(self.param_groups, params, states, members)
-        plan.run(_hyper, grad_scale, self._told)
+        plan.run(_hyper, grad_scale, self._left_out_at)
         return plan
 
-    def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        state, spec = self.state[p], state_spec(p, group)
+    def _state_of(
+        self, p: Tensor, rule: Rule, level: Level, group: dict[str, Any]
+    ) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The state of ``p``, which it has from now on, and the names of its tensors in order."""
+        state, expected = self.state[p], rule.state(p, level, group)
         if not state:
             state["step"] = 0
-            for name, (shape, dtype) in spec.items():
-                state[name] = (
-                    empty_state(p, name, shape, dtype)
-                    if is_sharded(p)
-                    else torch.zeros(shape, dtype=dtype, device=p.device)
-                )
-        problem = state_problem(state, spec)
+            state.update({name: empty_state(p, tensor) for name, tensor in expected.items()})
+        problem = state_problem(state, expected)
         if problem:
             raise ValueError(
                 f"level={group['level']!r} and second_moment={group['second_moment']!r} do not fit the state of a "
                 f"parameter of shape {tuple(p.shape)}: {problem}; expected them to stay as they were at its first step"
             )
-        return state
+        return state, tuple(expected)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # torch adds a default that FOAM has no use for; in the groups of one optimizer only, it would break loading.
         self.defaults.pop("differentiable", None)
-        self._plan, self._watch = None, Watch()
+        self._plan, self._left_out = None, LeftOutReport()
         for group in self.param_groups:  # of a checkpoint from a version that had fewer options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -341,11 +340,12 @@ class FOAM(torch.optim.Optimizer):
             said = "; ".join(sorted(replaced))
             warnings.warn(f"FOAM goes on with the hyperparameters of its checkpoint: {said}", stacklevel=2)
         # torch casts state to the dtype of its parameter, which would round float32 moments of bfloat16 weights.
-        for p, saved in zip(self._parameters(), saved_states, strict=True):
-            for name, value in saved.items():
-                if name != "step":
-                    self.state[p][name] = as_state_of(p, name, value)
-        self._plan, self._watch = None, Watch()
+        members = ((p, group) for group in self.param_groups for p in group["params"])
+        for (p, group), saved in zip(members, saved_states, strict=True):
+            for name, tensor in expected_state(p, group).items():
+                if saved:
+                    self.state[p][name] = as_state_of(p, name, tensor, saved[name])
+        self._plan, self._left_out = None, LeftOutReport()
         for post_hook in post_hooks.values():
             post_hook(self)
 
@@ -365,9 +365,7 @@ def check_gradient(p: Tensor, i: int) -> None:
 
 
 def _hyper(group: dict[str, Any], member: Member) -> Hyper:
-    b1, b2 = group["betas"]
-    if member.rule == "muon":
-        b1 = group["momentum"]
+    b1, b2 = rule_named(member.rule).betas(group)
     if not (0 <= b1 < 1 and 0 <= b2 < 1):  # a schedule's, or a user's, since the group was checked
         check_options(group)
     t = member.state["step"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from foam_hf.optim_args import names_of, option
-from foam_hf.rules.adam_mini import rows_of_blocks
+from foam_hf.rules.all import folding_rule
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +87,11 @@ def foam_param_groups(
     _check_folded_options(folded_options)
     parameters = dict(model.named_parameters())
     kinds = {"folded": folded_options, "table": {**folded_options, **TABLE_OPTIONS}, "plain": plain_options()}
+    rule, config = folding_rule(folded_options.get("second_moment")), getattr(_unwrap(model), "config", None)
     groups = []
     for group, members in names.items():
         kind, decay = group.split("/")
-        for chosen, fields in _by_rule(model, members, kinds[kind], folded_options.get("second_moment")):
+        for chosen, fields in rule.groups(model, members, kinds[kind], config):
             groups.append(
                 {
                     "params": [parameters[name] for name in chosen],
@@ -99,19 +100,6 @@ def foam_param_groups(
                 }
             )
     return groups
-
-
-def _by_rule(
-    model: nn.Module, names: list[str], options: Mapping[str, Any], rule: Any
-) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """`names` as they are, or under Adam-mini by the size of their blocks, each with the fields of its group."""
-    if rule != "adam_mini":
-        yield names, dict(options)
-        return
-    sizes = rows_of_blocks(model, names, getattr(_unwrap(model), "config", None))
-    for size in dict.fromkeys(sizes.values()):
-        fields = dict(options) if size is None else {**options, "second_moment": rule, "mini_rows": size}
-        yield [name for name in names if sizes[name] == size], fields
 
 
 def foam_parameter_names(
@@ -149,7 +137,7 @@ def foam_parameter_names(
         folded = _narrow(model, folded, asked, target_modules)
     folded |= asked
     tables, unfit = set(), set()
-    if second_moment == "muon":
+    if folding_rule(second_moment).matrices_only:
         tables, unfit = embeddings | heads, _convolutions(model)
     decay = set(_decay_parameter_names(model) if decay_parameter_names is None else decay_parameter_names)
     groups: dict[str, list[str]] = {

@@ -1,10 +1,9 @@
 """Gradients that are NaN or infinite: which blocks a step leaves out for them, and how the user hears of it.
 
-The unit is what shares a moment: a block of a folded weight, an element of any other; the whole tensor with Muon, with
-Adam-mini and with 8-bit moments. It is left out if the sum of its gradient's squares is not finite in float32: NaN,
-infinity, or an element beyond 1.8e19. Kernels have that sum in
-registers, and write the step's number beside each parameter of which they leave out something. These numbers come to
-the host while it prepares the next step, so nothing ever waits for them, but a checkpoint.
+The unit is the rule's: a block of a folded weight, an element of what does not fold, or a whole tensor. Which are left
+out says ``tensors.finite``. A step writes its number beside each parameter of which it leaves out something; kernels
+have the sums of squares in registers. These numbers come to the host while it prepares the next step, so nothing ever
+waits for them, but a checkpoint.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class NonfiniteGradientError(FloatingPointError):
             self.args = (f"{self.args[0]} (in the model: {', '.join(found[:4])}{more})",)
 
 
-class _Told:
+class DeviceRecord:
     """For each parameter the last step that left out a block of it on one device, or 0."""
 
     def __init__(self, device: torch.device, size: int) -> None:
@@ -51,14 +50,14 @@ class _Told:
         self._host = self.steps if device.type == "cpu" else torch.empty_like(self.steps, device="cpu").pin_memory()
         self._sent: Any = None  # an event behind the copy that is on its way
 
-    def grown(self, size: int) -> _Told:
-        more = _Told(self.steps.device, size)
+    def grown(self, size: int) -> DeviceRecord:
+        more = DeviceRecord(self.steps.device, size)
         more.steps[: len(self.steps)] = self.steps
         more._seen[: len(self._seen)] = self._seen
         return more
 
     def forget(self, i: int) -> None:
-        """Of parameter ``i`` nothing was ever told; the caller has taken what is new."""
+        """Nothing was ever left out of parameter ``i``; the caller has taken what is new."""
         if i < len(self.steps):
             self.steps[i] = 0
             self._seen[i] = 0
@@ -75,7 +74,7 @@ class _Told:
             self._sent.record()
 
     def new(self, wait: bool) -> dict[int, int]:
-        """Parameter -> step of what was told since the last call, as far as the host knows it."""
+        """Parameter -> step of what was left out since the last call, as far as the host knows it."""
         if self._host is not self.steps:
             if wait:
                 self._host.copy_(self.steps)
@@ -90,47 +89,50 @@ class _Told:
         return found
 
 
-class Watch:
-    """What an optimizer's steps have left out, by parameter."""
+class LeftOutReport:
+    """What an optimizer's steps have left out, by parameter, and how the user hears of it."""
 
     def __init__(self) -> None:
-        self._devices: dict[torch.device, _Told] = {}
+        self._devices: dict[torch.device, DeviceRecord] = {}
         self._times = 0  # that something was left out and nonfinite is "skip"
 
-    def told(self, group: dict[str, Any], device: torch.device, size: int) -> Tensor | None:
-        """Where steps tell, int32 with one element for each of ``size`` parameters; None if ``group`` ignores."""
+    def left_out_at(self, group: dict[str, Any], device: torch.device, size: int) -> Tensor | None:
+        """Where steps write their numbers, int32 with one element for each of ``size`` parameters.
+
+        None if ``group`` ignores gradients that are not finite.
+        """
         if group["nonfinite"] == "ignore":
             return None
         found = self._devices.get(device)
         if found is None or len(found.steps) < size:
-            found = _Told(device, size) if found is None else found.grown(size)
+            found = DeviceRecord(device, size) if found is None else found.grown(size)
             self._devices[device] = found
         return found.steps
 
     def forget(self, i: int, groups: list[dict[str, Any]]) -> None:
-        """Parameter ``i`` begins anew: its steps have numbers that were told of before.
+        """Parameter ``i`` begins anew: its steps have numbers that were there before.
 
         Raises:
-            NonfiniteGradientError: something was left out before, and nobody was told.
+            NonfiniteGradientError: something was left out before, and was not reported.
         """
-        if any(i < len(told.steps) for told in self._devices.values()):
-            self.tell(groups, wait=True)
-        for told in self._devices.values():
-            told.forget(i)
+        if any(i < len(record.steps) for record in self._devices.values()):
+            self.report(groups, wait=True)
+        for record in self._devices.values():
+            record.forget(i)
 
     def send(self) -> None:
-        for told in self._devices.values():
-            told.send()
+        for record in self._devices.values():
+            record.send()
 
-    def tell(self, groups: list[dict[str, Any]], wait: bool = False) -> None:
+    def report(self, groups: list[dict[str, Any]], wait: bool = False) -> None:
         """Raise or warn of what is new, as each parameter's group says.
 
         Raises:
             NonfiniteGradientError: something was left out of a parameter whose group has ``nonfinite="error"``.
         """
         news: dict[int, int] = {}
-        for told in self._devices.values():
-            news |= told.new(wait)
+        for record in self._devices.values():
+            news |= record.new(wait)
         if not news:
             return
         places = [(p, group["nonfinite"]) for group in groups for p in group["params"]]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from foam_hf.rules.rule import Rule, StateTensor
 from foam_hf.tensors.folding import Level, block_width, num_blocks
 from foam_hf.tensors.places import Group, Piece, is_sharded, local, whole
 from foam_hf.tensors.rows import PLAIN, kind_of
@@ -28,13 +29,13 @@ class _Cut(NamedTuple):
     parts: int
 
 
-def pieces_of(p: Any, level: Level, second_moment: str) -> list[Piece]:
+def pieces_of(p: Any, rule: Rule, level: Level) -> list[Piece]:
     """The pieces of this rank's shard of ``p``, a DTensor; one at least, which may be empty.
 
     Raises:
         TypeError: a weight that is not plain.
         ValueError: a placement that is not whole rows or whole blocks of a known part of the weight, both rows and
-            columns of a factored matrix are split, or weights are offloaded to the CPU.
+            columns are split and the rule needs one of them whole, or weights are offloaded to the CPU.
     """
     if kind_of(local(p)) != PLAIN:
         kind = kind_of(local(p)).upper()
@@ -62,9 +63,9 @@ def pieces_of(p: Any, level: Level, second_moment: str) -> list[Piece]:
     last = max((dim for dim in range(p.dim() - 1) if cuts[dim]), default=0)
     groups = [tuple(mesh.get_group(cut.mesh_dim) for cut in some) for some in cuts]
     row_groups = groups[-2] if p.dim() > 1 else ()
-    if second_moment == "factored" and row_groups and groups[-1]:
+    if rule.shards != "rows and columns" and row_groups and groups[-1]:
         raise ValueError(
-            f"second_moment='factored' needs the means of a matrix's rows or of its columns on one rank: got shape "
+            f"second_moment={rule.name!r} needs the means of a matrix's rows or of its columns on one rank: got shape "
             f"{tuple(p.shape)} with placements {p.placements}, which split both; expected second_moment='block'"
         )
     rows = p.shape[:-1]
@@ -132,13 +133,13 @@ def _check_columns(p: Any, cuts: Sequence[_Cut], level: Level) -> None:
             )
 
 
-def empty_state(p: Any, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Zeros for what this rank holds of the state ``name`` of ``p``, whole of ``shape``."""
-    part = torch.zeros(local_shape(p, name, shape), dtype=dtype, device=local(p).device)
-    return _wrap(p, name, shape, part)
+def empty_state(p: Any, state: StateTensor) -> Tensor:
+    """Zeros for what this rank holds of a tensor of state of ``p``."""
+    part = torch.zeros(local_shape(p, state), dtype=state.dtype, device=local(p).device)
+    return _wrap(p, state, part) if is_sharded(p) else part
 
 
-def as_state_of(p: Any, name: str, value: Any) -> Tensor:
+def as_state_of(p: Any, name: str, state: StateTensor, value: Any) -> Tensor:
     """A copy of ``value``, saved as the state ``name`` of ``p``, as this rank holds it, in its own dtype.
 
     A whole tensor is cut where ``p`` is, without communication; a DTensor of other placements is redistributed.
@@ -150,41 +151,39 @@ def as_state_of(p: Any, name: str, value: Any) -> Tensor:
     if not is_sharded(p):
         value = value.full_tensor() if is_sharded(value) else value
         return value.to(device, copy=True).contiguous()
-    shape = value.shape
     if not is_sharded(value):
-        part = value[tuple(slice(span.start, span.stop) for span in _spans(p, name, shape))]
+        part = value[tuple(slice(span.start, span.stop) for span in _spans(p, state))]
     elif value.device_mesh != p.device_mesh:
         raise ValueError(
             f"saved state {name} is a DTensor on {value.device_mesh}, its weight is on {p.device_mesh}; expected a "
             "state dict that torch.distributed.checkpoint has read, as it reshards, or whole tensors"
         )
     else:
-        part = local(value.redistribute(placements=_placements(p, name)))
-    return _wrap(p, name, shape, part.to(device, copy=True).contiguous())
+        part = local(value.redistribute(placements=_placements(p, state)))
+    return _wrap(p, state, part.to(device, copy=True).contiguous())
 
 
-def local_shape(p: Any, name: str, shape: torch.Size) -> torch.Size:
-    """What this rank holds of the state ``name`` of ``p``, whole of ``shape``."""
-    return torch.Size(map(len, _spans(p, name, shape))) if is_sharded(p) else shape
+def local_shape(p: Any, state: StateTensor) -> torch.Size:
+    """What this rank holds of a tensor of state of ``p``."""
+    return torch.Size(map(len, _spans(p, state))) if is_sharded(p) else state.shape
 
 
-def _dimensions(p: Any, name: str) -> list[int]:
-    """The dimensions of ``p`` that its state ``name`` has."""
-    missing = {"row_exp_avg_sq": p.dim() - 1, "col_exp_avg_sq": p.dim() - 2}.get(name)
-    return [dim for dim in range(p.dim()) if dim != missing]
+def _dimensions(p: Any, state: StateTensor) -> list[int]:
+    """The dimensions of ``p`` that its state has."""
+    return [dim for dim in range(p.dim()) if dim != state.lacks]
 
 
-def _spans(p: Any, name: str, shape: torch.Size) -> list[range]:
+def _spans(p: Any, state: StateTensor) -> list[range]:
     coordinate = p.device_mesh.get_coordinate()
-    dims = _dimensions(p, name)
-    return [_range(size, _cuts(p, dim), coordinate) for size, dim in zip(shape, dims, strict=True)]
+    dims = _dimensions(p, state)
+    return [_range(size, _cuts(p, dim), coordinate) for size, dim in zip(state.shape, dims, strict=True)]
 
 
-def _placements(p: Any, name: str) -> tuple[Any, ...]:
+def _placements(p: Any, state: StateTensor) -> tuple[Any, ...]:
     """The placements of ``p``, by the dimensions of its state; what splits a dimension that it lacks replicates it."""
     from torch.distributed.tensor import Replicate, Shard
 
-    number = {dim: i for i, dim in enumerate(_dimensions(p, name))}
+    number = {dim: i for i, dim in enumerate(_dimensions(p, state))}
 
     def place(placement: Any) -> Any:
         dim = None if placement.is_replicate() else number.get(placement.dim % p.dim())
@@ -196,13 +195,12 @@ def _placements(p: Any, name: str) -> tuple[Any, ...]:
     return tuple(map(place, p.placements))
 
 
-def _wrap(p: Any, name: str, shape: torch.Size, part: Tensor) -> Tensor:
+def _wrap(p: Any, state: StateTensor, part: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
+    shape = state.shape
     strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-    return DTensor.from_local(
-        part, p.device_mesh, _placements(p, name), run_check=False, shape=torch.Size(shape), stride=strides
-    )
+    return DTensor.from_local(part, p.device_mesh, _placements(p, state), run_check=False, shape=shape, stride=strides)
 
 
 def follow_placements(p: Any) -> None:

@@ -10,9 +10,8 @@ from torch import Tensor
 from foam_hf.optim_args import names_of, option
 from foam_hf.optimizer.checks import check_options
 from foam_hf.optimizer.names import names_problem
-from foam_hf.rules.adam_8bit import SMALLEST, eight_bit_spec
-from foam_hf.rules.adam_mini import second_moments
-from foam_hf.tensors.folding import Level, num_blocks
+from foam_hf.rules.all import rule_of
+from foam_hf.rules.rule import StateTensor
 
 
 class CheckpointMismatchError(ValueError):
@@ -26,55 +25,28 @@ class CheckpointMismatchError(ValueError):
         return str(self.args[0])
 
 
-StateSpec = dict[str, tuple[torch.Size, torch.dtype]]
+State = dict[str, StateTensor]
 
 
-def effective_rule(p: Tensor, group: dict[str, Any]) -> tuple[Level, str]:
-    """The level and second-moment rule of ``p`` in ``group``: tensors of fewer than two dimensions stay plain.
-
-    (0, "block") is AdamW, (0, "8bit") AdamW with moments of 8 bits. Of Adam-mini, a vector has the whole-tensor block.
-    """
-    rule: tuple[Level, str] = group["level"], group["second_moment"]
-    if p.dim() == 1 and rule[1] == "adam_mini" and group["mini_rows"] == 0:
-        return 0, "adam_mini"
-    if p.dim() > 1 and rule != (0, "block"):
-        return rule
-    return 0, "8bit" if group["plain_state"] == "8bit" and p.numel() >= SMALLEST else "block"
-
-
-def state_spec(p: Tensor, group: dict[str, Any]) -> StateSpec:
-    """Name -> (shape, dtype) of every tensor of state that ``p`` will hold in ``group``; allocates nothing.
+def expected_state(p: Tensor, group: dict[str, Any]) -> State:
+    """Every tensor of state that ``p`` will hold in ``group``, by name; allocates nothing.
 
     Beside these, every parameter that was ever updated holds ``step``, a Python integer.
     """
-    level, second_moment = effective_rule(p, group)
-    dtype = group["state_dtype"]
-    if level == 0 and second_moment == "block":
-        return {"exp_avg": (p.shape, dtype), "exp_avg_sq": (p.shape, dtype)}
-    if second_moment == "8bit":
-        return eight_bit_spec(p)
-    folded = torch.Size((*p.shape[:-1], num_blocks(level, p.shape[-1])))
-    if second_moment == "block":
-        return {"folded_exp_avg": (folded, dtype), "folded_exp_avg_sq": (folded, dtype)}
-    if second_moment == "muon":
-        return {"folded_momentum": (folded, dtype)}
-    if second_moment == "adam_mini":
-        blocks = torch.Size((second_moments(p, group["mini_rows"]),))
-        return {"folded_exp_avg": (folded, dtype), "row_block_exp_avg_sq": (blocks, dtype)}
-    rows, columns = p.shape[:-1], torch.Size((*p.shape[:-2], p.shape[-1]))
-    return {"folded_exp_avg": (folded, dtype), "row_exp_avg_sq": (rows, dtype), "col_exp_avg_sq": (columns, dtype)}
+    rule, level = rule_of(p, group)
+    return rule.state(p, level, group)
 
 
-def state_problem(state: dict[str, Any], spec: StateSpec) -> str:
+def state_problem(state: dict[str, Any], spec: State) -> str:
     """Why ``state`` is not what ``spec`` describes, or an empty string."""
     if state.keys() != {"step", *spec}:
         return f"it holds {sorted(state)}; expected {sorted(['step', *spec])}"
     if not isinstance(state["step"], int):
         return f"its step is {state['step']!r}; expected an integer"
-    for name, (shape, _) in spec.items():
-        if not isinstance(state[name], Tensor) or state[name].shape != shape:
+    for name, expected in spec.items():
+        if not isinstance(state[name], Tensor) or state[name].shape != expected.shape:
             found = tuple(state[name].shape) if isinstance(state[name], Tensor) else state[name]
-            return f"{name} has shape {found}; expected {tuple(shape)}"
+            return f"{name} has shape {found}; expected {tuple(expected.shape)}"
     return ""
 
 
@@ -137,7 +109,7 @@ def check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
         except (TypeError, ValueError) as error:
             raise ValueError(f"param group {i} of the checkpoint is not valid: {error}") from None
         for place, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
-            state, spec = saved_state.get(key, {}), state_spec(p, group)
+            state, spec = saved_state.get(key, {}), expected_state(p, group)
             problem = state_problem(state, spec) if state else ""  # none if it never had a gradient
             if problem:
                 who = f"parameter {key}{_name_of(place, group, saved)}"
@@ -156,10 +128,10 @@ def _name_of(place: int, *groups: dict[str, Any]) -> str:
     return ""
 
 
-def _other_shape(p: Tensor, state: dict[str, Any], spec: StateSpec, named: bool) -> str:
+def _other_shape(p: Tensor, state: dict[str, Any], spec: State, named: bool) -> str:
     """What is wrong where ``state`` is that of a weight of another shape, or an empty string."""
     name = next(iter(spec))  # of all rules the first moment
-    held, wanted = state.get(name), spec[name][0]
+    held, wanted = state.get(name), spec[name].shape
     if (
         state.keys() != {"step", *spec}
         or not isinstance(held, Tensor)

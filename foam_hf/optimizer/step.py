@@ -1,11 +1,11 @@
-"""How a step updates the parameters of a group: by the fused kernels of ``kernels``, or plainly by ``update``."""
+"""How a step updates the parameters of a group: by kernels where their rule has them, else by the rule in torch."""
 
 from __future__ import annotations
 
 import importlib
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
@@ -14,33 +14,17 @@ from torch import Tensor
 from foam_hf.kernels.choice import use_kernels
 from foam_hf.optim_args import names_of
 from foam_hf.optimizer.sharding import add_over_ranks
-from foam_hf.rules.adam_8bit import update_8bit
-from foam_hf.rules.adam_mini import update_adam_mini
-from foam_hf.rules.by_rows import FactoredMoment, update_parameter
-from foam_hf.rules.muon import update_muon
+from foam_hf.rules.all import rule_named
+from foam_hf.rules.rule import Launch, Unfinished
 from foam_hf.tensors.finite import leaving_out_whole
-from foam_hf.tensors.folding import Level
 from foam_hf.tensors.places import is_sharded, local
 from foam_hf.tensors.rows import PLAIN, kernels_of, kind_of, weight_rows
 from foam_hf.tensors.step import Hyper, Member, State
 
-if TYPE_CHECKING:
-    from foam_hf.rules.block_kernel import Launch
-    from foam_hf.rules.factored_kernel import FactoredLaunch
-
-Unfinished = Any  # a FactoredMoment or FactoredLaunch: ``sums`` and ``store``
 _GRAD, _DTYPE, _STEP = operator.attrgetter("grad"), operator.attrgetter("dtype"), operator.itemgetter("step")
 # The fields of a group that a step, once prepared, reads no more.
 _PREPARED_FOR = operator.itemgetter(*names_of(lambda each: each.field and not each.may_change))
-Told = Callable[[dict[str, Any], torch.device], Tensor | None]
-# Rules with an update of their own, on any device; no kernel takes them, and they need whole tensors.
-# The kernels of plain weights, by rule; other kinds of weight know their own.
-_KERNELS = {"block": "foam_hf.rules.block_kernel", "factored": "foam_hf.rules.factored_kernel"}
-_UPDATES: dict[str, Callable[[Tensor, Tensor, State, Level, Hyper], None]] = {
-    "muon": update_muon,
-    "adam_mini": update_adam_mini,
-    "8bit": update_8bit,
-}
+LeftOutAt = Callable[[dict[str, Any], torch.device], Tensor | None]
 
 
 class StepPlan:
@@ -57,7 +41,7 @@ class StepPlan:
         members: list[list[Member]],
     ) -> None:
         """``holds`` compares ``params`` and ``states``; ``members`` are those with a gradient or state, by group."""
-        self._launches: list[tuple[dict[str, Any], Launch | FactoredLaunch]] = []
+        self._launches: list[tuple[dict[str, Any], Launch]] = []
         self._rest: list[tuple[dict[str, Any], Member]] = []
         for group, mine in zip(groups, members, strict=True):
             self._add(group, mine)
@@ -142,11 +126,13 @@ class StepPlan:
             first = int(here.argmax())
             self._leads.append(self._members[int(launch.streams[first])] if here[first] else None)
 
-    def run(self, hyper: Callable[[dict[str, Any], Member], Hyper], grad_scale: Tensor | None, told: Told) -> None:
+    def run(
+        self, hyper: Callable[[dict[str, Any], Member], Hyper], grad_scale: Tensor | None, left_out_at: LeftOutAt
+    ) -> None:
         """Update everything; gradients are those of a loss times ``grad_scale``.
 
-        ``grad_scale`` has one element, or one for each of ``params``. ``told`` says where a group tells in which step
-        it last left out a block, one element a parameter of a device.
+        ``grad_scale`` has one element, or one for each of ``params``. ``left_out_at`` gives, for a group and a
+        device, where to write in which step a block was last left out, one element a parameter; or None.
         """
         for state in self._stepping:
             state["step"] += 1
@@ -156,19 +142,21 @@ class StepPlan:
         for i, ((group, launch), lead) in enumerate(zip(self._launches, self._leads, strict=True)):
             if lead is None:
                 continue
-            h, left_out = hyper(group, lead), told(group, launch.geometry.device)
-            if launch.run(h, self._scales(i, grad_scale), left_out):
-                unfinished.append((launch, h, left_out))
+            h, where = hyper(group, lead), left_out_at(group, launch.device)
+            left = launch.run(h, self._scales(i, grad_scale), where)
+            if left is not None:
+                unfinished.append((left, h, where))
         for group, member in self._rest:
             if member.p.grad is None:
                 continue
-            h, left_out = hyper(group, member), _told_of(member, told(group, member.weight.device))
+            h, where = hyper(group, member), left_out_at(group, member.weight.device)
+            where = None if where is None else where[member.stream]
             scale = grad_scale
             if scale is not None and scale.numel() > 1:
                 scale = scale[self._numbers[member.stream]]
-            left = _update_plainly(member, h, scale, left_out)
+            left = _update_plainly(member, h, scale, where)
             if left is not None:
-                unfinished.append((left, h, left_out))
+                unfinished.append((left, h, where))
         # autograd sees neither what a kernel writes nor INT8 codes, and a backward pass under way may still need them.
         torch.autograd.graph.increment_version(self._changing)
         if unfinished:
@@ -190,7 +178,7 @@ class StepPlan:
             return None
 
     def _current_addresses(self) -> list[int]:
-        # What a kernel was told the address of must still be there when it runs again.
+        # What a kernel has the address of must still be there when it runs again.
         moments = map(operator.getitem, self._holders, self._names)
         held = [*self._updated, *moments]
         return list(map(Tensor.data_ptr, map(local, held) if self._sharded else held))
@@ -200,24 +188,21 @@ def _kernels(member: Member) -> str | None:
     """The module of the kernels that may take ``member``; None if there are none."""
     if not use_kernels(local(member.p).device):
         return None
-    kernels = _KERNELS if kind_of(member.weight) == PLAIN else kernels_of(member.weight)
-    return kernels.get(member.rule)
+    if kind_of(member.weight) == PLAIN:
+        return rule_named(member.rule).kernel
+    return kernels_of(member.weight).get(member.rule)
 
 
-def _told_of(member: Member, told: Tensor | None) -> Tensor | None:
-    return None if told is None else told[member.stream]
-
-
-def _update_plainly(member: Member, h: Hyper, grad_scale: Tensor | None, told: Tensor | None) -> FactoredMoment | None:
-    weight, grad, level, rule = member.weight, member.grad, member.level, member.rule
+def _update_plainly(
+    member: Member, h: Hyper, grad_scale: Tensor | None, left_out_at: Tensor | None
+) -> Unfinished | None:
+    rule, grad, state = rule_named(member.rule), member.grad, member.moments
     grad = grad if grad_scale is None else grad.float() / grad_scale.to(grad.device)
-    if rule not in _UPDATES:
-        return update_parameter(weight, grad, member.moments, level, rule, h, member.place, told)
-    held = [*weight_rows(weight).tensors, *member.moments.values()]
-    with leaving_out_whole(grad, held, told, h.step) as wanted:
-        if wanted:
-            _UPDATES[rule](weight, grad, member.state, level, h)
-    return None
+    weight = weight_rows(member.weight, member.place)
+    if rule.unit == "block":
+        return rule.update(weight, grad, state, member.level, h, left_out_at)
+    with leaving_out_whole(grad, [*weight.tensors, *state.values()], left_out_at, h.step) as wanted:
+        return rule.update(weight, grad, state, member.level, h) if wanted else None
 
 
 def _finish(unfinished: list[tuple[Unfinished, Hyper, Tensor | None]]) -> None:
@@ -225,8 +210,8 @@ def _finish(unfinished: list[tuple[Unfinished, Hyper, Tensor | None]]) -> None:
     # By parameter and piece, as which of them share a launch may differ from rank to rank.
     parts = sorted((part for one, _, _ in unfinished for part in one.sums), key=operator.itemgetter(0))
     add_over_ranks([(groups, tensor) for _, groups, tensor in parts])
-    for one, h, told in unfinished:
-        one.store(h, told)
+    for one, h, left_out_at in unfinished:
+        one.store(h, left_out_at)
 
 
 def refuse_capture() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foam_hf.optim_args import FOAM_NAMES, foam_options, option
-from foam_hf.optimizer.groups import foam_parameter_names, grouping_options
+from foam_hf.optim_args import FOAM_NAMES
+from foam_hf.planner.counting import foam_groups
 from foam_hf.planner.peers import BY_NAME
 from foam_hf.planner.plan import Estimate
 from foam_hf.planner.trace import StepTrace, trace_step, with_value
-from foam_hf.rules.adam_8bit import SMALLEST
-from foam_hf.tensors.folding import Level, block_width
-from foam_hf.tensors.rows import CHUNK_GPU
+from foam_hf.rules.all import rule_of
 
 # Workspaces of cuBLAS, one for the forward thread and one for backward's, as an H100 has them: less on other GPUs.
 WORKSPACE = 2 * 32 * 2**20
@@ -96,52 +93,19 @@ def optimizer_temporary_bytes(model: nn.Module, optim: str, optim_args: str | No
         optim, optim_args: as in TrainingArguments.
     """
     if optim in FOAM_NAMES:
-        return _foam_temporary_bytes(model, foam_options(optim, optim_args))
+        return _foam_temporary_bytes(model, optim, optim_args)
     trained = [p for p in model.parameters() if p.requires_grad]
     return BY_NAME[optim].temporary(trained) if optim in BY_NAME else 0
 
 
-def _foam_temporary_bytes(model: nn.Module, options: dict[str, Any]) -> int:
-    """What the rules without a kernel take for each element of a chunk; where weights round, mostly random bits.
-
-    The factored rule's kernels take the sums of all weights of a launch at once.
-    """
-    rule = options.get("second_moment", option("second_moment").default)
-    eight_bit = options.get("plain_state") == "8bit"
-    groups = foam_parameter_names(model, **grouping_options(dict(options)))
-    folded, tables, plain = (
-        {name for group, names in groups.items() if group.startswith(kind) for name in names}
-        for kind in ("folded", "table", "plain")
-    )
-    factored = tables | folded if rule == "factored" else tables
-    level, sums = options.get("level", option("level").default), 0
-    most = 0
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        chunk, half = min(p.numel(), CHUNK_GPU), p.element_size() < 4
-        if name in factored and p.dim() > 1:
-            sums += factored_sums_bytes(p.shape, level)
-        elif rule == "muon" and name in folded:
-            rows, n = p.shape[-2:]
-            # What is orthogonalised, made in chunks; then it, two matrices of the iteration, two squares, and the copy
-            # of a matrix that some products make.
-            chunk = 2 * rows * n + min(rows * n, CHUNK_GPU) * (18 if half else 6)
-            most = max(most, chunk, 8 * rows * n + 4 * min(rows, n) ** 2)
-        elif rule == "adam_mini" and p.dim() > 1:
-            most = max(most, chunk * (22 if half else 17))
-        elif eight_bit and name in plain and p.numel() >= SMALLEST:
-            most = max(most, chunk * (34 if half else 25))
-    return max(most, sums)
-
-
-def factored_sums_bytes(shape: torch.Size, level: Level) -> int:
-    """What the kernels of the factored rule keep during a step for a weight of ``shape``: the sums of the squares of
-    each row over a segment of 256 columns or a wider block, of each column over 128 rows, and a mean for a matrix."""
-    *leading, rows, n = shape
-    power = 1 << max(0, n - 1).bit_length()
-    segment = max(8, 1 << max(0, block_width(level, n) - 1).bit_length(), min(256, power))
-    return 4 * math.prod(leading) * (rows * -(-n // segment) + n * -(-rows // 128) + 1)
+def _foam_temporary_bytes(model: nn.Module, optim: str, optim_args: str | None) -> int:
+    most = together = 0
+    for group in foam_groups(model, optim, optim_args):
+        for p in group["params"]:
+            rule, level = rule_of(p, group)
+            size = rule.temporary(p, level)
+            most, together = max(most, 0 if rule.together else size), together + (size if rule.together else 0)
+    return max(most, together)
 
 
 @functools.cache

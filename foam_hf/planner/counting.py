@@ -83,20 +83,24 @@ def count_state(
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown optimizer {optim!r}; {hint}expected one of {', '.join(OPTIMIZERS)}")
     if optim in FOAM_NAMES:
-        return _foam_state(model, optim, optim_args, target_modules)
+        return expected_state_bytes(foam_groups(model, optim, optim_args, target_modules))
     return BY_NAME[optim].state_bytes(model, _peer_options(optim, optim_args), target_modules)
 
 
-def _foam_state(
-    model: nn.Module, optim: str, optim_args: str | Mapping[str, Any] | None, target_modules: str | list[str] | None
-) -> int:
+def foam_groups(
+    model: nn.Module,
+    optim: str,
+    optim_args: str | Mapping[str, Any] | None,
+    target_modules: str | list[str] | None = None,
+) -> list[dict[str, Any]]:
+    """The param groups of FOAM, which checks every value, for the trained weights of `model`."""
     options = foam_options(optim, optim_args)
     options.pop("gradient_release", None)
     if "state_dtype" in options:
         options["state_dtype"] = getattr(torch, options["state_dtype"])
     grouping = grouping_options(options)
     groups = foam_param_groups(model, target_modules=target_modules, **grouping)
-    return expected_state_bytes(FOAM(groups, **options).param_groups)  # a FOAM checks every value
+    return FOAM(groups, **options).param_groups
 
 
 def _peer_options(optim: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:

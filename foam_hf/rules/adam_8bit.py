@@ -14,15 +14,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Iterator, MutableMapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from foam_hf.rules.by_rows import adam_rule, bounded_, step_
+from foam_hf.rules.adam import adam_rule
+from foam_hf.rules.by_rows import bounded_, change_rows, step_
+from foam_hf.rules.rule import Group, Rule, StateTensor
 from foam_hf.tensors.folding import Level
-from foam_hf.tensors.rows import as_rows, chunks, load, weight_rows
+from foam_hf.tensors.rows import CHUNK_GPU, Rows
 from foam_hf.tensors.step import Hyper
 
 BLOCK = 256  # elements that share a scale
@@ -39,54 +39,43 @@ def require_bitsandbytes() -> None:
         )
 
 
-def eight_bit_spec(p: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Name -> (shape, dtype) of the state of ``p``: codes as the parameter, and a scale for each block."""
-    spec = {}
-    for name in MOMENTS:
-        spec[f"{name}_8bit"] = p.shape, torch.uint8
-        spec[f"{name}_absmax"] = torch.Size((-(-p.numel() // BLOCK),)), torch.float32
-    return spec
-
-
-def update_8bit(p: Tensor, grad: Tensor, state: MutableMapping[str, Any], level: Level, h: Hyper) -> None:
-    """Advance one parameter and its state by one step, in bounded chunks; arguments as for ``update_parameter``."""
-    n = p.shape[-1]
-    weight = weight_rows(p)
-    gradient = as_rows(grad, n)
-    first, root = (Quantized(state[f"{name}_8bit"], state[f"{name}_absmax"], name == "exp_avg") for name in MOMENTS)
-    for rows in _block_chunks(len(weight), n, p.device):
-        W, G = weight.load(rows, h), load(gradient, rows)
-        m, v = first.load(rows, n), root.load(rows, n).square_()
-        _, denominator = fraction = adam_rule(G, m, v, h)
+def update_8bit(
+    weight: Rows, grad: Tensor, state: dict[str, Tensor], level: Level, h: Hyper, left_out_at: Tensor | None = None
+) -> None:
+    def change(rows: range, G: Tensor, W: Tensor, moments: list[Tensor]) -> None:
+        m, root = moments
+        _, denominator = fraction = adam_rule(G, m, root.square_(), h)
         # A first moment that shrinks stays at a code whose neighbour is further away than it shrinks in a step, while
         # the scale of its root goes on to shrink.
         bounded_(m, denominator - h.c1 * h.eps)
         step_(W, fraction, h)
-        weight.store(rows, W, h)
-        first.store(rows, m)
-        root.store(rows, v.sqrt_())
-    weight.finish()
+        root.sqrt_()
+
+    moments = [Quantized(state[f"{name}_8bit"], state[f"{name}_absmax"], name == "exp_avg") for name in MOMENTS]
+    together = BLOCK // math.gcd(grad.shape[-1], BLOCK)  # rows: a chunk begins where a block does
+    change_rows(weight, grad, moments, change, h, together=together)
 
 
 class Quantized:
     """A moment as codes and scales, of which whole blocks load as float32 and are stored."""
 
     def __init__(self, codes: Tensor, absmax: Tensor, signed: bool) -> None:
+        self.n = codes.shape[-1]
         self.codes, self.absmax, self.signed = codes.view(-1), absmax, signed
         self.values, self.borders = _dynamic_map(signed, codes.device)
 
-    def load(self, rows: range, n: int) -> Tensor:
+    def load(self, rows: range) -> Tensor:
         """``rows``, the first of which begins a block, as float32 (rows, n)."""
         from bitsandbytes.functional import dequantize_blockwise
 
-        elements, blocks = _places(rows, n)
+        elements, blocks = _places(rows, self.n)
         values = dequantize_blockwise(
             self.codes[elements], absmax=self.absmax[blocks], code=self.values, blocksize=BLOCK
         )
-        return values.view(len(rows), n)
+        return values.view(len(rows), self.n)
 
-    def store(self, rows: range, x: Tensor) -> None:
-        elements, blocks = _places(rows, x.shape[-1])
+    def store(self, rows: range, x: Tensor, h: Hyper) -> None:
+        elements, blocks = _places(rows, self.n)
         codes, absmax = self._quantized(x.reshape(-1))
         if not self.signed:
             codes.masked_fill_((codes == 0) & (x.reshape(-1) > 0), 1)
@@ -120,8 +109,26 @@ def _places(rows: range, n: int) -> tuple[slice, slice]:
     return slice(start, stop), slice(start // BLOCK, -(-stop // BLOCK))
 
 
-def _block_chunks(rows: int, n: int, device: torch.device) -> Iterator[range]:
-    """Chunks of rows that begin where a block does."""
-    together = BLOCK // math.gcd(n, BLOCK)  # rows
-    for chunk in chunks(-(-rows // together), n * together, device):
-        yield range(chunk.start * together, min(chunk.stop * together, rows))
+def _state(p: Tensor, level: Level, group: Group) -> dict[str, StateTensor]:
+    """Codes as the parameter, and a scale for each block."""
+    state = {}
+    for name in MOMENTS:
+        state[f"{name}_8bit"] = StateTensor(p.shape, torch.uint8)
+        state[f"{name}_absmax"] = StateTensor(torch.Size((-(-p.numel() // BLOCK),)), torch.float32)
+    return state
+
+
+ADAM_8BIT = Rule(
+    name="8bit",
+    words="second moment 8bit",
+    plain_words="AdamW with moments of 8 bits",
+    state=_state,
+    update=update_8bit,
+    unit="tensor",
+    shards="nothing",
+    asked_by=("plain_state", "8bit"),
+    takes=lambda p, group: p.numel() >= SMALLEST,
+    plain=True,
+    require=require_bitsandbytes,
+    temporary=lambda p, level: min(p.numel(), CHUNK_GPU) * (34 if p.element_size() < 4 else 25),
+)

@@ -1,7 +1,7 @@
 """FOAM with Adam-mini: a folded first moment, and one second moment for each of Adam-mini's blocks of rows.
 
 A block is a head of a query or key weight, an output row of any other matrix, a token of an embedding, or a whole
-tensor (Zhang et al., arXiv 2406.16793). With ``mean_B`` the mean over such a block and all else as in ``update``:
+tensor (Zhang et al., arXiv 2406.16793). With ``mean_B`` the mean over such a block and all else as in ``by_rows``:
 
     m <- b1 m + (1 - b1) fold(G)
     v <- b2 v + (1 - b2) mean_B(G * G)                                     one value for a block
@@ -17,15 +17,16 @@ rule is Adam-mini's own. The formula is our choice, and the combination of the p
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from foam_hf.rules.by_rows import Fraction, bounded_, fold, step_
-from foam_hf.tensors.folding import Level, block_width, blocked, num_blocks, split_moment
-from foam_hf.tensors.rows import as_rows, chunks, load, store, weight_rows
+from foam_hf.rules.by_rows import Fraction, bounded_, change_rows, fold, in_blocks, row_moments, step_
+from foam_hf.rules.rule import Group, Rule, StateTensor
+from foam_hf.tensors.folding import Level, block_width, num_blocks
+from foam_hf.tensors.rows import CHUNK_GPU, Rows, as_rows, chunks, load, store
 from foam_hf.tensors.step import Hyper
 
 logger = logging.getLogger(__name__)
@@ -52,38 +53,58 @@ def adam_mini_rule(G: Tensor, m: Tensor, v: Tensor, h: Hyper) -> Fraction:
     return bounded_(R, S), S.add_(h.eps)
 
 
-def update_adam_mini(p: Tensor, grad: Tensor, state: MutableMapping[str, Any], level: Level, h: Hyper) -> None:
-    """Advance one parameter and its state by one step; arguments and temporaries as for ``update.update_parameter``.
-
-    The gradient is read twice: a block's second moment must be known before the first of its rows is updated.
-    """
-    if p.numel() == 0:
+def update_adam_mini(
+    weight: Rows, grad: Tensor, state: dict[str, Tensor], level: Level, h: Hyper, left_out_at: Tensor | None = None
+) -> None:
+    """The gradient is read twice: a block's second moment must be known before the first of its rows is updated."""
+    if grad.numel() == 0:
         return
-    n = p.shape[-1]
-    width = block_width(level, n)
-    weight = weight_rows(p)
-    gradient, moment = as_rows(grad, n), as_rows(state["folded_exp_avg"], num_blocks(level, n))
-    squares = torch.empty(len(weight), dtype=torch.float32, device=p.device)
-    for rows in chunks(len(weight), n, p.device):
+    n = grad.shape[-1]
+    gradient, width = as_rows(grad, n), block_width(level, n)
+    squares = torch.empty(len(weight), dtype=torch.float32, device=grad.device)
+    for rows in chunks(len(weight), n, grad.device):
         torch.mean(load(gradient, rows).square(), -1, out=squares[rows.start : rows.stop])
     kept = state["row_block_exp_avg_sq"]
     v = kept.float()
     v.lerp_(squares.view(len(v), -1).mean(-1), 1 - h.b2)
     of_rows = v.repeat_interleave(len(weight) // len(v)).view(-1, 1, 1)
-    for rows in chunks(len(weight), n, p.device):
-        W, G, m = weight.load(rows, h), load(gradient, rows), load(moment, rows)
-        for Gi, mi, Wi in zip(blocked(G, width), split_moment(m, width, n), blocked(W, width), strict=True):
+
+    def change(rows: range, G: Tensor, W: Tensor, moments: list[Tensor]) -> None:
+        for Gi, Wi, mi in in_blocks(width, G, W, moments=moments):
             step_(Wi, adam_mini_rule(Gi, mi, of_rows[rows.start : rows.stop], h), h)
-        weight.store(rows, W, h)
-        store(moment, rows, m, h, kind=1)
+
+    change_rows(weight, grad, row_moments([state["folded_exp_avg"]], weight, level), change, h)
     store(kept.view(1, -1), range(1), v.view(1, -1), h, kind=2)
-    weight.finish()
 
 
-def second_moments(p: Tensor, mini_rows: int) -> int:
-    """How many second moments ``p`` has where ``mini_rows`` rows share one; 0 stands for all of them."""
+def _state(p: Tensor, level: Level, group: Group) -> dict[str, StateTensor]:
+    dtype, mini_rows = group["state_dtype"], group["mini_rows"]  # 0: all rows share one
     rows = p.numel() // p.shape[-1] if p.numel() else 1
-    return max(1, rows // mini_rows) if mini_rows else 1
+    blocks = max(1, rows // mini_rows) if mini_rows else 1
+    return {
+        "folded_exp_avg": StateTensor(torch.Size((*p.shape[:-1], num_blocks(level, p.shape[-1]))), dtype),
+        "row_block_exp_avg_sq": StateTensor(torch.Size((blocks,)), dtype),
+    }
+
+
+def _check(p: Tensor, group: Group) -> None:
+    mini_rows = group["mini_rows"]
+    rows = p.numel() // p.shape[-1] if p.dim() > 1 and p.numel() else 0
+    if mini_rows and rows % mini_rows:
+        raise ValueError(
+            f"mini_rows={mini_rows} does not divide the {rows} rows of a parameter of shape {tuple(p.shape)}; "
+            "expected the rows of a head, 1 for a second moment of each row, or 0 for one of the whole tensor"
+        )
+
+
+def _groups(
+    model: nn.Module, names: list[str], fields: Group, config: Any
+) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """One group for each size of blocks: all weights but biases, folded or not, have this rule."""
+    sizes = rows_of_blocks(model, names, config)
+    for size in dict.fromkeys(sizes.values()):
+        own = {} if size is None else {"second_moment": "adam_mini", "mini_rows": size}
+        yield [name for name in names if sizes[name] == size], {**fields, **own}
 
 
 def rows_of_blocks(model: nn.Module, names: Iterable[str], config: Any) -> dict[str, int | None]:
@@ -149,3 +170,18 @@ def _head_sizes(config: Any, layer: nn.Module | None = None) -> list[int]:
     if isinstance(hidden, int) and isinstance(count, int) and count and hidden % count == 0:
         sizes.append(hidden // count)
     return [size for size in sizes if isinstance(size, int) and size > 0]
+
+
+ADAM_MINI = Rule(
+    name="adam_mini",
+    words="second moment adam_mini",
+    plain_words="Adam-mini",
+    state=_state,
+    update=update_adam_mini,
+    unit="tensor",
+    shards="nothing",
+    takes=lambda p, group: p.dim() > 1 or (p.dim() == 1 and group["mini_rows"] == 0),  # a norm's vector is one block
+    check=_check,
+    groups=_groups,
+    temporary=lambda p, level: min(p.numel(), CHUNK_GPU) * (22 if p.element_size() < 4 else 17),
+)

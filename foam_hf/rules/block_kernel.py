@@ -48,7 +48,7 @@ _FIELDS = 13
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _update_kernel(
-    table, owner, step, seed, step_size, decay, b1, a1, b2, a2, inv_c1, inv_c2, eps, rho, grad_scale, told,
+    table, owner, step, seed, step_size, decay, b1, a1, b2, a2, inv_c1, inv_c2, eps, rho, grad_scale, left_out_at,
     FIELDS: tl.constexpr, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr,
     F: tl.constexpr, R: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
     STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, CHECKED: tl.constexpr, MIXED: tl.constexpr,
@@ -129,7 +129,7 @@ def _update_kernel(
         m, v = lerp(m, mean, a1, b1), lerp(v, square, a2, b2)
     unbiased = v * inv_c2
     if CHECKED:
-        finite = kept_finite(square, told + stream, step, m_mask)
+        finite = kept_finite(square, left_out_at + stream, step, m_mask)
         m, v = tl.where(finite, m, old_m), tl.where(finite, v, old_v)
         if F == C:  # a segment is written or not
             mask = mask & finite[:, None]
@@ -179,7 +179,7 @@ class Launch(AddressTable):
             tiles.append(-(-rows * -(-n // geometry.columns) // self.segments))
         super().__init__(geometry, entries, table, [tiles])
 
-    def run(self, h: Hyper, grad_scale: Tensor | None = None, told: Tensor | None = None) -> None:
+    def run(self, h: Hyper, grad_scale: Tensor | None = None, left_out_at: Tensor | None = None) -> None:
         g = self.geometry
         self.follow_steps(h)
         state = TRITON_DTYPES[g.state]
@@ -188,11 +188,11 @@ class Launch(AddressTable):
             self.launch(
                 _update_kernel,
                 len(self.owners[0]),
-                (self.table, self.owners[0], h.step, h.seed, *numbers(h), scale, self.told(told)),
+                (self.table, self.owners[0], h.step, h.seed, *numbers(h), scale, self.left_out_at(left_out_at)),
                 (
                     *(_FIELDS, TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments),
                     *(g.columns, g.even, g.aligned, h.stochastic, scaled, g.shifted),
-                    *(told is not None, self.mixed, self.nvidia),
+                    *(left_out_at is not None, self.mixed, self.nvidia),
                 ),
                 num_warps=max(1, min(MAX_WARPS, g.columns * self.segments // WARP_ELEMENTS)),
             )

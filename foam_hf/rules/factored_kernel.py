@@ -37,7 +37,8 @@ from foam_hf.kernels.tables import (
     launches_of,
     numbers,
 )
-from foam_hf.rules.by_rows import LARGEST_CENTER, LARGEST_STEP
+from foam_hf.rules.factored import LARGEST_CENTER
+from foam_hf.rules.rule import LARGEST_STEP
 from foam_hf.tensors.places import Group
 from foam_hf.tensors.step import Hyper, Member
 
@@ -101,7 +102,7 @@ def _load_row(base, offset, column, mask, ALIGNED: tl.constexpr):
 @triton.jit(do_not_specialize=["step", "seed"])
 def _update_kernel(
     table, owner, row_sums, column_sums, means, step, seed, step_size, decay, b1, a1, b2, a2, inv_c1, inv_c2, eps, rho,
-    grad_scale, told, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr,
+    grad_scale, left_out_at, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr,
     SCALED: tl.constexpr, CHECKED: tl.constexpr, MIXED: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
@@ -170,7 +171,7 @@ def _update_kernel(
         m = lerp(m, block_mean, a1, b1)
         center = m * inv_c1 - rho * block_mean
         if CHECKED:
-            finite = kept_finite(square, told + stream, step, m_mask)
+            finite = kept_finite(square, left_out_at + stream, step, m_mask)
             square, m = tl.where(finite, square, 0.0), tl.where(finite, m, old_m)
             if F != C:
                 center = tl.where(finite, center, float("nan"))  # so that each element of a block can see that
@@ -209,7 +210,7 @@ def _update_kernel(
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _means_kernel(
-    table, owner, row_sums, column_sums, step, seed, b2, a2, told, S_DTYPE: tl.constexpr, C: tl.constexpr,
+    table, owner, row_sums, column_sums, step, seed, b2, a2, left_out_at, S_DTYPE: tl.constexpr, C: tl.constexpr,
     S: tl.constexpr, STOCHASTIC: tl.constexpr, SHARED: tl.constexpr, CHECKED: tl.constexpr,
     MIXED: tl.constexpr,
 ):  # fmt: skip
@@ -250,7 +251,7 @@ def _means_kernel(
         width, kind, total = n.to(tl.int64), 3, total / whole_rows
     old = tl.load(target, mask=mask, other=0.0).to(tl.float32)
     if CHECKED:  # blocks of finite squares whose sum is infinite
-        total = tl.where(kept_finite(total, told + stream, step, mask), total, old)
+        total = tl.where(kept_finite(total, left_out_at + stream, step, mask), total, old)
     bits = 0
     if STOCHASTIC and S_DTYPE is tl.bfloat16:
         bits = random_bits_at(seed, step, 4 * stream + kind, row, column, width)
@@ -301,8 +302,10 @@ class FactoredLaunch(AddressTable):
         """What other ranks add to before ``store``: whose it is, which ranks, the sums."""
         return [(whose, ranks, self.buffers[3][part]) for whose, ranks, part in self._parts_of_sums if self.shared]
 
-    def run(self, h: Hyper, grad_scale: Tensor | None = None, told: Tensor | None = None) -> bool:
-        """Update the weights; True if the means wait for ``store``, when ``sums`` are those of all ranks."""
+    def run(
+        self, h: Hyper, grad_scale: Tensor | None = None, left_out_at: Tensor | None = None
+    ) -> FactoredLaunch | None:
+        """Update the weights; gives itself if the means wait for ``store``, when ``sums`` are those of all ranks."""
         g = self.geometry
         self.follow_steps(h)
         memory = torch.empty(sum(self.sizes), dtype=torch.float32, device=g.device)
@@ -310,7 +313,7 @@ class FactoredLaunch(AddressTable):
         row_sums, column_sums, means, shared_sums = self.buffers
         before, update, _, sums = self.owners
         state, stochastic = TRITON_DTYPES[g.state], h.stochastic
-        (scale, scaled), place = self.scale(grad_scale), self.told(told)
+        (scale, scaled), place = self.scale(grad_scale), self.left_out_at(left_out_at)
         with device_of(g.device):
             self.launch(_mean_kernel, len(before), (self.table, before, means), (state, self.shared), num_warps=4)
             if len(update):  # a rank may have no rows
@@ -320,7 +323,7 @@ class FactoredLaunch(AddressTable):
                     (self.table, update, row_sums, column_sums, means, h.step, h.seed, *numbers(h), scale, place),
                     (
                         *(TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments, g.columns),
-                        *(self.stripe, g.aligned, stochastic, scaled, told is not None),
+                        *(self.stripe, g.aligned, stochastic, scaled, left_out_at is not None),
                         *(self.mixed, self.nvidia),
                     ),
                     num_warps=self.warps,
@@ -329,11 +332,11 @@ class FactoredLaunch(AddressTable):
             if self.shared:
                 arguments = (self.table, sums, column_sums, shared_sums)
                 self.launch(_sums_kernel, len(sums), arguments, (self.stripe,), num_warps=4)
-                return True
-        self.store(h, told)
-        return False
+                return self
+        self.store(h, left_out_at)
+        return None
 
-    def store(self, h: Hyper, told: Tensor | None = None) -> None:
+    def store(self, h: Hyper, left_out_at: Tensor | None = None) -> None:
         """Turn sums of squares into this step's means, and free them."""
         g, after = self.geometry, self.owners[2]
         row_sums, column_sums = self.buffers[0], self.buffers[3 if self.shared else 1]
@@ -351,7 +354,7 @@ class FactoredLaunch(AddressTable):
                     h.seed,
                     float(h.b2),
                     float(1 - h.b2),
-                    self.told(told),
+                    self.left_out_at(left_out_at),
                 ),
                 (
                     TRITON_DTYPES[g.state],
@@ -359,7 +362,7 @@ class FactoredLaunch(AddressTable):
                     self.stripe,
                     h.stochastic,
                     self.shared,
-                    told is not None,
+                    left_out_at is not None,
                     self.mixed,
                 ),
                 num_warps=4,

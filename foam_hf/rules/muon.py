@@ -1,7 +1,7 @@
 """FOAM with Muon: the folded momentum plus the residual goes into Muon's orthogonalisation.
 
 For a matrix ``W`` of (rows, n), or each of the matrices that leading dimensions number, with ``mu`` the momentum,
-``rho`` the residual's scale, and everything else as in ``update``:
+``rho`` the residual's scale, and everything else as in ``by_rows``:
 
     g  = fold(G),  R = G - unfold(g)
     m <- mu m + (1 - mu) g                                  folded momentum, all that is kept
@@ -21,15 +21,15 @@ combination with Muon may differ.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from foam_hf.rules.by_rows import LARGEST_STEP, fold
+from foam_hf.rules.by_rows import fold
+from foam_hf.rules.rule import LARGEST_STEP, Group, Rule, StateTensor
 from foam_hf.tensors.folding import Level, block_width, blocked, num_blocks, split_moment
-from foam_hf.tensors.rows import as_rows, chunks, load, store, weight_rows
+from foam_hf.tensors.rows import CHUNK_GPU, Rows, as_rows, chunks, load, store
 from foam_hf.tensors.step import Hyper
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, from Keller Jordan's Muon
@@ -64,29 +64,30 @@ orthogonalize = _newton_schulz()
 
 
 def muon_rule(G: Tensor, m: Tensor, B: Tensor, h: Hyper) -> None:
-    """Advance ``m`` by ``G``, both in blocks as in ``update``, and write what is to be orthogonalised to ``B``."""
+    """Advance ``m`` by ``G``, both in blocks as in ``by_rows``, and write what is to be orthogonalised to ``B``."""
     g = fold(G)
     m.lerp_(g, 1 - h.b1)
     torch.sub(G, g, out=B).mul_(h.rho).add_(g.lerp(m, h.b1))
 
 
-def update_muon(p: Tensor, grad: Tensor, state: MutableMapping[str, Any], level: Level, h: Hyper) -> None:
-    """Advance one parameter of two or more dimensions and its state by one step, one matrix at a time.
+def update_muon(
+    weight: Rows, grad: Tensor, state: dict[str, Tensor], level: Level, h: Hyper, left_out_at: Tensor | None = None
+) -> None:
+    """One matrix at a time, of two or more dimensions; ``h.b1`` is the momentum.
 
-    Arguments as for ``update.update_parameter``; ``h.b1`` is the momentum. Temporaries, on any device: chunks of
-    float32, then three matrices of bfloat16 and two squares of their shorter side.
+    Temporaries, on any device: chunks of float32, then three matrices of bfloat16 and two squares of their shorter
+    side.
     """
-    if p.numel() == 0:
+    if grad.numel() == 0:
         return
-    rows, n = p.shape[-2:]
+    rows, n = grad.shape[-2:]
     width = block_width(level, n)
-    weight = weight_rows(p)
     gradient, momentum = as_rows(grad, n), as_rows(state["folded_momentum"], num_blocks(level, n))
     size = 0.2 * math.sqrt(max(rows, n))
     step = h.lr * size * h.scale
     for first in range(0, len(weight), rows):
-        parts = [range(first + chunk.start, first + chunk.stop) for chunk in chunks(rows, n, p.device)]
-        direction = torch.empty(rows, n, dtype=torch.bfloat16, device=p.device)
+        parts = [range(first + chunk.start, first + chunk.stop) for chunk in chunks(rows, n, grad.device)]
+        direction = torch.empty(rows, n, dtype=torch.bfloat16, device=grad.device)
         for chunk in parts:
             direction[chunk.start - first : chunk.stop - first] = _direction(gradient, momentum, chunk, width, h)
         direction = orthogonalize(direction, COEFFICIENTS, ITERATIONS, SMALLEST_NORM)
@@ -107,3 +108,29 @@ def _direction(gradient: Tensor, momentum: Tensor, rows: range, width: int, h: H
         muon_rule(Gi, mi, Bi, h)
     store(momentum, rows, m, h, kind=1)
     return B
+
+
+def _state(p: Tensor, level: Level, group: Group) -> dict[str, StateTensor]:
+    folded = torch.Size((*p.shape[:-1], num_blocks(level, p.shape[-1])))
+    return {"folded_momentum": StateTensor(folded, group["state_dtype"])}
+
+
+def _temporary_bytes(p: Tensor, level: Level) -> int:
+    rows, n = p.shape[-2:]
+    # What is orthogonalised, made in chunks, which where weights round are mostly random bits; then it, two matrices
+    # of the iteration, two squares, and the copy of a matrix that some products make.
+    made = 2 * rows * n + min(rows * n, CHUNK_GPU) * (18 if p.element_size() < 4 else 6)
+    return max(made, 8 * rows * n + 4 * min(rows, n) ** 2)
+
+
+MUON = Rule(
+    name="muon",
+    words="orthogonalised by Muon",
+    state=_state,
+    update=update_muon,
+    unit="tensor",
+    shards="nothing",
+    betas=lambda group: (group["momentum"], group["betas"][1]),
+    matrices_only=True,
+    temporary=_temporary_bytes,
+)

@@ -27,6 +27,7 @@ class Rows(Protocol):
 
     kind: ClassVar[str]
     kernels: ClassVar[Mapping[str, str]]  # of a rule's name: the module that updates this kind by it; not for PLAIN
+    place: Place
 
     def __init__(self, p: Tensor, place: Place) -> None: ...
 
@@ -107,9 +108,9 @@ def as_rows(x: Tensor, n: int) -> Tensor:
     return x.detach().reshape(x.numel() // n if n else math.prod(x.shape[:-1]), n)
 
 
-def chunks(rows: int, n: int, device: torch.device) -> Iterator[range]:
-    """``rows`` of ``n`` columns in passes of a bounded number of elements, one row at least."""
-    size = max(1, (CHUNK_CPU if device.type == "cpu" else CHUNK_GPU) // max(1, n))
+def chunks(rows: int, n: int, device: torch.device, together: int = 1) -> Iterator[range]:
+    """``rows`` of ``n`` columns in passes of a bounded number of elements, each of ``together`` rows at least."""
+    size = max(1, (CHUNK_CPU if device.type == "cpu" else CHUNK_GPU) // max(1, n * together)) * together
     return (range(start, min(start + size, rows)) for start in range(0, rows, size))
 
 

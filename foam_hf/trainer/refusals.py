@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from foam_hf.optim_args import one_of_ours
+from foam_hf.optimizer.checks import whole_weights_problem
 from foam_hf.tensors.places import is_sharded
 from foam_hf.tensors.rows import kind_of
 from foam_hf.trainer.names import asked_options, is_ours, meant_name, name_of, releases_gradients
@@ -117,12 +118,8 @@ def _refuse_with_fsdp(model: Any, trainer: Any, options: Mapping[str, Any]) -> N
             "FSDP2's CPU offload is not supported by FOAM: got fsdp_offload_params: true (fsdp_config's cpu_offload); "
             "expected false, as FOAM's state is small"
         )
-    for name, legal in (("second_moment", ("block", "factored")), ("plain_state", ("full",))):
-        if options.get(name, legal[0]) not in legal:
-            raise ValueError(
-                f"{name}={options[name]} needs whole weights, and FSDP2 splits them; expected "
-                f"{name}={' or '.join(legal)}, or DDP"
-            )
+    if problem := whole_weights_problem(options):
+        raise ValueError(problem)
     if options.get("gradient_release"):
         raise ValueError(
             "gradient_release=true updates each weight inside the backward pass, before FSDP2 has added up its "

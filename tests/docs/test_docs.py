@@ -18,7 +18,7 @@ from foam_hf.optimizer.groups import foam_parameter_names
 from foam_hf.planner.counting import count_state
 from foam_hf.planner.meta_models import meta_model
 from foam_hf.planner.model_configs import load_config
-from foam_hf.rules.by_rows import LARGEST_STEP
+from foam_hf.rules.rule import LARGEST_STEP
 from tests.support.tiny_models import tiny_llama
 from tests.support.tolerances import TOLERANCES
 

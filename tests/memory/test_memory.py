@@ -392,8 +392,8 @@ def test_counters_of_a_gpu_become_shares(monkeypatch):
         key, size, device = real(tensor)
         return key, size, device if size in (4, 4000) else gpu  # the step and the offloaded tensor stay on the CPU
 
-    real = memory.storages.__globals__["_storage"]
-    monkeypatch.setitem(memory.storages.__globals__, "_storage", on_gpu)
+    real = memory.storages._storage
+    monkeypatch.setattr(memory.storages, "_storage", on_gpu)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1500)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2048)
     parts = breakdown(model, optimizer)

@@ -158,14 +158,14 @@ def test_what_arrives_late_is_told_late_but_before_a_state_dict(monkeypatch):
             self._host.copy_(self.steps)
             self._sent = Later()
 
-    original = nonfinite._Told.__init__
+    original = nonfinite.DeviceRecord.__init__
 
     def with_a_copy(self, device, size):
         original(self, device, size)
         self._host = self.steps.clone()
 
-    monkeypatch.setattr(nonfinite._Told, "__init__", with_a_copy)
-    monkeypatch.setattr(nonfinite._Told, "send", start)
+    monkeypatch.setattr(nonfinite.DeviceRecord, "__init__", with_a_copy)
+    monkeypatch.setattr(nonfinite.DeviceRecord, "send", start)
     for arrived in (True, False):
         Later.arrived = False
         p = torch.nn.Parameter(torch.ones(2, 4))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import foam_hf.rules.by_rows
+import foam_hf.rules.factored
 from foam_hf import FOAM
 from foam_hf.int8.weight import Int8Weight
 from tests.support.tolerances import TOLERANCES, assert_within
@@ -247,7 +248,7 @@ def test_dense_gradients_are_not_limited(
 
     limited = trained()
     monkeypatch.setattr(foam_hf.rules.by_rows, "LARGEST_STEP", 1e30)
-    monkeypatch.setattr(foam_hf.rules.by_rows, "LARGEST_CENTER", 1e30)
+    monkeypatch.setattr(foam_hf.rules.factored, "LARGEST_CENTER", 1e30)
     assert torch.equal(trained(), limited)
 
 

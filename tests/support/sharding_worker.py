@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from foam_hf import FOAM
 from foam_hf.optimizer.sharding import pieces_of
+from foam_hf.rules.block import BLOCK
 from foam_hf.tensors.places import local
 from tests.support.tolerances import TOLERANCES, error
 
@@ -279,7 +280,7 @@ def places(world: int) -> None:
         p = DTensor.from_local(
             local_tensor, mesh, placements, run_check=False, shape=torch.Size(shape), stride=(shape[1], 1)
         )
-        (piece,) = pieces_of(p, 2, "block")
+        (piece,) = pieces_of(p, BLOCK, 2)
         if local_tensor.numel():
             assert (piece.place.first_row, piece.place.first_column) == tuple(offset), (shape, placements)
 

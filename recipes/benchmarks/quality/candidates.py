@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foam_hf.rules.by_rows import LARGEST_CENTER, LARGEST_STEP
+from foam_hf.rules.factored import LARGEST_CENTER
+from foam_hf.rules.rule import LARGEST_STEP
 from foam_hf.tensors.folding import fold, unfold
 
 SWITCHES = {
