@@ -164,11 +164,12 @@ def largest_step(pattern: Callable[[], Iterator[Tensor]], kind: str, **options: 
         if pattern is zero_and_then_alive and t == 1:
             optimizer.state[p]["step"] += 250
         p.grad = grad
+        scales = p.scales.clone() if isinstance(p, Int8Weight) else None
         optimizer.step()
         after = values(p).clone()
         moved = (after - before).abs_()
-        if isinstance(p, Int8Weight):  # an element may round to the further of the two nearest codes
-            moved -= p.scales.repeat_interleave(block, -1)
+        if isinstance(p, Int8Weight):  # an element may round to the further of the two nearest codes, old or new
+            moved -= torch.maximum(scales, p.scales).repeat_interleave(block, -1)
         largest, before = max(largest, moved.max().item() / (LR * SCALE)), after
     return largest
 
