@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foam_hf.optim_args import foam_options, ours_like, parse_optim_args
+from tests.support.rules import FOLDING
 
 KEYS = (
     "level",
@@ -143,7 +144,7 @@ def test_any_text_parses_or_raises_our_own_error(text: str) -> None:
             "level": st.one_of(st.integers(0, 16), st.just("row")),
             "scale": st.floats(1e-9, 1e9),
             "residual_scale": st.floats(0, 1e9),
-            "second_moment": st.sampled_from(["block", "factored", "muon", "adam_mini"]),
+            "second_moment": st.sampled_from(FOLDING),
             "plain_state": st.sampled_from(["full", "8bit"]),
             "stochastic_rounding": st.sampled_from(["auto", True, False]),
             "state_dtype": st.sampled_from(["float32", "bfloat16"]),

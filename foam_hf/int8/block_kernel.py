@@ -1,8 +1,8 @@
-"""INT8 weights as Triton kernels: the fused update of ``int8_update``'s arithmetic, and dequantization.
+"""INT8 weights as Triton kernels: the fused update of ``int8.rows``' arithmetic, and dequantization.
 
-The update is ``kernels``' with codes and scales in place of a weight: one launch for all tensors of a group that share
+The update is that of ``rules.block_kernel`` with codes and scales in place of a weight: one launch for all tensors of a group that share
 dtypes and geometry. A tile whose codes all stay inside their range, as nearly every one does, never computes a scale.
-The factored rule has no kernel for INT8 weights: ``update.update_parameter`` takes them.
+The other rules have no kernel for INT8 weights.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _MAGIC_BITS = tl.constexpr(0x4B400000)  # of the float32 1.5 * 2**23: a smaller 
 
 @triton.jit
 def one_to_two(seed, step, stream, draw, R: tl.constexpr, C: tl.constexpr, NVIDIA: tl.constexpr):
-    """1 plus the numbers of ``int8_update.uniform`` for (R, C) elements; ``draw`` (R, 1) is each segment's first."""
+    """1 plus the numbers of ``int8.rows.uniform`` for (R, C) elements; ``draw`` (R, 1) is each segment's first."""
     a, b, c, d = philox(seed, draw + tl.arange(0, C // 8)[None, :], step // 2, stream)
     words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (R, C // 2)) ^ (0 - step % 2).to(tl.uint32)
     bits = tl.reshape(tl.join(words, (words << 16) | (words >> 16)), (R, C))
@@ -71,13 +71,13 @@ def one_to_two(seed, step, stream, draw, R: tl.constexpr, C: tl.constexpr, NVIDI
 
 
 @triton.jit
-def below(x, NVIDIA: tl.constexpr):
+def floor_to_int(x, NVIDIA: tl.constexpr):
     """floor(x) as int32; of what is beyond 2**22, infinite or NaN: something beyond 2**15."""
     if NVIDIA:  # one instruction, where a conversion takes as long as four
-        moved = tl.inline_asm_elementwise(
+        shifted = tl.inline_asm_elementwise(
             "add.rm.f32 $0, $1, 0f4B400000;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-        return moved.to(tl.int32, bitcast=True) - _MAGIC_BITS
+        return shifted.to(tl.int32, bitcast=True) - _MAGIC_BITS
     else:
         return tl.floor(x).to(tl.int32)
 
@@ -191,27 +191,33 @@ def _update_kernel(
         v = tl.where(finite, v, float("nan"))  # so that each element of a block can see that it is kept
     rho_1, rho_2 = rho * inv_c1, rho * rho * inv_c2
     u = one_to_two(seed, step, 4 * stream, draw, R, C, NVIDIA) if STOCHASTIC else 1.5
-    x = moved(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, u, R, C, F, B, DECAYS, CHECKED, NVIDIA)
-    new = q + below(x, NVIDIA) - 1
+    x = change_in_codes(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, u, R, C, F, B, DECAYS, CHECKED, NVIDIA)
+    new = q + floor_to_int(x, NVIDIA) - 1
     peak, low = block_max(new, R, C, B), block_min(new, R, C, B)
     peak = tl.where(low < -_MAX, _MAX + 1, tl.maximum(peak, -low))  # the least int32 has no negative
     leaves = s_mask & ((peak > _MAX) | (peak < 64))
     if tl.max(tl.ravel(leaves.to(tl.int32)), 0) > 0:
         # All again, loads included, and twice: what is needed here alone must not fill the registers there.
         q, g = codes_and_gradient(Q, G, mask, grad_scale, number, SCALED)
-        d = moved(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, 0.0, R, C, F, B, DECAYS, CHECKED, NVIDIA)
+        d = change_in_codes(
+            q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, 0.0, R, C, F, B, DECAYS, CHECKED, NVIDIA
+        )
         wide = unfold(s, R, C, B)
         new_s, bits = new_scales(q.to(tl.float32) * wide + d * wide, s, peak, R, C, B)
         tl.store(S, new_s, mask=s_mask)
         q, g = codes_and_gradient(Q, G, mask, grad_scale, number, SCALED)
         stream = tl.load(entry + 6).to(tl.int32)
         u = one_to_two(seed, step, 4 * stream, draw, R, C, NVIDIA) if STOCHASTIC else 1.5
-        x = moved(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, u, R, C, F, B, DECAYS, CHECKED, NVIDIA)
-        new = (q + below(x, NVIDIA) - 1) << unfold(bits, R, C, B)
+        x = change_in_codes(
+            q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, u, R, C, F, B, DECAYS, CHECKED, NVIDIA
+        )
+        new = (q + floor_to_int(x, NVIDIA) - 1) << unfold(bits, R, C, B)
         new = tl.minimum(tl.maximum(new, -_MAX), _MAX)  # the compiler may have rounded another last bit than above
-        d = moved(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, 0.0, R, C, F, B, DECAYS, CHECKED, NVIDIA)
+        d = change_in_codes(
+            q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, 0.0, R, C, F, B, DECAYS, CHECKED, NVIDIA
+        )
         x = (q.to(tl.float32) + d) * unfold(s / new_s, R, C, B)
-        rounded = tl.where(x == x, tl.minimum(tl.maximum(below(x + (u - 1.0), NVIDIA), -_MAX), _MAX), 0)
+        rounded = tl.where(x == x, tl.minimum(tl.maximum(floor_to_int(x + (u - 1.0), NVIDIA), -_MAX), _MAX), 0)
         tl.store(Q, tl.where(unfold(peak > _MAX, R, C, B), rounded, new).to(tl.int8), mask=mask)
     else:
         tl.store(Q, new.to(tl.int8), mask=mask)
@@ -227,7 +233,7 @@ def codes_and_gradient(Q, G, mask, grad_scale, number, SCALED: tl.constexpr):
 
 
 @triton.jit
-def moved(
+def change_in_codes(
     q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, u,
     R: tl.constexpr, C: tl.constexpr, F: tl.constexpr, B: tl.constexpr, DECAYS: tl.constexpr, CHECKED: tl.constexpr,
     NVIDIA: tl.constexpr,
@@ -274,8 +280,8 @@ def _dequantize_kernel(
     first = tl.program_id(0).to(tl.int64) * (2 * C)
     q, s = codes_and_scales(codes, scales, first, numel, B, C)
     next_q, next_s = codes_and_scales(codes, scales, first + C, numel, B, C)
-    put(out, first, numel, q, s, B, C, DTYPE, NVIDIA)
-    put(out, first + C, numel, next_q, next_s, B, C, DTYPE, NVIDIA)
+    store_values(out, first, numel, q, s, B, C, DTYPE, NVIDIA)
+    store_values(out, first + C, numel, next_q, next_s, B, C, DTYPE, NVIDIA)
 
 
 @triton.jit
@@ -285,7 +291,7 @@ def codes_and_scales(codes, scales, start, numel, B: tl.constexpr, C: tl.constex
 
 
 @triton.jit
-def put(out, start, numel, q, s, B: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr):
+def store_values(out, start, numel, q, s, B: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr):
     at = start + tl.arange(0, C)
     x = q.to(tl.float32) * tl.reshape(tl.broadcast_to(s[:, None], (C // B, B)), (C,))
     if NVIDIA:

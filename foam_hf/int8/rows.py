@@ -75,7 +75,7 @@ class Int8Rows:
         """Add ``delta``, float32 (rows, n)."""
         codes, scales = self.codes[rows.start : rows.stop], self.scales[rows.start : rows.stop]
         u = uniform(rows, delta.shape[-1], h, delta.device).view(codes.shape) if h.stochastic else 0.5
-        new, new_scales = added(codes, scales, delta.view(codes.shape), u)
+        new, new_scales = add_to_codes(codes, scales, delta.view(codes.shape), u)
         codes.copy_(new)
         scales.copy_(new_scales)
 
@@ -98,7 +98,7 @@ def uniform(rows: range, n: int, h: Hyper, device: torch.device) -> Tensor:
     return bits.bitwise_and(0x7FFFFE).bitwise_or_(1).to(torch.float32).mul_(2.0**-23)
 
 
-def added(codes: Tensor, scales: Tensor, delta: Tensor, u: Tensor | float) -> tuple[Tensor, Tensor]:
+def add_to_codes(codes: Tensor, scales: Tensor, delta: Tensor, u: Tensor | float) -> tuple[Tensor, Tensor]:
     """New codes (rows, blocks, block size), as float32 integers, and scales (rows, blocks, 1).
 
     ``delta`` is float32, in the units of the weight; ``u = 0.5`` rounds to nearest.

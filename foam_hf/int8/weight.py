@@ -8,7 +8,7 @@ element is ``code * scale``; the largest of a block has the code 127 or -127 whe
 backward is the input and the codes. Reading it in any other operation gives what its dequantized copy would; so do
 views, but as copies that refuse to be written to. Only whole values can be written (``copy_``, ``zero_``,
 ``normal_``); arithmetic in place is refused, as rounding to int8 would lose it. Training is ``foam_hf.FOAM``'s: see
-``int8_update``.
+``int8.rows``.
 
 DDP's first broadcast goes through floating values: ranks that hold the same weights keep every bit of them, but one
 with others gets rank 0's to the nearest codes. Let every rank load the same checkpoint.

@@ -1,4 +1,4 @@
-"""Which devices the fused kernels serve; elsewhere the plain arithmetic of ``update`` and ``int8_codes`` does."""
+"""Which devices the fused kernels serve; elsewhere the rules in torch do, and ``int8.codes``."""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from foam_hf.display import UNAVAILABLE, format_bytes
 from foam_hf.memory.storages import state_storages, storages, total, without
-from foam_hf.optim_args import default_scale
-from foam_hf.optimizer.checks import check_options
+from foam_hf.optimizer.checks import check_options, fill_scale
 from foam_hf.optimizer.foam import FOAM
 from foam_hf.optimizer.sharding import local_shape
 from foam_hf.optimizer.state import expected_state
@@ -206,8 +205,7 @@ def _filled(param_groups: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any
     for group in param_groups:
         filled = {**defaults, **group}
         check_options(filled)
-        if filled["scale"] is None:
-            filled["scale"] = default_scale(filled["level"], filled["second_moment"])
+        fill_scale(filled)
         yield filled
 
 

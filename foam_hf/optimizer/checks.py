@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foam_hf.optim_args import check_fields
+from foam_hf.optim_args import check_fields, default_scale
 from foam_hf.rules.all import asked_rules, shardable_options
 from foam_hf.tensors.places import is_sharded
 
@@ -46,6 +46,12 @@ FOREIGN_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "differentiable": ((False,), "no such field: autograd does not go through FOAM's step"),
     "decoupled_weight_decay": ((True,), "no such field: FOAM's weight decay is decoupled, as AdamW's"),
 }
+
+
+def fill_scale(group: dict[str, Any]) -> None:
+    """Give ``group``, whose options are legal, its rule's own scale where it has None."""
+    if group["scale"] is None:
+        group["scale"] = default_scale(group["level"], group["second_moment"])
 
 
 def check_field_names(group: dict[Any, Any], known: Iterable[str]) -> None:

@@ -1,6 +1,6 @@
 """``FOAM``, a plain ``torch.optim.Optimizer``: lazy state, the step, checkpoints.
 
-The arithmetic is in ``update``, what state there is and what a checkpoint must hold in ``optimizer_state``.
+The arithmetic is in ``foam_hf.rules``, what a checkpoint must hold in ``optimizer.state``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from foam_hf.kernels.choice import use_kernels
-from foam_hf.optim_args import default_scale, names_of, option, refuse_unread
-from foam_hf.optimizer.checks import check_field_names, check_options, check_parameter, check_rule
+from foam_hf.optim_args import names_of, option, refuse_unread
+from foam_hf.optimizer.checks import check_field_names, check_options, check_parameter, check_rule, fill_scale
 from foam_hf.optimizer.decided import Decided
 from foam_hf.optimizer.nonfinite import LeftOutReport
 from foam_hf.optimizer.releases import expect_release, is_released
@@ -30,7 +30,7 @@ from foam_hf.tensors.places import Piece, is_sharded
 from foam_hf.tensors.rows import PLAIN, kind_of
 from foam_hf.tensors.step import Hyper, Member
 
-Places = dict[int, tuple[int, int]]  # by a parameter's id: the number of its group, and its own among all
+Numbering = dict[int, tuple[int, int]]  # by a parameter's id: the number of its group, and its own among all
 
 
 class FOAM(torch.optim.Optimizer):
@@ -137,8 +137,7 @@ class FOAM(torch.optim.Optimizer):
         try:
             check_field_names(group, self.defaults)
             check_options(group)
-            if group["scale"] is None:
-                group["scale"] = default_scale(group["level"], group["second_moment"])
+            fill_scale(group)
             if len({id(p) for p in group["params"]}) < len(group["params"]):
                 raise ValueError("a parameter is listed twice in one param group; expected each parameter once")
             for p in group["params"]:
@@ -243,19 +242,18 @@ class FOAM(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _step_some(
-        self, params: list[Tensor], places: Places, plan: StepPlan | None, grad_scale: Tensor | None
+        self, params: list[Tensor], numbering: Numbering, plan: StepPlan | None, grad_scale: Tensor | None
     ) -> StepPlan:
         """Update ``params`` by their gradients as ``step`` would, now. Returns the plan to pass at their next step.
 
-        ``places`` has the number of each one's group, and its own among all; ``grad_scale`` an element for each. The
-        caller has checked the gradients.
+        ``numbering`` knows each one, and ``grad_scale`` has an element for each. The caller has checked the gradients.
         """
         refuse_capture()
         states = [self.state[p] for p in params]
         if plan is None or not plan.holds(self.param_groups, params, states):
             members: list[list[Member]] = [[] for _ in self.param_groups]
             for p in params:
-                index, stream = places[id(p)]
+                index, stream = numbering[id(p)]
                 members[index].append(self._member(p, self.param_groups[index], stream))
             plan = StepPlan(self.param_groups, params, states, members)
         plan.run(_hyper, grad_scale, self._left_out_at)

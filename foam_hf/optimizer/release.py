@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from foam_hf.optimizer.foam import FOAM, Places, check_gradient
+from foam_hf.optimizer.foam import FOAM, Numbering, check_gradient
 from foam_hf.optimizer.releases import active
 from foam_hf.optimizer.step import StepPlan
 from foam_hf.tensors.places import is_sharded
@@ -102,7 +102,7 @@ class GradientRelease:
         self._optimizer = optimizer
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._check(optimizer)
-        self._places: Places = {}  # of the step under way: groups may change between steps
+        self._numbering: Numbering = {}  # of the step under way: groups may change between steps
         self._limit = waiting_limit(p for p in optimizer._parameters() if p.requires_grad)
         self._buckets: dict[tuple[torch.device, int], Bucket] = {}  # by device and stream
         self._plans: dict[int, StepPlan] = {}  # by the first parameter of a bucket
@@ -164,8 +164,8 @@ class GradientRelease:
         if grad is None:
             return  # another hook took it
         if not self._updated:  # the first of a step
-            self._places = _places(self._optimizer)
-        if id(p) not in self._places:
+            self._numbering = _number(self._optimizer)
+        if id(p) not in self._numbering:
             return  # taken out of the optimizer since: nobody updates it
         if id(p) in self._updated:
             raise RuntimeError(
@@ -184,7 +184,7 @@ class GradientRelease:
 
     def _take_up(self, p: Tensor) -> None:
         """Note that this step updates ``p``."""
-        check_gradient(p, self._places[id(p)][1])
+        check_gradient(p, self._numbering[id(p)][1])
         self._updated.add(id(p))
 
     def _update_waiting(self) -> None:
@@ -200,7 +200,7 @@ class GradientRelease:
             return
         scale = self._clipping([grad for grad in found if grad is not None]) if self.max_grad_norm else None
         first = id(params[0])
-        plan = self._optimizer._step_some(params, self._places, self._plans.get(first), scale)
+        plan = self._optimizer._step_some(params, self._numbering, self._plans.get(first), scale)
         self._plans[first] = self._used[first] = plan
         with torch._C.DisableTorchFunctionSubclass():
             for p in params:
@@ -255,7 +255,7 @@ class GradientRelease:
         self._update_waiting()  # of a backward pass that failed
         rest = [p for p in self._optimizer._parameters() if p.grad is not None]
         if rest:
-            self._places = _places(self._optimizer)
+            self._numbering = _number(self._optimizer)
         for p in rest:
             self._take_up(p)
         for device in {p.device for p in rest}:
@@ -298,10 +298,10 @@ def waiting_limit(params: Iterable[Tensor]) -> int:
     return min(WAITING, max((p.numel() * p.element_size() for p in params), default=0))
 
 
-def _places(optimizer: FOAM) -> Places:
+def _number(optimizer: FOAM) -> Numbering:
     """A parameter's number among all is its random stream."""
-    places: Places = {}
+    numbering: Numbering = {}
     for index, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
-            places[id(p)] = index, len(places)
-    return places
+            numbering[id(p)] = index, len(numbering)
+    return numbering

@@ -68,14 +68,14 @@ class Quantized:
         """``rows``, the first of which begins a block, as float32 (rows, n)."""
         from bitsandbytes.functional import dequantize_blockwise
 
-        elements, blocks = _places(rows, self.n)
+        elements, blocks = _spans(rows, self.n)
         values = dequantize_blockwise(
             self.codes[elements], absmax=self.absmax[blocks], code=self.values, blocksize=BLOCK
         )
         return values.view(len(rows), self.n)
 
     def store(self, rows: range, x: Tensor, h: Hyper) -> None:
-        elements, blocks = _places(rows, self.n)
+        elements, blocks = _spans(rows, self.n)
         codes, absmax = self._quantized(x.reshape(-1))
         if not self.signed:
             codes.masked_fill_((codes == 0) & (x.reshape(-1) > 0), 1)
@@ -104,7 +104,7 @@ def _dynamic_map(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     return values.to(device), ((values[1:] + values[:-1]) / 2).to(device)
 
 
-def _places(rows: range, n: int) -> tuple[slice, slice]:
+def _spans(rows: range, n: int) -> tuple[slice, slice]:
     start, stop = rows.start * n, rows.stop * n
     return slice(start, stop), slice(start // BLOCK, -(-stop // BLOCK))
 

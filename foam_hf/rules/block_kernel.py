@@ -1,6 +1,6 @@
-"""The rules of ``update`` as Triton kernels: many tensors in one launch, one pass over memory, no temporaries.
+"""The block rule, and AdamW, as Triton kernels: many tensors in one launch, one pass over memory, no temporaries.
 
-A launch updates all tensors of a param group that share dtypes and geometry, see ``kernel_tables``. Learning rate,
+A launch updates all tensors of a param group that share dtypes and geometry, see ``kernels.tables``. Learning rate,
 step count and bias corrections are plain arguments, so they never recompile; those of weights that missed steps are in
 the table. Nothing is read back from the device.
 

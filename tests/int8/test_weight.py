@@ -14,11 +14,12 @@ from torch.nn import functional as F
 
 from foam_hf import FOAM
 from foam_hf.int8.codes import MAX_CODE, MIN_SCALE
-from foam_hf.int8.rows import added, uniform
+from foam_hf.int8.rows import add_to_codes, uniform
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.memory import summarize
 from foam_hf.memory.storages import storages, total, without
 from foam_hf.tensors.step import Hyper
+from tests.support.rules import BY_BLOCK
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -348,7 +349,7 @@ def test_the_mean_of_many_rounded_updates_is_the_update():
     trials, total_change = 4096, torch.zeros(1, 2, 128, dtype=torch.float64)
     for step in range(trials):
         u = uniform(range(1), 256, hyper(step=step), torch.device("cpu")).view(1, 2, 128)
-        new, same = added(codes, scales, d * scales, u)
+        new, same = add_to_codes(codes, scales, d * scales, u)
         assert torch.equal(same, scales)
         change = new - codes
         assert bool(((change - d).abs() < 1.0001).all())
@@ -406,7 +407,7 @@ def test_codes_never_wrap_and_stay_near_what_float32_would_hold(size):
         delta = torch.randn(16, 2, 128) * size * scales * torch.randint(0, 2, (16, 2, 1))
         u = uniform(range(16), 256, hyper(step=step), torch.device("cpu")).view(16, 2, 128)
         values = codes * scales + delta
-        new, new_scales = added(codes, scales, delta, u)
+        new, new_scales = add_to_codes(codes, scales, delta, u)
         assert new.abs().max() <= MAX_CODE and torch.equal(new, new.floor())
         assert bool(((new * new_scales - values).abs() <= 1.0001 * new_scales).all())
         assert bool((new.abs().amax(-1) >= 64).all())  # no block loses its resolution
@@ -418,7 +419,7 @@ def test_only_a_block_whose_codes_leave_the_range_gets_another_scale():
     codes = torch.full((1, 3, 8), 120.0).to(torch.int8)
     scales, delta = torch.full((1, 3, 1), 0.5), torch.zeros(1, 3, 8)
     delta[0, 0, 0], delta[0, 1, 0] = 3.0, 4.0  # to 126, to 128
-    new, new_scales = added(codes, scales, delta, 0.5)
+    new, new_scales = add_to_codes(codes, scales, delta, 0.5)
     assert new_scales.flatten().tolist() == [0.5, pytest.approx(64 / 127), 0.5]
     assert new[0, 0].tolist() == [126] + [120] * 7 and new[0, 1].tolist() == [127] + [119] * 7
     assert torch.equal(new[0, 2], codes[0, 2].float())
@@ -427,7 +428,7 @@ def test_only_a_block_whose_codes_leave_the_range_gets_another_scale():
 def test_a_block_that_shrinks_gains_resolution_without_a_rounding():
     codes, scales = torch.tensor([[[100, -3, 2, 0]]], dtype=torch.int8), torch.full((1, 1, 1), 0.7)
     delta = torch.tensor([[[-85 * 0.7, 0, 0, 0]]])
-    new, new_scales = added(codes, scales, delta, 0.5)
+    new, new_scales = add_to_codes(codes, scales, delta, 0.5)
     assert new.flatten().tolist() == [120, -24, 16, 0]
     assert new_scales.item() == pytest.approx(0.7 / 8) and torch.equal(
         new * new_scales, torch.tensor([15, -3, 2, 0]) * scales
@@ -437,7 +438,7 @@ def test_a_block_that_shrinks_gains_resolution_without_a_rounding():
 def test_a_block_of_zeros_takes_the_scale_of_its_first_update():
     weight = Int8Weight.from_float(torch.zeros(2, 128))
     delta = torch.randn(2, 1, 128) * 1e-6
-    new, scales = added(weight.codes.view(2, 1, 128), weight.scales.view(2, 1, 1), delta, 0.5)
+    new, scales = add_to_codes(weight.codes.view(2, 1, 128), weight.scales.view(2, 1, 1), delta, 0.5)
     assert bool(((new * scales - delta).abs() <= 0.51 * scales).all()) and bool((new.abs().amax(-1) == 127).all())
 
 
@@ -472,7 +473,7 @@ def test_the_random_bits_are_a_function_of_place_alone(monkeypatch):
     assert not torch.equal(whole.codes, trained(neighbours=1).codes)
 
 
-@pytest.mark.parametrize("second_moment", ["block", "factored"])
+@pytest.mark.parametrize("second_moment", BY_BLOCK)
 @pytest.mark.parametrize("level", [0, 2, 8, "row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_step_is_that_of_float64_within_one_code(dtype, level, second_moment):

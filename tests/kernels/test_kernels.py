@@ -12,6 +12,7 @@ from foam_hf.optimizer import FOAM
 from foam_hf.rules import block_kernel as kernels
 from foam_hf.rules import factored_kernel as factored_kernels
 from tests.support.reference import Reference
+from tests.support.rules import FUSED
 from tests.support.tolerances import assert_within
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,7 +47,7 @@ def drawn(dtype, steps, shapes=SHAPES):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("second_moment", ["block", "factored"])
+@pytest.mark.parametrize("second_moment", FUSED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernel_follows_the_float64_reference(monkeypatch, dtype, second_moment, level):
     weights, gradients = drawn(dtype, steps=3)
@@ -78,7 +79,7 @@ def test_matrices_of_several_programs_follow_the_float64_reference(monkeypatch, 
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("second_moment", ["block", "factored"])
+@pytest.mark.parametrize("second_moment", FUSED)
 @pytest.mark.parametrize("level", [0, 2, 8, "row"])
 def test_kernel_draws_the_bits_of_the_plain_path(monkeypatch, level, second_moment, state_dtype):
     weights, gradients = drawn(torch.bfloat16, steps=3)
@@ -94,7 +95,7 @@ def test_kernel_draws_the_bits_of_the_plain_path(monkeypatch, level, second_mome
                 assert_within(x.float(), b.state[q][name].float(), "kernel state against the plain path's")
 
 
-@pytest.mark.parametrize("second_moment", ["block", "factored"])
+@pytest.mark.parametrize("second_moment", FUSED)
 @pytest.mark.parametrize("level", [0, 2, 8, "row"])
 def test_kernel_writes_all_of_a_tensor_and_nothing_else(monkeypatch, level, second_moment):
     monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
@@ -113,7 +114,7 @@ def test_kernel_writes_all_of_a_tensor_and_nothing_else(monkeypatch, level, seco
         assert all(bool(x.isfinite().all()) for x in optimizer.state[p].values() if isinstance(x, torch.Tensor))
 
 
-@pytest.mark.parametrize("second_moment", ["block", "factored"])
+@pytest.mark.parametrize("second_moment", FUSED)
 def test_same_inputs_give_equal_bits(monkeypatch, second_moment):
     weights, gradients = drawn(torch.bfloat16, steps=2, shapes=[*SHAPES, (20, 300)])
     first, _ = train(monkeypatch, "triton", weights, gradients, level=3, second_moment=second_moment)
@@ -121,7 +122,7 @@ def test_same_inputs_give_equal_bits(monkeypatch, second_moment):
     assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("second_moment", ["block", "factored"])
+@pytest.mark.parametrize("second_moment", FUSED)
 def test_gradients_that_come_go_and_move(monkeypatch, second_moment):
     weights, gradients = drawn(torch.float32, steps=5, shapes=[(4, 64), (7, 24), (40,)])
     gradients[1][0] = gradients[2][2] = gradients[3][0] = None
@@ -133,7 +134,7 @@ def test_gradients_that_come_go_and_move(monkeypatch, second_moment):
         assert_within(p, q, "five steps against float64, float32 weights")
 
 
-@pytest.mark.parametrize("second_moment", ["block", "factored"])
+@pytest.mark.parametrize("second_moment", FUSED)
 def test_scaled_gradients_are_unscaled_in_the_kernel(monkeypatch, second_moment):
     weights, gradients = drawn(torch.float16, steps=1)
     plain, _ = train(monkeypatch, "triton", weights, gradients, level=3, second_moment=second_moment)
@@ -176,7 +177,7 @@ def test_a_loaded_checkpoint_continues_in_the_loaded_state(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", ["triton", "reference"])
-@pytest.mark.parametrize("second_moment", ["block", "factored"])
+@pytest.mark.parametrize("second_moment", FUSED)
 def test_the_order_of_a_checkpoints_keys_does_not_matter(monkeypatch, second_moment, kernel):
     weights, gradients = drawn(torch.float32, steps=3, shapes=[(4, 64)])
     options = {"level": 3, "second_moment": second_moment}
@@ -206,7 +207,7 @@ def test_what_the_kernel_does_not_take_still_trains(monkeypatch):
         assert_within(p, q, "five steps against float64, float32 weights")
 
 
-@pytest.mark.parametrize("second_moment", ["block", "factored"])
+@pytest.mark.parametrize("second_moment", FUSED)
 def test_moved_gradients_keep_the_plan(monkeypatch, second_moment):
     weights, gradients = drawn(torch.float32, steps=4, shapes=[(4, 64), (40,)])
     keep = []  # so that every step's gradients are at addresses of their own

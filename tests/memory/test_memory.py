@@ -24,6 +24,7 @@ from foam_hf.memory import (
     summarize,
 )
 from tests.support import tiny_models
+from tests.support.rules import FOLDING
 
 
 def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -68,7 +69,7 @@ def test_adamw_bytes_count_a_shared_parameter_once_and_take_any_iterable():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("second_moment", ["block", "factored"])
+@pytest.mark.parametrize("second_moment", FOLDING)
 @pytest.mark.parametrize("level", [0, 1, 3, 8, 16, "row"])
 def test_foam_expected_is_measured(level, second_moment, state_dtype, dtype):
     model = tiny_models.tiny_mixtral().to(dtype)  # experts of three dimensions among the weights

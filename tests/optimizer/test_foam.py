@@ -15,6 +15,7 @@ import torch
 
 from foam_hf.optimizer import FOAM
 from foam_hf.optimizer.state import expected_state
+from tests.support.rules import FOLDING
 from tests.support.tolerances import assert_within
 
 
@@ -245,7 +246,7 @@ def test_step_inside_a_compiled_training_step():
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (2, 0, 3)])
-@pytest.mark.parametrize("second_moment", ["block", "factored", "muon", "adam_mini"])
+@pytest.mark.parametrize("second_moment", FOLDING)
 def test_empty_parameters_pass_through(shape, second_moment):
     p = torch.nn.Parameter(torch.zeros(shape))
     p.grad = torch.zeros(shape)

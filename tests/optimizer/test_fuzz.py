@@ -17,12 +17,13 @@ import torch
 import foam_hf
 from foam_hf import FOAM
 from foam_hf.optim_args import FOAM_NAMES, foam_options, names_of
+from tests.support.rules import FOLDING
 
 OURS = Path(foam_hf.__file__).parent
 LEGAL: dict[str, list[Any]] = {
     "level": [0, 1, 2, 3, 8, 16, "row"],
     "scale": [0.25, 1, 1e-30, 1e30],
-    "second_moment": ["block", "factored", "muon", "adam_mini"],
+    "second_moment": FOLDING,
     "residual_scale": [0, 1.0, 0.5, 1e-20],
     "stochastic_rounding": ["auto", True, False],
     "state_dtype": ["float32", "bfloat16", "torch.bfloat16", "bf16"],

@@ -16,7 +16,9 @@ from foam_hf import FOAM, enable_gradient_release
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.optimizer import nonfinite
 from foam_hf.optimizer.nonfinite import NonfiniteGradientError
+from foam_hf.rules.all import RULES
 from tests.support.reference import Reference
+from tests.support.rules import BY_BLOCK, OPTIONS
 from tests.support.tiny_models import tiny_roberta
 from tests.support.tolerances import assert_within
 from tests.trainer.test_runs import make_trainer
@@ -46,7 +48,7 @@ def poisoned(shape, bad, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("kernel", ["reference", "triton"])
-@pytest.mark.parametrize("second_moment", ["block", "factored"])
+@pytest.mark.parametrize("second_moment", BY_BLOCK)
 @pytest.mark.parametrize("level", [0, 3, "row"])
 def test_blocks_keep_weight_and_moments_and_all_others_follow_the_reference(monkeypatch, level, second_moment, kernel):
     monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
@@ -77,7 +79,7 @@ def test_int8_weights_keep_their_codes_on_both_paths(monkeypatch, level):
     assert torch.equal(runs[0].codes, runs[1].codes)
 
 
-@pytest.mark.parametrize("second_moment", ["block", "factored"])
+@pytest.mark.parametrize("second_moment", BY_BLOCK)
 def test_chunks_change_nothing(monkeypatch, second_moment):
     weight, gradients = torch.randn(6, 19), [g.cpu() for g in poisoned((6, 19), math.nan)]
     options = {"level": 2, "second_moment": second_moment, "state_dtype": torch.bfloat16}
@@ -88,7 +90,7 @@ def test_chunks_change_nothing(monkeypatch, second_moment):
 
 
 def test_row_sums_that_overflow_leave_the_means_finite():
-    for second_moment in ("block", "factored"):
+    for second_moment in BY_BLOCK:
         gradient = torch.full((4, 8), 1e19)  # each square is finite, the sum of a row is not
         _, optimizer = train(torch.zeros(4, 8), [gradient], level=0, second_moment=second_moment)
         (state,) = optimizer.state.values()
@@ -276,15 +278,11 @@ def test_a_trainer_leaves_out_a_whole_step_that_clipping_made_nan(tmp_path: Path
 
 
 @pytest.mark.parametrize("kernel", ["reference", "triton"])
-@pytest.mark.parametrize(
-    "options",
-    [{"second_moment": "muon"}, {"second_moment": "adam_mini"}, {"level": 0, "plain_state": "8bit"}],
-    ids=["muon", "adam_mini", "8bit"],
-)
-def test_rules_of_whole_tensors_leave_out_the_whole(monkeypatch, options, kernel):
+@pytest.mark.parametrize("rule", [rule.name for rule in RULES if rule.unit == "tensor"])
+def test_rules_of_whole_tensors_leave_out_the_whole(monkeypatch, rule, kernel):
     monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
     weight, gradients = torch.randn(64, 64, device=DEVICE), poisoned((64, 64), math.inf)
-    options = {"level": 3, **options}
+    options = {"level": 3, **OPTIONS[rule]}
     trained, optimizer = train(weight, gradients, **options)
     (state,) = optimizer.state.values()
     assert all(bool(torch.as_tensor(x).float().isfinite().all()) for x in state.values()) and state["step"] == 3

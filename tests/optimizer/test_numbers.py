@@ -13,10 +13,10 @@ from torch import nn
 from foam_hf import FOAM
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.tensors.step import Member
+from tests.support.rules import FOLDING, FUSED
 from tests.support.tolerances import assert_within
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RULES = ["block", "factored", "muon", "adam_mini"]
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")]
 
@@ -70,7 +70,7 @@ def test_a_beta_of_one_that_somebody_sets_later_is_refused(options: dict[str, An
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", FOLDING)
 def test_the_default_dtype_changes_nothing(rule: str, int8: bool, default: torch.dtype) -> None:
     gradients = [torch.randn(4, 32) for _ in range(3)]
     gradients[1][0, 0] = float("inf")  # what is left out is made by other lines
@@ -85,7 +85,7 @@ def test_the_default_dtype_changes_nothing(rule: str, int8: bool, default: torch
 
 
 @pytest.mark.parametrize("shape", [(2**31,), (2**31 + 7,), (2, 2**31), (2**31, 2)], ids=str)
-@pytest.mark.parametrize("rule", ["block", "factored"])
+@pytest.mark.parametrize("rule", FUSED)
 def test_what_int32_cannot_count_goes_the_plain_way(rule: str, shape: tuple[int, ...]) -> None:
     from foam_hf.kernels.tables import Entry
 

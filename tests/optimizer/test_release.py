@@ -19,6 +19,7 @@ from torch.utils.data import default_collate
 from foam_hf import FOAM, enable_gradient_release, foam_param_groups
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.optimizer import release as gradient_release
+from tests.support.rules import OPTIONS as RULES
 from tests.support.tiny_models import (
     BUILDERS,
     classification_data,
@@ -119,16 +120,8 @@ def test_weights_and_state_have_the_bits_of_the_ordinary_loop(
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"second_moment": "factored"},
-        {"level": "row", "state_dtype": torch.bfloat16},
-        {"level": 0, "scale": 1.0},
-        {"int8": True},
-        {"second_moment": "muon", "state_dtype": torch.bfloat16},
-        {"second_moment": "adam_mini"},
-        {"plain_state": "8bit", "level": 0},
-    ],
-    ids=["factored", "row, bfloat16 state", "level 0", "INT8", "muon", "adam_mini", "8 bits"],
+    [*RULES.values(), {"level": "row", "state_dtype": torch.bfloat16}, {"int8": True}],
+    ids=[*RULES, "row, bfloat16 state", "INT8"],
 )
 @pytest.mark.parametrize("kernel", ["reference", "triton"])
 def test_every_rule_and_the_kernels_give_the_same_bits(

@@ -11,9 +11,9 @@ import foam_hf.rules.by_rows
 import foam_hf.tensors.rows
 from foam_hf.optimizer import FOAM
 from tests.support.reference import Reference
+from tests.support.rules import BY_BLOCK
 from tests.support.tolerances import assert_within
 
-RULES = ["block", "factored"]
 LEVELS = [0, 1, 2, 3, 8, 16, "row"]
 SHAPES = [(4, 16), (5, 37), (1, 1), (3, 2, 11), (2, 2, 3, 5), (7,), ()]
 
@@ -38,7 +38,7 @@ def check(weight, steps, case, **options):
     assert_within(trained.float(), reference.weight, case)
 
 
-@pytest.mark.parametrize("second_moment", RULES)
+@pytest.mark.parametrize("second_moment", BY_BLOCK)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float32_follows_the_float64_reference(shape, level, second_moment):
@@ -46,7 +46,7 @@ def test_float32_follows_the_float64_reference(shape, level, second_moment):
     check(torch.randn(shape), 5, "five steps against float64, float32 weights", **options)
 
 
-@pytest.mark.parametrize("second_moment", RULES)
+@pytest.mark.parametrize("second_moment", BY_BLOCK)
 @pytest.mark.parametrize("level", [0, 2, "row"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_weights_to_nearest_follow_the_float64_reference(dtype, level, second_moment):
@@ -59,7 +59,7 @@ def test_half_weights_to_nearest_follow_the_float64_reference(dtype, level, seco
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     level=st.one_of(st.integers(0, 16), st.just("row")),
-    second_moment=st.sampled_from(RULES),
+    second_moment=st.sampled_from(BY_BLOCK),
     scale=st.floats(0.01, 2),
     rho=st.floats(0, 2),
     decay=st.floats(0, 1),
@@ -89,7 +89,7 @@ def test_level_0_scale_1_is_torch_adamw_over_200_steps():
             assert_within(p, q, "level 0 against torch AdamW, 200 steps, float32")
 
 
-@pytest.mark.parametrize("second_moment", RULES)
+@pytest.mark.parametrize("second_moment", BY_BLOCK)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("chunk", [1, 40, 100])
 def test_chunks_change_nothing(monkeypatch, chunk, dtype, second_moment):
@@ -104,7 +104,7 @@ def test_chunks_change_nothing(monkeypatch, chunk, dtype, second_moment):
         assert_within(chunked.float(), whole.float(), "five steps against float64, bfloat16 weights to nearest")
 
 
-@pytest.mark.parametrize("second_moment", RULES)
+@pytest.mark.parametrize("second_moment", BY_BLOCK)
 @pytest.mark.parametrize("level", [0, 2, "row"])
 @pytest.mark.parametrize("layout", ["transposed", "strided", "permuted 3-D"])
 def test_strides_of_weight_and_gradient_change_nothing(layout, level, second_moment):
@@ -127,7 +127,7 @@ def test_strides_of_weight_and_gradient_change_nothing(layout, level, second_mom
     assert_within(p, expected, "one step against float64, float32 weights")
 
 
-@pytest.mark.parametrize("second_moment", RULES)
+@pytest.mark.parametrize("second_moment", BY_BLOCK)
 def test_zero_gradients_decay_and_nothing_else(second_moment):
     weight = torch.randn(4, 10)
     trained, optimizer = train(weight, [torch.zeros(4, 10)] * 3, lr=0.1, weight_decay=0.5, second_moment=second_moment)
@@ -171,7 +171,7 @@ def test_bfloat16_state_keeps_moving_at_a_slow_beta():
     assert state["folded_exp_avg_sq"].float().mean().item() == pytest.approx(4e-3 * 0.999**300, rel=0.05)
 
 
-@pytest.mark.parametrize("second_moment", RULES)
+@pytest.mark.parametrize("second_moment", BY_BLOCK)
 def test_bfloat16_state_stays_near_the_reference(second_moment):
     weight, grads = torch.randn(6, 40), [torch.randn(6, 40) for _ in range(5)]
     trained, _ = train(weight, grads, lr=0.01, level=2, second_moment=second_moment, state_dtype=torch.bfloat16)

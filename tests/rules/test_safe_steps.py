@@ -14,25 +14,20 @@ import foam_hf.rules.by_rows
 import foam_hf.rules.factored
 from foam_hf import FOAM
 from foam_hf.int8.weight import Int8Weight
+from foam_hf.rules.all import rule_named
+from tests.support.rules import OPTIONS
 from tests.support.tolerances import TOLERANCES, assert_within
 
 LR, SCALE = 1e-3, 2.0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = (32, 128)
-RULES: dict[str, dict[str, Any]] = {
-    "block": {"level": 5},
+SETTINGS: dict[str, dict[str, Any]] = {name: {"level": 5, **options} for name, options in OPTIONS.items()} | {
     "block, row": {"level": "row"},
-    "factored": {"level": 5, "second_moment": "factored"},
     "factored, level 0": {"level": 0, "second_moment": "factored"},
-    "muon": {"level": 5, "second_moment": "muon"},
-    "adam_mini": {"level": 5, "second_moment": "adam_mini"},
     "adam_mini, level 0, whole tensors": {"level": 0, "second_moment": "adam_mini", "mini_rows": 0},
-    "adam": {"level": 0},
-    "8bit": {"level": 0, "plain_state": "8bit"},
 }
-EVERY_KIND = ["block", "factored", "muon", "adam_mini", "adam"]
-CASES = [(rule, "float32") for rule in RULES]
-CASES += [(rule, kind) for rule in EVERY_KIND for kind in ("bfloat16 state", "INT8 weight")]
+CASES = [(setting, "float32") for setting in SETTINGS]
+CASES += [(rule, kind) for rule in OPTIONS if rule != "8bit" for kind in ("bfloat16 state", "INT8 weight")]
 
 
 def noise(shape: tuple[int, ...] = SHAPE) -> Tensor:
@@ -193,17 +188,21 @@ def let_die(state: dict[str, Any]) -> None:
             x[..., DEAD] = 0.0
 
 
-def stated(rule: str) -> str:
-    return f"largest step in units of lr * scale, {rule.split(',')[0]}"
+def stated(rule: str) -> float:
+    """By the rule itself and, with what was measured, by the table of tolerances."""
+    name = rule.split(",")[0]
+    largest = TOLERANCES[f"largest step in units of lr * scale, {name}"].allowed
+    assert largest == rule_named(name).largest_step
+    return largest
 
 
 @pytest.mark.parametrize(("rule", "kind"), CASES)
 def test_no_pattern_of_gradients_moves_an_element_further_than_stated(rule: str, kind: str) -> None:
-    options, found = RULES[rule], {}
+    options, found = SETTINGS[rule], {}
     for pattern in PATTERNS if kind == "float32" else HARDEST:
         found[pattern.__name__] = largest_step(pattern, kind, **options)
     print({name: round(size, 2) for name, size in found.items()})  # pytest -rP shows it
-    assert max(found.values()) <= TOLERANCES[stated(rule)].allowed * (1 + 1e-5), found
+    assert max(found.values()) <= stated(rule) * (1 + 1e-5), found
 
 
 def test_muon_does_not_move_the_only_element_of_a_long_matrix_further() -> None:
@@ -212,7 +211,7 @@ def test_muon_does_not_move_the_only_element_of_a_long_matrix_further() -> None:
     p.grad = torch.zeros_like(p)
     p.grad[5] = 1.0
     optimizer.step()
-    assert p.abs().max().item() <= TOLERANCES[stated("muon")].allowed * LR * SCALE * (1 + 1e-5)
+    assert p.abs().max().item() <= stated("muon") * LR * SCALE * (1 + 1e-5)
 
 
 def test_a_first_moment_of_8_bits_that_cannot_shrink_moves_nothing_far() -> None:
@@ -230,7 +229,7 @@ def test_a_first_moment_of_8_bits_that_cannot_shrink_moves_nothing_far() -> None
         if t == 50:  # 25,000 steps later
             optimizer.state[p]["step"] += 25_000
             optimizer.state[p]["root_exp_avg_sq_absmax"] *= 0.9995**25_000
-    assert largest <= TOLERANCES[stated("8bit")].allowed * (1 + 1e-5)
+    assert largest <= stated("8bit") * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("level", [3, 5, "row"])

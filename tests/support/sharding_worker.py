@@ -29,6 +29,7 @@ from foam_hf import FOAM
 from foam_hf.optimizer.sharding import pieces_of
 from foam_hf.rules.block import BLOCK
 from foam_hf.tensors.places import local
+from tests.support.rules import SHARDED
 from tests.support.tolerances import TOLERANCES, error
 
 BF16 = torch.bfloat16
@@ -90,8 +91,8 @@ def cases(world: int, factored: bool) -> list[tuple[DeviceMesh, list[Case]]]:
 def compare_with_one_process(world: int) -> dict[str, float]:
     """Sharded parameters after three steps, beside the same in one process. Returns the greatest error by kind."""
     worst: dict[str, float] = {}
-    plain = itertools.product(["reference"], ["block", "factored"], [torch.float32, BF16], [torch.float32, BF16])
-    fused = itertools.product(["triton"], ["block", "factored"], [BF16], [BF16]) if world == 2 else ()
+    plain = itertools.product(["reference"], SHARDED, [torch.float32, BF16], [torch.float32, BF16])
+    fused = itertools.product(["triton"], SHARDED, [BF16], [BF16]) if world == 2 else ()
     for kernel, rule, dtype, state_dtype in (*plain, *fused):
         os.environ["FOAM_HF_KERNEL"] = kernel
         for mesh, found in cases(world, rule == "factored"):
@@ -246,7 +247,7 @@ def safe_steps(world: int) -> None:
     """Columns that never have a gradient, spikes, and rows that are seldom alive, of which ranks have some each."""
     mesh = init_device_mesh("cpu", (world,))
     torch.manual_seed(3)
-    for rule, kind, kernel in itertools.product(("block", "factored"), (torch.float32, BF16), ("reference", "triton")):
+    for rule, kind, kernel in itertools.product(SHARDED, (torch.float32, BF16), ("reference", "triton")):
         os.environ["FOAM_HF_KERNEL"] = kernel
         p = nn.Parameter(distribute_tensor(torch.zeros(9, 32), mesh, [Shard(0)]))
         optimizer = FOAM([p], lr=1e-3, scale=2.0, level=4, second_moment=rule, state_dtype=kind)
