@@ -1,8 +1,8 @@
 """INT8 weights as Triton kernels: the fused update of ``int8.rows``' arithmetic, and dequantization.
 
-The update is that of ``rules.block_kernel`` with codes and scales in place of a weight: one launch for all tensors of a group that share
-dtypes and geometry. A tile whose codes all stay inside their range, as nearly every one does, never computes a scale.
-The other rules have no kernel for INT8 weights.
+The update is that of ``rules.block_kernel`` with codes and scales for a weight: one launch for all tensors of a
+group that share dtypes and geometry. A tile whose codes all stay inside their range, as nearly every one does, never
+computes a scale. The other rules have no kernel for INT8 weights.
 """
 
 from __future__ import annotations
