@@ -13,7 +13,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from foam_hf import FOAM, foam_param_groups, memory
+from foam_hf import FOAM, foam_param_groups
 from foam_hf.memory import (
     adamw_state_bytes,
     breakdown,
@@ -21,6 +21,7 @@ from foam_hf.memory import (
     format_bytes,
     headline,
     state_bytes,
+    storages,
     summarize,
 )
 from tests.support import tiny_models
@@ -392,8 +393,8 @@ def test_counters_of_a_gpu_become_shares(monkeypatch):
         key, size, device = real(tensor)
         return key, size, device if size in (4, 4000) else gpu  # the step and the offloaded tensor stay on the CPU
 
-    real = memory.storages.__globals__["_storage"]
-    monkeypatch.setitem(memory.storages.__globals__, "_storage", on_gpu)
+    real = storages._storage
+    monkeypatch.setattr(storages, "_storage", on_gpu)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1500)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2048)
     parts = breakdown(model, optimizer)
