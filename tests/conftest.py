@@ -24,18 +24,7 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-# The files that take longest on one core, in their order; `make test` hands out files as they come, so that the last
-# ones, when a process may have to wait for the other, are short.
-LONGEST_FIRST = (
-    *("test_sharding", "test_kernels", "test_benchmarks", "test_instruct_recipe", "test_int8_trainer"),
-    "test_model_families",
-    *("test_demo", "test_runs", "test_activations", "test_glue_recipe", "test_cli", "test_instruct_study"),
-    *("test_docs", "test_release", "test_estimate", "test_callback", "test_planner"),
-    *("test_profile", "test_instruct_gguf", "test_int8_benchmarks", "test_quantizer"),
-)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test` hands out files as they come: long ones first, so that no process waits for a long last one."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        place = {name: number for number, name in enumerate(LONGEST_FIRST)}
-        items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+        items.sort(key=lambda item: item.get_closest_marker("long") is None)

@@ -19,6 +19,8 @@ from recipes.benchmarks.speed import report
 from recipes.benchmarks.speed.step_speed import floor_bytes, move_gradients, refresh_ms
 from tests.support.benchmark_runs import BENCHMARKS, REPOSITORY, call, refused, run, start_server
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _server() -> None:

@@ -18,6 +18,8 @@ import yaml
 from recipes.benchmarks.quality import before, instruct_gpu, instruct_run
 from tests.support.instruct_runs import RECIPE, ROOT, load_script, save_model, sums, write_jsonl
 
+pytestmark = pytest.mark.long
+
 load_script()
 
 import instruct_arguments  # noqa: E402

@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.benchmark_runs import BENCHMARKS, refused, run
 
+pytestmark = pytest.mark.long
+
 
 def test_int8_speed_measures_every_kind_of_case(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--shapes", "tiny", "--results", str(tmp_path), "--cases", "dequantize,linear"]

@@ -17,6 +17,8 @@ from foam_hf.cli import command as cli
 from foam_hf.cli import recipes
 from foam_hf.cli.run import SITECUSTOMIZE
 
+pytestmark = [pytest.mark.long, pytest.mark.compat]
+
 ROOT = Path(__file__).resolve().parents[2]
 
 UNAWARE_SCRIPT = """

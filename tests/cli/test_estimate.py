@@ -18,6 +18,8 @@ from foam_hf.memory import format_bytes
 from foam_hf.planner.counting import OPTIMIZERS
 from tests.support import tiny_models
 
+pytestmark = pytest.mark.long
+
 SMALL = ["--batch", "2", "--seq", "16"]
 
 

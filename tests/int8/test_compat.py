@@ -14,6 +14,8 @@ import foam_hf
 from foam_hf.int8 import quantizer as int8_quantizer
 from tests.support.tiny_models import tiny_llama
 
+pytestmark = pytest.mark.compat
+
 
 def test_an_older_transformers_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if Version(transformers.__version__) >= Version(int8_quantizer.OLDEST):

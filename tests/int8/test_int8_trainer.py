@@ -33,6 +33,8 @@ from tests.support.tiny_models import language_data, tiny_llama
 from tests.support.tolerances import assert_within
 from tests.support.torchrun import launch
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -22,7 +22,7 @@ SHAPES = [(3, 512), (2, 272), (4, 37), (3, 2, 11), (33,), (1, 1)]
 LEVELS = [0, 1, 2, 5, 8, "row"]
 
 # Lanes outside a tensor hold what is never stored.
-pytestmark = [pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")]
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")]
 if DEVICE == "cuda":
     pytestmark.append(pytest.mark.gpu)
 

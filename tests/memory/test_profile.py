@@ -29,6 +29,8 @@ from foam_hf.trainer import callback
 from tests.support import tiny_models
 from tests.trainer.test_callback import make_trainer, table_rows
 
+pytestmark = pytest.mark.long
+
 CPU = torch.device("cpu")
 
 

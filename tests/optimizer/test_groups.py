@@ -15,6 +15,8 @@ from foam_hf.optim_args import SCALES
 from foam_hf.optimizer.groups import foam_parameter_names, layer_names
 from tests.support import tiny_models
 
+pytestmark = pytest.mark.compat
+
 LAYERS = range(tiny_models.LAYERS)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")

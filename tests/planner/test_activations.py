@@ -27,6 +27,8 @@ from recipes.benchmarks.memory import activation_peaks
 from tests.support import tiny_models
 from tests.support.tolerances import TOLERANCES
 
+pytestmark = pytest.mark.long
+
 MEASURED = [
     row
     for path in sorted(RESULTS.glob("activation_peaks-nvidia-*.json"))

@@ -15,6 +15,8 @@ from foam_hf.planner.counting import Counted, count_bytes
 from foam_hf.planner.meta_models import on_meta
 from tests.support import tiny_models
 
+pytestmark = pytest.mark.compat
+
 # Wide enough for 8-bit states, which begin at 4096 elements, and not a multiple of their blocks of 256.
 WIDE = {"hidden_size": 96, "intermediate_size": 148}
 MODELS = {

@@ -16,6 +16,8 @@ from foam_hf.planner.meta_models import config_dtype, meta_model, on_meta, posit
 from foam_hf.planner.model_configs import BUILTIN, ModelError, load_config
 from tests.support import tiny_models
 
+pytestmark = pytest.mark.compat
+
 # As counted in the checkpoints of these models; of the seven without one, by the formula for a LLaMA of their shapes.
 PARAMETERS = {
     "llama-3.1-8b": 8_030_261_248,

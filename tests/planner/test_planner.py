@@ -19,6 +19,8 @@ from foam_hf.planner.meta_models import on_meta
 from foam_hf.planner.model_configs import BUILTIN, ModelError
 from tests.support import tiny_models
 
+pytestmark = [pytest.mark.long, pytest.mark.compat]
+
 SIZE = {"batch": 2, "sequence": 16}
 WIDE = {"hidden_size": 128, "intermediate_size": 160}
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 REPO = Path(__file__).resolve().parents[2]
 DEMO = REPO / "recipes" / "demo" / "demo.py"
 

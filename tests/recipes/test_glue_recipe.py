@@ -25,6 +25,8 @@ import foam_hf
 from foam_hf import recipe_kit
 from foam_hf.recipe_kit import put_between, write_json
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "glue"
 sys.path.insert(0, str(RECIPE))

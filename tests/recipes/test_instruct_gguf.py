@@ -12,6 +12,8 @@ import torch
 
 from tests.support.instruct_runs import CHATML, flags, load_script, sums, write_jsonl
 
+pytestmark = pytest.mark.long
+
 train = load_script()
 
 import gguf_models  # noqa: E402

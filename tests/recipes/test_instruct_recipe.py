@@ -29,6 +29,8 @@ from tests.support.instruct_runs import (
     write_jsonl,
 )
 
+pytestmark = pytest.mark.long
+
 train = load_script()
 
 import answers  # noqa: E402

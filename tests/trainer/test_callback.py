@@ -22,6 +22,8 @@ from foam_hf.memory import MemoryBreakdown, adamw_state_bytes, expected_state_by
 from foam_hf.trainer import callback
 from tests.support import tiny_models
 
+pytestmark = [pytest.mark.long, pytest.mark.compat]
+
 METRICS = ("optim/state_bytes", "optim/state_bytes_per_param", "optim/adamw_ratio")
 
 

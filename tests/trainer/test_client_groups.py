@@ -16,6 +16,8 @@ from foam_hf.optimizer.groups import foam_param_groups
 from tests.support.tiny_models import classification_data, language_data, tiny_lora_llama, tiny_roberta
 from tests.trainer.test_trainer import make_args, make_trainer
 
+pytestmark = pytest.mark.compat
+
 
 def decided(optimizer: Any) -> dict[int, tuple[Any, ...]]:
     """By parameter: the fields that decide its rule."""

@@ -13,6 +13,8 @@ from accelerate.state import AcceleratorState
 from tests.support.family import Family
 from tests.support.model_families import ADAPTED, COMMAND, FAMILIES, PAGE, cells_of, page, row
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _alone() -> Iterator[None]:

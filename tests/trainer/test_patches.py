@@ -19,6 +19,8 @@ from foam_hf.trainer import file_checks
 from foam_hf.trainer.patches import TABLE, Row, _wrapper
 from tests.trainer.test_trainer import ROOT, python
 
+pytestmark = pytest.mark.compat
+
 AWAITED = ("transformers.training_args", "transformers.trainer", "transformers.modelcard")
 HERE = [row for row in TABLE if row.is_in(transformers.__version__)]
 

@@ -22,6 +22,8 @@ from tests.support.tiny_models import classification_data, language_data, tiny_l
 from tests.support.tolerances import assert_within
 from tests.support.torchrun import launch
 
+pytestmark = [pytest.mark.long, pytest.mark.compat]
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

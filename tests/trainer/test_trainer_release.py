@@ -24,6 +24,8 @@ from tests.support.tiny_models import (
     tiny_roberta,
 )
 
+pytestmark = pytest.mark.compat
+
 
 @pytest.fixture(autouse=True)
 def _forget_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
