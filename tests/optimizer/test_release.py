@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import default_collate
@@ -296,6 +297,7 @@ def test_a_group_added_later_is_updated(caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_accelerates_loop_works_as_it_is() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer before in this process may have set bf16
     plain = make()
     train(*plain)
     model, optimizer = make()
