@@ -12,7 +12,7 @@ CHECKED := foam_hf recipes tests docs
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-compat style quality bench clean
+.PHONY: help demo check test test-gpu test-compat style quality bench clean
 
 help:  ## show this list
 	@echo "Targets (each sets up a virtual environment by itself, once):"
@@ -21,6 +21,9 @@ help:  ## show this list
 
 demo: $(VENV)/.installed-demo  ## fine-tune a pretrained encoder with optim="foam" on this machine (minutes)
 	@$(RUN) recipes/demo/demo.py
+
+check: quality  ## what to run while you work: quality, then the tests that are fast
+	@$(PYTEST) $(RUN) -m pytest -m "not gpu and not slow and not long" -n 2 --dist loadfile --timeout 600 -q $(PYTEST_ARGS)
 
 test: $(VENV)/.installed-dev  ## all tests but those that need a GPU, two files at a time
 	@$(PYTEST) $(RUN) -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder --timeout 600 $(PYTEST_ARGS)

@@ -21,6 +21,7 @@ from foam_hf.planner.model_configs import load_config
 from foam_hf.rules.rule import LARGEST_STEP
 from tests.support.tiny_models import tiny_llama
 from tests.support.tolerances import TOLERANCES
+from tests.test_imports import GROUND, MAY_IMPORT
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -229,11 +230,25 @@ def test_every_relative_link_leads_to_a_file_and_its_heading(page):
             assert anchor in [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings], link
 
 
-def test_contributing_says_of_every_folder_what_lives_there():
-    table = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8").split("| what lives there |")[1].split("\n\n")[0]
-    named = {name.rstrip("/") for name in re.findall(r"`(?:foam_hf/)?([\w.]+/?)`", table)}
+def test_the_architecture_names_every_folder_and_file_at_the_root_and_what_folders_may_import():
+    page = PAGES["docs/architecture.md"]
+    table = page.split("<!-- imports")[1].split("<!-- end of imports")[0]
+    ground = {"the ground": GROUND}
+    allowed = {}
+    for line in table.splitlines():
+        if line.startswith("| `"):
+            folder, _, imports = (cell.strip() for cell in line.strip("|").split("|"))
+            names = [name.strip("` ") for name in imports.split(",") if name.strip() != "torch alone"]
+            allowed[folder.strip("`/")] = {each for name in names for each in ground.get(name, (name,))}
+    assert list(allowed.items()) == [(folder, set(names)) for folder, names in MAY_IMPORT.items()]
     inside = {path.name for path in (REPO / "foam_hf").iterdir() if path.is_dir() or path.suffix == ".py"}
+    named = {name.rstrip("/") for name in re.findall(r"`([\w.]+/?)`", page)}
     assert inside - {"__init__.py", "__pycache__", "recipes"} <= named
+
+
+def test_files_that_the_architecture_names_exist():
+    for name in re.findall(r"`([\w/]+\.py)`", PAGES["docs/architecture.md"]):
+        assert (REPO / name).is_file() or (REPO / "foam_hf" / name).is_file() or name == "all.py", name
 
 
 def test_links_of_other_pages_to_the_readme_and_docs_lead_to_headings_too():
