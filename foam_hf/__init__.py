@@ -1,7 +1,7 @@
 """FOAM (Folded Optimizer with Approximate Moment) for the Hugging Face Trainer.
 
-`import foam_hf` registers `optim="foam"` and its kin with transformers, now if it is loaded, else at the moment
-it gets loaded. The import itself is cheap: torch and transformers are imported only when a name needs them.
+`import foam_hf` registers `optim="foam"` and FOAM's other names with transformers: now if transformers is imported
+already, else when it is imported. The import is cheap: torch and transformers are imported when a name needs them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("foam_hf.memory")
     if name not in _LAZY_MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "FOAM":  # where it is, `torch.load(weights_only=True)` takes INT8 weights
+    if name == "FOAM":  # registers Int8Weight for `torch.load(weights_only=True)`
         importlib.import_module("foam_hf.int8.weight")
     value = getattr(importlib.import_module(_LAZY_MODULES[name]), name)
     globals()[name] = value  # the next access skips this function
@@ -74,7 +74,7 @@ def _patch(module: types.ModuleType) -> None:
 
 
 def _register_int8(module: types.ModuleType) -> None:
-    importlib.import_module("foam_hf.int8.quantizer")  # which registers itself
+    importlib.import_module("foam_hf.int8.quantizer")  # registers itself when it is imported
 
 
 on_import("transformers.training_args", _register_names)

@@ -1,8 +1,8 @@
-"""Call a function once a module has been imported, without importing it.
+"""Calls a function after a module was imported, without importing the module itself.
 
-The hook is a finder at the front of `sys.meta_path` that knows only the awaited names. It lets the other finders
-locate the module and wraps the loader they return, for the duration of the import only: afterwards the module and its
-spec carry the original loader, so `importlib.reload`, `inspect`, `importlib.resources` and pickling see nothing new.
+The hook is a finder at the front of `sys.meta_path` that answers only for the awaited names. It lets the other finders
+locate the module, and wraps the loader that they return during the import. Afterwards the module and its spec have the
+original loader, so `importlib.reload`, `inspect`, `importlib.resources` and pickling work as before.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _callbacks: dict[str, list[ModuleCallback]] = {}
 
 
 def on_import(module_name: str, callback: ModuleCallback) -> None:
-    """Call `callback(module)` when `module_name` has been executed: now if that is past, else after its import.
+    """Call `callback(module)` now if `module_name` is imported already, else after its import.
 
     The callback runs again if the module is reloaded, so it must be idempotent. Registering the same callback for the
-    same module twice has no further effect. An exception of the module passes through untouched and the callback is
-    then not called; an exception of the callback makes the import fail.
+    same module twice has no further effect. If the module raises an exception, the callback is not called. If the
+    callback raises one, the import fails.
 
     Args:
         module_name: absolute dotted name, for example "transformers.trainer".
@@ -47,8 +47,8 @@ def on_import(module_name: str, callback: ModuleCallback) -> None:
         callback(module)
 
 
-class _PostImportFinder:  # no base class: importlib.abc alone would double the cost of `import foam_hf`
-    """Finds only modules that somebody awaits, by asking the finders that come after it."""
+class _PostImportFinder:  # no base class: importing importlib.abc would double the time of `import foam_hf`
+    """Finds only modules with callbacks, by asking the finders that come after it."""
 
     def __init__(self) -> None:
         self._searching = threading.local()
@@ -56,19 +56,19 @@ class _PostImportFinder:  # no base class: importlib.abc alone would double the 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        # other hooks of this kind search sys.meta_path from its start: the inner search must not come back here
+        # Other hooks of this kind search sys.meta_path from its start; the search must not call this finder again.
         if fullname not in _callbacks or getattr(self._searching, "active", False):
             return None
         self._searching.active = True
         try:
-            spec = self._ask_the_others(fullname, path, target)
+            spec = self._find_by_later_finders(fullname, path, target)
         finally:
             self._searching.active = False
         if spec is not None and hasattr(spec.loader, "exec_module"):
             spec.loader = cast(importlib.machinery.SourceFileLoader, _CallingLoader(spec.loader))
         return spec
 
-    def _ask_the_others(
+    def _find_by_later_finders(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None
     ) -> importlib.machinery.ModuleSpec | None:
         finders = list(sys.meta_path)
@@ -82,7 +82,7 @@ class _PostImportFinder:  # no base class: importlib.abc alone would double the 
 
 
 class _CallingLoader:
-    """Stands in for a loader until the module has been executed, then puts it back and calls the callbacks."""
+    """Replaces a loader until the module is executed, then restores the loader and calls the callbacks."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -100,7 +100,7 @@ class _CallingLoader:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         name = module.__name__
-        executed = sys.modules.get(name, module)  # a module may replace itself, as lazy ones do
+        executed = sys.modules.get(name, module)  # a lazy module replaces itself
         for callback in list(_callbacks.get(name, ())):
             callback(executed)
 
@@ -108,10 +108,10 @@ class _CallingLoader:
 def _call_when_initialised(
     name: str, module: types.ModuleType, spec: importlib.machinery.ModuleSpec, callback: ModuleCallback
 ) -> None:
-    """Wait for a module whose code is running now, somewhere up the stack or in another thread.
+    """Call `callback` when the code of a module has run that is running now, up the stack or in another thread.
 
-    importlib ends every import by setting `spec._initializing = False`: the spec's class is swapped for one that
-    notices. A failed import has left `sys.modules` by then.
+    importlib ends every import by setting `spec._initializing = False`. So the spec gets a class that intercepts this.
+    A failed import has removed the module from `sys.modules` by then, and the callback is not called.
     """
 
     original_class: Any = spec.__class__

@@ -1,11 +1,11 @@
-"""How numbers and pictures look, wherever they are shown."""
+"""Formats numbers of bytes, and holds the colors and file formats of pictures."""
 
 from __future__ import annotations
 
 UNAVAILABLE = "unavailable"
-PICTURES = (".png", ".pdf", ".svg")  # the files that pictures are drawn into
+PICTURES = (".png", ".pdf", ".svg")  # file formats of pictures
 INK = "#202124"
-# Told apart in grey print and by people who see fewer colours: dark to light, and blue beside orange.
+# They differ in brightness too, for grey print, and blue and orange differ for color-blind readers.
 KIND_COLORS = {"weights": "#3d4450", "gradients": "#a3aab4", "state": "#e08a1e", "activations": "#7db4e0"}
 
 
@@ -24,7 +24,7 @@ def format_bytes(n: int | None) -> str:
 
 
 def missing_for_pictures() -> str | None:
-    """What keeps pictures from being drawn, with the cure; None if nothing does."""
+    """Why pictures cannot be drawn, and what to install; None if they can."""
     import importlib.util
 
     if importlib.util.find_spec("matplotlib") is None:

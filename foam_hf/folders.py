@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and the name of the file that says whether a checkpoint is."""
+"""Writes a folder completely or not at all, and names the manifest of a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-MANIFEST = "foam_checkpoint.json"  # in a checkpoint: which of its files are whole
+MANIFEST = "foam_checkpoint.json"  # in a checkpoint: the sizes and checksums of its files
 
 
 def check_destination(folder: Path) -> None:
-    """Raise ValueError for a folder that cannot be written whole or not at all, by a rename into its place."""
+    """Raise ValueError if a new folder cannot be renamed to `folder`: it is not empty, a link, or the current one."""
     if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"{folder} exists already and is left as it is; expected a new or an empty folder")
     if folder.resolve() == Path.cwd():
@@ -20,11 +20,11 @@ def check_destination(folder: Path) -> None:
 
 @contextmanager
 def whole_folder(destination: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of `destination` in the end, or vanishes with an exception.
+    """Yield an empty temporary folder, which is renamed to `destination` at the end; an exception deletes it.
 
     Raises:
-        ValueError: `destination` holds something, or is the current folder.
-        OSError: it cannot be written.
+        ValueError: `destination` is not empty, or is the current folder.
+        OSError: the folder cannot be written.
     """
     check_destination(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)

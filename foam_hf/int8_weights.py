@@ -1,4 +1,4 @@
-"""Where pickles of version 0.2 and earlier look for `Int8Weight`."""
+"""Keeps `Int8Weight` importable by its old path, which pickles of version 0.2 and earlier name."""
 
 from foam_hf.int8.weight import Int8Weight, _rebuild
 

@@ -1,4 +1,4 @@
-"""The path of `NonfiniteGradientError` in version 0.2 and earlier."""
+"""Keeps `NonfiniteGradientError` importable by its path in version 0.2 and earlier."""
 
 from foam_hf.optimizer.nonfinite import NonfiniteGradientError
 

@@ -1,6 +1,6 @@
-"""Every option of FOAM in one table: its default, what is legal, who reads it. Imports no torch.
+"""The table of FOAM's options, with their defaults and legal values, and the parser of `optim_args`. Imports no torch.
 
-A new option is a record of `OPTIONS`; one that param groups have is also an argument of `FOAM`.
+To add an option, add a record to `OPTIONS`; if param groups have it, also add an argument to `FOAM`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-MAX_NUMBER = 1e9  # products of two of them, over a bias correction, are float32 numbers
-# The scale of each rule under which AdamW's learning rate is the right one, and Muon's for Muon. That of block was
-# measured, docs/choosing.md; Adam-mini's update has the same form, and its scale is block's.
+MAX_NUMBER = 1e9  # the product of two such numbers, divided by a bias correction, is finite in float32
+# With these scales AdamW's learning rate suits a rule, and Muon's learning rate suits Muon. The scale of block was
+# measured (docs/choosing.md). Adam-mini has the same one, because its update has the same form.
 SCALES = {"block": 6.0, "factored": 1.0, "muon": 1.0, "adam_mini": 6.0}
-# Names of `optim` -> the options that they stand for.
+# Name of `optim` -> the options that it sets.
 FOAM_NAMES: dict[str, dict[str, Any]] = {
     "foam": {},
     "foam_mini": {"level": "row"},
@@ -26,37 +26,44 @@ FOAM_NAMES: dict[str, dict[str, Any]] = {
 
 
 def default_scale(level: int | str, second_moment: str) -> float:
-    """The `scale` that a rule has where none is given: that of `SCALES`, and 1 where nothing folds, which is AdamW."""
+    """The `scale` of a rule if none is given: that of `SCALES`, or 1 at level 0, where FOAM is AdamW."""
     return 1.0 if level == 0 else SCALES[second_moment]
 
 
 def written(value: Any) -> str:
-    """`value` as optim_args has it: true, row, bfloat16."""
+    """The text of `value` in optim_args: true, row, bfloat16."""
     return str(value).removeprefix("torch.").lower()
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Legal are numbers for which `holds` is true: reals, or integers, beside which a word may be legal, or pairs."""
+    """The legal values of an option of numbers.
+
+    Attributes:
+        words: the description of these values, for messages.
+        holds: whether a number is legal.
+        kind: reals, integers, or pairs of reals.
+        word: a word that is legal too; only with integers.
+    """
 
     words: str
     holds: Callable[[Any], bool]
     kind: Literal["real", "integer", "pair"] = "real"
     word: str = ""
 
-    def said(self, write: Callable[[Any], str]) -> str:
-        """What is legal, for messages; `write` writes a value: `written` in optim_args, `repr` in Python."""
+    def describe(self, write: Callable[[Any], str]) -> str:
+        """The legal values, for messages; `write` formats a value: `written` for optim_args, `repr` for Python."""
         return self.words + (f", or {write(self.word)}" if self.word else "")
 
     def read(self, text: str) -> Any:
-        """The value that `text` in optim_args stands for; ValueError, OverflowError or KeyError if none is legal."""
+        """The value of `text` in optim_args; ValueError, OverflowError or KeyError if it is not legal."""
         value: Any = text if text == self.word else int(text) if self.kind == "integer" else float(text)
         if self.problem(value):
             raise ValueError
         return value
 
     def problem(self, value: Any) -> str:
-        """What is wrong with a value in Python, or an empty string."""
+        """Why a value in Python is not legal, or an empty string."""
         if self.kind == "integer":
             if isinstance(value, str):
                 return "" if self.word and value == self.word else "out of range"
@@ -72,11 +79,11 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Words:
-    """Legal are some words, or bools."""
+    """The legal values of an option of words or bools."""
 
     values: tuple[Any, ...] = (True, False)
 
-    def said(self, write: Callable[[Any], str]) -> str:
+    def describe(self, write: Callable[[Any], str]) -> str:
         *others, last = map(write, self.values)
         return f"{', '.join(others)} or {last}"
 
@@ -90,10 +97,10 @@ class Words:
 
 
 class Dtypes(Words):
-    """Legal are dtypes of torch, in optim_args by their names."""
+    """The legal values of an option of torch dtypes, which optim_args names."""
 
-    def said(self, write: Callable[[Any], str]) -> str:
-        return super().said(lambda name: f"torch.{name}" if write is repr else name)
+    def describe(self, write: Callable[[Any], str]) -> str:
+        return super().describe(lambda name: f"torch.{name}" if write is repr else name)
 
     def read(self, text: str) -> Any:
         name = text.removeprefix("torch.").lower()
@@ -106,38 +113,40 @@ class Dtypes(Words):
 
 @dataclass(frozen=True)
 class Option:
-    """An option: what is legal, and who reads it."""
+    """An option of FOAM: its default, its legal values, and which parts of the package read it."""
 
     name: str
-    default: Any  # FOAM's, a dtype by name; None if something else decides
+    default: Any  # in FOAM; a dtype by its name; None if something else decides
     legal: Numbers | Words
-    help: str  # with which its row in docs/options.md begins
-    decided_by: str = ""  # a run's default, where that is not `default`
-    key: bool = True  # of optim_args; the others are Trainer's own, or found for each weight
-    field: bool = True  # of a param group, and an argument of FOAM
-    grouping: bool = False  # foam_param_groups decides by it which weights fold, and how they are grouped
-    folded: bool = False  # foam_param_groups takes it for the groups that fold
+    help: str  # its row in docs/options.md begins with this
+    decided_by: str = ""  # describes the default of a run that is not `default`
+    key: bool = True  # whether it is a key of optim_args; others are Trainer's, or are found for each weight
+    field: bool = True  # whether param groups have it, and FOAM as an argument
+    grouping: bool = False  # whether foam_param_groups decides by it which weights fold, and their groups
+    folded: bool = False  # whether foam_param_groups takes it for the groups that fold
     plain: Any = None  # its value in groups that do not fold; None leaves it to the optimizer
-    # Each step reads its value in the group anew. Prepared steps and checkpoints fit one value alone of a field that
-    # does not say so, which is safe for a new one.
+    # Whether its value in a group may change between steps. If not, prepared steps and checkpoints fit one value only,
+    # which is the safe choice for a new option.
     may_change: bool = False
-    carried: bool = False  # a run that is told how to go on with an older checkpoint is told its value
-    rule: str | None = None  # the second_moment that alone reads it
+    carried: bool = False  # whether the error about a checkpoint of other options names its value
+    rule: str | None = None  # the only second_moment that reads it; None: all
     elsewhere: tuple[str, str] = ("", "")  # what other rules read in its place: in Trainer, in FOAM
-    excluded: tuple[Any, str, str] | None = None  # a value, the second_moment that it does not go with ({} below), why
+    excluded: tuple[Any, str, str] | None = None  # a value, the second_moment that excludes it ({} below), and why
 
     def read(self, text: str) -> Any:
-        """The value that `text` in optim_args stands for; ValueError if it is not legal."""
+        """The value of `text` in optim_args; ValueError if it is not legal."""
         try:
             return self.legal.read(text)
         except (ValueError, KeyError, OverflowError):
-            raise ValueError(f"optim_args: {self.name} must be {self.legal.said(written)}, got {text!r}.") from None
+            raise ValueError(
+                f"optim_args: {self.name} must be {self.legal.describe(written)}, got {text!r}."
+            ) from None
 
     def check(self, value: Any) -> None:
-        """Raise TypeError or ValueError if `value`, in Python, is not legal; None is legal where it is the default."""
+        """Raise TypeError or ValueError if a value in Python is not legal; None is legal if it is the default."""
         if (value is None and self.default is None) or not (problem := self.legal.problem(value)):
             return
-        expected = self.legal.said(repr) + (", or None" if self.default is None else "")
+        expected = self.legal.describe(repr) + (", or None" if self.default is None else "")
         error = TypeError if problem.startswith("not a ") else ValueError
         raise error(f"{self.name} is {problem}: got {value!r}; expected {expected}")
 
@@ -169,7 +178,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("stochastic_rounding", "auto", Words(("auto", True, False)), "auto rounds stochastically where weights or "
            "state are bf16; true is an error if no weight is", folded=True, may_change=True),
     Option("state_dtype", "float32", Dtypes(("float32", "bfloat16")), "of all state, the unfolded weights' too",
-           folded=True, may_change=True),  # what state there is stays as it is
+           folded=True, may_change=True),  # state that exists keeps its dtype
     Option("nonfinite", "error", Words(("error", "skip", "ignore")), "what NaN and infinite gradients do",
            may_change=True),
     Option("fold_embeddings", None, Words(), "false keeps embeddings plain", decided_by="true", field=False,
@@ -200,15 +209,15 @@ def names_of(test: Callable[[Option], Any]) -> tuple[str, ...]:
 
 
 def table_of_keys() -> list[tuple[str, str, str, str]]:
-    """Of each key of optim_args its name, what is legal, its default and its help: `--help` and docs/options.md."""
+    """(name, legal values, default, help) of each key of optim_args, for `--help` and docs/options.md."""
     keys = [each for each in OPTIONS if each.key]
     return [
-        (each.name, each.legal.said(written), each.decided_by or written(each.default), each.help) for each in keys
+        (each.name, each.legal.describe(written), each.decided_by or written(each.default), each.help) for each in keys
     ]
 
 
 def check_fields(group: Mapping[str, Any]) -> None:
-    """Raise TypeError or ValueError unless all fields of `group`, without tensors, are legal."""
+    """Raise TypeError or ValueError if a field of `group` is not legal; the parameters are not checked."""
     for each in OPTIONS:
         if each.field:
             each.check(group[each.name])
@@ -216,9 +225,12 @@ def check_fields(group: Mapping[str, Any]) -> None:
 
 
 def refuse_excluded(options: Mapping[str, Any], rule: str, optim: str | None = None) -> None:
-    """Raise ValueError for an option whose value does not go with `rule`, the `second_moment`.
+    """Raise ValueError for an option whose value the rule excludes.
 
-    `optim` is the run's name, where optim_args gave the options; None where they are arguments of FOAM.
+    Args:
+        options: name -> value.
+        rule: the `second_moment`.
+        optim: the run's `optim`, if the options come from optim_args; None if they are arguments of FOAM.
     """
     for each in OPTIONS:
         if each.excluded is not None and (options.get(each.name), rule) == each.excluded[:2]:
@@ -246,7 +258,7 @@ def _refusal(message: str, optim: str | None) -> ValueError:
     return ValueError(message if optim is None else f"optim_args: {message}.")
 
 
-# What belongs to the Trainer, by the names under which optimizers know it -> its field of TrainingArguments.
+# An optimizer's name for a setting of the Trainer -> the field of TrainingArguments that sets it.
 _TRAINERS = {
     **dict.fromkeys(("lr", "learning_rate"), "learning_rate"),
     **dict.fromkeys(("beta1", "adam_beta1"), "adam_beta1"),
@@ -262,7 +274,7 @@ _TRAINERS = {
 
 
 def ours_like(name: str) -> str | None:
-    """The name of FOAM that `name` is a misspelling of, as "FOAM" or "foam-mini"; None if there is none."""
+    """The name of FOAM of which `name` is a misspelling ("FOAM", "foam-mini"), or None."""
     plain = name.strip().lower().replace("-", "_").replace(" ", "_")
     near = difflib.get_close_matches(plain, FOAM_NAMES, n=1, cutoff=0.8)
     return near[0] if near else None
@@ -275,10 +287,10 @@ def one_of_ours() -> str:
 
 
 def foam_options(optim: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """The options that `optim`, one of `FOAM_NAMES`, and `optim_args` ask for; FOAM's own defaults fill the rest.
+    """The options that `optim`, one of `FOAM_NAMES`, and `optim_args` set; all others have FOAM's defaults.
 
     Raises:
-        ValueError: as `parse_optim_args`, or the two contradict each other.
+        ValueError: as `parse_optim_args`, or `optim` and `optim_args` contradict each other.
     """
     parsed = parse_optim_args(optim_args)
     for key, value in FOAM_NAMES[optim].items():
@@ -294,13 +306,13 @@ def foam_options(optim: str, optim_args: str | Mapping[str, Any] | None) -> dict
 
 
 def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """The options in `TrainingArguments.optim_args`: those that it gives, as Python has them, but dtypes by name.
+    """The options that `TrainingArguments.optim_args` sets, as values of Python, but dtypes by their names.
 
     Args:
         optim_args: "key=value,key=value" with blanks allowed around keys and values, a mapping, or None.
 
     Raises:
-        ValueError: unknown or repeated key, missing "=", empty piece, or a value that is ill-typed or out of range.
+        ValueError: an unknown or repeated key, a missing "=", an empty pair, or a value that is not legal.
     """
     keys, parsed = names_of(lambda each: each.key), {}
     for key, text in split_optim_args(optim_args):
@@ -319,9 +331,10 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
 
 
 def split_optim_args(optim_args: str | Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """The pairs of key and value in `optim_args`, blanks stripped.
+    """The pairs of key and value in `optim_args`, without blanks around them.
 
-    ValueError where "=" or a side of it is missing, and for a key that is given twice.
+    Raises:
+        ValueError: a pair without "=", key or value, or a key that is given twice.
     """
     if optim_args is None or (isinstance(optim_args, str) and not optim_args.strip()):
         return []

@@ -1,6 +1,6 @@
-"""What the scripts of `recipes/` share, wherever they are copied to: configs, flags, messages, results, resuming.
+"""Functions that the scripts in `recipes/` share, also after they are copied: configs, flags, results, resuming.
 
-Private to them: no promise is made on these names.
+They are private to those scripts and may change in any version.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def say(*words: object) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text for a message of one line."""
+    """An error's text on one line, at most 400 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else text[:400] + " ..."
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
-    """What may have been meant by `name`: names that begin with it, else that contain it, else the most similar."""
+    """The names that a user may have meant: those that begin with `name`, else contain it, else the most similar."""
     known = sorted(names)
     for found in ([n for n in known if n.startswith(name)], [n for n in known if name and name in n]):
         if found:
@@ -43,15 +43,15 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
 
 
 def find_config(path: Path, here: Path) -> Path:
-    """`path`, or where there is none, the config of that name beside the script in `here` or in a recipe beside it."""
+    """`path` if the file exists, else the config of that name in `here`, the script's folder, or in another recipe."""
     if path.is_file() or path.is_absolute():
         return path
     places = (here / path, here / path.name, here.parent / path, here.parent / "quantized" / path.name)
     return next((place for place in places if place.is_file()), path)
 
 
-def said_optimizer(message: str) -> str:
-    """argparse's message on --optim with what was meant, where it is a misspelling of ours."""
+def with_optimizer_hint(message: str) -> str:
+    """argparse's `message`; if it is about a misspelt name of FOAM, a message with the right name instead."""
     from foam_hf.optim_args import ours_like
 
     wrong = re.search(r"argument --optim: invalid choice: '([^']*)'", message)
@@ -60,7 +60,7 @@ def said_optimizer(message: str) -> str:
 
 
 def replaced_optim_args(given: str | None, config: str | None, name: str) -> str | None:
-    """A note where --optim_args drops keys of the config `name`: it replaces the whole of them."""
+    """A note if --optim_args drops keys of the config `name`, because it replaces all of them; else None."""
     if not given or not config:
         return None
     kept, had = ({pair.partition("=")[0].strip() for pair in text.split(",")} for text in (given, config))
@@ -71,7 +71,7 @@ def replaced_optim_args(given: str | None, config: str | None, name: str) -> str
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The values of a YAML config, optim_args as Trainer takes them; SystemExit for a file that has none."""
+    """The values of a YAML config, with optim_args as text; SystemExit if the file cannot be read or has no keys."""
     import yaml
 
     try:
@@ -84,20 +84,21 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def pairs(value: Any) -> Any:
-    """A mapping as the text "key=value,key=value"; anything else as it is."""
+    """A mapping as the text "key=value,key=value"; any other value unchanged."""
     return ",".join(f"{key}={one}" for key, one in value.items()) if isinstance(value, dict) else value
 
 
 def config_values(
     config: dict[str, Any], path: Path, parser: ArgumentParser, own: Collection[str], lists: Collection[str] = ()
 ) -> dict[str, Any]:
-    """A config's values, checked and converted as the flags of the same names; SystemExit for what is wrong.
+    """A config's values, checked and converted as the flags of the same names; SystemExit if one is wrong.
 
     Args:
-        config: of `read_config`.
-        path: where it was read, for messages.
-        own: names of the recipe's own flags, which take no mappings or lists,
-        lists: but for these, which take several words.
+        config: from `read_config`.
+        path: of the config, for messages.
+        parser: of the recipe's flags and TrainingArguments.
+        own: names of the recipe's own flags, which take no mappings and no lists.
+        lists: names of the recipe's own flags that do take a list.
     """
     names = {action.dest for action in parser._actions} - {"help"}
     structured = {a.dest for a in parser._actions if a.type is str or a.nargs == "+" or get_origin(a.type)}
@@ -111,19 +112,19 @@ def config_values(
         elif isinstance(value, (dict, list)):
             if key not in structured or key in own:
                 raise SystemExit(f"{path}: {key}: got {value}; expected one value.")
-            unconverted[key] = value  # as lr_scheduler_kwargs: TrainingArguments takes it as it is
+            unconverted[key] = value  # TrainingArguments takes a mapping as it is (lr_scheduler_kwargs)
         elif value is not None:
             flags += [f"--{key}={value}"]
     return {**parse_flags(parser, flags, str(path)), **unconverted}
 
 
 def parse_flags(parser: ArgumentParser, flags: list[str], source: str) -> dict[str, Any]:
-    """The flags that are given, without defaults: argparse adds none to a namespace that already holds None."""
+    """The given flags, without defaults: argparse sets no default if the namespace already has the name."""
 
     def fail(message: str) -> NoReturn:
-        raise SystemExit(f"{source}: {said_optimizer(message)}")
+        raise SystemExit(f"{source}: {with_optimizer_hint(message)}")
 
-    parser.error = fail  # type: ignore[method-assign]  # one line, instead of a page of usage
+    parser.error = fail  # type: ignore[method-assign]  # argparse would print a page of usage
     names = {action.dest for action in parser._actions} - {"help"}
     found, unknown = parser.parse_known_args(flags, Namespace(**dict.fromkeys(names)))
     if unknown:
@@ -133,11 +134,16 @@ def parse_flags(parser: ArgumentParser, flags: list[str], source: str) -> dict[s
 
 
 def drop_foreign_settings(config: dict[str, Any], given: Collection[str], optim: str, name: str) -> list[str]:
-    """Take from the config `name` the optim_args of another optimizer than `optim`; what to tell the user of it.
+    """Remove the optim_args from a config that was written for another optimizer than `optim`.
 
     Args:
-        config: changed in place; its optim_args belong to the optimizer beside which they are written.
-        given: names of the flags that are given.
+        config: changed in place.
+        given: names of the flags that the user gave.
+        optim: the optimizer of this run.
+        name: of the config, for the notes.
+
+    Returns:
+        Notes for the user on what is dropped and what is kept.
     """
     notes, of = [], config.get("optim")
     dropped = config.pop("optim_args", None)
@@ -151,7 +157,17 @@ def drop_foreign_settings(config: dict[str, Any], given: Collection[str], optim:
 def settle_pairs(
     exclusive: Iterable[tuple[str, str]], given: dict[str, Any], config: dict[str, Any], path: Path
 ) -> None:
-    """Let either of two flags win over both of the config, in place; SystemExit where one source has both."""
+    """Of flags that exclude each other, remove both from the config if the user gave one.
+
+    Args:
+        exclusive: pairs of names.
+        given: the flags that the user gave.
+        config: changed in place.
+        path: of the config, for messages.
+
+    Raises:
+        SystemExit: the user's flags, or the config, have both of a pair.
+    """
     for pair in exclusive:
         for source, where in ((given, "train.py"), (config, path)):
             if set(pair) <= source.keys():
@@ -163,10 +179,10 @@ def settle_pairs(
 
 @functools.cache
 def hub_problem() -> str | None:
-    """Why the model hub cannot be used, or None where it answers; one request, given up after 4 seconds.
+    """Why the model hub cannot be used, or None if it answers one request within 4 seconds.
 
-    After a failed request the Hugging Face libraries of this process are switched to offline mode, so that none of
-    them spends minutes on retries; what is in their caches still loads.
+    After a failed request the Hugging Face libraries of this process are switched to offline mode. Otherwise each of
+    them would spend minutes on retries. Files in their caches still load.
     """
     from huggingface_hub import constants, get_session
 
@@ -177,13 +193,13 @@ def hub_problem() -> str | None:
     def ask() -> None:
         try:
             status = get_session().head(constants.ENDPOINT, timeout=3).status_code
-        except Exception as error:  # the session is of requests or of httpx, by version: no common class of errors
+        except Exception as error:  # the session is of requests or of httpx, whose errors have no common class
             problems.append(f"{constants.ENDPOINT} does not answer ({type(error).__name__})")
         else:
             bad = status >= 500 or status == 407  # 407: a proxy that wants a password
             problems.append(f"{constants.ENDPOINT} answers with HTTP status {status}" if bad else "")
 
-    # A thread, because no timeout covers a name server that keeps silent.
+    # In a thread, because the timeout does not cover a name server that does not answer.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout=4)
@@ -194,12 +210,12 @@ def hub_problem() -> str | None:
 
 
 def resumes_newest(wanted: object) -> bool:
-    """Whether --resume_from_checkpoint asks for a run's newest checkpoint, rather than none or a named one."""
+    """Whether --resume_from_checkpoint asks for the newest checkpoint of a run."""
     return str(wanted).lower() in ("true", "1", "yes")
 
 
 def checkpoint_to_resume(wanted: str | None, output_dir: str | Path) -> str | None:
-    """The checkpoint that --resume_from_checkpoint asks for, or None; SystemExit for a folder that is not there."""
+    """The checkpoint that --resume_from_checkpoint asks for, or None; SystemExit if its folder does not exist."""
     if not wanted or str(wanted).lower() in ("false", "0", "no"):
         return None
     if not resumes_newest(wanted):
@@ -214,7 +230,7 @@ def checkpoint_to_resume(wanted: str | None, output_dir: str | Path) -> str | No
 
 
 def finished_results(output_dir: str | Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The results in `output_dir`, if they are of a run with the same settings but for the folder."""
+    """The results in `output_dir` if they are of a run with the same settings, whatever its folder; else None."""
     file = Path(output_dir) / "results.json"
     if not file.is_file():
         return None
@@ -227,11 +243,11 @@ def finished_results(output_dir: str | Path, settings: dict[str, Any]) -> dict[s
 
 
 def keep_earlier(output_dir: str | Path, resumes: bool, say: Callable[[str], None]) -> None:
-    """Say what an earlier run left in `output_dir` that this one replaces; results are kept under another name.
+    """Rename the results of an earlier run in `output_dir`, and report what this run will replace.
 
     Args:
         output_dir: of this run; it need not exist.
-        resumes: this run goes on from a checkpoint.
+        resumes: whether this run resumes from a checkpoint.
         say: prints on the first process only.
     """
     folder = Path(output_dir)
@@ -251,22 +267,22 @@ def keep_earlier(output_dir: str | Path, resumes: bool, say: Callable[[str], Non
 
 
 def differing_settings(args: Any, model: Any, optimizer: Any) -> list[str]:
-    """Settings that `args` ask for and a resumed `optimizer` has otherwise, as "learning_rate=1e-05 (not 0.0001)"."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's
+    """Settings in which a resumed `optimizer` differs from `args`, as "learning_rate=1e-05 (not 0.0001)"."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     groups = optimizer.param_groups
     found = {}
     for group in groups:
         if "initial_lr" in group and group["initial_lr"] != args.learning_rate:
             found["learning_rate"] = (group["initial_lr"], args.learning_rate)
-    for mine, asked in zip(groups, _asked_groups(args, model, groups), strict=False):
+    for mine, asked in zip(groups, _groups_of_arguments(args, model, groups), strict=False):
         for name, value in asked.items():
             if name not in ("params", "lr", "initial_lr") and name in mine and _plain(mine[name]) != _plain(value):
                 found[name] = (mine[name], value)
     return [f"{name}={_plain(used)} (not {_plain(asked)})" for name, (used, asked) in found.items()]
 
 
-def _asked_groups(args: Any, model: Any, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The groups that FOAM would have by the arguments alone; none for another optimizer."""
+def _groups_of_arguments(args: Any, model: Any, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The param groups that FOAM would have without the checkpoint; [] for another optimizer."""
     import logging
 
     from transformers import Trainer
@@ -296,10 +312,10 @@ def _plain(value: Any) -> Any:
 
 
 def resumed_callback(say: Callable[[str], None]) -> Any:
-    """A TrainerCallback that says, before the first step of a resumed run, which settings are the checkpoint's."""
+    """A TrainerCallback that reports, when a run resumes, which settings come from the checkpoint."""
     from transformers import TrainerCallback
 
-    class SaysWhatIsUsed(TrainerCallback):
+    class CheckpointSettingsReport(TrainerCallback):
         def on_train_begin(
             self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
         ) -> None:
@@ -308,16 +324,16 @@ def resumed_callback(say: Callable[[str], None]) -> Any:
                 if differing := differing_settings(args, model, optimizer):
                     say(f"Resumed at step {state.global_step} with the checkpoint's {', '.join(differing)}.")
 
-    return SaysWhatIsUsed()
+    return CheckpointSettingsReport()
 
 
 def finite(value: float) -> float | None:
-    """The value, or None for what a diverged run has: JSON has no NaN."""
+    """The value, or None for NaN and infinity of a diverged run, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
 def write_json(path: Path, value: object, ensure_ascii: bool = True) -> None:
-    """Write the whole file or leave what was there: a temporary neighbour, then one rename."""
+    """Write a JSON file by a rename, so that an error leaves the old file as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -332,7 +348,7 @@ def write_json(path: Path, value: object, ensure_ascii: bool = True) -> None:
 
 
 def put_between(page: str, start: str, end: str, text: str) -> str:
-    """`page` with `text` on the lines between the marks `start` and `end`; ValueError where it lacks them."""
+    """`page` with `text` between the lines `start` and `end`; ValueError if `page` lacks them."""
     before, first, rest = page.partition(start)
     _, last, after = rest.partition(end)
     if not (first and last):
@@ -341,7 +357,7 @@ def put_between(page: str, start: str, end: str, text: str) -> str:
 
 
 def renew_page(path: Path, start: str, end: str, text: str) -> None:
-    """Put `text` between the marks of a file; SystemExit for one that lacks them, which stays as it is."""
+    """Replace the text between the lines `start` and `end` of a file; SystemExit if the file lacks them."""
     try:
         page = put_between(path.read_text(encoding="utf-8"), start, end, text)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Where pickles look for `optimizer_name`: every training_args.bin of version 0.2 and earlier names this path."""
+"""Keeps `optimizer_name` importable by its old path, which a training_args.bin of version 0.2 or earlier names."""
 
 from foam_hf.trainer.names import optimizer_name
 

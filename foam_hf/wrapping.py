@@ -1,15 +1,19 @@
-"""Functions of other packages with a wrapper of ours around them: once, and by the foam_hf that was imported last."""
+"""Wraps functions of transformers, so that each has one wrapper even if foam_hf is imported twice."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-_LOAD = object()  # of this import of foam_hf: a notebook may import it twice
+_THIS_IMPORT = object()  # marks wrappers of this import of foam_hf: a notebook may import it twice
 
 
 def require(owner: Any, name: str) -> Any:
-    """The attribute, or an ImportError that names what moved."""
+    """The attribute `name` of a module or class of transformers.
+
+    Raises:
+        ImportError: it does not exist; the message names it.
+    """
     if not hasattr(owner, name):
         import transformers
 
@@ -21,12 +25,17 @@ def require(owner: Any, name: str) -> Any:
 
 
 def wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
-    """Replace `owner.name` by `wrapper(owner.name)`, once; what an earlier import of foam_hf put there is replaced."""
+    """Replace `owner.name` by `wrapper(owner.name)`. Idempotent; a wrapper of an earlier import is replaced.
+
+    A wrapper that another package has wrapped stays: it cannot be taken out.
+    """
     original = require(owner, name)
-    load, mine = getattr(original, "_foam_hf", (None, None))  # functools.wraps carries it through later wrappers
-    if load is _LOAD or (load is not None and mine is not original):  # in the second case we are inside of another's
+    # functools.wraps copies this attribute to wrappers of other packages.
+    marked_import, marked_function = getattr(original, "_foam_hf", (None, None))
+    wrapped_by_others = marked_import is not None and marked_function is not original
+    if marked_import is _THIS_IMPORT or wrapped_by_others:
         return
-    wrapped = wrapper(original if load is None else original.__wrapped__)
+    wrapped = wrapper(original if marked_import is None else original.__wrapped__)
     function = getattr(wrapped, "__func__", wrapped)
-    function._foam_hf = (_LOAD, function)
+    function._foam_hf = (_THIS_IMPORT, function)
     setattr(owner, name, wrapped)

@@ -69,7 +69,7 @@ def test_an_illegal_text_is_refused_with_it_and_with_what_is_legal(option: Optio
         return
     from transformers import TrainingArguments
 
-    expected = f"optim_args: {option.name} must be {option.legal.said(written)}, got {text!r}."
+    expected = f"optim_args: {option.name} must be {option.legal.describe(written)}, got {text!r}."
     assert refusal(lambda: parse_optim_args(f"{option.name}={text}")) == expected
     assert refusal(lambda: parse_optim_args({option.name: text})) == expected
     given = {"output_dir": "unused", "use_cpu": True, "optim": "foam", "optim_args": f"{option.name}={text}"}
@@ -96,7 +96,7 @@ def test_an_illegal_value_is_refused_wherever_python_takes_it(option: Option) ->
     for door in doors:
         message = refusal(door)
         assert f"{name} is " in message and f"got {value!r}" in message
-        assert f"expected {option.legal.said(repr)}" in message
+        assert f"expected {option.legal.describe(repr)}" in message
 
 
 @EVERY

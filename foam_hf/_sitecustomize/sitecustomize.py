@@ -1,6 +1,6 @@
-"""`foam-hf run` puts this folder first on PYTHONPATH, so every python it starts runs this file at start-up.
+"""Imports foam_hf at the start of every Python in `foam-hf run`, which puts this folder first on PYTHONPATH.
 
-It imports foam_hf, which waits for transformers, and runs the sitecustomize that it hides, if there is one.
+Then it runs the user's own sitecustomize, which Python no longer finds because of this file.
 """
 
 import importlib.machinery
@@ -12,14 +12,14 @@ _FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
 def _run_hidden_sitecustomize() -> None:
-    # only what comes later on the path: two folders of this kind must not call each other for ever
+    # Search later entries of the path only: two folders of this kind would call each other without end.
     folders = [os.path.abspath(entry) for entry in sys.path]
     later = sys.path[folders.index(_FOLDER) + 1 :] if _FOLDER in folders else []
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", later)
     if spec is None or spec.loader is None:
         return
     module = importlib.util.module_from_spec(spec)
-    sys.modules["sitecustomize"] = module  # `import sitecustomize` finds the user's own
+    sys.modules["sitecustomize"] = module  # so that `import sitecustomize` finds the user's file
     spec.loader.exec_module(module)
 
 
@@ -32,7 +32,7 @@ def _import_foam_hf() -> None:
     else:
         return
     if os.environ.get("FOAM_HF_RUN_PREFIX") == sys.prefix:
-        # the interpreter of foam-hf itself, which runs from a checkout that is not on this path
+        # This is the interpreter of foam-hf itself, which runs from a checkout that is not on sys.path.
         root = os.path.dirname(os.path.dirname(_FOLDER))
         sys.path.insert(0, root)
         try:
@@ -49,5 +49,5 @@ def _import_foam_hf() -> None:
 
 try:
     _import_foam_hf()
-finally:  # python reports what goes wrong in either, and goes on
+finally:  # Python prints an error in this file and continues
     _run_hidden_sitecustomize()

@@ -29,7 +29,7 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 def add_parser(commands: Any) -> None:
     """Add `estimate` to the subparsers of `foam-hf`."""
-    level = option("level").legal.said(written)
+    level = option("level").legal.describe(written)
     parser = commands.add_parser(
         "estimate",
         help="say what training a model takes, before anything but its config is read",

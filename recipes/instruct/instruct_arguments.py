@@ -16,8 +16,8 @@ from foam_hf.recipe_kit import (
     nearest,
     one_line,
     replaced_optim_args,
-    said_optimizer,
     say,
+    with_optimizer_hint,
 )
 
 try:
@@ -87,7 +87,7 @@ def parse(argv: list[str]) -> tuple[InstructArguments, SFTConfig, dict]:
     """
 
     def fail(message: str) -> None:
-        raise SystemExit(f"train.py: {said_optimizer(message)}")
+        raise SystemExit(f"train.py: {with_optimizer_hint(message)}")
 
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     pre.error = fail  # one line, instead of a page of usage
