@@ -1,4 +1,4 @@
-"""From TrainingArguments to FOAM: its param groups and options, the first line of a run, and the model card's."""
+"""Makes FOAM from TrainingArguments, prints the first line of a run, and writes the model card's line on FOAM."""
 
 from __future__ import annotations
 
@@ -12,59 +12,59 @@ from contextvars import ContextVar
 from typing import Any
 
 from foam_hf.optim_args import default_scale, names_of, option
-from foam_hf.trainer.names import asked_options, is_ours, name_of, releases_gradients
+from foam_hf.trainer.names import name_of, releases_gradients, requested_options, uses_foam
 from foam_hf.trainer.patches import decay_parameter_names
 from foam_hf.trainer.refusals import refuse_other_optimizer, refuse_sharding
-from foam_hf.trainer.report import expect_report
+from foam_hf.trainer.report import require_report_events
 
 logger = logging.getLogger("foam_hf")
 
 _announced: weakref.ref[Any] | None = None  # the arguments of the run whose first line was printed last
-_trainer: ContextVar[Any] = ContextVar("foam_hf_trainer", default=None)  # the Trainer that is at work
+_current_trainer: ContextVar[Any] = ContextVar("foam_hf_trainer", default=None)
 
 
-class _KnowingItsTrainer(staticmethod):
-    """Static, as in transformers; but called by a Trainer it knows by which."""
+class _TrainerStaticMethod(staticmethod):
+    """A static method, as transformers has it, that sets the current trainer when an instance calls it."""
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         function = super().__get__(instance, owner)
-        return function if instance is None else at_work(instance, function)
+        return function if instance is None else with_current_trainer(instance, function)
 
 
-def at_work(trainer: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, during which `trainer` is the one that the builder of FOAM asks."""
+def with_current_trainer(trainer: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `function` so that `_foam_cls_and_kwargs` can find `trainer` while it runs."""
 
     @functools.wraps(function)
     def with_trainer(*args: Any, **kwargs: Any) -> Any:
-        token = _trainer.set(trainer)
+        token = _current_trainer.set(trainer)
         try:
             return function(*args, **kwargs)
         finally:
-            _trainer.reset(token)
+            _current_trainer.reset(token)
 
     return with_trainer
 
 
 def wrap_get_optimizer(original: Callable[..., Any]) -> Any:
-    """`Trainer.get_optimizer_cls_and_kwargs`, which knows FOAM."""
+    """Wrap `Trainer.get_optimizer_cls_and_kwargs`: it returns FOAM and its arguments where a run asks for FOAM."""
 
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None, *more: Any, **kwargs: Any) -> Any:
-        if is_ours(args):
+        if uses_foam(args):
             return _foam_cls_and_kwargs(args, model)
         refuse_other_optimizer(model, f"optim={name_of(getattr(args, 'optim', None))!r}")
         return original(args, model, *more, **kwargs)
 
-    return _KnowingItsTrainer(get_optimizer_cls_and_kwargs)
+    return _TrainerStaticMethod(get_optimizer_cls_and_kwargs)
 
 
 def wrap_create_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Trainer.create_optimizer`, during which the trainer is known; a report that nothing reaches is found then."""
+    """Wrap `Trainer.create_optimizer`: it sets the current trainer, and a memory report without events is refused."""
 
     @functools.wraps(original)
     def create_optimizer(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        result = at_work(trainer, original)(trainer, *args, **kwargs)
-        expect_report(trainer)
+        result = with_current_trainer(trainer, original)(trainer, *args, **kwargs)
+        require_report_events(trainer)
         return result
 
     return create_optimizer
@@ -77,15 +77,14 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
     from foam_hf.optimizer.foam import FOAM
     from foam_hf.optimizer.groups import foam_param_groups, grouping_options
 
-    running = _trainer.get()
+    running = _current_trainer.get()
     trainer = running if running is not None and running.args is args else None
-    model = getattr(trainer, "model", None) if model is None else model  # LoRA+ of several clients names none
+    model = getattr(trainer, "model", None) if model is None else model  # trainers with LoRA+ pass no model
     if model is None:
         raise ValueError(
-            f"optim={name_of(args.optim)!r} decides by the model which weights fold, and whoever makes the optimizer "
-            "here named none, outside of Trainer.train: training loops of their own do so, as LLaMA-Factory's PPO. "
-            "Expected another optim for this run, or in a script of yours "
-            "Trainer.get_optimizer_cls_and_kwargs(args, model)"
+            f"optim={name_of(args.optim)!r} decides by the model which weights fold, and no model was given: some "
+            "trainers make the optimizer outside of Trainer.train, as LLaMA-Factory's PPO does. Expected another "
+            "optim for this run, or Trainer.get_optimizer_cls_and_kwargs(args, model) in your own script"
         )
     options = _options(args)
     refuse_sharding(args, model, trainer)
@@ -104,28 +103,28 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
         "eps": args.adam_epsilon,
         **options,
     }
-    # a throw-away optimizer holds no state yet: it validates every value and knows what the real one will keep
+    # A throw-away optimizer without state validates every value and predicts the state of the real one.
     preview = FOAM([dict(group) for group in groups], **kwargs)
     _announce(args, preview)
-    if args.should_log and all("level" in group for group in groups):  # only plain groups name theirs
+    if args.should_log and all("level" in group for group in groups):  # only groups that do not fold have the key
         logger.warning(
             f"optim={name_of(args.optim)!r}: no trainable weight of {type(model).__name__} folds, so this run keeps "
             "AdamW's state; expected weights of two or more dimensions in the base model"
         )
-    # not as "params": whoever makes groups of his own, for their learning rates, would lose them, or these
+    # Not as "params": trainers that make their own groups would then overwrite these, or lose their learning rates.
     decided = Decided(groups, type(model).__name__, released=releases_gradients(args))
     return FOAM, {**kwargs, "decided": decided}
 
 
 def _options(args: Any) -> dict[str, Any]:
-    """The options of FOAM that `args` ask for; its own defaults fill the rest."""
-    options = asked_options(args)
+    """The options of FOAM that `args` give; FOAM's defaults fill in the rest."""
+    options = requested_options(args)
     options.pop("gradient_release", None)
     return {"seed": args.seed, **options}
 
 
 def _announce(args: Any, optimizer: Any) -> None:
-    """Say what a run gains by its optimizer."""
+    """Print and log how much state FOAM takes beside AdamW's."""
     from foam_hf.memory.measured import headline, summarize
 
     _print_once(args, headline(optimizer))
@@ -137,7 +136,7 @@ def _announce(args: Any, optimizer: Any) -> None:
 
 
 def _print_once(args: Any, line: str) -> None:
-    """By process 0, on stderr, unless its `log_level` asks for errors alone."""
+    """Print `line` to stderr, once a run, on process 0, unless `log_level` hides warnings."""
     global _announced
     announced = _announced is not None and _announced() is args
     if announced or args.process_index or args.get_process_log_level() > logging.WARNING:
@@ -147,22 +146,22 @@ def _print_once(args: Any, line: str) -> None:
 
 
 def wrap_model_card(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`extract_hyperparameters_from_trainer`: a saved run's model card names FOAM with its effective options."""
+    """Wrap `extract_hyperparameters_from_trainer`: the model card of a run names FOAM with its effective options."""
 
     @functools.wraps(original)
     def extract_hyperparameters_from_trainer(trainer: Any) -> dict[str, Any]:
         hyperparameters: dict[str, Any] = original(trainer)
-        if is_ours(trainer.args):
-            hyperparameters["optimizer"] = describe(trainer.args)
+        if uses_foam(trainer.args):
+            hyperparameters["optimizer"] = describe_optimizer(trainer.args)
         return hyperparameters
 
     return extract_hyperparameters_from_trainer
 
 
-def describe(args: Any) -> str:
-    """FOAM with every option that TrainingArguments give it, as a model card says it."""
+def describe_optimizer(args: Any) -> str:
+    """The text of a model card on FOAM: its name and every option, as TrainingArguments give them."""
     effective = {name: option(name).default for name in names_of(lambda each: each.key and each.field)}
-    if args.optim_target_modules is None:  # else these decide, unless the options are given
+    if args.optim_target_modules is None:  # else the target modules decide whether embeddings and head fold
         effective |= {"fold_embeddings": True, "fold_head": True}
     effective |= _options(args)
     if effective["scale"] is None:

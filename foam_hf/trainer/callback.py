@@ -1,4 +1,4 @@
-"""`OptimizerMemoryCallback`: logs what the optimizer holds through the Trainer. `foam_hf.memory` does the counting."""
+"""`OptimizerMemoryCallback` measures the optimizer's memory in a training run and logs it through the Trainer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from foam_hf.display import PICTURES, missing_for_pictures
 from foam_hf.memory.measured import MemoryBreakdown, breakdown, state_bytes
 from foam_hf.memory.profile import StepRecorder, draw
-from foam_hf.trainer.run_report import BatchWatch, Predicted, predict, row, table
+from foam_hf.trainer.run_report import BatchWatch, Predicted, format_table, measured_row, predict
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ _ENDINGS = ", ".join(PICTURES)
 
 
 @dataclass(frozen=True)
-class _Moment:
-    """What Trainer says to a callback when something happens."""
+class _EventArguments:
+    """The arguments with which Trainer calls a callback."""
 
     args: TrainingArguments
     state: TrainerState
@@ -36,8 +36,8 @@ class _Moment:
     optimizer: Any = None
 
 
-def _event(react: Callable[[Any, _Moment], None]) -> Callable[..., None]:
-    """An event of `TrainerCallback`. A report that fails must not cost a training run: warn once, go on."""
+def _event(react: Callable[[Any, _EventArguments], None]) -> Callable[..., None]:
+    """Make `react` an event of `TrainerCallback` that warns once, and does not raise, when `react` fails."""
 
     @functools.wraps(react)
     def event(
@@ -50,7 +50,7 @@ def _event(react: Callable[[Any, _Moment], None]) -> Callable[..., None]:
         **kwargs: Any,
     ) -> None:
         try:
-            react(self, _Moment(args, state, control, model, optimizer))
+            react(self, _EventArguments(args, state, control, model, optimizer))
         except Exception as error:
             self._warn_once(
                 f"the report on optimizer memory fails ({type(error).__name__}: {error}); training goes on"
@@ -62,33 +62,32 @@ def _event(react: Callable[[Any, _Moment], None]) -> Callable[..., None]:
 class OptimizerMemoryCallback(TrainerCallback):
     """Measure the optimizer's state, any optimizer's, and report it through the Trainer.
 
-    It measures the Trainer's model, and the loss where that has weights (sentence-transformers). After the first
-    optimizer step it logs, with `trainer.log`, so that the console, TensorBoard, W&B and
-    `trainer_state.json` get them:
+    It measures the Trainer's model, and the loss if the loss has weights (sentence-transformers). After the first
+    optimizer step it calls `trainer.log`, so the console, TensorBoard, W&B and `trainer_state.json` get:
 
-    * `optim/state_bytes`: of this process, measured; `optim/state_bytes_per_param`: the same for each trainable
-      parameter; `optim/adamw_ratio`: the same as a fraction of what `torch.optim.AdamW` would hold.
-    * on CUDA, `optim/peak_allocated_bytes`, and `optim/weights_share`, `optim/gradients_share`, `optim/state_share`
-      and `optim/rest_share`: the fractions of that peak that are weights, gradients (before they are zeroed), state
-      on the GPU, and the rest.
+    * `optim/state_bytes`: the bytes of optimizer state in this process. `optim/state_bytes_per_param`: these bytes
+      for each trainable parameter. `optim/adamw_ratio`: these bytes as a fraction of `torch.optim.AdamW`'s.
+    * on CUDA, `optim/peak_allocated_bytes`, and the fractions of this peak that weights, gradients (before they are
+      zeroed), state on the GPU, and the rest take: `optim/weights_share`, `optim/gradients_share`,
+      `optim/state_share` and `optim/rest_share`.
 
-    At the end of training it prints a table on the main process: what was measured, beside what `foam-hf estimate`
-    predicts of the model, the arguments and the largest batch. With several processes it shows their sum and the
-    largest of them; every process must have the callback then, as they exchange their numbers. What cannot be
-    measured is left out of the logs, and "unavailable" in the table. No counter is reset.
+    At the end of training the main process prints a table. It compares the measured bytes with those that
+    `foam-hf estimate` predicts for the model, the arguments and the largest batch. With several processes the table
+    has their sum and the largest of them; the processes exchange their numbers, so every one must have the callback.
+    A number that cannot be measured is missing in the logs and "unavailable" in the table. No counter is reset.
 
     It warns when training resumes without the optimizer's state. It never raises into training.
 
     Args:
-        plot: a file that ends in .png, .pdf or .svg: draw memory through the second step into it, by kind, as
-            measured on the GPU. It needs matplotlib. The main process draws its own.
+        plot: a file that ends in .png, .pdf or .svg. The main process draws into it its GPU memory through the second
+            step, by kind. This needs matplotlib.
 
     Raises:
         ValueError: `plot` has another ending.
 
     Attributes:
         trainer: the Trainer, or a weak proxy of it; `import foam_hf` binds it when training starts.
-        heard: an event of training has reached this callback.
+        heard: whether an event of training has reached this callback.
     """
 
     def __init__(self, plot: str | os.PathLike[str] | None = None) -> None:
@@ -99,31 +98,31 @@ class OptimizerMemoryCallback(TrainerCallback):
         self.heard = False
         self._watch: BatchWatch | None = None
         self._recorder: StepRecorder | None = None
-        self._to_record = False
+        self._should_record = False
         self._first: MemoryBreakdown | None = None
-        self._to_measure = self._to_log = self._hears_steps = False
+        self._should_measure = self._should_log = self._gets_optimizer_steps = False
         self._resumed_without_state = False
         self._warnings: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        # a weak proxy cannot be pickled, nor the hooks of a model that is in training
+        # Neither a weak proxy nor the hooks of a model in training can be pickled.
         return {**self.__dict__, "trainer": None, "_watch": None, "_recorder": None}
 
     @_event
-    def on_train_begin(self, moment: _Moment) -> None:
+    def on_train_begin(self, event: _EventArguments) -> None:
         """Start afresh; warn if training resumes from a checkpoint that has no optimizer."""
         self.heard = True
-        moment = self._of_trainer(moment)
-        model, state, optimizer = moment.model, moment.state, moment.optimizer
-        self._take_hooks_off()
-        self._first, self._to_measure, self._to_log = None, True, False
+        event = self._with_trainer_model(event)
+        model, state, optimizer = event.model, event.state, event.optimizer
+        self._remove_hooks()
+        self._first, self._should_measure, self._should_log = None, True, False
         if model is not None:
             self._watch = BatchWatch(model)
-            self._to_record = self.plot is not None and state.is_world_process_zero and self._can_draw(model)
-        # Whatever the files are called, what was restored is there.
+            self._should_record = self.plot is not None and state.is_world_process_zero and self._can_draw(model)
+        # The optimizer's own state decides: the names of its files differ between engines.
         resumed = state.global_step > 0 and optimizer is not None
         self._resumed_without_state = resumed and state_bytes(optimizer) == 0
-        folder = _checkpoint(moment.args, state)
+        folder = _checkpoint(event.args, state)
         # Also optimizer.bin, optimizer_0 (FSDP), rank0-of-2-optimizer.pt (XLA), global_step8 (DeepSpeed).
         saved = folder and any("optimizer" in name or name.startswith("global_step") for name in os.listdir(folder))
         if self._resumed_without_state and folder and not saved:
@@ -131,73 +130,73 @@ class OptimizerMemoryCallback(TrainerCallback):
             self._warn_of_lost_state(state, f"from {folder}, which has no optimizer.pt")
 
     @_event
-    def on_step_begin(self, moment: _Moment) -> None:
-        """Record the step after the first one: from then on there is state."""
+    def on_step_begin(self, event: _EventArguments) -> None:
+        """Record the second step: it is the first one with optimizer state."""
         self.heard = True
-        moment = self._of_trainer(moment)
-        model = moment.model
-        if self._to_record and self._first is not None and model is not None and moment.optimizer is not None:
-            self._to_record = False
-            self._recorder = StepRecorder(model, moment.optimizer, _gpus(model))
+        event = self._with_trainer_model(event)
+        model = event.model
+        if self._should_record and self._first is not None and model is not None and event.optimizer is not None:
+            self._should_record = False
+            self._recorder = StepRecorder(model, event.optimizer, _gpus(model))
             self._recorder.start()
 
     @_event
-    def on_pre_optimizer_step(self, moment: _Moment) -> None:
-        """Backward is over, and gradients are clipped."""
+    def on_pre_optimizer_step(self, event: _EventArguments) -> None:
+        """Sample memory after the backward pass and after clipping."""
         if self._recorder is not None:
             self._recorder.before_optimizer()
 
     @_event
-    def on_optimizer_step(self, moment: _Moment) -> None:
-        """Measure after the first step that was taken: state exists by now, and gradients exist still."""
+    def on_optimizer_step(self, event: _EventArguments) -> None:
+        """Measure after the first step: state exists then, and gradients are not freed yet."""
         if self._recorder is not None:
             self._recorder.after_optimizer()
-        self._hears_steps = True
-        self._measure(self._of_trainer(moment))
+        self._gets_optimizer_steps = True
+        self._measure(self._with_trainer_model(event))
 
     @_event
-    def on_step_end(self, moment: _Moment) -> None:
-        """Log the first measurement, now that the step counts; draw the step that was recorded."""
-        moment = self._of_trainer(moment)
-        step = moment.state.global_step
-        if not self._hears_steps:  # a training loop of somebody else's, with this event alone
-            self._measure(moment)
+    def on_step_end(self, event: _EventArguments) -> None:
+        """Log the first measurement after Trainer has counted the step, and draw the recorded step."""
+        event = self._with_trainer_model(event)
+        step = event.state.global_step
+        if not self._gets_optimizer_steps:  # some other training loops call this event and not on_optimizer_step
+            self._measure(event)
         if self._recorder is not None and self.plot is not None:
             recorder, self._recorder = self._recorder, None
-            title = f"{type(moment.model).__name__}, {_name(moment.optimizer)}: GPU memory through step {step}"
+            title = f"{type(event.model).__name__}, {_class_name(event.optimizer)}: GPU memory through step {step}"
             draw(recorder.stop(), self.plot, title=title)
             tqdm.write(f"Memory through step {step} is drawn in {self.plot}")
-        if self._to_log and self._first is not None:
-            self._to_log = False
-            should_log = moment.control.should_log
+        if self._should_log and self._first is not None:
+            self._should_log = False
+            should_log = event.control.should_log
             try:
-                self._log(_metrics(self._first), moment.state)
+                self._log(_metrics(self._first), event.state)
             finally:
-                moment.control.should_log = should_log  # or logging now would swallow Trainer's own log of this step
+                event.control.should_log = should_log  # trainer.log resets it, and Trainer would not log this step
 
     @_event
-    def on_train_end(self, moment: _Moment) -> None:
+    def on_train_end(self, event: _EventArguments) -> None:
         """Print the table on the main process."""
-        if self._to_record:
+        if self._should_record:
             self._warn_once(f"{self.plot} is not drawn: training had no second step, the first one with all memory")
-        moment = self._of_trainer(moment)
+        event = self._with_trainer_model(event)
         own = None
         try:
-            own = self._row(moment.model, moment.optimizer)
+            own = self._measured_row(event.model, event.optimizer)
         finally:
-            rows = _gather(own)  # even if this process has nothing to tell: the others wait for it
+            rows = _gather(own)  # even after an error: the other processes wait for this one
         measured = [found for found in rows if found is not None]
-        if moment.state.is_world_process_zero and measured:
-            printed = table(measured, _name(moment.optimizer), self._predicted(moment))
+        if event.state.is_world_process_zero and measured:
+            printed = format_table(measured, _class_name(event.optimizer), self._predicted(event))
             tqdm.write("\n" + printed)  # write: a progress bar may be open
 
-    def _of_trainer(self, moment: _Moment) -> _Moment:
-        """With Trainer's arguments and model: setfit gives callbacks its own, whose model is no module."""
-        model = moment.model
+    def _with_trainer_model(self, event: _EventArguments) -> _EventArguments:
+        """Replace arguments and model by the Trainer's: setfit gives callbacks its own, and its model is no module."""
+        model = event.model
         if model is None or isinstance(model, nn.Module):
-            return moment
+            return event
         try:
-            return replace(moment, args=self.trainer.args, model=self.trainer.model)
+            return replace(event, args=self.trainer.args, model=self.trainer.model)
         except (AttributeError, ReferenceError):
             raise TypeError(
                 f"the model that callbacks get is no torch.nn.Module but a {type(model).__name__}, and no Trainer is "
@@ -205,46 +204,48 @@ class OptimizerMemoryCallback(TrainerCallback):
             ) from None
 
     def _with_loss(self, model: nn.Module) -> nn.Module:
-        """`model`, and a loss of the Trainer that has weights of its own."""
+        """`model`, together with those losses of the Trainer that have weights of their own."""
         try:
             loss = getattr(self.trainer, "loss", None)
-        except ReferenceError:  # of a weak proxy
+        except ReferenceError:  # the Trainer is gone, and `self.trainer` is a weak proxy
             return model
         losses = [one for one in (loss.values() if isinstance(loss, dict) else [loss]) if isinstance(one, nn.Module)]
         known = {id(p) for p in model.parameters()}
-        weighty = [one for one in losses if any(id(p) not in known for p in one.parameters())]
-        return nn.ModuleList([model, *weighty]) if weighty else model
+        with_weights = [one for one in losses if any(id(p) not in known for p in one.parameters())]
+        return nn.ModuleList([model, *with_weights]) if with_weights else model
 
-    def _measure(self, moment: _Moment) -> None:
-        """Once, after a step that was taken."""
-        model, optimizer = moment.model, moment.optimizer
-        skipped = getattr(optimizer, "step_was_skipped", False)  # accelerate, when a loss scale overflowed
-        if not self._to_measure or skipped or model is None or optimizer is None:
+    def _measure(self, event: _EventArguments) -> None:
+        """Measure memory once, after a step that was not skipped."""
+        model, optimizer = event.model, event.optimizer
+        skipped = getattr(optimizer, "step_was_skipped", False)  # accelerate sets it when a loss scale overflowed
+        if not self._should_measure or skipped or model is None or optimizer is None:
             return
-        self._to_measure = False  # also if it fails: a second try would fail too
+        self._should_measure = False  # before measuring: after an error a second try would fail too
         self._first = breakdown(self._with_loss(model), optimizer)
-        self._to_log = True
-        # An optimizer that keeps nothing, as SGD, has lost nothing: only now is this one known to keep something.
+        self._should_log = True
+        # SGD keeps no state and so has lost none: only after a step is it known whether an optimizer keeps any.
         if self._resumed_without_state and self._first.state > 0:
-            self._warn_of_lost_state(moment.state, "but the optimizer's state was not restored")
+            self._warn_of_lost_state(event.state, "but the optimizer's state was not restored")
 
-    def _row(self, model: Any, optimizer: Any) -> dict[str, int | None] | None:
-        return None if self._first is None else row(self._first, breakdown(self._with_loss(model), optimizer))
+    def _measured_row(self, model: Any, optimizer: Any) -> dict[str, int | None] | None:
+        if self._first is None:
+            return None
+        return measured_row(self._first, breakdown(self._with_loss(model), optimizer))
 
-    def _predicted(self, moment: _Moment) -> Predicted | None:
+    def _predicted(self, event: _EventArguments) -> Predicted | None:
         watch = self._watch
-        self._take_hooks_off()  # or the model's copy would have them
+        self._remove_hooks()  # `predict` copies the model, hooks included
         try:
             if watch is None:
                 return None
-            model, optimizer = moment.model, _inner(moment.optimizer)
+            model, optimizer = event.model, _unwrapped(event.optimizer)
             whole, on_gpu = self._with_loss(model), bool(_gpus(model))
-            return predict(model, optimizer, moment.args, watch, on_gpu=on_gpu, whole=whole)
-        except Exception as error:  # what was measured is shown all the same
+            return predict(model, optimizer, event.args, watch, on_gpu=on_gpu, whole=whole)
+        except Exception as error:  # the table still has the measured numbers
             self._warn_once(f"the report lacks what was predicted ({type(error).__name__}: {error})")
             return None
 
-    def _take_hooks_off(self) -> None:
+    def _remove_hooks(self) -> None:
         if self._watch is not None:
             self._watch.stop()
         if self._recorder is not None:
@@ -287,7 +288,7 @@ class OptimizerMemoryCallback(TrainerCallback):
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> str | None:
-    """The folder that training resumes from, as far as a callback can tell: `train` keeps its argument to itself."""
+    """The folder that training resumes from, if it can be found: callbacks do not see the argument of `train`."""
     own = os.path.join(args.output_dir or "", f"checkpoint-{state.global_step}")
     for folder in (args.resume_from_checkpoint, own):
         if isinstance(folder, str) and os.path.isdir(folder):
@@ -310,18 +311,18 @@ def _gpus(model: Any) -> set[torch.device]:
     return {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.device.type == "cuda"}
 
 
-def _inner(optimizer: Any) -> Any:
+def _unwrapped(optimizer: Any) -> Any:
     while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
         optimizer = optimizer.optimizer
     return optimizer
 
 
-def _name(optimizer: Any) -> str:
-    return type(_inner(optimizer)).__name__
+def _class_name(optimizer: Any) -> str:
+    return type(_unwrapped(optimizer)).__name__
 
 
 def _gather(row: dict[str, Any] | None) -> list[dict[str, Any] | None]:
-    """The rows of all processes, this one's alone if there is one."""
+    """The rows of all processes; [row] in a run of one process."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return [row]

@@ -1,4 +1,7 @@
-"""Which `optim_args` go on with a checkpoint that this run's settings do not fit, as one of version 0.1.0."""
+"""Finds the `optim_args` with which training can resume from a checkpoint that other settings wrote.
+
+Checkpoints of version 0.1.0 are an example: other weights folded by default then.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,13 @@ from foam_hf.optimizer.state import CheckpointMismatchError, check_checkpoint, w
 def continuing_args(
     model: nn.Module, target_modules: Any, given: dict[str, Any], error: CheckpointMismatchError
 ) -> str | None:
-    """The `optim_args`, under `optim="foam"`, whose groups the checkpoint behind `error` fits; None where none do.
+    """The `optim_args` of `optim="foam"` that make the groups of a checkpoint, or None if no `optim_args` make them.
 
     Args:
         model: as the Trainer trains it.
         target_modules: the run's `optim_target_modules`.
-        given: the run's own `optim_args`, read; what they say beside this stays.
+        given: the run's `optim_args`, parsed; keys that do not change the groups are kept.
+        error: what loading the checkpoint raised; it holds the checkpoint's state dict.
     """
     saved_groups = [with_dtype(group) for group in error.state_dict["param_groups"]]
     plain = plain_options()
@@ -43,12 +47,12 @@ def continuing_args(
                 check_checkpoint(error.state_dict, optimizer.param_groups)
         except (TypeError, ValueError):
             continue
-        return _words({**options, **choice}, given)
+        return _as_optim_args({**options, **choice}, given)
     return None
 
 
-def wrapped_heads(model: nn.Module, error: CheckpointMismatchError) -> str:
-    """What to say of a checkpoint from before heads around a model stayed plain, or an empty string."""
+def explain_folded_heads(model: nn.Module, error: CheckpointMismatchError) -> str:
+    """Why a checkpoint of version 0.1.0 does not fit if its heads fold; an empty string for other checkpoints."""
     named_weights = any("param_names" in group for group in error.state_dict["param_groups"])
     if named_weights or not wraps_models(model):
         return ""
@@ -59,14 +63,14 @@ def wrapped_heads(model: nn.Module, error: CheckpointMismatchError) -> str:
 
 
 def _carried_defaults() -> dict[str, Any]:
-    """The options that folded groups carry on; a default stands for one that a checkpoint is older than."""
+    """Name -> default of the options that the groups of a checkpoint hold; old checkpoints lack the newer options."""
     return {name: option(name).default for name in names_of(lambda each: each.carried)}
 
 
-def _words(options: dict[str, Any], given: dict[str, Any]) -> str:
-    """`options` as `optim_args`, without what is the default, then what else is `given`."""
-    own = {**_carried_defaults(), "scale": default_scale(options["level"], options["second_moment"])}
-    own |= {"fold_embeddings": None, "fold_head": None}
-    words = {name: value for name, value in options.items() if value != own[name]}
-    words |= {name: value for name, value in given.items() if name not in options}
-    return ",".join(f"{name}={written(value)}" for name, value in words.items())
+def _as_optim_args(options: dict[str, Any], given: dict[str, Any]) -> str:
+    """The text of `optim_args`: those `options` that differ from the default, then the other keys of `given`."""
+    defaults = {**_carried_defaults(), "scale": default_scale(options["level"], options["second_moment"])}
+    defaults |= {"fold_embeddings": None, "fold_head": None}
+    keys = {name: value for name, value in options.items() if value != defaults[name]}
+    keys |= {name: value for name, value in given.items() if name not in options}
+    return ",".join(f"{name}={written(value)}" for name, value in keys.items())

@@ -1,7 +1,8 @@
-"""Checkpoints that are about to be read, for resuming or as the best model: which, and are they what was saved.
+"""Checks checkpoints before Trainer reads them, to resume training or to load the best model at its end.
 
-What is read is checked, and nothing else: see `manifest`. A checkpoint without a manifest is from another tool, or an
-older version: what can be checked there is. Each refusal names the step that accepts a change made on purpose.
+Only files that Trainer reads are checked, against the checksums in the manifest. A checkpoint of another tool or of an
+older version has no manifest; then each file is checked by its own format. Every error names what to do if a file was
+changed on purpose.
 """
 
 from __future__ import annotations
@@ -15,24 +16,26 @@ from typing import Any
 
 from foam_hf.optimizer.names import named
 from foam_hf.trainer.file_checks import Damaged, Unfinished, is_weights
-from foam_hf.trainer.manifest import check, checked, instead, newest_whole
-from foam_hf.trainer.names import foam_of, is_ours
-from foam_hf.trainer.weights import loads, problem_of
+from foam_hf.trainer.manifest import check, checked_folder, name_complete_checkpoint, newest_complete
+from foam_hf.trainer.names import foam_of, uses_foam
+from foam_hf.trainer.weights import load_renamed_weights, loading_problem
 
 logger = logging.getLogger("foam_hf")
 
 
 def checked_arguments(trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The arguments of `Trainer.train`, with a checkpoint to resume from that is whole.
+    """The arguments of `Trainer.train`, in which `resume_from_checkpoint` is None or a complete checkpoint's folder.
 
     Raises:
-        ValueError: the checkpoint is incomplete or damaged, or `True` was given and none is whole.
+        ValueError: the checkpoint is incomplete or damaged, or `True` was given and no checkpoint is complete.
     """
     asked = args[0] if args else kwargs.get("resume_from_checkpoint")
     if asked is None or asked is False:
         return args, kwargs
     output = Path(trainer.args.output_dir)
-    chosen = _agreed(trainer, lambda: newest_whole(output) if asked is True else checked(Path(asked)))
+    chosen = _decide_on_main_process(
+        trainer, lambda: newest_complete(output) if asked is True else checked_folder(Path(asked))
+    )
     _warn_of_fresh_state(trainer, chosen)
     if chosen is None:
         return args, kwargs
@@ -40,18 +43,18 @@ def checked_arguments(trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def wrap_load_best_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Trainer._load_best_model`, after the last step: where the weights cannot be read, the trained model stays."""
+    """Wrap `Trainer._load_best_model`: if the best model cannot be loaded, it warns and keeps the trained model."""
 
     @functools.wraps(original)
     def _load_best_model(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        best = trainer.state.best_model_checkpoint if is_ours(trainer.args) else None
+        best = trainer.state.best_model_checkpoint if uses_foam(trainer.args) else None
         if not best:
             return original(trainer, *args, **kwargs)
         try:
-            _agreed(trainer, lambda: _weights_are_whole(trainer, Path(best)))
-            if not loads(trainer, Path(best)):
+            _decide_on_main_process(trainer, lambda: _check_weights(trainer, Path(best)))
+            if not load_renamed_weights(trainer, Path(best)):
                 return original(trainer, *args, **kwargs)
-        except Exception as error:  # whatever it is, a finished training is not lost for it
+        except Exception as error:  # no error may lose a training that is finished
             trainer.state.best_model_checkpoint = None  # else Trainer deletes all others under save_total_limit=1
             logger.warning(
                 f"the best model, {best}, is not loaded: {error}. The training is finished, and the model in memory "
@@ -63,20 +66,21 @@ def wrap_load_best_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_load_from_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Trainer._load_from_checkpoint`, which loads by plain names, and only warns about weights that it does not find.
+    """Wrap `Trainer._load_from_checkpoint`, which loads weights by their names in the model.
 
-    Before it, an INT8 checkpoint is compared with the model. Under FOAM weights that transformers saves under other
-    names are loaded, and trained weights keep their dtypes: PEFT makes adapters in bfloat16 float32 ones.
+    The wrapper refuses an INT8 checkpoint that does not fit the model. Under FOAM it also loads weights that
+    transformers saves under other names, and it restores the dtypes of trained weights: PEFT loads bfloat16 adapters
+    as float32.
     """
 
     @functools.wraps(original)
     def _load_from_checkpoint(trainer: Any, resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_other_weights(trainer.model, resume_from_checkpoint)
-        if not is_ours(trainer.args):
+        if not uses_foam(trainer.args):
             return original(trainer, resume_from_checkpoint, *args, **kwargs)
         dtypes = {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
         result = None
-        if not loads(trainer, Path(resume_from_checkpoint)):
+        if not load_renamed_weights(trainer, Path(resume_from_checkpoint)):
             result = original(trainer, resume_from_checkpoint, *args, **kwargs)
         for name, p in trainer.model.named_parameters():
             if p.dtype != dtypes.get(name, p.dtype):
@@ -87,7 +91,7 @@ def wrap_load_from_checkpoint(original: Callable[..., Any]) -> Callable[..., Any
 
 
 def wrap_load_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Trainer._load_optimizer_and_scheduler`, where FOAM compares the names of weights."""
+    """Wrap `Trainer._load_optimizer_and_scheduler`: FOAM matches state to weights by their names."""
 
     @functools.wraps(original)
     def _load_optimizer_and_scheduler(trainer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -97,18 +101,19 @@ def wrap_load_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
     return _load_optimizer_and_scheduler
 
 
-def _weights_are_whole(trainer: Any, folder: Path) -> None:
-    if folder.is_dir():  # otherwise Trainer says what is missing
+def _check_weights(trainer: Any, folder: Path) -> None:
+    """Raise ValueError if the weights in `folder` are damaged or do not fit the model."""
+    if folder.is_dir():  # otherwise Trainer reports the missing folder
         try:
             check(folder, is_weights)
         except (Unfinished, Damaged) as problem:
-            raise ValueError(f"{problem}{instead(folder)}") from None
-        if unreadable := problem_of(trainer, folder):
+            raise ValueError(f"{problem}{name_complete_checkpoint(folder)}") from None
+        if unreadable := loading_problem(trainer, folder):
             raise ValueError(unreadable)
 
 
 def _warn_of_fresh_state(trainer: Any, chosen: str | None) -> None:
-    """Trainer says nothing where a checkpoint has weights and no state of the optimizer."""
+    """Warn about a checkpoint with weights and no optimizer state: Trainer starts its moments anew in silence."""
     folder = Path(chosen or "")
     if chosen is None or not trainer.args.should_log or not folder.is_dir():
         return
@@ -119,8 +124,8 @@ def _warn_of_fresh_state(trainer: Any, chosen: str | None) -> None:
         logger.warning(f"{folder} has no state of the optimizer: moments and schedule start anew from its weights")
 
 
-def _agreed(trainer: Any, decide: Callable[[], Any]) -> Any:
-    """What `decide` says in the main process, in all of them; also its ValueError."""
+def _decide_on_main_process(trainer: Any, decide: Callable[[], Any]) -> Any:
+    """Call `decide` in the main process alone; every process returns its result, or raises its error as ValueError."""
     outcome: list[Any] = [None, None]
     if trainer.args.process_index == 0:
         try:
@@ -138,15 +143,15 @@ def _agreed(trainer: Any, decide: Callable[[], Any]) -> Any:
 
 
 def refuse_other_weights(model: Any, folder: Any) -> None:
-    """Raise ValueError if a checkpoint holds INT8 weights, and the model holds none or others."""
+    """Raise ValueError if a checkpoint has INT8 weights and the model has none, or has them by another Int8Config."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         held = config["quantization_config"]
-        from foam_hf.int8.files import METHOD  # here: nearly no run has a quantization_config
+        from foam_hf.int8.files import METHOD  # imported late, as few runs have a quantization_config
 
-        if held["quant_method"] != METHOD:  # plain weights are quantized as they are loaded
+        if held["quant_method"] != METHOD:
             return
-    except (OSError, ValueError, TypeError, KeyError):  # whatever else is wrong, or odd, is Trainer's to say
+    except (OSError, ValueError, TypeError, KeyError):  # Trainer reports other problems of the folder
         return
     mine = getattr(getattr(model, "config", None), "quantization_config", None) or {}
     mine = mine if isinstance(mine, dict) else mine.to_dict()

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint say of themselves: JSON that ends, safetensors of the right length, sound zips."""
+"""Checks a file of a checkpoint by its own format (JSON, safetensors, zip), and lists the files that Trainer reads."""
 
 from __future__ import annotations
 
@@ -12,39 +12,44 @@ from typing import Any
 
 from foam_hf.folders import MANIFEST
 
-_STATE = "trainer_state.json"  # what Trainer writes last
-_PAIR = ("optimizer.pt", "scheduler.pt")  # Trainer reads both or none
+_STATE = "trainer_state.json"  # Trainer writes this file last
+_PAIR = ("optimizer.pt", "scheduler.pt")  # Trainer reads both or neither
 _WEIGHTS = ("*.safetensors", "*.index.json", "pytorch_model*.bin", "adapter_model*.bin", "*.distcp", ".metadata")
 _TRAINING = (_STATE, *_PAIR, "optimizer.bin", "scaler.pt", "rng_state*.pth")
 
 
 class Unfinished(Exception):
-    """A checkpoint whose save did not come to its end: nothing is wrong with the disk."""
+    """The save of a checkpoint was interrupted; the files on the disk are not damaged."""
 
 
 class Damaged(Exception):
-    """A checkpoint that is not what was saved."""
+    """A file of a checkpoint is missing or differs from the one that was saved."""
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of a checkpoint, named as in its manifest, holds weights or says where they are."""
+    """Whether a file of a checkpoint holds weights or an index of them; `name` is its path in the checkpoint."""
     return _matches(name, _WEIGHTS)
 
 
-def is_read(name: str) -> bool:
-    """Whether resuming reads it: configs, tokenizers and what callbacks leave there are the business of others."""
+def is_read_on_resume(name: str) -> bool:
+    """Whether Trainer reads a file of a checkpoint to resume: not configs, tokenizers or the files of callbacks."""
     return is_weights(name) or _matches(name, _TRAINING)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     *folders, last = name.split("/")
-    if any(folder.startswith("optimizer") for folder in folders):  # FSDP's
+    if any(folder.startswith("optimizer") for folder in folders):  # FSDP writes a folder of this name
         return patterns is _TRAINING
     return any(fnmatch.fnmatchcase(last, pattern) for pattern in patterns)
 
 
-def check_without_manifest(folder: Path, wanted: Callable[[str], bool] = is_read) -> None:
-    """What the files say of themselves: JSON that ends, safetensors of the right length, zip files with their CRCs."""
+def check_without_manifest(folder: Path, wanted: Callable[[str], bool] = is_read_on_resume) -> None:
+    """Check the `wanted` files of a checkpoint that has no manifest: that each exists and is sound in its own format.
+
+    Raises:
+        Unfinished: trainer_state.json, which is written last, is missing or cut off.
+        Damaged: another file is missing or cut off, or its length or CRC is wrong.
+    """
     names = {path.name for path in folder.iterdir()}
     if wanted(_STATE):
         if _STATE not in names:
@@ -60,25 +65,25 @@ def check_without_manifest(folder: Path, wanted: Callable[[str], bool] = is_read
                 f"{present} too: moments and schedule then start anew"
             )
     for index in folder.glob("*.index.json"):
-        for name in sorted(set(_json(index).get("weight_map", {}).values()) - names):
-            raise Damaged(f"{name} is missing, of which {index.name} tells")
+        for name in sorted(set(_read_json_object(index).get("weight_map", {}).values()) - names):
+            raise Damaged(f"{name} is missing, which {index.name} lists")
     for path in sorted(folder.iterdir()):
         if path.is_file() and wanted(path.name):
             check_file(path)
 
 
 def check_file(path: Path) -> None:
-    """Raise Damaged if a file is not sound in itself."""
+    """Raise Damaged if a file is cut off, or its length or CRC is wrong by its own format; other formats pass."""
     if path.suffix == ".safetensors":
         _check_safetensors(path)
     elif path.suffix == ".json":
-        _json(path)
+        _read_json_object(path)
     elif path.suffix in (".pt", ".pth", ".bin"):
         _check_zip(path)
 
 
-def step_for_missing(name: str) -> str:
-    """What to do if a file is missing on purpose, as the end of a sentence; empty if nothing goes without it."""
+def advice_for_missing(name: str) -> str:
+    """What to do if a file was deleted on purpose, as the end of an error message."""
     if name in _PAIR:
         other = _PAIR[1 - _PAIR.index(name)]
         return (
@@ -90,7 +95,7 @@ def step_for_missing(name: str) -> str:
     return f"; if that is meant, delete {MANIFEST} too"
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except ValueError:
@@ -107,16 +112,16 @@ def _check_safetensors(path: Path) -> None:
         content = file.read(length) if length <= size else b""
     try:
         header = json.loads(content)
-        data = max((told["data_offsets"][1] for name, told in header.items() if name != "__metadata__"), default=0)
+        data = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise Damaged(f"{path.name} is cut off or damaged: it has no readable header") from None
     if 8 + length + data != size:
-        raise Damaged(f"{path.name} has {size} bytes, and its header tells of {8 + length + data}")
+        raise Damaged(f"{path.name} has {size} bytes; its header says {8 + length + data}")
 
 
 def _check_zip(path: Path) -> None:
     with open(path, "rb") as file:
-        if file.read(1) == b"\x80":  # torch's old format, a pickle, which tells nothing of itself
+        if file.read(1) == b"\x80":  # torch's old format is a pickle, which has no checksum
             return
     try:
         with zipfile.ZipFile(path) as archive:

@@ -1,4 +1,7 @@
-"""Which checkpoints are whole: a manifest says who is writing one, and then the size and the CRC-32 of every file."""
+"""The manifest of a checkpoint: which process is writing it and, once it is complete, the CRC-32 of every file.
+
+This file knows nothing of the Trainer.
+"""
 
 from __future__ import annotations
 
@@ -19,51 +22,59 @@ from foam_hf.folders import MANIFEST
 from foam_hf.trainer.file_checks import (
     Damaged,
     Unfinished,
+    advice_for_missing,
     check_file,
     check_without_manifest,
-    is_read,
-    step_for_missing,
+    is_read_on_resume,
 )
 
 logger = logging.getLogger("foam_hf")
 
-PIECE = 1 << 26  # bytes of a file under one checksum: the pieces are read in parallel
-SENTINEL = "checkpoint-is-incomplete.txt"  # of `enable_jit_checkpoint`, removed once the manifest is written
-_READ = 1 << 20
-_LONG = 24 * 3600.0  # seconds without a change after which a save elsewhere is dead
+PIECE = 1 << 26  # bytes of a file under one checksum: several are read in parallel
+SENTINEL = "checkpoint-is-incomplete.txt"  # `enable_jit_checkpoint` removes it after the manifest is written
+_READ_BYTES = 1 << 20
+_SECONDS_UNTIL_DEAD = 24 * 3600.0  # without a change, for a save by another machine
 
 Stamp = tuple[int, int, int]  # size, time of the last change, inode
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files that the manifest of ``folder`` tells of."""
+    """The files that belong into the manifest of ``folder``."""
     kept = (path for path in folder.rglob("*") if path.is_file() and path.name != SENTINEL)
     return sorted(path for path in kept if not path.name.startswith(MANIFEST))
 
 
-def stamps(files: list[Path]) -> dict[Path, Stamp]:
-    """What changes when a file does, without reading it."""
+def file_stamps(files: list[Path]) -> dict[Path, Stamp]:
+    """Size, time of the last change and inode of each file: they show a change without reading the file."""
     found = {path: path.stat() for path in files}
     return {path: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in found.items()}
 
 
-def seal(folder: Path, known: dict[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:
-    """Bring the files of ``folder`` to the disk and write their checksums; ``known`` ones are not computed again."""
+def complete_manifest(folder: Path, known: dict[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:
+    """Flush the files of ``folder`` to the disk, then write a manifest with their checksums.
+
+    Args:
+        folder: a checkpoint whose files are all written.
+        known: checksums of files that have not changed; they are not computed again.
+
+    Returns:
+        The checksums of all files.
+    """
     files = files_of(folder)
     new = [path for path in files if path not in known]
     for path in new:
-        to_disk(path)
+        flush_to_disk(path)
     for parent in {path.parent for path in files}:
-        to_disk(parent)
+        flush_to_disk(parent)
     sums = {path: known[path] for path in files if path in known} | checksums(new)
     named = {path.relative_to(folder).as_posix(): sums[path] for path in files}
     write_manifest(folder, {"version": 1, "complete": True, "piece": PIECE, "files": named})
-    to_disk(folder.parent)
+    flush_to_disk(folder.parent)
     return sums
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Replace the manifest in one step that a crash cannot halve."""
+    """Replace the manifest by a rename, so that a crash leaves the old one or the new one."""
     partial = folder / f"{MANIFEST}.{os.getpid()}"
     try:
         with open(partial, "w", encoding="utf-8") as file:
@@ -74,35 +85,36 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-    to_disk(folder)
+    flush_to_disk(folder)
 
 
-def to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems cannot; the checksums still hold
+        with contextlib.suppress(OSError):  # some network file systems have no fsync; the checksums find what is lost
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest, or None where there is none.
+    """The manifest of ``folder``, or None if it has none.
 
     Raises:
-        Damaged: it is not what was written.
+        Damaged: the manifest cannot be read, or lacks a field.
     """
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
         if content["complete"] is not False:
-            sums = [(str(name), int(told["bytes"]), list(told["crc32"])) for name, told in content["files"].items()]
+            entries = content["files"].items()
+            sums = [(str(name), int(entry["bytes"]), list(entry["crc32"])) for name, entry in entries]
             if content["complete"] is not True or int(content["piece"]) < 1 or not sums:
                 raise ValueError
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise Damaged(
-            f"{MANIFEST} is damaged; if that file is deleted, the others are checked as far as they tell of themselves"
+            f"{MANIFEST} is damaged; if that file is deleted, the others are checked by their own formats alone"
         ) from None
     return content
 
@@ -113,7 +125,7 @@ def checksums(files: list[Path], piece: int | None = None) -> dict[Path, dict[st
     sizes = {path: path.stat().st_size for path in files}
     pieces = [(path, start) for path in files for start in range(0, sizes[path], piece)]
     sums: dict[Path, list[int]] = {path: [] for path in files}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # both reading and zlib let other threads run
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # reading and zlib release the interpreter lock
         for (path, _), value in zip(pieces, pool.map(lambda at: _crc(at[0], at[1], piece), pieces), strict=True):
             sums[path].append(value)
     return {path: {"bytes": sizes[path], "crc32": sums[path]} for path in files}
@@ -123,40 +135,44 @@ def _crc(path: Path, start: int, piece: int) -> int:
     value = 0
     with open(path, "rb") as file:
         file.seek(start)
-        for at in range(0, piece, _READ):
-            block = file.read(min(_READ, piece - at))
-            if not block:
+        for at in range(0, piece, _READ_BYTES):
+            data = file.read(min(_READ_BYTES, piece - at))
+            if not data:
                 break
-            value = zlib.crc32(block, value)
+            value = zlib.crc32(data, value)
     return value
 
 
-# who is writing
+# which process is writing a checkpoint
 
-_mine: set[Path] = set()  # checkpoints that this process is writing now
+_written_here: set[Path] = set()  # checkpoints that this process is writing now
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """While this lasts, ``folder`` is known in this process as one that is being written."""
-    place = folder.resolve()
-    _mine.add(place)
+def mark_as_written_here(folder: Path) -> Iterator[None]:
+    """Inside it, `writer_is_gone` takes ``folder`` for a checkpoint that this process is writing."""
+    resolved = folder.resolve()
+    _written_here.add(resolved)
     try:
         yield
     finally:
-        _mine.discard(place)
+        _written_here.discard(resolved)
 
 
 def begin(folder: Path) -> bool:
-    """Mark ``folder`` as being written by this process. Returns whether another save of it may be under way."""
+    """Write an incomplete manifest that names this process.
+
+    Returns:
+        Whether another process may be writing ``folder`` too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    shared = unfinished(folder) is not None and not surely_dead(folder, besides_this=True)
-    write_manifest(folder, {"version": 1, "complete": False, "writer": _writer()})
+    shared = unfinished_manifest(folder) is not None and not writer_is_gone(folder, ignore_this_process=True)
+    write_manifest(folder, {"version": 1, "complete": False, "writer": _this_process()})
     return shared
 
 
-def unfinished(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a save that has not come to its end, or None; a damaged one tells nothing."""
+def unfinished_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of ``folder`` if its save has not finished; None for a complete, damaged or missing one."""
     try:
         manifest = read_manifest(folder)
     except Damaged:
@@ -164,36 +180,40 @@ def unfinished(folder: Path) -> dict[str, Any] | None:
     return manifest if manifest is not None and manifest["complete"] is False else None
 
 
-def surely_dead(folder: Path, besides_this: bool = False) -> bool:
-    """Whether nobody can still be writing ``folder``, whose save is unfinished.
+def writer_is_gone(folder: Path, ignore_this_process: bool = False) -> bool:
+    """Whether no process can still be writing ``folder``, whose save is unfinished.
 
-    Its process is looked up where it ran on this machine; elsewhere a save is dead when no file changed for a day.
-    ``besides_this`` leaves out what this process is doing.
+    A process of this machine is looked up. A save by another machine is dead if no file changed for a day.
+
+    Args:
+        folder: of a checkpoint whose manifest is incomplete.
+        ignore_this_process: whether a save by this process counts as gone.
     """
-    manifest = unfinished(folder) or {}
-    writer, here = manifest.get("writer"), _writer()
+    manifest = unfinished_manifest(folder) or {}
+    writer, here = manifest.get("writer"), _this_process()
     if isinstance(writer, dict) and here["started"] and all(writer.get(key) == here[key] for key in ("boot", "pids")):
         if (writer.get("pid"), writer.get("started")) == (here["pid"], here["started"]):
-            return besides_this or folder.resolve() not in _mine
-        return _started(writer.get("pid")) != writer.get("started")
-    with contextlib.suppress(OSError):  # a file that goes while we look: somebody is there
+            return ignore_this_process or folder.resolve() not in _written_here
+        return _start_time(writer.get("pid")) != writer.get("started")
+    with contextlib.suppress(OSError):  # a file vanished between listing and stat: a process is at work
         times = [path.stat().st_mtime for path in (folder, *folder.rglob("*"))]
-        return time.time() - max(times) > _LONG
+        return time.time() - max(times) > _SECONDS_UNTIL_DEAD
     return False
 
 
-def _writer() -> dict[str, Any]:
+def _this_process() -> dict[str, Any]:
+    """What a manifest says of its writer: host, boot, namespace of process ids, id and start time of the process."""
     pid = os.getpid()
     boot, pids = "", ""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        pids = os.readlink("/proc/self/ns/pid")  # numbers of processes mean nothing outside their container
-    started = _started(pid) if boot and pids else None
+        pids = os.readlink("/proc/self/ns/pid")  # process ids are unique within one container only
+    started = _start_time(pid) if boot and pids else None
     return {"host": socket.gethostname(), "boot": boot, "pids": pids, "pid": pid, "started": started}
 
 
-def _started(pid: Any) -> str | None:
-    """When a process of this machine started, by the kernel's clock: numbers of processes come again."""
+def _start_time(pid: Any) -> str | None:
+    """When a process started, in ticks of the kernel, or None: process ids are reused, a start time is not."""
     try:
         return (
             Path(f"/proc/{int(pid)}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
@@ -202,7 +222,7 @@ def _started(pid: Any) -> str | None:
         return None
 
 
-# which checkpoints are whole
+# which checkpoints are complete
 
 
 def checkpoints_in(output: Path) -> list[Path]:
@@ -212,8 +232,13 @@ def checkpoints_in(output: Path) -> list[Path]:
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
-def check(folder: Path, wanted: Callable[[str], bool] = is_read) -> None:
-    """Raise Unfinished or Damaged if what is `wanted` of a checkpoint is not what was saved."""
+def check(folder: Path, wanted: Callable[[str], bool] = is_read_on_resume) -> None:
+    """Compare the `wanted` files of a checkpoint with its manifest.
+
+    Raises:
+        Unfinished: the save was interrupted.
+        Damaged: a file is missing or differs from the one that was saved.
+    """
     manifest = read_manifest(folder)
     if manifest is None:
         check_without_manifest(folder, wanted)
@@ -224,7 +249,7 @@ def check(folder: Path, wanted: Callable[[str], bool] = is_read) -> None:
     for name, sums in saved.items():
         path = folder / name
         if not path.is_file():
-            raise Damaged(f"{name} is missing{step_for_missing(name)}")
+            raise Damaged(f"{name} is missing{advice_for_missing(name)}")
         if path.stat().st_size != sums["bytes"]:
             _refuse_changed(path, name, f"has {path.stat().st_size} bytes, it was saved with {sums['bytes']}")
     found = checksums([folder / name for name in saved], manifest["piece"])
@@ -238,11 +263,11 @@ def _refuse_changed(path: Path, name: str, how: str) -> None:
         check_file(path)
     except Damaged as problem:
         raise Damaged(f"{name} {how}, and cannot be read: {problem}") from None
-    raise Damaged(f"{name} {how}; if that is meant, delete {MANIFEST}, and it is taken as it is")
+    raise Damaged(f"{name} {how}; if that is meant, delete {MANIFEST}, and the file is read as it is")
 
 
-def instead(folder: Path) -> str:
-    """Which other checkpoint is whole, as the end of a sentence."""
+def name_complete_checkpoint(folder: Path) -> str:
+    """The newest complete checkpoint beside `folder`, as the end of an error message."""
     for other in checkpoints_in(folder.parent):
         if other != folder:
             try:
@@ -253,11 +278,11 @@ def instead(folder: Path) -> str:
     return "; no other checkpoint there is complete"
 
 
-def newest_whole(output: Path) -> str | None:
-    """The newest complete checkpoint in `output`, or None where there is none at all, which Trainer says.
+def newest_complete(output: Path) -> str | None:
+    """The newest complete checkpoint in `output`, or None if `output` has no checkpoint, which Trainer reports.
 
     Raises:
-        ValueError: it is damaged, or none is complete.
+        ValueError: the newest one whose save finished is damaged, or no save finished.
     """
     folders = checkpoints_in(output)
     passed = []
@@ -280,13 +305,13 @@ def newest_whole(output: Path) -> str | None:
     return None
 
 
-def checked(folder: Path) -> str:
-    """The folder of a checkpoint to resume from, if it is whole.
+def checked_folder(folder: Path) -> str:
+    """The path of a checkpoint to resume from, after it was checked.
 
     Raises:
-        ValueError: it is incomplete or damaged.
+        ValueError: the checkpoint is incomplete or damaged.
     """
-    if folder.is_dir():  # otherwise Trainer says what is missing
+    if folder.is_dir():  # otherwise Trainer reports the missing folder
         try:
             check(folder)
         except (Unfinished, Damaged) as problem:
@@ -295,4 +320,4 @@ def checked(folder: Path) -> str:
 
 
 def _refusal(folder: Path, problem: Exception) -> str:
-    return f"{folder} cannot be resumed from: {problem}{instead(folder)}"
+    return f"{folder} cannot be resumed from: {problem}{name_complete_checkpoint(folder)}"

@@ -1,4 +1,4 @@
-"""FOAM's names among those of the Trainer's optimizers: members of an enum, their pickles, and what they ask for."""
+"""Adds FOAM's names to the optimizers that `TrainingArguments` knows, and reads what a run asks of FOAM."""
 
 from __future__ import annotations
 
@@ -13,58 +13,58 @@ from foam_hf.wrapping import require
 
 logger = logging.getLogger("foam_hf")
 
-# Those of `FOAM_NAMES` that transformers did not have before us; importlib.reload keeps them.
+# The names of `FOAM_NAMES` that this package added, kept over importlib.reload; transformers may have its own `foam`.
 _registered: set[str] = globals().get("_registered", set())
 
 
 def name_of(optim: Any) -> str:
-    """The name of an optimizer, be it a str or a member of the enum."""
+    """The name of an optimizer, given as a str or as a member of `OptimizerNames`."""
     return str(getattr(optim, "value", optim))
 
 
-def is_ours(args: Any) -> bool:
+def uses_foam(args: Any) -> bool:
     """Whether TrainingArguments ask for FOAM."""
     return name_of(getattr(args, "optim", None)) in _registered
 
 
-def asked_options(args: Any) -> dict[str, Any]:
-    """What `args.optim` and `args.optim_args` say of FOAM's options.
+def requested_options(args: Any) -> dict[str, Any]:
+    """FOAM's options in `args.optim` and `args.optim_args`; those that are not given are missing.
 
     Raises:
-        ValueError: a key or a value that it does not have.
+        ValueError: an unknown key or a value that is not legal.
     """
     return foam_options(name_of(args.optim), args.optim_args)
 
 
 def releases_gradients(args: Any) -> bool:
     """Whether TrainingArguments ask FOAM to update inside the backward pass."""
-    return is_ours(args) and bool(asked_options(args).get("gradient_release"))
+    return uses_foam(args) and bool(requested_options(args).get("gradient_release"))
 
 
 def foam_of(trainer: Any) -> Any:
-    """The trainer's FOAM, or None."""
-    module = sys.modules.get("foam_hf.optimizer.foam")  # never imported, there is none
+    """The trainer's optimizer if it is a FOAM, else None."""
+    module = sys.modules.get("foam_hf.optimizer.foam")  # if the module was never imported, no FOAM exists
     optimizer = unwrapped_optimizer(trainer)
     return optimizer if module is not None and isinstance(optimizer, module.FOAM) else None
 
 
-def meant_name(optim: Any) -> str | None:
-    """Of a name that is nobody's, the one of ours that is nearly the same."""
+def similar_name(optim: Any) -> str | None:
+    """The name of FOAM that an unknown optimizer name nearly equals, or None."""
     from transformers.training_args import OptimizerNames
 
-    meant = ours_like(optim) if isinstance(optim, str) and optim not in OptimizerNames._value2member_map_ else None
-    return meant if meant in _registered else None
+    similar = ours_like(optim) if isinstance(optim, str) and optim not in OptimizerNames._value2member_map_ else None
+    return similar if similar in _registered else None
 
 
 def register_names(training_args: types.ModuleType) -> None:
-    """Add `FOAM_NAMES`, `foam` and its kin, to `transformers.training_args.OptimizerNames`. Idempotent."""
+    """Add `FOAM_NAMES` to `transformers.training_args.OptimizerNames`. Idempotent."""
     names = require(training_args, "OptimizerNames")
     for value in FOAM_NAMES:
         existing = names._value2member_map_.get(value)
         if existing is None:
             _add_member(names, value.upper(), value)
             _registered.add(value)
-        elif "__reduce_ex__" in vars(existing):  # added by us before, or by an earlier import of this package
+        elif "__reduce_ex__" in vars(existing):  # this package added it, perhaps in an earlier import
             _pickle_by_this_package(existing)
             _registered.add(value)
         else:
@@ -73,7 +73,7 @@ def register_names(training_args: types.ModuleType) -> None:
 
 
 def _add_member(names: Any, name: str, value: str) -> None:
-    """What `enum.Enum` does for a member in a class body, on Python 3.10 to 3.13."""
+    """Do what `enum.Enum` of Python 3.10 to 3.13 does for a member in a class body."""
     member = str.__new__(names, value)
     member._name_ = name
     member._value_ = value
@@ -89,12 +89,12 @@ def _add_member(names: Any, name: str, value: str) -> None:
 
 
 def _pickle_by_this_package(member: Any) -> None:
-    """Pickles name a function of this package, so that loading one registers the member first."""
+    """Let pickles of `member` call `optimizer_name`, which registers the member before it is looked up."""
     member.__reduce_ex__ = lambda protocol: (optimizer_name, (member.value,))
 
 
 def optimizer_name(value: str) -> Any:
-    """The `OptimizerNames` member of `value`, registered first: what a pickled `training_args.bin` calls."""
+    """The `OptimizerNames` member of `value`, after FOAM's names are registered; a `training_args.bin` calls this."""
     from transformers import training_args
 
     register_names(training_args)

@@ -1,7 +1,7 @@
-"""Every name of transformers' Trainer that this package wraps, and every private one that it reads: one table.
+"""One table of what this package wraps in transformers' Trainer, and of the private names that it reads there.
 
-A new release of transformers is read against `TABLE`, the functions below it, and `foam_hf/int8/quantizer.py`.
-Beside the table, the package rests on what the documentation of transformers says.
+When transformers releases a version, compare it with `TABLE`, the functions below it, and `foam_hf/int8/quantizer.py`.
+All other uses of transformers are of its documented interface.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Row:
     """A name of transformers.
 
     Attributes:
-        module, owner, name: where it is; without an owner the module itself has it.
-        use: what it is for.
-        wrapper: MODULE.FUNCTION of `foam_hf.trainer`, which takes what the name stood for and returns what it stands
-            for from then on; empty where the name is read alone.
-        since, until: the first version that has the name, and the first that has it no longer.
-        without: what goes on without the name. Where nothing does, importing the module of transformers raises an
-            ImportError that tells which name has moved.
+        module, owner, name: the dotted module, the class or "" for the module itself, and the attribute.
+        use: what this package uses it for.
+        wrapper: MODULE.FUNCTION of `foam_hf.trainer`, which takes the original function and returns its replacement;
+            empty if the name is only read.
+        since, until: the first version that has the name, and the first that no longer has it.
+        without: what is lost if the name is missing. If this is empty, a missing name is an ImportError that names it,
+            raised when transformers is imported.
     """
 
     module: str
@@ -42,7 +42,7 @@ class Row:
     without: str = ""
 
     def is_in(self, version: str) -> bool:
-        """Whether this version of transformers is said to have the name."""
+        """Whether the table says that this version of transformers has the name."""
         return Version(self.since) <= Version(version) < Version(self.until)
 
 
@@ -67,14 +67,14 @@ TABLE = (
         _TRAINER,
         "Trainer",
         "get_optimizer_cls_and_kwargs",
-        use="static, of (args, model): the one road to the optimizer",
+        use="static, of (args, model): Trainer gets the class and the arguments of every named optimizer from it",
         wrapper="build.wrap_get_optimizer",
     ),
     Row(
         _TRAINER,
         "Trainer",
         "create_optimizer",
-        use="makes param groups by weight decay, and passes the kwargs of the former on",
+        use="makes param groups by weight decay, and calls get_optimizer_cls_and_kwargs",
         wrapper="build.wrap_create_optimizer",
     ),
     Row(
@@ -82,7 +82,7 @@ TABLE = (
         "Trainer",
         "get_decay_parameter_names",
         use="which weights decay: see `decay_parameter_names`",
-        without="foam_param_groups has an equal rule",
+        without="foam_param_groups decides by the same rule",
     ),
     Row(
         _TRAINER,
@@ -97,21 +97,21 @@ TABLE = (
         _TRAINER,
         "Trainer",
         "_save_checkpoint",
-        use="of (model, trial): writes checkpoint-STEP, trainer_state.json last; a manifest says when it is whole",
+        use="of (model, trial): writes checkpoint-STEP, trainer_state.json last; the wrapper adds a manifest",
         wrapper="saving.wrap_save_checkpoint",
     ),
     Row(
         _TRAINER,
         "Trainer",
         "_push_from_checkpoint",
-        use="called by the former when every file is written",
+        use="_save_checkpoint calls it when every file is written",
         wrapper="saving.wrap_after_last_file",
     ),
     Row(
         _TRAINER,
         "Trainer",
         "_rotate_checkpoints",
-        use="called after that: deletes old checkpoints",
+        use="_save_checkpoint calls it after every file is written: deletes old checkpoints",
         wrapper="saving.wrap_after_last_file",
         until="5.2",
     ),
@@ -119,7 +119,7 @@ TABLE = (
         _TRAINER,
         "",
         "rotate_checkpoints",
-        use="the same, as a function",
+        use="the successor of Trainer._rotate_checkpoints, a function",
         wrapper="saving.wrap_after_last_file",
         since="5.2",
     ),
@@ -127,7 +127,7 @@ TABLE = (
         _TRAINER,
         "CallbackHandler",
         "on_save",
-        use="called last: callbacks may change files of the checkpoint",
+        use="called after _save_checkpoint: callbacks may change files of the checkpoint",
         wrapper="saving.wrap_on_save",
     ),
     Row(
@@ -141,23 +141,23 @@ TABLE = (
         _TRAINER,
         "Trainer",
         "_load_from_checkpoint",
-        use="of (resume_from_checkpoint): loads weights by plain names, and only warns of those that it misses",
+        use="of (resume_from_checkpoint): loads weights by their names in the model, and only warns of missing ones",
         wrapper="checkpoints.wrap_load_from_checkpoint",
-        without="INT8 checkpoints are not compared with the model, and weights saved under other names not loaded",
+        without="INT8 checkpoints are not compared with the model, and weights saved under other names are not loaded",
     ),
     Row(
         _TRAINER,
         "Trainer",
         "_issue_warnings_after_load",
-        use="of (load_result), called by the former: no trained weight may be missing",
+        use="of (load_result), called by _load_from_checkpoint: no trained weight may be missing",
         wrapper="weights.wrap_issue_warnings",
-        without="weights that a checkpoint does not hold are warned of, not refused",
+        without="a trained weight that a checkpoint lacks is a warning, not an error",
     ),
     Row(
         _TRAINER,
         "Trainer",
         "_load_optimizer_and_scheduler",
-        use="state goes to the weights that it was saved of, by their names",
+        use="the optimizer matches saved state to weights by their names",
         wrapper="checkpoints.wrap_load_optimizer",
         without="state is matched by position alone",
     ),
@@ -174,7 +174,7 @@ TABLE = (
         "get_model_conversion_mapping",
         use="see `weight_conversions`",
         since="5.0",
-        without="no weight is taken for one that is saved under another name",
+        without="weights that are saved under other names are not recognized",
     ),
     Row(
         _LOADING,
@@ -182,7 +182,7 @@ TABLE = (
         "PrefixChange",
         use="see `weight_conversions`",
         since="5.6",
-        without="no weight is taken for one that is saved under another name",
+        without="weights that are saved under other names are not recognized",
     ),
     Row(
         _LOADING,
@@ -190,16 +190,16 @@ TABLE = (
         "revert_weight_conversion",
         use="see `as_saved`",
         since="5.0",
-        without="what cannot be loaded at the end of a training is not refused before it",
+        without="weights that cannot be loaded after training are not refused before it",
     ),
 )
 
 
 def patch(module: types.ModuleType) -> None:
-    """Wrap what `TABLE` names in this module of transformers, which has just been imported. Idempotent.
+    """Wrap the names of `TABLE` in `module`, a module of transformers that was just imported. Idempotent.
 
     Raises:
-        ImportError: a name is missing that nothing goes on without.
+        ImportError: `module` lacks a name whose `without` is empty.
     """
     from transformers import __version__ as version
 
@@ -215,22 +215,27 @@ def patch(module: types.ModuleType) -> None:
 
 
 def _wrapper(path: str) -> Callable[[Any], Any]:
-    """Found by its path, as the files with the wrappers import this one."""
+    """Import a wrapper by its path, late: the files with the wrappers import this one."""
     file, name = path.split(".")
     found: Callable[[Any], Any] = getattr(importlib.import_module(f"foam_hf.trainer.{file}"), name)
     return found
 
 
-# What is read of a Trainer and of its accelerator
+# Private names of a Trainer and of its accelerator
 
 
 def checkpoint_folder(trainer: Any, trial: Any) -> Path:
-    """Where the trainer is about to save its state."""
+    """The folder of the checkpoint that the trainer writes at this step."""
     return Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
 
 
 def decay_parameter_names(trainer: Any, model: Any) -> Any:
-    """The names of the weights that decay, by a subclass's rule where the trainer is known; None if nobody says."""
+    """The names of the weights that decay, by the rule of the trainer's class; None if transformers has no rule.
+
+    Args:
+        trainer: None if the optimizer is made outside of a Trainer; then `Trainer`'s own rule decides.
+        model: whose weights are meant.
+    """
     from transformers import Trainer
 
     rule = getattr(Trainer if trainer is None else trainer, "get_decay_parameter_names", None)
@@ -240,7 +245,7 @@ def decay_parameter_names(trainer: Any, model: Any) -> Any:
         return rule(model)
     try:
         return rule(None, model)
-    except (AttributeError, TypeError):  # a version that uses self
+    except (AttributeError, TypeError):  # this version of transformers uses self
         return None
 
 
@@ -253,20 +258,21 @@ def is_deepspeed_enabled(trainer: Any) -> bool:
 
 
 def fsdp_plugin(trainer: Any) -> Any:
-    """accelerate's settings of FSDP, or None. They have an `fsdp_version` since accelerate 1.6."""
+    """accelerate's settings of FSDP, or None. Since accelerate 1.6 they have an `fsdp_version`."""
     return getattr(getattr(getattr(trainer, "accelerator", None), "state", None), "fsdp_plugin", None)
 
 
 def unwrapped_optimizer(trainer: Any) -> Any:
-    """The trainer's optimizer, or None, without accelerate's wrapper."""
+    """The trainer's optimizer without accelerate's wrapper, or None."""
     optimizer = getattr(trainer, "optimizer", None)
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def replace_clipping(accelerator: Any, clip: Callable[..., Any]) -> Callable[[], None]:
-    """Let Trainer clip and measure gradients by `clip`; returns what undoes it.
+    """Replace `accelerator.clip_grad_norm_`, which Trainer calls between a backward pass and the step.
 
-    Between a backward pass and the step, Trainer calls `accelerator.clip_grad_norm_`.
+    Returns:
+        A function that restores the original.
     """
     accelerator.clip_grad_norm_ = clip
 
@@ -276,22 +282,22 @@ def replace_clipping(accelerator: Any, clip: Callable[..., Any]) -> Callable[[],
     return undo
 
 
-# What is read of a model
+# Private names of a model
 
 
 def warn_after_load(trainer: Any, result: Any) -> None:
-    """Trainer's own words on the result of `load_state_dict`, where it has any."""
+    """Let Trainer warn about the result of `load_state_dict`, if its version does so."""
     if hasattr(trainer, "_issue_warnings_after_load"):
         trainer._issue_warnings_after_load(result)
 
 
 def has_adapters(model: Any) -> bool:
-    """Whether adapters of PEFT were loaded into a transformers model."""
+    """Whether a transformers model has adapters of PEFT."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def weight_conversions(model: Any) -> list[Any]:
-    """How transformers 5 changes the model's weights as it saves them."""
+    """The changes of names and layouts that transformers 5 makes when it saves the model's weights."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import PrefixChange
@@ -306,7 +312,7 @@ def weight_conversions(model: Any) -> list[Any]:
 
 
 def has_converters(model: Any) -> bool:
-    """Whether transformers 5 saves weights of the model in another layout, whatever their names."""
+    """Whether transformers 5 saves weights of the model in another layout, under whatever names."""
     return any(type(each).__name__ == "WeightConverter" for each in weight_conversions(model))
 
 
@@ -316,7 +322,7 @@ def saves_other_names(model: Any) -> bool:
 
 
 def as_saved(model: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """The state dict as transformers 5 would save it; empty for older versions, which cannot tell."""
+    """The state dict as transformers 5 would save it; empty for older versions, which have no such function."""
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:

@@ -1,4 +1,4 @@
-"""What does not run with FOAM, or not without it, said before the first step."""
+"""Raises an error before the first step of a run that FOAM does not support, or that only FOAM supports."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from foam_hf.optim_args import one_of_ours
 from foam_hf.optimizer.checks import whole_weights_problem
 from foam_hf.tensors.places import is_sharded
 from foam_hf.tensors.rows import kind_of
-from foam_hf.trainer.names import asked_options, is_ours, meant_name, name_of, releases_gradients
+from foam_hf.trainer.names import name_of, releases_gradients, requested_options, similar_name, uses_foam
 from foam_hf.trainer.patches import fsdp_plugin, is_deepspeed_enabled, is_fsdp_enabled, unwrapped_optimizer
 
 _TRUE = ("1", "true", "yes")
 
 
 def wrap_post_init(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`TrainingArguments.__post_init__`, after the checks of what was asked of FOAM."""
+    """Wrap `TrainingArguments.__post_init__`: FOAM's options are checked before it runs."""
 
     @functools.wraps(original)
     def __post_init__(args: Any, *more: Any, **kwargs: Any) -> None:
-        if is_ours(args):  # first: before transformers asks for DeepSpeed to be installed, for example
-            asked_options(args)
+        if uses_foam(args):  # checked first: transformers would ask to install DeepSpeed before it is refused
+            requested_options(args)
             refuse_sharding(args)
             if releases_gradients(args):
                 refuse_kept_gradients(args)
-        elif meant := meant_name(args.optim):  # before transformers lists some forty names
-            raise ValueError(f"optim={args.optim!r} is no optimizer of the Trainer; did you mean {meant!r}?")
+        elif similar := similar_name(args.optim):  # transformers' own error lists some forty names
+            raise ValueError(f"optim={args.optim!r} is no optimizer of the Trainer; did you mean {similar!r}?")
         original(args, *more, **kwargs)
 
     return __post_init__
 
 
-# weights in pieces
+# sharded weights
 
 
 def refuse_sharding(args: Any, model: Any = None, trainer: Any = None) -> None:
-    """Raise ValueError where the optimizer would receive pieces of weights other than FSDP2's."""
+    """Raise ValueError if weights are sharded by anything but FSDP2, or if FSDP2 meets an option that it excludes."""
     found = _sharding(args, model, trainer)
     if found is not None:
         raise ValueError(
@@ -46,11 +46,11 @@ def refuse_sharding(args: Any, model: Any = None, trainer: Any = None) -> None:
             "with FSDP2 of accelerate 1.6 or newer (fsdp_version: 2), started by torchrun or accelerate launch."
         )
     if _uses_fsdp(args, trainer):
-        _refuse_with_fsdp(model, trainer, asked_options(args))
+        _refuse_with_fsdp(model, trainer, requested_options(args))
 
 
 def _sharding(args: Any, model: Any, trainer: Any) -> str | None:
-    """What splits the weights in a way that has no path, or None, as far as the arguments known by now can tell."""
+    """What shards the weights in an unsupported way, or None; more is known once there is a model and a trainer."""
     launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in _TRUE
     if launched or getattr(args, "deepspeed", None) or is_deepspeed_enabled(trainer):
         return "DeepSpeed, which hands an optimizer flat pieces of many weights, cut anywhere"
@@ -77,25 +77,25 @@ def _sharding(args: Any, model: Any, trainer: Any) -> str | None:
 
 
 def _uses_fsdp(args: Any, trainer: Any) -> bool:
-    """Whether accelerate will shard the model, as far as is known by now."""
+    """Whether accelerate will shard the model by FSDP, by the arguments and the environment."""
     launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in _TRUE
     return bool(launched or getattr(args, "fsdp", None) or is_fsdp_enabled(trainer))
 
 
 def _unsupported_fsdp(args: Any, trainer: Any) -> str | None:
-    """What is wrong with the kind of FSDP in use, or None."""
+    """The unsupported kind of FSDP that is in use, or None."""
     if not _uses_fsdp(args, trainer):
         return None
     config = getattr(args, "fsdp_config", None)
-    config = config if isinstance(config, Mapping) else {}  # a path, before TrainingArguments has read it
+    config = config if isinstance(config, Mapping) else {}  # it is a path until TrainingArguments has read the file
     if config.get("xla"):
         return "FSDP of torch_xla"
     if getattr(trainer, "accelerator", None) is None:
         version = config.get("version", config.get("fsdp_version"))
         if version is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in _TRUE:
-            version = os.environ.get("FSDP_VERSION")  # of `accelerate launch`
+            version = os.environ.get("FSDP_VERSION")  # `accelerate launch` sets it
         if version is None:
-            return None  # not known yet
+            return None  # refuse_sharding is called again when the version is known
     else:
         plugin = fsdp_plugin(trainer)
         if plugin is None:
@@ -111,7 +111,13 @@ def _unsupported_fsdp(args: Any, trainer: Any) -> str | None:
 
 
 def _refuse_with_fsdp(model: Any, trainer: Any, options: Mapping[str, Any]) -> None:
-    """Raise ValueError for what FSDP2 cannot be combined with; ``options`` are those that were asked of FOAM."""
+    """Raise ValueError for an option, a CPU offload or a kind of weight that FSDP2 excludes.
+
+    Args:
+        model: None if it is not known yet.
+        trainer: None if it is not known yet.
+        options: FOAM's options that the run gives.
+    """
     offload = getattr(fsdp_plugin(trainer), "cpu_offload", None)
     if offload is True or type(offload).__name__ == "CPUOffloadPolicy":
         raise ValueError(
@@ -139,7 +145,7 @@ def _refuse_with_fsdp(model: Any, trainer: Any, options: Mapping[str, Any]) -> N
 
 
 def refuse_other_optimizer(model: Any, optimizer: str) -> None:
-    """Raise ValueError where `optimizer`, which is not FOAM, would have to train INT8 weights."""
+    """Raise ValueError if `model` has INT8 weights to train, which only FOAM can; `optimizer` names the one in use."""
     trained = _trained_int8(model)
     if trained:
         raise ValueError(
@@ -155,7 +161,7 @@ def _trained_int8(model: Any) -> list[str]:
 
 
 def refuse_ready_made_optimizer(trainer: Any) -> None:
-    """The same for an optimizer that was handed to the Trainer: itself, its class, or any function that makes it."""
+    """Raise ValueError if the Trainer has INT8 weights to train and was given an optimizer or a class that cannot."""
     model = getattr(trainer, "model", None)
     if not _trained_int8(model):
         return
@@ -172,7 +178,7 @@ def refuse_ready_made_optimizer(trainer: Any) -> None:
 
 
 def refuse_kept_gradients(args: Any) -> None:
-    """Raise ValueError for TrainingArguments that need gradients to outlive the backward pass."""
+    """Raise ValueError for TrainingArguments that need gradients after the backward pass."""
     if args.gradient_accumulation_steps > 1:
         raise ValueError(
             "gradient_release=true updates each weight inside the backward pass, so that no gradient is left to add "
@@ -187,11 +193,11 @@ def refuse_kept_gradients(args: Any) -> None:
 
 
 def refuse_kept_gradients_of(trainer: Any) -> None:
-    """The same for what only the trainer knows."""
+    """Raise ValueError for a trainer that needs gradients after the backward pass, or that trains on several GPUs."""
     from foam_hf.optimizer.release import refuse_distributed
 
     refuse_kept_gradients(trainer.args)
-    if trainer.model is not None:  # between the trials of a hyperparameter search there is none
+    if trainer.model is not None:  # a hyperparameter search has no model between its trials
         refuse_distributed(trainer.model)
     if trainer.args.n_gpu > 1:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""`optim_args="gradient_release=true"` inside the Hugging Face Trainer: hooks while it trains, clipping.
+"""Gradient release in the Trainer (`optim_args="gradient_release=true"`): registers its hooks and replaces clipping.
 
-`TrainerCallback.on_train_begin` comes when model and optimizer are where they stay, after `model.to()` has dropped
-the hooks of quantized weights.
+The hooks are registered in `TrainerCallback.on_train_begin`: `model.to()`, which drops the hooks of quantized weights,
+has run by then.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ logger = logging.getLogger("foam_hf")
 
 
 @contextmanager
-def released(trainer: Any) -> Iterator[None]:
-    """Release gradients as soon as training begins, if the arguments then ask for it, and not after this context.
+def release_while_training(trainer: Any) -> Iterator[None]:
+    """Register gradient release when training begins, if the arguments then ask for it; remove it at the end.
 
     Raises:
-        ValueError: the run needs gradients to outlive the backward pass.
+        ValueError: the run needs gradients after the backward pass.
     """
     if releases_gradients(trainer.args):
         refuse_kept_gradients_of(trainer)
@@ -41,7 +41,7 @@ def released(trainer: Any) -> Iterator[None]:
 
 
 def _warn(args: Any) -> None:
-    """Say what releasing gradients changes."""
+    """Warn that gradient release changes clipping, and that it saves little under torch_compile."""
     if args.should_log and args.max_grad_norm:
         logger.warning(
             f"gradient_release=true: max_grad_norm={args.max_grad_norm} bounds the norm of each weight's gradient on "
@@ -56,7 +56,7 @@ def _warn(args: Any) -> None:
 
 
 class _Release(TrainerCallback):
-    """Registers the hooks, again where `auto_find_batch_size` begins anew."""
+    """Registers the hooks when training begins; again when `auto_find_batch_size` starts it over."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -73,14 +73,14 @@ class _Release(TrainerCallback):
         if not self._warned:
             self._warned = True
             _warn(trainer.args)
-        # the accelerator of now: a hyperparameter search has made a new one
+        # Not earlier: each trial of a hyperparameter search has an accelerator of its own.
         self._clip_as_before = replace_clipping(trainer.accelerator, self.grad_norm)
         self._handle = enable_gradient_release(
             trainer.model, trainer.optimizer, max_grad_norm=trainer.args.max_grad_norm
         )
 
     def grad_norm(self, *_: Any, **__: Any) -> Tensor | None:
-        """In place of `accelerator.clip_grad_norm_`, when nothing is left to clip; None is not logged."""
+        """Replaces `accelerator.clip_grad_norm_`: gradients are freed, so it only returns their norm, or None."""
         return None if self._handle is None else self._handle.grad_norm
 
     def remove(self) -> None:

@@ -1,6 +1,6 @@
-"""`OptimizerMemoryCallback` and the Trainer: who it reports through, and what if no event of training reaches it.
+"""Connects `OptimizerMemoryCallback` with the Trainer that it logs through, and refuses a run without its events.
 
-Nothing is done, or imported, in a run that asks for no report.
+A run that asks for no report imports no callback.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ VARIABLE = "FOAM_HF_REPORT_MEMORY"  # foam-hf run --report-memory: "1", or a pic
 
 
 def bind_reports(trainer: Any) -> None:
-    """Let the reports among the callbacks know `trainer`; add one if the environment asks and there is none."""
+    """Give `trainer` to its memory callbacks; add one if the environment asks for a report and there is none."""
     wanted = os.environ.get(VARIABLE)
     if not wanted and "foam_hf.trainer.callback" not in sys.modules:
         return
@@ -29,8 +29,8 @@ def bind_reports(trainer: Any) -> None:
             callback.plot = Path(wanted)
 
 
-def expect_report(trainer: Any) -> None:
-    """Let the first step of the trainer's optimizer raise RuntimeError if a report was asked for and none hears."""
+def require_report_events(trainer: Any) -> None:
+    """Let the optimizer's first step raise RuntimeError if a report was asked for and no callback got an event."""
     optimizer: Any = getattr(trainer, "optimizer", None)
     if not (os.environ.get(VARIABLE) or _reports(trainer)) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         return
@@ -52,7 +52,7 @@ def expect_report(trainer: Any) -> None:
 
 
 def _reports(trainer: Any) -> list[Any]:
-    module = sys.modules.get("foam_hf.trainer.callback")  # never imported, there are none
+    module = sys.modules.get("foam_hf.trainer.callback")  # if the module was never imported, no callback exists
     callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", None)
     if module is None or not isinstance(callbacks, list):
         return []

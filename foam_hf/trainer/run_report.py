@@ -1,4 +1,4 @@
-"""What a training run held, beside what was predicted: the table at the run's end."""
+"""The table at the end of a training run: memory as measured, beside memory as the planner predicts it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from foam_hf.planner.meta_models import on_meta
 
 @dataclass(frozen=True)
 class Predicted:
-    """Bytes that one process was predicted to hold; None where nothing can tell.
+    """The bytes that the planner predicts for one process.
 
     Attributes:
-        weights, gradients, state: counted.
-        activations, peak: estimated, for the largest batch that was seen; None where there is no GPU.
-        note: of the estimate: the batch it is for, and how good it is.
+        weights, gradients: counted.
+        state: counted; None for an optimizer that the planner does not know.
+        activations, peak: estimated for the largest batch that was seen; None if there is no GPU.
+        note: for which batch the estimate is, and how good it is.
     """
 
     weights: int
@@ -35,25 +36,25 @@ class Predicted:
 
 
 class BatchWatch:
-    """Remembers the largest batch of token ids that a model in training was given.
+    """Records the largest batch of token ids that a model in training mode gets.
 
     Attributes:
-        largest: (sequences, tokens in each), or None.
-        padded: some tokens of it were masked.
+        largest: (sequences, tokens in each), or None before the first batch.
+        padded: whether some tokens of this batch were masked.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.largest: tuple[int, int] | None = None
         self.padded = False
-        self._handle = model.register_forward_pre_hook(self._look, with_kwargs=True)
+        self._handle = model.register_forward_pre_hook(self._record_batch, with_kwargs=True)
 
-    def _look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _record_batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         if not (model.training and isinstance(tokens, Tensor) and tokens.dim() == 2):
             return
         if self.largest is None or tokens.numel() > self.largest[0] * self.largest[1]:
             self.largest = (tokens.shape[0], tokens.shape[1])
-            mask = kwargs.get("attention_mask")  # read here alone: it makes the host wait for the GPU
+            mask = kwargs.get("attention_mask")  # read for a larger batch only: reading waits for the GPU
             self.padded = isinstance(mask, Tensor) and not bool(mask.all())
 
     def stop(self) -> None:
@@ -69,19 +70,20 @@ def predict(
     on_gpu: bool,
     whole: nn.Module | None = None,
 ) -> Predicted:
-    """What a run of `args` (TrainingArguments) with `model` was predicted to hold; nothing is allocated.
+    """Predict the memory of one process that trains `model` under `args`; nothing is allocated.
 
     Args:
-        model: as trained, without hooks of ours; a copy of it on the meta device is looked at.
-        optimizer: that ran, without wrappers; a script may have made it without `args.optim`.
-        watch: tells the batch.
-        on_gpu: estimate activations too.
-        whole: what holds all weights that are trained, if that is not `model`.
+        model: as trained, without hooks of this package, because it is copied to the meta device.
+        optimizer: the one that ran, without wrappers; a script may have made it without `args.optim`.
+        args: TrainingArguments.
+        watch: has seen the largest batch.
+        on_gpu: whether to estimate activations.
+        whole: a module with all trained weights, if some are outside of `model`.
     """
     whole = on_meta(model if whole is None else whole)
-    optim = _name_of_choice(args, optimizer)
+    optim = _countable_optim(args, optimizer)
     release = optim in FOAM_NAMES and bool(foam_options(optim, args.optim_args).get("gradient_release"))
-    counted, state = count_bytes(whole, "sgd"), None  # which keeps nothing
+    counted, state = count_bytes(whole, "sgd"), None  # sgd counts weights and gradients without any state
     if optim:
         counted = count_bytes(
             whole, optim, args.optim_args, target_modules=args.optim_target_modules, gradient_release=release
@@ -110,22 +112,27 @@ def predict(
     return replace(predicted, activations=activations, peak=peak, note=f"{shape}; activations {estimate.note}")
 
 
-def _name_of_choice(args: Any, optimizer: Any) -> str:
-    """`args.optim`, if its state can be counted and it is what ran; "" for an optimizer that a script made itself."""
+def _countable_optim(args: Any, optimizer: Any) -> str:
+    """`args.optim` if the planner knows it and `optimizer` is one of its kind; "" if a script made another."""
     optim = str(getattr(args.optim, "value", args.optim))
     made = f"{type(optimizer).__module__}.{type(optimizer).__name__}".lower()
     return optim if optim in OPTIMIZERS and optim.removeprefix("paged_").split("_")[0] in made else ""
 
 
-def row(first: MemoryBreakdown, last: MemoryBreakdown) -> dict[str, int | None]:
-    """What one process measured: `first` while there were gradients, `last` at the end."""
+def measured_row(first: MemoryBreakdown, last: MemoryBreakdown) -> dict[str, int | None]:
+    """The bytes that one process measured.
+
+    Args:
+        first: after the first step, when gradients still exist.
+        last: at the end of training.
+    """
     peaks = [peak for peak in (first.peak, last.peak) if peak is not None]
     peak = max(peaks) if peaks else None
     parts = last.weights + first.gradients + last.state
     return {
         "parameters": last.parameters,
         "weights": last.weights,
-        "gradients": first.gradients,  # by now they are zeroed
+        "gradients": first.gradients,  # at the end they are freed
         "state": last.state,
         "activations": None if peak is None else peak - parts,
         "peak": peak,
@@ -142,9 +149,14 @@ _LABELS = {
 }
 
 
-def table(rows: Sequence[dict[str, int | None]], name: str, predicted: Predicted | None = None) -> str:
-    """An aligned table of the rows of all processes: measured, their sum and the largest of them if there are several,
-    and what was predicted for one."""
+def format_table(rows: Sequence[dict[str, int | None]], name: str, predicted: Predicted | None = None) -> str:
+    """The aligned table of a run.
+
+    Args:
+        rows: one `measured_row` a process. With several processes the table has their sum and the largest one.
+        name: of the optimizer's class.
+        predicted: for one process; a column of its own.
+    """
     several = len(rows) > 1
     measured: dict[str, Callable[..., int]] = {"measured": sum}
     if several:

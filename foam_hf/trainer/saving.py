@@ -1,10 +1,10 @@
-"""Saving checkpoints that cannot be lost under `optim="foam"`: a manifest says which are whole.
+"""Saves checkpoints with a manifest under `optim="foam"`, so that an incomplete or damaged one is recognized.
 
-While a checkpoint is being written its manifest says so, and by whom; the last thing written, after everything is on
-the disk, is one with the size and the CRC-32 of every file, renewed for what callbacks changed in `on_save`. So a
-save that was killed, cut off by a power failure or stopped by a full disk is known for what it is, and so is every
-file that changed afterwards. Old checkpoints are deleted only when the new one is whole, and unfinished ones only when
-nobody can be writing them.
+A checkpoint gets its first manifest before any file: it says which process is writing. When all files are on the disk,
+a second manifest with the size and the CRC-32 of every file replaces it. It is written again if callbacks change files
+in `on_save`. So resuming recognizes a save that a kill, a power failure or a full disk interrupted, and a file that
+changed later. Old checkpoints are deleted only after the new one is complete. Incomplete ones are deleted only if no
+process can be writing them.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from foam_hf.optimizer.names import named
 from foam_hf.trainer.manifest import (
     begin,
     checkpoints_in,
+    complete_manifest,
+    file_stamps,
     files_of,
-    instead,
-    seal,
-    stamps,
-    surely_dead,
-    unfinished,
-    writing,
+    mark_as_written_here,
+    name_complete_checkpoint,
+    unfinished_manifest,
+    writer_is_gone,
 )
-from foam_hf.trainer.names import foam_of, is_ours
+from foam_hf.trainer.names import foam_of, uses_foam
 from foam_hf.trainer.patches import checkpoint_folder
 from foam_hf.trainer.weights import warn_unreadable
 
@@ -41,11 +41,11 @@ _running: ContextVar[_Save | None] = ContextVar("foam_hf_save", default=None)
 
 
 def wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Trainer._save_checkpoint`, with a manifest and the names of the weights that the optimizer holds state of."""
+    """Wrap `Trainer._save_checkpoint`: it adds a manifest, and the weights' names to the optimizer's state."""
 
     @functools.wraps(original)
     def _save_checkpoint(trainer: Any, model: Any, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if not is_ours(trainer.args):
+        if not uses_foam(trainer.args):
             return original(trainer, model, trial, *args, **kwargs)
         optimizer = foam_of(trainer)
         if optimizer is not None:
@@ -53,13 +53,13 @@ def wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
         save = _Save(trainer, checkpoint_folder(trainer, trial))
         token = _running.set(save)
         try:
-            with writing(save.folder), named(optimizer, trainer.model):
+            with mark_as_written_here(save.folder), named(optimizer, trainer.model):
                 save.begin()
                 result = original(trainer, model, trial, *args, **kwargs)
                 save.finish()
         except Exception as error:
-            if _is_of_the_disk(error) and not save.is_whole:  # else it is of an upload, or an old one's deletion
-                raise OSError(save.failure(error)) from error
+            if _is_write_error(error) and not save.is_complete:  # later errors are of an upload or of a deletion
+                raise OSError(save.failure_message(error)) from error
             raise
         finally:
             _running.reset(token)
@@ -70,40 +70,43 @@ def wrap_save_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_after_last_file(original: Callable[..., Any]) -> Callable[..., Any]:
-    """What Trainer does with a checkpoint that it takes for finished: upload it, delete older ones."""
+    """Wrap a function that Trainer calls when all files are written (upload, deletion of old checkpoints).
+
+    The manifest is completed before it runs.
+    """
 
     @functools.wraps(original)
-    def after_the_last_file(*args: Any, **kwargs: Any) -> Any:
+    def after_last_file(*args: Any, **kwargs: Any) -> Any:
         save = _running.get()
         if save is not None:
             save.finish()
-            if original.__name__.endswith("rotate_checkpoints") and save.has_rotated():
+            if original.__name__.endswith("rotate_checkpoints") and save.rotate_with_unfinished():
                 return None
         return original(*args, **kwargs)
 
-    return after_the_last_file
+    return after_last_file
 
 
 def wrap_on_save(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`CallbackHandler.on_save`, where callbacks convert, annotate or remove files of the checkpoint just saved."""
+    """Wrap `CallbackHandler.on_save`: if callbacks changed files of the checkpoint, its manifest is written again."""
 
     @functools.wraps(original)
     def on_save(handler: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(handler, *args, **kwargs)
         save = handler.__dict__.pop("_foam_hf_save", None)
         if save is not None:
-            save.seal_again()
+            save.renew_manifest()
         return result
 
     return on_save
 
 
 class _Save:
-    """One checkpoint while it is being written."""
+    """One checkpoint while it is being written, and the checksums of its files."""
 
     def __init__(self, trainer: Any, folder: Path) -> None:
         self.trainer, self.folder = trainer, folder
-        self._finished = self.is_whole = False
+        self._finished = self.is_complete = False
         self._stamps: dict[Path, Any] = {}
         self._sums: dict[Path, dict[str, Any]] = {}
 
@@ -115,39 +118,39 @@ class _Save:
             )
 
     def finish(self) -> None:
-        """Every process must come here once its files are written."""
+        """Complete the manifest. Every process must call it after its last file: it waits for all of them."""
         if self._finished:
             return
         self._finished = True
         self._wait()
         if self.trainer.args.should_save:
-            self._seal()
+            self._complete_manifest()
             warn_unreadable(self.trainer, self.folder)
-        self.is_whole = True
+        self.is_complete = True
 
-    def seal_again(self) -> None:
-        """Take what callbacks made of the checkpoint for what was saved; it never stops a training."""
+    def renew_manifest(self) -> None:
+        """Write the manifest again if callbacks changed files; a failure is a warning and does not stop training."""
         self._wait()
-        if not self._stamps or not (self.folder / MANIFEST).is_file():  # moved away, or meant to have no manifest
+        if not self._stamps or not (self.folder / MANIFEST).is_file():  # a callback moved or deleted it
             return
         try:
-            if stamps(files_of(self.folder)) != self._stamps:
-                self._seal()
+            if file_stamps(files_of(self.folder)) != self._stamps:
+                self._complete_manifest()
         except OSError as error:
             logger.warning(
                 f"callbacks changed files of {self.folder} in on_save, and its manifest could not be renewed: "
                 f"{error}. Before resuming from it, delete {self.folder / MANIFEST}"
             )
 
-    def _seal(self, tries: int = 3) -> None:
+    def _complete_manifest(self, tries: int = 3) -> None:
         try:
-            found = stamps(files_of(self.folder))
+            found = file_stamps(files_of(self.folder))
             kept = {path: sums for path, sums in self._sums.items() if found.get(path) == self._stamps.get(path)}
-            self._sums = seal(self.folder, kept)
-        except FileNotFoundError:  # an uploader's, or a file system's, that came and went
+            self._sums = complete_manifest(self.folder, kept)
+        except FileNotFoundError:  # uploaders and file systems make temporary files, which may vanish meanwhile
             if tries < 2:
                 raise
-            self._seal(tries - 1)
+            self._complete_manifest(tries - 1)
             return
         self._stamps = {path: found[path] for path in self._sums if path in found}
 
@@ -155,51 +158,54 @@ class _Save:
         if self.trainer.args.world_size > 1:
             self.trainer.accelerator.wait_for_everyone()
 
-    def has_rotated(self) -> bool:
-        """Delete old checkpoints in Trainer's place where some never finished: it would keep one, and delete a whole
-        one for it, or delete one that another process is writing. False where there are none."""
+    def rotate_with_unfinished(self) -> bool:
+        """Delete old checkpoints in Trainer's place if some saves never finished; return whether it did.
+
+        Trainer does not know which are unfinished: it would delete a complete checkpoint rather than an older
+        unfinished one, or one that another process is writing.
+        """
         limit = self.trainer.args.save_total_limit
         folders = [each for each in checkpoints_in(self.folder.parent) if each != self.folder]
-        open_ones = [each for each in folders if unfinished(each) is not None]
-        if limit is None or limit <= 0 or not open_ones:
+        unfinished = [each for each in folders if unfinished_manifest(each) is not None]
+        if limit is None or limit <= 0 or not unfinished:
             return False
-        dead = [each for each in reversed(open_ones) if surely_dead(each)]
+        dead = [each for each in reversed(unfinished) if writer_is_gone(each)]
         best = self.trainer.state.best_model_checkpoint
         kept = {self.folder} if best is None else {self.folder, Path(best)}
-        whole = _oldest_first([self.folder, *(each for each in folders if each not in open_ones)])
-        for each in [*dead, *(each for each in whole if each not in kept)]:
-            if len(dead) + len(whole) <= max(limit, len(kept)):
+        complete = _oldest_first([self.folder, *(each for each in folders if each not in unfinished)])
+        for each in [*dead, *(each for each in complete if each not in kept)]:
+            if len(dead) + len(complete) <= max(limit, len(kept)):
                 break
             if each in dead:
                 logger.warning(f"{each} is deleted: its save did not finish, and nothing is writing it any more")
-            (dead if each in dead else whole).remove(each)
+            (dead if each in dead else complete).remove(each)
             shutil.rmtree(each, ignore_errors=True)
         return True
 
-    def failure(self, error: Exception) -> str:
+    def failure_message(self, error: Exception) -> str:
         free = shutil.disk_usage(self.folder.parent if self.folder.parent.exists() else ".").free
         return (
             f"{self.folder} could not be saved: {error}. {free} bytes are free there. What is there is incomplete, "
-            f"and resume_from_checkpoint=True passes it by{instead(self.folder)}"
+            f"and resume_from_checkpoint=True passes it by{name_complete_checkpoint(self.folder)}"
         )
 
 
 def _oldest_first(folders: list[Path]) -> list[Path]:
-    """As Trainer sorts them: by time, or by step on a file system that keeps no times."""
-    times = {folder: _changed(folder) for folder in folders}
+    """Sort checkpoints as Trainer does: by time, or by step on a file system that keeps no times."""
+    times = {folder: _time_of_change(folder) for folder in folders}
     if max(times.values()) - min(times.values()) < 1:
         return sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))
     return sorted(folders, key=times.__getitem__)
 
 
-def _changed(folder: Path) -> float:
-    with contextlib.suppress(OSError):  # another run has just deleted it
+def _time_of_change(folder: Path) -> float:
+    with contextlib.suppress(OSError):  # another run may have deleted it
         return folder.stat().st_mtime
     return 0.0
 
 
-def _is_of_the_disk(error: Exception) -> bool:
-    """Whether writing failed, in the words of Python, safetensors or torch."""
+def _is_write_error(error: Exception) -> bool:
+    """Whether Python, safetensors or torch raised `error` because writing a file failed."""
     message = str(error)
     writer = "inline_container" in message or "PytorchStreamWriter" in message
     return isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or writer

@@ -1,4 +1,4 @@
-"""What stands around `Trainer.train`: refusals before it, whole checkpoints, gradient release, and clear errors."""
+"""The wrapper of `Trainer.train`: it checks the run and its checkpoint, releases gradients, and improves errors."""
 
 from __future__ import annotations
 
@@ -9,44 +9,44 @@ from typing import Any
 
 from foam_hf.optim_args import parse_optim_args
 from foam_hf.trainer import checkpoints, weights
-from foam_hf.trainer.build import at_work
-from foam_hf.trainer.names import foam_of, is_ours, releases_gradients
+from foam_hf.trainer.build import with_current_trainer
+from foam_hf.trainer.names import foam_of, releases_gradients, uses_foam
 from foam_hf.trainer.refusals import refuse_ready_made_optimizer, refuse_sharding
 from foam_hf.trainer.report import bind_reports
 
 
 def wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Trainer.train`; of a run without FOAM, only INT8 weights and reports are its business."""
+    """Wrap `Trainer.train`. In a run without FOAM it only refuses INT8 weights and connects memory reports."""
 
     @functools.wraps(original)
     def train(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_ours(trainer.args):
+        if uses_foam(trainer.args):
             refuse_sharding(trainer.args, trainer.model, trainer)
             args, kwargs = checkpoints.checked_arguments(trainer, args, kwargs)
             weights.refuse_unreadable(trainer)
         refuse_ready_made_optimizer(trainer)
         bind_reports(trainer)
-        with _gradient_release(trainer), _naming_parameters(trainer), _advising(trainer):
-            result = at_work(trainer, original)(trainer, *args, **kwargs)
+        with _gradient_release(trainer), _name_nonfinite_weights(trainer), _suggest_optim_args(trainer):
+            result = with_current_trainer(trainer, original)(trainer, *args, **kwargs)
             if (optimizer := foam_of(trainer)) is not None:
-                optimizer.check_gradients()  # of the last step
+                optimizer.check_gradients()  # raises for the last step, which no later step has checked
             return result
 
     return train
 
 
 def _gradient_release(trainer: Any) -> AbstractContextManager[None]:
-    searches = is_ours(trainer.args) and getattr(trainer, "hp_search_backend", None) is not None
+    searches = uses_foam(trainer.args) and getattr(trainer, "hp_search_backend", None) is not None
     if not (searches or releases_gradients(trainer.args)):  # a search sets a trial's arguments when training begins
         return nullcontext()
-    from foam_hf.trainer.release import released
+    from foam_hf.trainer.release import release_while_training
 
-    return released(trainer)
+    return release_while_training(trainer)
 
 
 @contextmanager
-def _naming_parameters(trainer: Any) -> Iterator[None]:
-    """An optimizer knows its parameters by number alone; the model may be made when training begins."""
+def _name_nonfinite_weights(trainer: Any) -> Iterator[None]:
+    """Add the names of weights to an error about NaN gradients: the optimizer knows weights by number only."""
     from foam_hf.optimizer.nonfinite import NonfiniteGradientError
 
     try:
@@ -57,21 +57,21 @@ def _naming_parameters(trainer: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _advising(trainer: Any) -> Iterator[None]:
-    """A checkpoint that this run's options do not fit names those that go on with it."""
+def _suggest_optim_args(trainer: Any) -> Iterator[None]:
+    """Add to the error about a checkpoint of other options the `optim_args` that can resume from it."""
     from foam_hf.optimizer.state import CheckpointMismatchError
 
     try:
         yield
     except CheckpointMismatchError as error:
-        if not is_ours(trainer.args):  # a FOAM made by hand, whose groups no optim_args make
+        if not uses_foam(trainer.args):  # a script made this FOAM, so its groups do not come from optim_args
             raise
-        from foam_hf.trainer.carry_over import continuing_args, wrapped_heads
+        from foam_hf.trainer.carry_over import continuing_args, explain_folded_heads
 
         args = trainer.args
-        words = continuing_args(trainer.model, args.optim_target_modules, parse_optim_args(args.optim_args), error)
-        if words is None and (reason := wrapped_heads(trainer.model, error)):
+        fitting = continuing_args(trainer.model, args.optim_target_modules, parse_optim_args(args.optim_args), error)
+        if fitting is None and (reason := explain_folded_heads(trainer.model, error)):
             raise ValueError(f"{error}. {reason}.") from error
-        if words is None:
+        if fitting is None:
             raise
-        raise ValueError(f"{error}. To go on with this checkpoint: optim='foam', optim_args={words!r}.") from error
+        raise ValueError(f"{error}. To go on with this checkpoint: optim='foam', optim_args={fitting!r}.") from error

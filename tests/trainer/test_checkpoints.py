@@ -148,7 +148,7 @@ def test_without_a_manifest_what_can_be_checked_is(whole, run: Path) -> None:
     for name, told in (
         ("optimizer.pt", "optimizer.pt is"),
         ("scheduler.pt", "scheduler.pt is"),
-        ("model.safetensors", "its header tells of"),
+        ("model.safetensors", "its header says"),
     ):
         before = (folder / name).read_bytes()
         (folder / name).write_bytes(before[:-300])
@@ -292,7 +292,7 @@ def change_state(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "step"),
     [
-        (change_state, "delete foam_checkpoint.json, and it is taken as it is"),
+        (change_state, "delete foam_checkpoint.json, and the file is read as it is"),
         (lambda folder: (folder / "optimizer.pt").unlink(), "delete scheduler.pt and foam_checkpoint.json too"),
         (lambda folder: (folder / "scheduler.pt").unlink(), "delete optimizer.pt and foam_checkpoint.json too"),
         (lambda folder: (folder / "rng_state.pth").unlink(), "if that is meant, delete foam_checkpoint.json too"),

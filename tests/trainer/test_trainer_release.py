@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from foam_hf import FOAM
-from foam_hf.trainer.build import describe
+from foam_hf.trainer.build import describe_optimizer
 from tests.support.tiny_models import (
     classification_data,
     language_data,
@@ -217,8 +217,8 @@ def test_a_smaller_batch_is_found_after_running_out_of_memory_in_the_backward_pa
 def test_the_model_card_names_it(tmp_path: Path) -> None:
     trainer = make(tmp_path, max_steps=1)
     trainer.train()
-    assert "gradient_release=True" in describe(trainer.args)
-    assert "gradient_release" not in describe(make(tmp_path, release=False).args)
+    assert "gradient_release=True" in describe_optimizer(trainer.args)
+    assert "gradient_release" not in describe_optimizer(make(tmp_path, release=False).args)
 
 
 # what is refused

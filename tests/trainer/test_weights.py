@@ -167,7 +167,7 @@ def test_random_numbers_go_on_as_if_nothing_had_been_made(tmp_path: Path) -> Non
     torch.manual_seed(5)
     before = torch.get_rng_state()
     trainer_weights._read(model, tmp_path)
-    trainer_weights._not_remade(model)
+    trainer_weights._rebuilding_problem(model)
     assert torch.equal(before, torch.get_rng_state())
 
 
