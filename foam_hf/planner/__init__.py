@@ -1,4 +1,4 @@
-"""What a run will take, before it starts."""
+"""The memory planner: predicts how much memory a training run takes, before it starts."""
 
 from foam_hf.planner.planner import Planner, estimate_memory
 

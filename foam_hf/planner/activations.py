@@ -1,6 +1,7 @@
-"""What a training step needs beyond weights, gradients and optimizer state: activations, logits, temporary memory.
+"""Estimates the memory of a training step beyond weights, gradients and optimizer state.
 
-Nothing is modelled by formulas: a step of the model's own code is traced on the meta device, by `planner/trace.py`.
+This is activations, logits and temporary memory. No formula models them: `planner/trace.py` runs a step of the model's
+own code on the meta device and counts its allocations.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from foam_hf.planner.plan import Estimate
 from foam_hf.planner.trace import StepTrace, trace_step, with_value
 from foam_hf.rules.all import rule_of
 
-# Workspaces of cuBLAS, one for the forward thread and one for backward's, as an H100 has them: less on other GPUs.
+# Workspaces of cuBLAS on an H100, one for the thread of the forward pass and one for backward's; smaller elsewhere.
 WORKSPACE = 2 * 32 * 2**20
 
 _ACCURACY = Path(__file__).with_name("accuracy.json")
 _AUTOCAST = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What a head of transformers computes its loss from, by the end of its class name: argument -> one for each token?
+# End of a class name in transformers -> the arguments of its loss, each with whether it has one value a token.
 _HEADS = {
     "ForCausalLM": {"labels": True},
     "LMHeadModel": {"labels": True},
@@ -40,56 +41,56 @@ _HEADS = {
 
 
 def activation_bytes(model: nn.Module, batch: int, sequence: int, **settings: Any) -> Estimate:
-    """What the peak of one training step holds on top of weights, all gradients and optimizer state.
+    """Estimate the bytes at the peak of one training step beyond weights, all gradients and optimizer state.
 
-    The peak is often at the loss, before there are gradients: they are taken off it, so that the parts add up to it.
-    It takes about a second; `activation_curve` tells many batch sizes at the price of two or three.
+    The peak is often at the loss, when no gradient exists yet. The bytes of all gradients are subtracted even then, so
+    that the four parts of a plan add up to the peak. A call takes about a second; `activation_curve` estimates many
+    batch sizes in the time of two or three.
 
     Args:
-        model: of transformers (peft's adapters in it, if those are trained) on the meta device, in the dtype it is
-            trained in. A copy of it runs.
-        batch, sequence: of one forward pass: sequences, and tokens in each.
+        model: a transformers model (with peft's adapters if those are trained) on the meta device, in the dtype in
+            which it is trained. A copy of it runs.
+        batch, sequence: sequences in one forward pass, and tokens in each.
         settings: the keyword arguments of `activation_curve`.
 
     Raises:
         ValueError: a size below 1, a setting out of range, a head whose loss is not known, or a model whose code
-            cannot run on the meta device, because it depends on values.
+            depends on values, so that it cannot run on the meta device.
     """
-    return _Step(model, sequence, **settings).estimate(batch)
+    return _TrainingStep(model, sequence, **settings).estimate(batch)
 
 
 def activation_curve(model: nn.Module, sequence: int, **settings: Any) -> Callable[[int], Estimate]:
-    """`activation_bytes` as a function of the batch alone, quick after its first two calls.
+    """`activation_bytes` as a function of the batch alone; only its first two calls are slow.
 
-    The steps of two batches make the same allocations in the same order, and each grows in a straight line with the
-    batch: so two of them tell all others. (Not a batch of one: it needs fewer copies.)
+    Two batch sizes make the same allocations in the same order, and each allocation is linear in the batch size. So
+    the steps of batches 2 and 3 determine those of larger ones. (A batch of 1 makes fewer copies.)
 
     Args:
         model, sequence: as for `activation_bytes`.
         autocast: "bfloat16" or "float16", for Trainer's `bf16=True` and `fp16=True` over float32 weights.
         gradient_checkpointing: as in TrainingArguments.
-        gradient_release: each gradient is freed inside the backward pass: only the largest one is taken off.
+        gradient_release: each gradient is freed inside the backward pass; only the largest one is subtracted.
         accumulation: gradients of earlier micro-batches are kept through the forward pass.
         attention: "sdpa" or "eager", as `attn_implementation`; default: as the model was built. "flash_attention_2"
-            keeps what "sdpa" keeps.
-        padding: some sequences of the batch are padded, so that attention needs a mask.
+            keeps the same tensors as "sdpa".
+        padding: some sequences of the batch are padded, so attention needs a mask.
 
     Raises:
-        ValueError: as `activation_bytes`; some at the call of the function that is returned.
+        ValueError: as `activation_bytes`; the returned function raises some of them.
     """
-    return _Step(model, sequence, **settings).estimate_quickly
+    return _TrainingStep(model, sequence, **settings).estimate_quickly
 
 
 def optimizer_temporary_bytes(model: nn.Module, optim: str, optim_args: str | None = None) -> int:
-    """The most that one step of an optimizer allocates and frees again, next to weights, gradients and state.
+    """The most bytes that one step of an optimizer on a GPU allocates and frees again.
 
-    FOAM's kernels on a GPU allocate nothing but the factored rule's, which keep sums of squares for the time of a
-    step; fused and 8-bit AdamW, and SGD, nothing either. FOAM without a kernel (Muon,
-    Adam-mini, moments of 8 bits) takes what it takes on a CPU, in larger chunks. Other optimizers say so in
-    `planner/peers.py`.
+    FOAM's kernels allocate nothing, except that those of the factored rule keep sums of squares during the step. Rules
+    without a kernel (Muon, Adam-mini, moments of 8 bits) allocate as on a CPU, in larger chunks. The bytes of other
+    optimizers are in `planner/peers.py`.
 
     Args:
-        model: its trainable parameters count, on whatever device.
+        model: its trainable parameters are counted, on any device.
         optim, optim_args: as in TrainingArguments.
     """
     if optim in FOAM_NAMES:
@@ -99,6 +100,7 @@ def optimizer_temporary_bytes(model: nn.Module, optim: str, optim_args: str | No
 
 
 def _foam_temporary_bytes(model: nn.Module, optim: str, optim_args: str | None) -> int:
+    """The largest temporary of a weight, or the sum over all weights whose rule allocates for all of them at once."""
     most = together = 0
     for group in foam_groups(model, optim, optim_args):
         for p in group["params"]:
@@ -110,17 +112,17 @@ def _foam_temporary_bytes(model: nn.Module, optim: str, optim_args: str | None) 
 
 @functools.cache
 def accuracy() -> str:
-    """How good the estimates are, in a few words: the largest error in the runs that were measured on GPUs.
+    """The largest error of the estimates in the runs that were measured on GPUs, as part of a sentence.
 
-    `recipes/benchmarks/memory/activation_peaks.py` measures them and writes the file.
+    `recipes/benchmarks/memory/activation_peaks.py` measures the runs and writes the file that this reads.
     """
     found = json.loads(_ACCURACY.read_text(encoding="utf-8"))
     error, machines = 100 * found["largest_error"], ", ".join(found["machines"])
     return f"within {error:.1f}% of the peak in {found['runs']} runs measured on {machines}"
 
 
-class _Step:
-    """A model and the settings of its training step, to be traced with batches of any size."""
+class _TrainingStep:
+    """A model and the settings of its training step, which can be traced with batches of any size."""
 
     def __init__(
         self,
@@ -140,7 +142,7 @@ class _Step:
             raise ValueError(
                 f"attention is 'sdpa' or 'eager', got {attention!r}; flash attention keeps what sdpa keeps"
             )
-        self._sequence, self._padding = _size("sequence", sequence), padding
+        self._sequence, self._padding = _check_size("sequence", sequence), padding
         self._settings: dict[str, Any] = {
             "autocast": _AUTOCAST[autocast],
             "releases_gradients": gradient_release,
@@ -148,17 +150,17 @@ class _Step:
         }
         self._model = copy.deepcopy(model).train()
         inner: Any = self._model
-        if hasattr(inner, "get_base_model"):  # peft's
+        if hasattr(inner, "get_base_model"):  # peft's wrapper
             inner = inner.get_base_model()
         self._labels = _labels(inner)
-        inner.config.use_cache = False  # as Trainer sets it
+        inner.config.use_cache = False  # Trainer sets it too
         if attention is not None:
             inner.set_attn_implementation(attention)
         if gradient_checkpointing:
             enable = getattr(inner, "activation_checkpointing_enable", inner.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         gradients = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
-        self._taken_off = max(gradients, default=0) if gradient_release else sum(gradients)
+        self._gradient_bytes = max(gradients, default=0) if gradient_release else sum(gradients)
         self._traces: dict[int, StepTrace] = {}
         self._ran: set[nn.Module] = set()
         for module in self._model.modules():
@@ -171,25 +173,25 @@ class _Step:
     def estimate_quickly(self, batch: int) -> Estimate:
         if batch > 3:
             two, three = self._trace(2).levels, self._trace(3).levels
-            if len(two) == len(three):  # the same allocations
+            if len(two) == len(three):  # both made the same allocations
                 return self._estimate(max(at + (batch - 2) * (then - at) for at, then in zip(two, three, strict=True)))
         return self.estimate(batch)
 
     def _estimate(self, peak: int) -> Estimate:
-        return Estimate(max(0, peak - self._taken_off) + WORKSPACE, self._note())
+        return Estimate(max(0, peak - self._gradient_bytes) + WORKSPACE, self._note())
 
     def _note(self) -> str:
-        """How good the estimate is: what ran on GPUs were models of text, whole."""
-        absent = left_out(self._model, self._ran)
+        """How good the estimate is: only whole models of text were compared with GPUs."""
+        absent = parts_that_did_not_run(self._model, self._ran)
         if not absent:
             return accuracy()
         return f"with text alone: {', '.join(absent)} did not run and is not counted; not compared with a GPU"
 
     def _trace(self, batch: int) -> StepTrace:
-        if _size("batch", batch) not in self._traces:
+        if _check_size("batch", batch) not in self._traces:
             try:
                 self._traces[batch] = trace_step(self._model, self._inputs(batch), **self._settings)
-            except Exception as error:  # whatever a model's code does not bear
+            except Exception as error:  # a model's own code can raise anything
                 reason = (str(error).strip().splitlines() or [""])[0]
                 raise ValueError(
                     f"a training step of {type(self._model).__name__} cannot be followed on the meta device: "
@@ -201,14 +203,14 @@ class _Step:
         tokens, each = torch.zeros(batch, self._sequence, dtype=torch.long), torch.zeros(batch, dtype=torch.long)
         inputs = {name: tokens if of_tokens else each for name, of_tokens in self._labels.items()}
         inputs["input_ids"] = tokens
-        inputs["attention_mask"] = torch.ones_like(tokens)  # as collators give it
+        inputs["attention_mask"] = torch.ones_like(tokens)  # collators add it
         if self._padding:
             inputs["attention_mask"][0, -1] = 0
         return {name: with_value(value) for name, value in inputs.items()}
 
 
-def left_out(model: nn.Module, ran: set[nn.Module]) -> list[str]:
-    """Names of the model's parts none of whose modules with parameters are in `ran`, as a tower for images."""
+def parts_that_did_not_run(model: nn.Module, ran: set[nn.Module]) -> list[str]:
+    """Names of the model's parts (as a vision tower) with parameters of which no module is in `ran`."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # peft's
     prefix = getattr(base, "base_model_prefix", "")
     parts = dict(base.named_children())
@@ -223,7 +225,7 @@ def left_out(model: nn.Module, ran: set[nn.Module]) -> list[str]:
 
 
 def _labels(model: nn.Module) -> dict[str, bool]:
-    """The arguments that make `model` compute its loss."""
+    """Name -> whether it has one value a token, of the arguments that make `model` compute its loss."""
     for ending, labels in _HEADS.items():
         if type(model).__name__.endswith(ending):
             return labels
@@ -232,7 +234,7 @@ def _labels(model: nn.Module) -> dict[str, bool]:
     )
 
 
-def _size(name: str, value: int) -> int:
+def _check_size(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name} must be 1 or more, got {value}")
     return value

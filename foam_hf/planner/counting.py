@@ -1,4 +1,4 @@
-"""What a plan counts to the byte, from shapes and dtypes alone: weights, gradients, and any optimizer's state."""
+"""Counts weights, gradients and optimizer state of a plan, to the byte, from shapes and dtypes alone."""
 
 from __future__ import annotations
 
@@ -48,9 +48,14 @@ def count_bytes(
     target_modules: str | list[str] | None = None,
     gradient_release: bool = False,
 ) -> Counted:
-    """Count what training `model`, which may be on the meta device, with `optim` holds; nothing is allocated.
+    """Count the bytes that training holds after a step; nothing is allocated.
 
-    Arguments and errors are those of `foam_hf.estimate_memory`.
+    Args:
+        model: may be on the meta device.
+        optim, optim_args, target_modules, gradient_release: as for `foam_hf.estimate_memory`.
+
+    Raises:
+        ValueError: as `foam_hf.estimate_memory`.
     """
     if gradient_release and optim not in FOAM_NAMES:
         raise ValueError(f"gradient_release is FOAM's, got it with optim={optim!r}; expected {one_of_ours()}")
@@ -73,10 +78,10 @@ def count_state(
     *,
     target_modules: str | list[str] | None = None,
 ) -> int:
-    """The bytes of state that `optim` holds for `model` after one step in Trainer; nothing is allocated.
+    """Count the bytes of state that `optim` holds for `model` after one step in Trainer; nothing is allocated.
 
     Raises:
-        ValueError: an unknown optimizer, or an option that it does not have.
+        ValueError: an unknown optimizer, or an option that the optimizer does not have.
     """
     if optim not in OPTIMIZERS:
         near = difflib.get_close_matches(optim, OPTIMIZERS, n=1)
@@ -104,7 +109,7 @@ def foam_groups(
 
 
 def _peer_options(optim: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """What changes the bytes, typed; every key is checked."""
+    """Check every key of `optim_args`, and return those that change the bytes, converted to their types."""
     legal = BY_NAME[optim].options
     options: dict[str, Any] = {}
     for key, text in split_optim_args(optim_args):

@@ -1,6 +1,6 @@
-"""Lets the meta device act as a CUDA device does, where the two keep other tensors alive.
+"""Makes the meta device keep the same tensors alive as a CUDA device.
 
-On the meta device attention falls apart into matrix products, dropout keeps a mask in the dtype of its input, and
+On the meta device PyTorch computes attention by matrix products, dropout keeps a mask in the dtype of its input, and
 autocast does nothing. On CUDA, attention and dropout are one kernel each, and autocast makes copies of the weights.
 """
 
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 _HALF = (torch.float16, torch.bfloat16)
 
-# torch.autocast's lists for CUDA, by the name under which PyTorch code calls the function.
+# The functions that torch.autocast runs in half precision or in float32 on CUDA, by the names that Python code calls.
 _PRODUCTS = ("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "addmv")
 _CONVOLUTIONS = tuple(f"conv{kind}{dim}d" for kind in ("", "_transpose") for dim in (1, 2, 3))
 _LOWER = frozenset((*_PRODUCTS, *_CONVOLUTIONS, "einsum", "prelu", "scaled_dot_product_attention"))
@@ -27,10 +27,10 @@ _FLOAT32 = frozenset((*_LOSSES, *_POINTWISE, *_REDUCTIONS, "layer_norm", "group_
 
 
 class CudaRules(TorchFunctionMode):
-    """Inside it, functions on meta tensors take the way that they take on CUDA.
+    """A mode in which functions on meta tensors allocate as they do on CUDA.
 
     Args:
-        autocast: what `torch.autocast` would lower float32 to; None: no autocast.
+        autocast: the dtype to which `torch.autocast` casts float32; None: no autocast.
     """
 
     def __init__(self, autocast: torch.dtype | None = None) -> None:
@@ -41,9 +41,9 @@ class CudaRules(TorchFunctionMode):
 
     @contextlib.contextmanager
     def forward_pass(self) -> Iterator[None]:
-        """As `with torch.autocast` around a forward pass: weights are lowered once, and kept to its end.
+        """Cast each weight once and keep the copy to the end of this context, as `with torch.autocast` does.
 
-        What calls functions outside of it is the recomputation of checkpointed layers, which lower their weights anew.
+        Outside of it, gradient checkpointing recomputes layers, and each layer casts its weights again.
         """
         self._keeps_lowered = True
         try:
@@ -57,16 +57,16 @@ class CudaRules(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self.autocast is not None:
             if name in _LOWER:
-                args, kwargs = _map((args, kwargs), self._lower)
+                args, kwargs = _map_tensors((args, kwargs), self._cast_to_half)
             elif name in _FLOAT32 and "dtype" not in kwargs:
-                args, kwargs = _map((args, kwargs), _raise)
+                args, kwargs = _map_tensors((args, kwargs), _cast_to_float32)
         if name == "scaled_dot_product_attention":
             return _attention(func, *args, **kwargs)
         if name == "dropout" and func is torch.nn.functional.dropout:
             return _dropout(func, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _lower(self, tensor: Tensor) -> Tensor:
+    def _cast_to_half(self, tensor: Tensor) -> Tensor:
         if tensor.dtype != torch.float32:
             return tensor
         if not (self._keeps_lowered and tensor.is_leaf and tensor.requires_grad and torch.is_grad_enabled()):
@@ -78,7 +78,7 @@ class CudaRules(TorchFunctionMode):
 
 
 class _Autocast(torch.autocast):
-    """`torch.autocast`, which knows no meta device: there it does nothing, and models that turn it off are content."""
+    """`torch.autocast` that does nothing on the meta device: torch's own raises, even to a model that disables it."""
 
     def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
         if device_type == "meta":
@@ -88,7 +88,7 @@ class _Autocast(torch.autocast):
 
 @contextlib.contextmanager
 def autocast_on_meta() -> Iterator[None]:
-    """Inside it, `torch.autocast(device_type="meta")` is no error."""
+    """Replace `torch.autocast` so that `torch.autocast(device_type="meta")` raises no error."""
     original = torch.autocast
     torch.autocast = _Autocast  # type: ignore[misc]
     try:
@@ -97,17 +97,17 @@ def autocast_on_meta() -> Iterator[None]:
         torch.autocast = original  # type: ignore[misc]
 
 
-def _raise(tensor: Tensor) -> Tensor:
+def _cast_to_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _HALF else tensor
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple | list):
-        return type(value)(_map(inner, change) for inner in value)
+        return type(value)(_map_tensors(inner, change) for inner in value)
     if isinstance(value, dict):
-        return {key: _map(inner, change) for key, inner in value.items()}
+        return {key: _map_tensors(inner, change) for key, inner in value.items()}
     return value
 
 
@@ -130,8 +130,11 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The kernel that CUDA would choose: flash attention for halves without a mask, else the memory-efficient one,
-    else, for grouped heads that the latter does not know, plain matrix products."""
+    """Attention by the kernel that CUDA would choose.
+
+    It is flash attention for half precision without a mask, and the memory-efficient kernel otherwise. The latter does
+    not support grouped heads; then it is matrix products.
+    """
     aten = torch.ops.aten
     width = query.shape[-1]
     if not query.is_meta or query.dim() != 4:
@@ -149,13 +152,13 @@ def _attention(
 
 
 def _pad(tensor: Tensor) -> Tensor:
-    """The kernels want a width divisible by 8."""
+    """Pad the last dimension to a multiple of 8, which the kernels need."""
     missing = -tensor.shape[-1] % 8
     return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
 
 def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """A mask as the kernel takes it: in the dtype of the query, expanded over heads without a copy."""
+    """The mask as an additive bias in the dtype of the query, expanded over heads without a copy."""
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
     length = mask.shape[-1]

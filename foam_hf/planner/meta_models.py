@@ -1,4 +1,4 @@
-"""Models on the meta device, as they are trained: shapes and dtypes, no memory."""
+"""Builds models on the meta device, where they have shapes and dtypes and take no memory."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ def meta_model(
     architecture: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The model of `config` on the meta device: shapes and dtypes, no memory.
+    """Build the model of `config` on the meta device; nothing is allocated.
 
     Args:
-        config: of transformers; `trust_remote_code` as for `load_config`.
+        config: a transformers config.
         dtype: of the weights; default: the config's own, else float32.
-        architecture: name of the class in transformers; default: the first that `config` names, or if transformers has
-            none of them, its causal language model for this kind of config.
+        architecture: name of the class in transformers; default: the first that `config` names and transformers has,
+            else the causal language model for this kind of config.
+        trust_remote_code: as for `load_config`.
 
     Raises:
-        ModelError: the config contradicts itself, is that of a quantized checkpoint, or transformers has no model for
-            it.
+        ModelError: the config contradicts itself or is that of a quantized checkpoint, or transformers has no model
+            for it.
     """
     quantization = getattr(config, "quantization_config", None)
     if quantization:
@@ -39,15 +40,15 @@ def meta_model(
         raise ModelError(f"a checkpoint quantized by {method}; expected the plain model that it was made from{option}")
     dtype = dtype or config_dtype(config)
     default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # not model.to(dtype): some buffers stay float32, as when a model is loaded
+    torch.set_default_dtype(dtype)  # model.to(dtype) would also cast buffers that stay float32 when a model is loaded
     try:
         with torch.device("meta"):
             if architecture is not None:
-                return _class(architecture, config)(config)
+                return _model_class(architecture, config)(config)
             return _build(config, trust_remote_code)
     except ModelError:
         raise
-    except Exception as error:  # whatever a contradictory config breaks, deep inside
+    except Exception as error:  # a config that contradicts itself can raise anything
         raise ModelError(
             f"cannot build {type(config).__name__}: {first_line(error)}; expected a config that transformers can build"
         ) from error
@@ -56,7 +57,7 @@ def meta_model(
 
 
 def config_dtype(config: Any) -> torch.dtype:
-    """The dtype of the weights that `config` names, else float32."""
+    """The dtype of the weights in `config`; float32 if it names none."""
     dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
@@ -64,7 +65,7 @@ def config_dtype(config: Any) -> torch.dtype:
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """`model`, or a copy of it on the meta device if it is anywhere else; nothing is allocated."""
+    """`model` itself if it is on the meta device, else a copy of it there; nothing is allocated."""
     tensors = [*model.parameters(), *model.buffers()]
     if all(tensor.is_meta for tensor in tensors):
         return model
@@ -77,7 +78,7 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 
 def with_adapters(model: nn.Module, rank: int) -> nn.Module:
-    """`model` under LoRA of peft on all its linear layers but the head; its own weights are frozen.
+    """`model` with peft's LoRA adapters on all linear layers but the head; its own weights are frozen.
 
     Raises:
         ModelError: peft is missing, or cannot adapt this model.
@@ -86,7 +87,7 @@ def with_adapters(model: nn.Module, rank: int) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ModelError(f"lora_rank needs peft, which cannot be imported ({error}); pip install peft") from error
-    # A classifier is new, so peft trains it whole beside the adapters.
+    # peft trains a classifier itself, without an adapter, because it has no pretrained weights.
     task = "SEQ_CLS" if "ForSequenceClassification" in type(model).__name__ else None
     try:
         return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", task_type=task))
@@ -98,9 +99,9 @@ _NOT_TEXT = re.compile(r"(^|[._])(vision|visual|image|audio|speech|video|pixel|p
 
 
 def positions(model: nn.Module) -> int | None:
-    """The most tokens of text that the model's learned positions allow; None if it has none (rotary ones go on).
+    """The longest text, in tokens, that the model's learned positions allow; None if it learns no positions.
 
-    Positions of patches and of frames, in a tower for images or sound, are no limit of the text.
+    Rotary positions have no limit. Positions of patches and frames, in a tower for images or sound, do not count.
     """
     modules = dict(model.named_modules())
     inputs = {name: getattr(module, "main_input_name", "input_ids") for name, module in modules.items() if name}
@@ -111,13 +112,14 @@ def positions(model: nn.Module) -> int | None:
         if _NOT_TEXT.search(name) or any(name.startswith(f"{tower}.") for tower in towers):
             continue
         if isinstance(module, nn.Embedding) and ("position" in own_name or own_name == "wpe"):
-            offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from behind it
+            # RoBERTa numbers its positions from the one after padding_idx.
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1
             found.append(module.num_embeddings - offset)
     return min(found, default=None)
 
 
-def _class(name: str, config: Any) -> Any:
-    """The class of transformers for models of `config`."""
+def _model_class(name: str, config: Any) -> Any:
+    """The class `name` of transformers; ModelError if it does not take `config`."""
     import transformers
 
     known = getattr(transformers, name, None)
@@ -133,8 +135,8 @@ def _build(config: Any, trust_remote_code: bool) -> nn.Module:
 
     for name in getattr(config, "architectures", None) or ():
         try:
-            known = _class(name, config)
-        except ModelError:  # of the model's own code, or misspelt, as LLaMAForCausalLM in GaLore's configs
+            known = _model_class(name, config)
+        except ModelError:  # a class of the model's own code, or a misspelt one (LLaMAForCausalLM in GaLore's configs)
             continue
         return known(config)
     own_code = getattr(config, "auto_map", None) or {}

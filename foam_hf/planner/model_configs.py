@@ -1,4 +1,4 @@
-"""Configs by name: built into the package, in a file or a folder, on the hub. Nothing else is downloaded."""
+"""Finds the config of a model: built into this package, in a file or folder, or on the hub. Loads no weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LLAMA = {
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, positions: int = 1024) -> dict[str, Any]:
-    """A LLaMA of the GaLore, APOLLO and FOAM papers, which share their shapes."""
+    """The config of a LLaMA; the GaLore, APOLLO and FOAM papers use the same shapes."""
     return {
         **_LLAMA,
         "hidden_size": hidden,
@@ -50,7 +50,7 @@ def _qwen(hidden: int, intermediate: int, layers: int, heads: int, kv: int, **ot
 
 
 def _roberta(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
-    """With a classifier of two labels, as for most of GLUE's tasks."""
+    """The config of a RoBERTa with a classifier of two labels, as most tasks of GLUE have."""
     return {
         "architectures": ["RobertaForSequenceClassification"],
         "model_type": "roberta",
@@ -105,21 +105,25 @@ BUILTIN: dict[str, dict[str, Any]] = {
 
 
 class ModelError(ValueError):
-    """A model that cannot be planned, in one line for the user."""
+    """A model cannot be planned; the message is one line for the user."""
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's message; its kind if it has none."""
+    """The first line of an error's message, or the name of its class if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The config of a local folder, a config.json, a built-in name or a model of the hub, in this order.
+    """Load the config of a model.
+
+    Args:
+        name: a local folder, a config.json, a built-in name or a model on the hub, looked up in this order.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        ModelError: there is no such model, the hub does not give it out or is out of reach, the file is no config, or
-            the model needs code of its own and `trust_remote_code` is false.
+        ModelError: there is no such model, the hub refuses it or cannot be reached, the file is no config, or the
+            model needs code of its own and `trust_remote_code` is false.
     """
     path = Path(name)
     if path.is_dir():
@@ -134,12 +138,12 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
         settings = dict(BUILTIN[name.lower()])
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
     if name.endswith(".json") or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"no such file or folder: {name}; expected a folder, a config.json, {_names()}")
+        raise ModelError(f"no such file or folder: {name}; expected a folder, a config.json, {_builtin_names()}")
     return _from_hub(name, trust_remote_code)
 
 
 def _from_file(path: Path, trust_remote_code: bool, hub_name: str | None = None) -> Any:
-    """`hub_name`: where the file came from; its code, if it needs any and may run it, comes from there too."""
+    """Read a config file; if it came from the hub and needs code of its own, the code is loaded from `hub_name`."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -158,7 +162,7 @@ def _from_file(path: Path, trust_remote_code: bool, hub_name: str | None = None)
     source = hub_name if hub_name and own_code else str(path.parent if path.name == "config.json" else path)
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # OSError, ValueError, KeyError, and what a model's own code raises
+    except Exception as error:  # OSError, ValueError, KeyError, or an error of the model's own code
         raise ModelError(f"cannot read the config of {name}: {first_line(error)}") from error
 
 
@@ -166,9 +170,10 @@ def _from_hub(name: str, trust_remote_code: bool) -> Any:
     import huggingface_hub
     from huggingface_hub import errors
 
-    unknown = f"no model {name!r}{_nearest(name)}; expected a folder, a config.json, a name on the hub, {_names()}"
+    expected = f"expected a folder, a config.json, a name on the hub, {_builtin_names()}"
+    unknown = f"no model {name!r}{_nearest(name)}; {expected}"
     try:
-        # One request without retries: hf_hub_download tries for half a minute where there is no network.
+        # One request without retries first: without a network hf_hub_download retries for half a minute.
         huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, "config.json"))
         path = huggingface_hub.hf_hub_download(name, "config.json")
     except errors.GatedRepoError:
@@ -178,14 +183,14 @@ def _from_hub(name: str, trust_remote_code: bool) -> Any:
         ) from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise ModelError(unknown) from None
-    except Exception as error:  # no network, a proxy, offline mode: hub's versions raise what their HTTP client does
+    except Exception as error:  # no network, a proxy, offline mode: the class depends on the hub's HTTP client
         if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
             raise ModelError(f"{name} has no config.json on the hub; expected a transformers model") from None
         cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
         if not isinstance(cached, str):
             raise ModelError(
                 f"no model {name!r} on this machine, and the hub cannot be reached{_nearest(name)}; "
-                f"without it: a folder, a config.json, {_names()}"
+                f"without it: a folder, a config.json, {_builtin_names()}"
             ) from None
         path = cached
     return _from_file(Path(path), trust_remote_code, name)
@@ -193,10 +198,10 @@ def _from_hub(name: str, trust_remote_code: bool) -> Any:
 
 def _nearest(name: str) -> str:
     own = name.lower().rsplit("/", 1)[-1]
-    # Qwen2.5-7B-Instruct has the shapes of qwen2.5-7b; Llama-3.2-1B looks like llama-3.1-8b, and has not.
+    # Qwen2.5-7B-Instruct has the shapes of qwen2.5-7b. Llama-3.2-1B does not have those of llama-3.1-8b: hence 0.9.
     near = [known for known in BUILTIN if own.startswith(known)] or difflib.get_close_matches(own, BUILTIN, 1, 0.9)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _names() -> str:
+def _builtin_names() -> str:
     return f"or a built-in name: {', '.join(BUILTIN)}"

@@ -1,8 +1,8 @@
-"""Optimizers of others: what each keeps after one step and takes during it; nothing is allocated to count it.
+"""Counts the memory of optimizers other than FOAM: state after one step, and temporary bytes during a step.
 
-A function for each kind of state follows what the optimizer's own code keeps, as Trainer builds it; the tests hold
-every one against the real optimizer, to the byte. State that is a Python number (most step counters) takes none.
-`PEERS`, at the end, has a record for each.
+A peer is an optimizer of another package that plans are compared with. `PEERS`, at the end, has a record for each.
+Each function counts what the optimizer's own code keeps when Trainer builds it; tests compare it with the real
+optimizer, to the byte. State that is a Python number (most step counters) counts as 0. Nothing is allocated.
 """
 
 from __future__ import annotations
@@ -18,48 +18,48 @@ from foam_hf.memory.measured import adamw_state_bytes
 from foam_hf.optimizer.groups import layer_names
 
 FLOAT = 4  # bytes of float32
-# Names of what Adam-mini gives one value a row: embeddings and heads, values, attention outputs, MLPs.
+# Adam-mini keeps one value a row for these weights: embeddings and heads, values, attention outputs, MLPs.
 _MINI_ROWS = (
     *("embed", "embd", "wte", "lm_head", "output", "final_layer"),
     *("v_proj", "wv", "value", "o_proj", "wo", "attn.proj", "feed_forward", "linear", "mlp"),
 )
-_BNB_BLOCK, _BNB_SMALLEST = 256, 4096  # elements that share a scale; fewer elements than the second stay in float32
+_BNB_BLOCK = 256  # elements that share a scale in bitsandbytes
+_BNB_SMALLEST = 4096  # bitsandbytes keeps float32 state for weights of fewer elements
 
 
-def nothing(trained: Sequence[Tensor]) -> int:
-    """The temporary bytes of a step that allocates none."""
+def no_temporary_bytes(trained: Sequence[Tensor]) -> int:
+    """The temporary bytes of a step that allocates nothing."""
     return 0
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One optimizer of others, by all the names that mean the same.
+    """How to count the memory of one optimizer.
 
     Attributes:
-        names: of Trainer's `optim`, or ours for what Trainer does not have.
-        state: bytes after one step of a model, whose further arguments are the names of the weights that `targets`
-            gives, if there is one, and the options that change the bytes.
-        targets: (model, `optim_target_modules`) -> names of the weights that it does not treat as AdamW does.
-        options: what Trainer reads from `optim_args`: key -> the words it may be, or None for a number.
-        temporary: the most that a step allocates and frees again, for the tensors that are trained.
+        names: the values of Trainer's `optim` that mean this optimizer; our own name if Trainer has none.
+        state: (model, targets if there are any, **options) -> bytes of state after one step.
+        targets: (model, `optim_target_modules`) -> names of the weights that the optimizer does not update as AdamW.
+        options: key that Trainer reads from `optim_args` -> its legal words, or None for a number.
+        temporary: trained tensors -> the most bytes that a step allocates and frees again.
     """
 
     names: tuple[str, ...]
     state: Callable[..., int]
     targets: Callable[[nn.Module, str | list[str] | None], set[str]] | None = None
     options: Mapping[str, tuple[str, ...] | None] = field(default_factory=dict)
-    temporary: Callable[[Sequence[Tensor]], int] = nothing
+    temporary: Callable[[Sequence[Tensor]], int] = no_temporary_bytes
 
     def state_bytes(
         self, model: nn.Module, options: Mapping[str, Any], target_modules: str | list[str] | None = None
     ) -> int:
-        """Bytes of state that it holds for `model`, on whatever device, after one step."""
+        """Bytes of state after one step for `model`, which may be on any device."""
         targets = (self.targets(model, target_modules),) if self.targets else ()
         return self.state(model, *targets, **options)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> parameter of all that are trained, tied ones once."""
+    """Name -> parameter of all trained parameters; tied ones are listed once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -73,7 +73,7 @@ def adamw_8bit(model: nn.Module) -> int:
     embeddings = {
         id(module.weight)
         for module in model.modules()
-        if isinstance(module, nn.Embedding)  # not EmbeddingBag: Trainer's own test
+        if isinstance(module, nn.Embedding)  # as Trainer tests: not EmbeddingBag
     }
     found = 2 * 256 * FLOAT  # two tables of 256 values, one for each moment
     for p in trainable_parameters(model).values():
@@ -85,7 +85,7 @@ def adamw_8bit(model: nn.Module) -> int:
 
 
 def adamw_32bit(model: nn.Module) -> int:
-    """bitsandbytes' 32-bit AdamW: two float32 moments, whatever the weights are."""
+    """bitsandbytes' 32-bit AdamW: two float32 moments for weights of any dtype."""
     return sum(2 * p.numel() * FLOAT for p in trainable_parameters(model).values())
 
 
@@ -95,7 +95,7 @@ def adafactor(model: nn.Module) -> int:
     for p in trainable_parameters(model).values():
         size = max(p.element_size(), FLOAT)
         moment = p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.dim() > 1 else p.numel()
-        found += (moment + 1) * size  # and the root mean square of the parameter
+        found += (moment + 1) * size  # 1: the root mean square of the parameter
     return found
 
 
@@ -105,7 +105,7 @@ def sgd(model: nn.Module) -> int:
 
 
 def galore(model: nn.Module, targets: Collection[str], *, rank: int = 128, proj_type: str = "std") -> int:
-    """GaLore's AdamW: for `targets` the moments of the projected gradient, and the projection; AdamW for the rest."""
+    """GaLore's AdamW: the projection and the moments of the projected gradient for `targets`; AdamW for the rest."""
     found = 0
     for name, p in trainable_parameters(model).items():
         if name in targets:
@@ -154,8 +154,8 @@ def adam_mini(model: nn.Module) -> int:
     """Adam-mini 1.1.1: a full first moment, and a second one for each head, row or tensor, by the weight's name.
 
     Raises:
-        ValueError: a model without hidden_size and num_attention_heads in its config, or with a parameter on which
-            Adam-mini itself would fail.
+        ValueError: the model's config lacks hidden_size or num_attention_heads, or Adam-mini itself would fail on a
+            parameter.
     """
     config = getattr(model, "config", None)
     hidden_size, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
@@ -208,22 +208,23 @@ def linear_targets(model: nn.Module, target_modules: str | list[str]) -> set[str
 
 
 def projected_targets(model: nn.Module, target_modules: str | list[str] | None) -> set[str]:
-    """What GaLore and APOLLO project: `optim_target_modules`, or without them the layers' linear weights."""
+    """Names of the weights that GaLore and APOLLO project: `optim_target_modules`, or the linear weights of layers."""
     if target_modules:
         return linear_targets(model, target_modules)
     return layer_names(model) & linear_targets(model, "all-linear")
 
 
 def _projects_columns(p: Tensor, proj_type: str) -> bool:
-    """Whether the gradient is multiplied from the right: its columns become `rank` ones."""
+    """Whether the projection reduces the columns of the gradient to `rank`, not its rows."""
     tall = p.shape[0] >= p.shape[1]
     return {"std": tall, "reverse_std": not tall, "right": True, "left": False}[proj_type]
 
 
 def _svd_projection(p: Tensor, rank: int, proj_type: str) -> tuple[int, int]:
-    """(bytes of the projection, elements of the projected gradient), where an SVD of the gradient gives the factors.
+    """(bytes of the projection, elements of the projected gradient) of a projection by the gradient's SVD.
 
-    A float32 factor is a slice of the SVD's, and keeps all of it alive; other dtypes are converted, and so copied.
+    In float32 the projection is a slice of the SVD's factor and keeps the whole factor alive. In other dtypes it is a
+    copy.
     """
     rows, columns = p.shape
     full = min(rows, columns)
@@ -236,17 +237,17 @@ def _svd_projection(p: Tensor, rank: int, proj_type: str) -> tuple[int, int]:
 
 
 def _second_moments(trained: Sequence[Tensor]) -> int:
-    """AdamW without fusion: the roots of all second moments at once."""
+    """AdamW that is not fused: the square roots of all second moments at the same time."""
     return sum(p.numel() * p.element_size() for p in trained)
 
 
 def _float32_copies(trained: Sequence[Tensor]) -> int:
-    """Adafactor: two float32 copies of a weight; of halves, those of gradient and weight as well."""
+    """Adafactor: two float32 tensors of a weight's shape; for half precision also copies of gradient and weight."""
     return max((p.numel() * (8 if p.element_size() > 2 else 16) for p in trained), default=0)
 
 
 def _full_updates(trained: Sequence[Tensor]) -> int:
-    """GaLore and APOLLO: the update of a weight at full size, and what it is made of."""
+    """GaLore and APOLLO: the update of a weight at full size, and one more tensor from which it is computed."""
     return max((2 * p.numel() * p.element_size() for p in trained), default=0)
 
 
@@ -274,7 +275,7 @@ PEERS = (
     Peer(("sgd",), sgd),
     Peer(("galore_adamw",), galore, projected_targets, _GALORE, _full_updates),
     Peer(("apollo_adamw",), apollo, projected_targets, _APOLLO, _full_updates),
-    # Trainer has no name for torch.optim.Muon, nor for Adam-mini of the adam-mini package.
+    # Trainer has no name for torch.optim.Muon and for Adam-mini (of the adam-mini package); these are ours.
     Peer(("muon",), muon, lambda model, target_modules: layer_names(model)),
     Peer(("adam_mini",), adam_mini),
 )

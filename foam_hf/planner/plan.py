@@ -1,4 +1,4 @@
-"""What a memory plan says: bytes by kind for one optimizer on one model. Numbers only; `planner` makes them."""
+"""The records of the planner: the bytes that one model takes with one optimizer, by kind."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number that is modelled, not counted.
+    """A number of bytes that is estimated, not counted.
 
     Attributes:
         bytes: the estimate.
-        note: how good it is, in one line for the user: what it was calibrated on, and the error seen there.
+        note: one line for the user on how good it is: what it was compared with, and the largest error.
     """
 
     bytes: int
@@ -25,19 +25,19 @@ class Plan:
     Weights, gradients and state are counted to the byte; activations are an estimate.
 
     Attributes:
-        optim: the optimizer, by the name that Trainer's `optim` takes.
-        options: what was chosen of the optimizer's options, as in `optim_args`; "" for its defaults.
+        optim: the optimizer's name in Trainer's `optim`.
+        options: the chosen options, as in `optim_args`; "" for the defaults.
         batch, sequence: sequences on the device at a time, and tokens in each.
-        gradient_release: the update runs inside the backward pass.
-        int8_weights: the weights that fold are INT8.
-        parameters: of the model, tied ones once.
+        gradient_release: whether the update runs inside the backward pass.
+        int8_weights: whether the weights that fold are INT8.
+        parameters: how many parameters the model has; tied ones count once.
         trainable: how many of them are trained.
-        weights: parameters and buffers.
-        gradients: of all trainable parameters; of the largest alone where the update runs inside backward.
-        state: of the optimizer, after its first step.
-        activations: what the peak holds on top of the three above: activations, logits, temporary memory. Gradients
-            that do not exist yet at the peak are taken off it, so that the four always add up to the peak.
-        activations_note: how good that estimate is.
+        weights: bytes of parameters and buffers.
+        gradients: bytes of all gradients; with gradient release, of the largest one.
+        state: bytes of optimizer state after the first step.
+        activations: the rest of the peak: activations, logits, temporary memory. If some gradients do not exist yet
+            at the peak, their bytes are subtracted here, so that the four kinds add up to the peak.
+        activations_note: how good the estimate of `activations` is.
     """
 
     optim: str
@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """The optimizer with all that was chosen, as a row of a table starts."""
+        """The optimizer and the chosen options, as the first cell of a table's row."""
         chosen = [self.options] if self.options else []
         chosen += ["gradient release"] if self.gradient_release else []
         chosen += ["INT8 weights"] if self.int8_weights else []
@@ -64,5 +64,5 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """The peak: the sum of the four kinds."""
+        """Bytes at the peak of a step: the sum of the four kinds."""
         return self.weights + self.gradients + self.state + self.activations

@@ -1,4 +1,4 @@
-"""The memory planner: what training a model takes, by kind, before anything but a config is read or allocated."""
+"""`estimate_memory` and `Planner`: the memory that training a model takes, computed from its config alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from foam_hf.planner.meta_models import meta_model, on_meta, positions, with_ada
 from foam_hf.planner.model_configs import ModelError, load_config
 from foam_hf.planner.plan import Estimate, Plan
 
-_MOST = 1 << 20  # sequences: beyond this the model is a toy, and the answer is of no use
+_MAX_BATCH = 1 << 20  # sequences; only a toy model fits more, and no user needs that number
 
 
 def estimate_memory(
@@ -32,24 +32,25 @@ def estimate_memory(
     target_modules: str | list[str] | None = None,
     **workload: Any,
 ) -> Plan:
-    """What a step of training takes at its peak: weights, gradients and state counted, activations estimated.
+    """Plan the memory of one training step at its peak: weights, gradients and state counted, activations estimated.
 
-    Nothing is allocated: the model is built on the meta device, and grouped by the code that groups it for training.
+    Nothing is allocated: the model is built on the meta device. The code that groups weights for training groups them
+    here too.
 
     Args:
         model: a built-in name (`model_configs.BUILTIN`), a local folder, a config.json, a name on the hub, a
-            transformers config, or a model, which may be on the meta device and counts as it is.
+            transformers config, or a model on any device, which is planned as it is.
         optim, optim_args: as in `TrainingArguments`; the names are those of `counting.OPTIMIZERS`. "muon" is
             `torch.optim.Muon` for the weights that FOAM folds, "adam_mini" is the adam-mini package's.
         gradient_release: the update runs inside the backward pass (FOAM only).
-        int8_weights: with the weights that `foam_hf.Int8Config` quantizes (FOAM only).
+        int8_weights: the weights that `foam_hf.Int8Config` quantizes are INT8 (FOAM only).
         target_modules: Trainer's `optim_target_modules`; without it GaLore and APOLLO project the `nn.Linear` weights
             that FOAM folds.
         **workload: the arguments of `Planner`: batch, sequence, dtype and so on.
 
     Raises:
-        ValueError: an unknown model or optimizer, an option that it does not have, a size below 1, a sequence longer
-            than the model's positions.
+        ValueError: an unknown model or optimizer, an option that the optimizer does not have, a size below 1, or a
+            sequence longer than the model's positions.
     """
     planner = Planner(model, **workload)
     return planner.plan(
@@ -62,12 +63,12 @@ def estimate_memory(
 
 
 class Planner:
-    """Plans of several optimizers on one model and one workload; what they share is worked out once.
+    """Plans several optimizers on one model and one workload; the model is built, and each step traced, once.
 
     Args:
         model: as for `estimate_memory`.
-        batch, sequence: sequences on the device at a time, and tokens in each; by default 1 and 512, or as many tokens
-            as the model has learned positions.
+        batch, sequence: sequences on the device at a time, and tokens in each; by default 1 and 512 (fewer tokens if
+            the model has fewer learned positions).
         dtype: of the weights; default: the config's.
         autocast: "bfloat16" or "float16", for Trainer's `bf16` and `fp16` over float32 weights.
         gradient_checkpointing: as in `TrainingArguments`.
@@ -75,12 +76,13 @@ class Planner:
         attention: `attn_implementation`: "sdpa" or "eager"; default: the model's own.
         lora_rank: train LoRA adapters (peft) of this rank on all linear layers, instead of the weights.
         architecture: the class of transformers to build, as "BertForSequenceClassification"; default: the config's.
-        trust_remote_code: run the code that a model brings with it.
+        trust_remote_code: run the code that comes with a model.
 
     Attributes:
         model: on the meta device, as it is trained.
-        architecture, parameters, dtype: of the model without adapters: the name of its class, how many parameters,
-            tied ones once, and the dtype of most of them.
+        architecture: name of the model's class.
+        parameters: how many the model has without adapters; tied ones count once.
+        dtype: of most parameters.
         batch, sequence: as given, or the defaults.
     """
 
@@ -109,7 +111,8 @@ class Planner:
             model = meta_model(config, dtype=dtype, architecture=architecture, trust_remote_code=trust_remote_code)
         elif dtype is not None or architecture is not None:
             raise ValueError(
-                f"a model counts as it is, got one and dtype={dtype}, architecture={architecture}; expected a config"
+                f"a model is planned as it is, got one with dtype={dtype} and architecture={architecture}; expected a "
+                "config, or neither of them"
             )
         most = positions(model)
         if sequence is not None and most is not None and sequence > most:
@@ -128,7 +131,7 @@ class Planner:
             "accumulation": accumulation,
             "attention": attention,
         }
-        self._models = {False: self.model}  # by whether weights are INT8; shared with variants
+        self._models = {False: self.model}  # whether weights are INT8 -> the model; variants share the dict
         self._curves: dict[tuple[bool, bool], Callable[[int], Estimate]] = {}
 
     def plan(self, optim: str = "foam", optim_args: str | Mapping[str, Any] | None = None, **choices: Any) -> Plan:
@@ -144,7 +147,7 @@ class Planner:
         int8_weights: bool = False,
         target_modules: str | list[str] | None = None,
     ) -> Plan:
-        """What `plan` counts, for no batch at all: activations are 0."""
+        """The plan without activations: batch and activations are 0."""
         if optim in FOAM_NAMES:
             gradient_release = gradient_release or foam_options(optim, optim_args).get("gradient_release", False)
             if gradient_release and self._step["accumulation"]:
@@ -152,7 +155,7 @@ class Planner:
         elif int8_weights:
             raise ValueError(f"int8_weights are FOAM's, got them with optim={optim!r}; expected {one_of_ours()}")
         counted = count_bytes(
-            self._trained(int8_weights),
+            self._model_with(int8_weights),
             optim,
             optim_args,
             target_modules=target_modules,
@@ -171,36 +174,39 @@ class Planner:
         )
 
     def variant(self, *, batch: int, gradient_checkpointing: bool) -> Planner:
-        """A planner of the same model and otherwise the same step."""
+        """A planner of the same model and workload but for these two settings."""
         other = copy.copy(self)
         other.batch, other._curves = batch, {}
         other._step = {**self._step, "gradient_checkpointing": gradient_checkpointing}
         return other
 
     def with_batch(self, plan: Plan, batch: int) -> Plan:
-        """`plan`, one of `self.plan`, for `batch` sequences."""
+        """A plan of this planner, for `batch` sequences instead of its own."""
         key = (plan.gradient_release, plan.int8_weights)
         if key not in self._curves:
             self._curves[key] = activation_curve(
-                self._trained(plan.int8_weights), self.sequence, gradient_release=plan.gradient_release, **self._step
+                self._model_with(plan.int8_weights),
+                self.sequence,
+                gradient_release=plan.gradient_release,
+                **self._step,
             )
         estimate = self._curves[key](batch)
-        # Either the backward pass or the step that follows it is the peak.
+        # The peak is either in forward and backward or in the optimizer's step.
         activations = max(estimate.bytes, optimizer_temporary_bytes(self.model, plan.optim, plan.options))
         return replace(plan, batch=batch, activations=activations, activations_note=estimate.note)
 
     def largest_batch(self, plan: Plan, limit: int) -> int:
-        """The most sequences with which `plan`, one of `self.plan`, stays within `limit` bytes; 0 if there is none."""
+        """The largest batch with which a plan of this planner stays within `limit` bytes; 0 if even 1 is too large."""
         low, high = 0, 1
-        while high <= _MOST and self.with_batch(plan, high).total <= limit:
+        while high <= _MAX_BATCH and self.with_batch(plan, high).total <= limit:
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.with_batch(plan, middle).total <= limit else (low, middle)
         return low
 
-    def _trained(self, int8_weights: bool) -> nn.Module:
-        """The model on the meta device, with INT8 weights where `foam_hf.Int8Config` would put them if asked."""
+    def _model_with(self, int8_weights: bool) -> nn.Module:
+        """The model on the meta device; with `int8_weights`, those that `foam_hf.Int8Config` quantizes are INT8."""
         if int8_weights not in self._models:
             from foam_hf.int8.models import convert_, module_of, plan_int8
 

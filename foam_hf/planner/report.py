@@ -1,4 +1,4 @@
-"""Memory plans for people and programs: a table, JSON, and a picture."""
+"""Shows memory plans: as a table, as JSON, and as a picture."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _RED = "#c5221f"
 
 @dataclass(frozen=True)
 class Row:
-    """A plan, and how it fits a card. The last two are None where no card is given.
+    """A plan and whether it fits a card.
 
     Attributes:
         plan: of one optimizer.
-        fits: its peak is within the card's bytes.
-        largest_batch: the most sequences with which it would be; 0 if one is too much.
+        fits: whether the peak is within the card's bytes; None without a card.
+        largest_batch: the most sequences with which the plan fits; 0 if one is too many; None without a card.
     """
 
     plan: Plan
@@ -32,7 +32,7 @@ class Row:
 
 
 def print_table(rows: Sequence[Row], *, gpu: int | None = None) -> None:
-    """Print `rows` in their order, at full width even where the output is no terminal."""
+    """Print `rows` as a table, in their order and at full width."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -50,12 +50,12 @@ def print_table(rows: Sequence[Row], *, gpu: int | None = None) -> None:
         if gpu is not None:
             cells += ["[green]yes[/green]" if row.fits else "[red]no[/red]", str(row.largest_batch or "none")]
         table.add_row(*cells)
-    # As wide as it is, on narrow terminals too: numbers that are cut off say nothing.
+    # At full width on narrow terminals too: rich would cut off numbers.
     Console(highlight=False, width=Console(width=1000).measure(table).maximum).print(table)
 
 
 def to_json(rows: Sequence[Row], **about: Any) -> str:
-    """One object: `about`, and "plans", each with all of a plan's fields, its total, fits and largest_batch."""
+    """A JSON object: `about`, and "plans", a list of objects with a plan's fields, total, fits and largest_batch."""
     plans = [
         {**asdict(row.plan), "total": row.plan.total, "fits": row.fits, "largest_batch": row.largest_batch}
         for row in rows
@@ -64,7 +64,7 @@ def to_json(rows: Sequence[Row], **about: Any) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path, *, title: str, subtitle: str, gpu: int | None = None) -> None:
-    """Draw `rows` as stacked bars into `path`, of a kind that its suffix names; as wide as a column of a paper.
+    """Draw `rows` as stacked bars, as wide as a column of a paper, into `path`; its suffix is the file format.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -89,7 +89,7 @@ def draw(rows: Sequence[Row], path: Path, *, title: str, subtitle: str, gpu: int
                 left += width
             label = axes.text(0, y - 0.27, row.plan.label, va="bottom", zorder=3)
             size = axes.text(left + 0.012 * largest / unit, y, format_bytes(row.plan.total), va="center", zorder=3)
-            for text in (label, size):  # the line of the card passes behind them
+            for text in (label, size):  # a white background over the line of the card
                 text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
         axes.set_yticks([])
         axes.set_ylim(len(rows) - 0.6, -0.85 if gpu is None else -1.25)

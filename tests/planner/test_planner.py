@@ -202,7 +202,7 @@ def test_errors_say_what_would_be_right(model, arguments, message):
 
 
 def test_a_models_own_dtype_is_the_one_that_counts():
-    with pytest.raises(ValueError, match="a model counts as it is"):
+    with pytest.raises(ValueError, match="a model is planned as it is"):
         estimate_memory(tiny_models.tiny_llama(), dtype=torch.bfloat16)
 
 
