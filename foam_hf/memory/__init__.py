@@ -1,4 +1,4 @@
-"""What the state of an optimizer takes: measured, and as expected before a run."""
+"""Counts the memory of optimizer state: measured in any optimizer, and expected of FOAM before a run."""
 
 from foam_hf.display import UNAVAILABLE, format_bytes
 from foam_hf.memory.measured import (

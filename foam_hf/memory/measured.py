@@ -1,4 +1,4 @@
-"""Counting bytes of optimizer state: measured in any optimizer, expected of FOAM, and what AdamW would keep."""
+"""Counts bytes of optimizer state: measured in any optimizer, expected of FOAM, and expected of AdamW."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from foam_hf.tensors.rows import PLAIN, kind_of
 
 @dataclass(frozen=True)
 class MemoryBreakdown:
-    """What one process holds, in bytes. `allocated`, `peak` and `shares` are None where there is no CUDA device.
+    """The bytes that one process holds. `allocated`, `peak` and `shares` are None without a CUDA device.
 
     Attributes:
-        parameters: the number of trainable parameters; of DTensors, in the local shard.
-        adamw: what `torch.optim.AdamW` would hold for them.
+        parameters: the number of trainable parameters; DTensors count with their local shard.
+        adamw: the state that `torch.optim.AdamW` would hold for them.
         weights: parameters and buffers of the model.
-        gradients: what `parameter.grad` holds at the moment.
-        state: of the optimizer.
+        gradients: the tensors in `parameter.grad` now.
+        state: the optimizer's state.
         allocated: on the model's CUDA devices, now.
-        peak: the most that was ever allocated on them, or since Trainer or the user last reset the counter.
-        shares: of `peak`, as fractions: "weights", "gradients" and "state", as far as they are on these devices, and
-            "rest": activations, temporary memory, what the allocator rounds up.
+        peak: the most that was allocated on these devices since Trainer or the user last reset the counter.
+        shares: fractions of `peak`: "weights", "gradients" and "state", as far as they are on these devices, and
+            "rest": activations, temporary memory, and what the allocator adds by rounding up.
     """
 
     parameters: int
@@ -48,23 +48,23 @@ class MemoryBreakdown:
 
     @property
     def state_per_parameter(self) -> float | None:
-        """Bytes of state for each trainable parameter; None if there are none."""
+        """Bytes of state for each trainable parameter; None if no parameter is trainable."""
         return self.state / self.parameters if self.parameters else None
 
     @property
     def adamw_ratio(self) -> float | None:
-        """State as a fraction of AdamW's; None if there are no trainable parameters."""
+        """State as a fraction of AdamW's; None if no parameter is trainable."""
         return self.state / self.adamw if self.adamw else None
 
 
 def state_bytes(optimizer: Any) -> int:
     """Measure the bytes that `optimizer` holds for its state in this process.
 
-    Follows whatever an optimizer keeps: tensors, containers, objects with tensors inside (projectors, quantized
-    containers), tensor subclasses (by `__tensor_flatten__`), local shards of DTensors. Every storage counts once and
-    whole, wherever it lives, paged and CPU-offloaded state included; tensors on the meta device count by their nominal
-    size. Parameters and gradients that an optimizer refers to do not count. Wrappers (accelerate's, transformers'
-    layer-wise one, any that holds optimizers in its attributes) are looked through.
+    It finds tensors in containers, in objects (projectors, quantized containers), in tensor subclasses (by
+    `__tensor_flatten__`), and in wrappers with optimizers in their attributes (accelerate's, transformers' layer-wise
+    one). A DTensor counts with its local shard. Each storage counts once, at its full size, on any device, so paged
+    and offloaded state counts too; tensors on the meta device count with their nominal size. Parameters and gradients
+    do not count.
 
     Raises:
         TypeError: `optimizer` has no state and param_groups.
@@ -75,10 +75,10 @@ def state_bytes(optimizer: Any) -> int:
 def breakdown(model: nn.Module, optimizer: Any) -> MemoryBreakdown:
     """Measure the bytes of weights, gradients and state in this process, and read the counters of CUDA.
 
-    A storage counts once: as weight, else as gradient, else as state.
+    A storage that several kinds share counts once, as the first of weights, gradients and state.
 
     Raises:
-        TypeError: `optimizer` is no optimizer.
+        TypeError: `optimizer` has no state and param_groups.
     """
     weights = storages([*model.parameters(), *model.buffers()])
     gradients = without(storages([p.grad for p in model.parameters()]), weights)
@@ -106,40 +106,39 @@ def breakdown(model: nn.Module, optimizer: Any) -> MemoryBreakdown:
 
 
 def expected_state_bytes(param_groups: Iterable[Mapping[str, Any]]) -> int:
-    """The bytes of state that FOAM will hold for `param_groups`, from shapes alone; nothing is allocated.
-
-    Of DTensors, what this process will hold.
+    """The bytes of state that FOAM will hold in this process for `param_groups`; nothing is allocated.
 
     Args:
-        param_groups: of a FOAM optimizer, or from `foam_param_groups`; FOAM's default arguments fill in what is
-            missing. Parameters may be on the meta device; those without `requires_grad` get no state.
+        param_groups: of a FOAM optimizer, or from `foam_param_groups`; FOAM's defaults fill in missing fields.
+            Parameters may be on the meta device; those without `requires_grad` get no state.
 
     Raises:
-        ValueError, TypeError: a group asks for what FOAM would refuse.
+        ValueError, TypeError: a field that FOAM's constructor would refuse.
     """
-    return sum(_expected(p, group) for group in _filled(param_groups) for p in group["params"] if p.requires_grad)
+    groups = _with_defaults(param_groups)
+    return sum(_expected_bytes(p, group) for group in groups for p in group["params"] if p.requires_grad)
 
 
 def adamw_state_bytes(params: Iterable[Tensor]) -> int:
-    """The bytes that `torch.optim.AdamW` would hold: two tensors as the parameter, and a step of 4 bytes.
+    """The bytes that `torch.optim.AdamW` would hold for each parameter: two tensors like it, and a step of 4 bytes.
 
     Args:
-        params: tensors of any dtype; each counts once, DTensors by their local shard; those without `requires_grad`
-            do not count.
+        params: tensors of any dtype. Each counts once, a DTensor with its local shard. Tensors without
+            `requires_grad` do not count.
     """
     unique = {id(p): p for p in params if p.requires_grad}
     return sum(2 * mine.numel() * mine.element_size() + 4 for mine in map(local, unique.values()))
 
 
 def headline(optimizer: Any) -> str:
-    """What a FOAM optimizer gains, in one line, from shapes alone: its state beside AdamW's."""
+    """One line on a FOAM optimizer, from shapes alone: the bytes of its state and of AdamW's."""
     trained = {
-        id(p): (p, _expected(p, group))
-        for group in _filled(optimizer.param_groups)
+        id(p): (p, _expected_bytes(p, group))
+        for group in _with_defaults(optimizer.param_groups)
         for p in group["params"]
         if p.requires_grad
     }
-    total, adamw = _size([*trained.values()]), adamw_state_bytes(p for p, _ in trained.values())
+    total, adamw = _total_bytes([*trained.values()]), adamw_state_bytes(p for p, _ in trained.values())
     count = sum(local(p).numel() for p, _ in trained.values())
     share = ", this process's share" if any(is_sharded(p) for p, _ in trained.values()) else ""
     return (
@@ -149,16 +148,16 @@ def headline(optimizer: Any) -> str:
 
 
 def summarize(optimizer: Any) -> str:
-    """A few lines on a FOAM optimizer, from shapes alone: what folds, what stays plain, their cost, and rounding."""
+    """A few lines on a FOAM optimizer, from shapes alone: which weights fold, their state, and how weights round."""
     folded: dict[tuple[Any, ...], list[tuple[Tensor, int]]] = {}
     plain: dict[str, list[tuple[Tensor, int]]] = {}
     rounding: set[str] = set()
-    for group in _filled(optimizer.param_groups):
+    for group in _with_defaults(optimizer.param_groups):
         for p in group["params"]:
             if not p.requires_grad:
                 continue
             rule, level = rule_of(p, group)
-            sized = (p, _expected(p, group))
+            sized = (p, _expected_bytes(p, group))
             if level == 0 and rule.plain_words and (group["scale"] == 1 or p.dim() < 2):
                 plain.setdefault(rule.plain_words, []).append(sized)
             else:
@@ -178,7 +177,7 @@ def summarize(optimizer: Any) -> str:
             f"tensor, {list(largest.shape)}"
         )
     everything = [sized for members in (*plain.values(), *folded.values()) for sized in members]
-    total, adamw = _size(everything), adamw_state_bytes(p for p, _ in everything)
+    total, adamw = _total_bytes(everything), adamw_state_bytes(p for p, _ in everything)
     lines.append(
         f"FOAM: {format_bytes(total)} of state in all, {_percent(total, adamw)} of AdamW's {format_bytes(adamw)}; "
         f"weights are rounded: {', '.join(sorted(rounding))}"
@@ -188,10 +187,10 @@ def summarize(optimizer: Any) -> str:
 
 def _amount(members: list[tuple[Tensor, int]]) -> str:
     count, s = sum(p.numel() for p, _ in members), "" if len(members) == 1 else "s"
-    return f"{len(members)} tensor{s}, {count:,} parameters, {format_bytes(_size(members))} of state"
+    return f"{len(members)} tensor{s}, {count:,} parameters, {format_bytes(_total_bytes(members))} of state"
 
 
-def _size(members: list[tuple[Tensor, int]]) -> int:
+def _total_bytes(members: list[tuple[Tensor, int]]) -> int:
     return sum(size for _, size in members)
 
 
@@ -199,7 +198,8 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.3g}%" if whole else UNAVAILABLE
 
 
-def _filled(param_groups: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def _with_defaults(param_groups: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield each group with FOAM's defaults for missing fields, after its fields were checked."""
     arguments = inspect.signature(FOAM).parameters.values()
     defaults = {p.name: p.default for p in arguments if p.default is not inspect.Parameter.empty}
     for group in param_groups:
@@ -209,6 +209,6 @@ def _filled(param_groups: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any
         yield filled
 
 
-def _expected(p: Tensor, group: dict[str, Any]) -> int:
+def _expected_bytes(p: Tensor, group: dict[str, Any]) -> int:
     tensors = expected_state(p, group).values()
     return sum(local_shape(p, tensor).numel() * tensor.dtype.itemsize for tensor in tensors)

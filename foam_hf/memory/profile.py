@@ -1,4 +1,4 @@
-"""Memory through one training step by kind, measured: a recorder that samples the allocator, and the picture of it."""
+"""Measures GPU memory through one training step by sampling the allocator, and draws it by kind."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer step"
 
 _BOTTOM_TO_TOP = ("weights", "state", "gradients", "activations")
 
-# () -> (bytes allocated now, most bytes ever allocated), on the devices of a model.
+# () -> (bytes allocated now, most bytes allocated so far), on the devices of a model.
 Counter = Callable[[], tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What is allocated at one moment of a step, in bytes; `activations` is all that is not of the other kinds."""
+    """The bytes that are allocated at one moment of a step; `activations` are all bytes of no other kind."""
 
     phase: str
     weights: int
@@ -38,7 +38,7 @@ class Sample:
 
 
 def cuda_counter(devices: set[torch.device]) -> Counter:
-    """Reads torch's counters of `devices`; it resets none."""
+    """A function that reads torch's counters of `devices`, without resetting them."""
 
     def read() -> tuple[int, int]:
         now = sum(torch.cuda.memory_allocated(device) for device in devices)
@@ -50,12 +50,12 @@ def cuda_counter(devices: set[torch.device]) -> Counter:
 class StepRecorder:
     """Samples memory through one step: around every innermost module, forward and backward, and at every gradient.
 
-    What comes and goes between two samples is seen where it raises the peak that the allocator keeps: so the second
-    step shows its own, as it is the first one with the optimizer's state.
+    Tensors that live only between two samples are seen only if they raise the allocator's peak. The second step raises
+    it, because it is the first one with optimizer state; so record the second step.
 
     Args:
-        model: sampled through hooks, which are gone after `stop`.
-        optimizer: holds the state, and has taken a step.
+        model: sampled by hooks, which `stop` removes.
+        optimizer: has taken a step, so that it has state.
         devices: of the model.
         counter: reads the allocator; default: `cuda_counter(devices)`.
     """
@@ -73,12 +73,12 @@ class StepRecorder:
         self._handles: list[Any] = []
 
     def start(self) -> None:
-        """At the beginning of a step."""
+        """Register the hooks, at the beginning of a step."""
         self._state = total(state_storages(self._optimizer), self._devices)
         self._peak = self._counter()[1]
         self._handles = [
-            self._model.register_forward_pre_hook(lambda *_: self._enter(FORWARD)),
-            self._model.register_forward_hook(lambda *_: self._enter(BACKWARD)),
+            self._model.register_forward_pre_hook(lambda *_: self._begin_phase(FORWARD)),
+            self._model.register_forward_hook(lambda *_: self._begin_phase(BACKWARD)),
         ]
         for module in self._model.modules():
             if next(module.children(), None) is None:
@@ -88,15 +88,15 @@ class StepRecorder:
         self._sample()
 
     def before_optimizer(self) -> None:
-        """All gradients are there."""
-        self._enter(OPTIMIZER)
+        """Call this after the backward pass, before the optimizer's step."""
+        self._begin_phase(OPTIMIZER)
 
     def after_optimizer(self) -> None:
-        """The weights are new, and the gradients are not freed yet."""
+        """Call this after the optimizer's step, before gradients are freed."""
         self._sample()
 
     def stop(self) -> list[Sample]:
-        """Take the hooks off; the samples in their order. Harmless if called twice, or without `start`."""
+        """Remove the hooks and return the samples in order. It may be called twice, or without `start`."""
         if self._handles:
             self._sample()
         for handle in self._handles:
@@ -104,7 +104,7 @@ class StepRecorder:
         self._handles = []
         return self._samples
 
-    def _enter(self, phase: str) -> None:
+    def _begin_phase(self, phase: str) -> None:
         self._sample()
         self._phase = phase
         self._sample()
@@ -112,26 +112,31 @@ class StepRecorder:
     def _after_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._sample()
         if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(lambda _: self._sample())  # its gradient is there: backward comes to this module
+            output.register_hook(lambda _: self._sample())  # called when backward reaches this module
 
     def _sample(self) -> None:
         allocated, peak = self._counter()
-        gradients = sum(_size(p.grad, self._devices) for p in self._parameters if p.grad is not None)
+        gradients = sum(_gradient_bytes(p.grad, self._devices) for p in self._parameters if p.grad is not None)
         known = self._weights, self._state, gradients
-        if peak > max(self._peak, allocated):  # between this sample and the one before
+        if peak > max(self._peak, allocated):  # memory was higher between the last sample and this one
             self._samples.append(Sample(self._phase, *known, peak - sum(known)))
         self._peak = max(peak, self._peak)
         self._samples.append(Sample(self._phase, *known, max(0, allocated - sum(known))))
 
 
-def _size(gradient: Tensor, devices: set[torch.device]) -> int:
-    """Called hundreds of times a sample, so by arithmetic alone."""
+def _gradient_bytes(gradient: Tensor, devices: set[torch.device]) -> int:
+    """The bytes of a gradient on `devices`, without `storages`: a sample asks for hundreds of gradients."""
     local = gradient.to_local() if hasattr(gradient, "to_local") else gradient  # DTensor
     return local.numel() * local.element_size() if local.device in devices else 0
 
 
 def draw(samples: Sequence[Sample], path: Path, *, title: str) -> None:
-    """Draw memory through a step as stacked areas into `path`; its suffix is one of `PICTURES`. Written whole or not.
+    """Draw memory through a step as stacked areas into `path`, by a rename, so that no half-written file is left.
+
+    Args:
+        samples: in order, at least one.
+        path: its suffix is one of `PICTURES`.
+        title: above the picture.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -178,7 +183,7 @@ def draw(samples: Sequence[Sample], path: Path, *, title: str) -> None:
 
 
 def _mark_phases(axes: Any, samples: Sequence[Sample]) -> None:
-    """A line where a phase begins, and its name above."""
+    """Draw a line at the beginning of each phase, and its name above the areas."""
     starts = [i for i, sample in enumerate(samples) if i == 0 or sample.phase != samples[i - 1].phase]
     above = axes.get_xaxis_transform()
     for start, end in zip(starts, [*starts[1:], len(samples)], strict=True):
@@ -187,7 +192,7 @@ def _mark_phases(axes: Any, samples: Sequence[Sample]) -> None:
             axes.axvline(start, color=INK, linewidth=0.6, linestyle=(0, (4, 3)))
         if end - start > 0.12 * len(samples):
             axes.text((start + end - 1) / 2, 0.99, phase, transform=above, va="top", ha="center")
-        elif phase == OPTIMIZER:  # no room: beside it, below the other names
+        elif phase == OPTIMIZER:  # too narrow for its name, which goes to the left, below the other names
             axes.text(start, 0.92, f"{phase} \N{RIGHTWARDS ARROW} ", transform=above, va="top", ha="right")
     passes = sum(samples[start].phase == FORWARD for start in starts)
     several = f", {passes} forward and backward passes" if passes > 1 else ""
@@ -195,7 +200,7 @@ def _mark_phases(axes: Any, samples: Sequence[Sample]) -> None:
 
 
 def _thinned(samples: Sequence[Sample], most: int = 4000) -> Sequence[Sample]:
-    """The highest of each few samples: more than that no picture shows."""
+    """At most `most` samples, each the highest of several in a row: a picture cannot show more."""
     few = -(-len(samples) // most)
     return [max(samples[i : i + few], key=lambda sample: sample.total) for i in range(0, len(samples), few)]
 

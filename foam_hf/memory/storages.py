@@ -1,4 +1,4 @@
-"""The blocks of memory that tensors, containers, objects and optimizers hold: one entry a storage, none twice."""
+"""Finds the storages of tensors, containers, objects and optimizers; a storage that several share is listed once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Device and address of a block of memory -> (its bytes, its device).
+# Device and address of a storage -> (its bytes, its device).
 Storages = dict[Hashable, tuple[int, torch.device]]
 
 _NOT_STATE = ("state", "param_groups", "defaults")
@@ -17,10 +17,10 @@ _OPAQUE = (str, bytes, int, float, complex, type, types.ModuleType, types.Functi
 
 
 def storages(values: Iterable[Any], *, objects: bool = True) -> Storages:
-    """The storages of all tensors in `values`, containers and (if `objects`) attributes of objects included."""
+    """The storages of all tensors in `values`, in containers there and, if `objects`, in attributes of objects."""
     found: Storages = {}
     stack = list(values)
-    seen: dict[int, Any] = {}  # holds what it has seen, or an id could be reused
+    seen: dict[int, Any] = {}  # keeps each value alive, as the id of a dead one could be reused
     while stack:
         value = stack.pop()
         if id(value) in seen or value is None or isinstance(value, _OPAQUE):
@@ -31,7 +31,7 @@ def storages(values: Iterable[Any], *, objects: bool = True) -> Storages:
             if parts is None:
                 key, size, device = _storage(value)
                 found[key] = (max(size, found.get(key, (0, device))[0]), device)
-                # A subclass may keep scales beside its own storage; a fake tensor keeps its whole tracing mode there.
+                # A subclass may hold tensors in attributes (scales). A fake tensor holds its tracing mode there.
                 plain = type(value) in (Tensor, nn.Parameter) or device.type == "meta"
                 parts = [] if plain else [inner for _, inner in _attributes(value)]
             stack += parts
@@ -45,7 +45,10 @@ def storages(values: Iterable[Any], *, objects: bool = True) -> Storages:
 
 
 def state_storages(optimizer: Any) -> Storages:
-    """The storages of an optimizer's state, without its parameters and gradients; wrappers are looked through.
+    """The storages of an optimizer's state, without those of its parameters and gradients.
+
+    Args:
+        optimizer: may be a wrapper that holds optimizers in its attributes.
 
     Raises:
         TypeError: `optimizer` has no state and param_groups.
@@ -55,7 +58,7 @@ def state_storages(optimizer: Any) -> Storages:
     own: Storages = {}
     for inner in optimizers:
         found |= storages([getattr(inner, "state", None)])
-        # Some keep state in attributes of their own (AdaLomo); objects there are managers shared by all optimizers.
+        # Some optimizers keep state in attributes (AdaLomo). Objects there are managers that all optimizers share.
         attributes = [value for name, value in _attributes(inner) if name not in _NOT_STATE]
         found |= storages(attributes, objects=False)
         params = [p for group in getattr(inner, "param_groups", ()) for p in group["params"]]
@@ -64,17 +67,21 @@ def state_storages(optimizer: Any) -> Storages:
 
 
 def total(found: Storages, devices: set[torch.device] | None = None) -> int:
-    """Bytes of `found`, on `devices` alone if given."""
+    """The bytes of all storages, or of those on `devices`."""
     return sum(size for size, device in found.values() if devices is None or device in devices)
 
 
 def without(found: Storages, others: Storages) -> Storages:
-    """What is in `found` and not in `others`."""
+    """The storages in `found` that are not in `others`."""
     return {key: value for key, value in found.items() if key not in others}
 
 
 def _optimizers(optimizer: Any) -> Iterator[Any]:
-    """`optimizer` and every optimizer in its attributes, or in a container there."""
+    """Yield `optimizer` and every optimizer in its attributes or in containers there.
+
+    Raises:
+        TypeError: `optimizer` has no state and param_groups.
+    """
     if not _is_optimizer(optimizer):
         raise TypeError(f"not an optimizer, got {type(optimizer).__name__}; expected one with state and param_groups")
     stack, seen = [optimizer], set()
@@ -84,7 +91,8 @@ def _optimizers(optimizer: Any) -> Iterator[Any]:
             continue
         seen.add(id(value))
         yield value
-        stack += [v for v in _flat(v for name, v in _attributes(value) if name not in _NOT_STATE) if _is_optimizer(v)]
+        attributes = (value for name, value in _attributes(value) if name not in _NOT_STATE)
+        stack += [inner for inner in _with_items(attributes) if _is_optimizer(inner)]
 
 
 def _is_optimizer(value: Any) -> bool:
@@ -93,7 +101,8 @@ def _is_optimizer(value: Any) -> bool:
     )
 
 
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
+def _with_items(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield each value; for a mapping, a list or a tuple its items instead."""
     for value in values:
         if isinstance(value, Mapping):
             yield from value.values()
@@ -112,10 +121,10 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
 
 
 def _tensor_parts(tensor: Tensor) -> list[Any] | None:
-    """The tensors that `tensor` is made of, or None if it has a storage of its own."""
-    if hasattr(tensor, "__tensor_flatten__"):  # DTensor and quantized tensors among them
+    """The inner tensors of a subclass or of a sparse tensor; None if `tensor` has a storage of its own."""
+    if hasattr(tensor, "__tensor_flatten__"):  # for example a DTensor or a quantized tensor
         parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-        return [part for part in parts if isinstance(part, Tensor)]  # not a DTensor's mesh, which torch lists too
+        return [part for part in parts if isinstance(part, Tensor)]  # torch lists a DTensor's mesh too
     if tensor.layout == torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
@@ -130,7 +139,7 @@ def _storage(tensor: Tensor) -> tuple[Hashable, int, torch.device]:
         storage = tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):  # opaque layouts
         return id(tensor), tensor.numel() * tensor.element_size(), tensor.device
-    # Meta and fake tensors have no address; their storage object is one all the same.
+    # Meta and fake tensors have no address, but their storage object is unique.
     address = 0 if storage.device.type == "meta" else storage.data_ptr()
     key = (str(storage.device), address) if address else ("storage", storage._cdata)
     return key, storage.nbytes(), storage.device
