@@ -1,4 +1,4 @@
-"""The `foam-hf` command: its parser, and which file runs what."""
+"""The `foam-hf` command: parses the command line and calls the file of the chosen subcommand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `foam-hf` with `argv` (default: `sys.argv[1:]`) and return its exit code."""
     ours = list(sys.argv[1:] if argv is None else argv)
     command = None
-    if "--" in ours:  # everything behind the first one belongs to the command, whatever it looks like
+    if "--" in ours:  # all words after the first "--" belong to the command that `foam-hf run` starts
         cut = ours.index("--")
         ours, command = ours[:cut], ours[cut + 1 :]
     name = ours[0] if ours else ""

@@ -1,4 +1,4 @@
-"""`foam-hf estimate`: the memory planner on the command line."""
+"""`foam-hf estimate`: prints how much memory training takes with several optimizers, and what fits on a card."""
 
 from __future__ import annotations
 
@@ -89,26 +89,26 @@ def add_parser(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print the plans; 1 if none fits on the card, else 0.
+    """Print the plans; return the exit code: 1 if nothing fits on the card, whatever FOAM does, else 0.
 
     Raises:
-        CommandError: a model, an optimizer or an option that cannot be used, --plot without matplotlib, or a picture
-            that cannot be written; in one line.
+        CommandError: a model, an optimizer or an option cannot be used, --plot needs matplotlib, or a picture cannot
+            be written. The message is one line.
     """
     try:
-        return _quietly(options)
-    except BrokenPipeError:  # `| head` has seen enough; nor must Python complain when it closes the pipe
+        return _run_without_warnings(options)
+    except BrokenPipeError:  # `| head` closed the pipe; devnull, or Python would report it once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, ImportError, OSError) as error:
         raise CommandError(str(error)) from error
 
 
-def _quietly(options: argparse.Namespace) -> int:
-    if not options.json:  # importing torch and following a step take seconds
+def _run_without_warnings(options: argparse.Namespace) -> int:
+    if not options.json:  # importing torch and tracing a step take seconds
         print(f"foam-hf estimate: planning {options.model}, in about ten seconds ...", file=sys.stderr, flush=True)
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # other packages' news on what they could not load
+    logging.disable(logging.WARNING)  # other packages warn about optional parts that they could not import
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -121,10 +121,10 @@ def _run(options: argparse.Namespace) -> int:
     from foam_hf.planner.planner import Planner
     from foam_hf.planner.report import draw, print_table, to_json
 
-    # Here and not by argparse, whose errors come with a usage: one clear line is enough.
+    # Parsed here because argparse would print the usage before the one line that matters.
     options.gpu_text, options.gpu = options.gpu, None if options.gpu is None else size_in_bytes(options.gpu)
     for name in ("batch", "seq", "lora_rank"):
-        setattr(options, name, _count(name, getattr(options, name)))
+        setattr(options, name, _positive_integer(name, getattr(options, name)))
     choices = chosen_optimizers(options.optim, options.level, options.optim_args)
     foam_only = [flag for flag in ("gradient_release", "int8_weights") if getattr(options, flag)]
     if foam_only and not any(_is_foam(name) for name, _ in choices):
@@ -137,7 +137,7 @@ def _run(options: argparse.Namespace) -> int:
     planner = Planner(options.model, **workload(options))
     rows = [_row(planner, name, arguments, options, foam_only) for name, arguments in choices]
     rows.sort(key=lambda row: row.plan.total)
-    about = _about(planner, options)
+    about = _describe_workload(planner, options)
     found = _way_out(planner, rows, options, choices)
     if options.plot:
         draw(rows, options.plot, title=f"{options.model}, {about['size']}", subtitle=about["step"], gpu=options.gpu)
@@ -162,10 +162,10 @@ def _as_json(found: WayOut | None) -> dict[str, Any] | None:
 
 
 def size_in_bytes(text: str) -> int:
-    """The bytes of "24GB", "24G" or "24 GiB"; decimal units, unless there is an i in them.
+    """The bytes of "24GB", "24G" or "24 GiB"; units are decimal, and binary with an "i".
 
     Raises:
-        ValueError: anything else.
+        ValueError: the text is no size, has no unit, or is 0.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip(), re.IGNORECASE)
     if not match or (match[3] and not match[2]):
@@ -181,10 +181,15 @@ def size_in_bytes(text: str) -> int:
 def chosen_optimizers(
     names: list[str] | None, levels: str | None, optim_args: str | None
 ) -> list[tuple[str, dict[str, str]]]:
-    """(name, its options) of each row: a comma list of names, times the levels for FOAM, each with the keys it takes.
+    """(name, options) of each row of the table.
+
+    Args:
+        names: each a comma-separated list of optimizers; None for `COMPARED`.
+        levels: a comma-separated list of FOAM's levels, a row each.
+        optim_args: options; each optimizer gets those that it has.
 
     Raises:
-        ValueError: an unknown or repeated name, or an option that none of them takes.
+        ValueError: an unknown or repeated name, or an option that no chosen optimizer has.
     """
     from foam_hf.planner.counting import OPTIMIZERS, option_keys
 
@@ -219,7 +224,7 @@ def chosen_optimizers(
 
 
 def workload(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `Planner` that the command line gives."""
+    """The keyword arguments of `Planner`, from the command line."""
     import torch
 
     return {
@@ -246,8 +251,8 @@ def _row(planner: Planner, name: str, arguments: dict[str, str], options: Any, f
     return Row(plan, plan.total <= options.gpu, planner.largest_batch(plan, options.gpu))
 
 
-def _about(planner: Planner, options: Any) -> dict[str, str]:
-    """What is planned: a line on the model, and one on the step."""
+def _describe_workload(planner: Planner, options: Any) -> dict[str, str]:
+    """Texts on the planned workload: the model's architecture and size, and the training step."""
     step = [f"{planner.batch} x {planner.sequence} tokens"]
     step += [f"LoRA of rank {options.lora_rank} on all linear layers"] if options.lora_rank else []
     step += [f"{mode} autocast" for mode in ("bf16", "fp16") if getattr(options, mode)]
@@ -261,7 +266,7 @@ def _about(planner: Planner, options: Any) -> dict[str, str]:
 
 
 def _notes(rows: list[Row], options: Any, foam_only: list[str]) -> list[str]:
-    """What a reader of the table has to know."""
+    """The lines below the table: what is counted, what is estimated, and how well."""
     notes = [
         "Weights, gradients and state are counted to the byte. Activations are what the peak holds on top of them",
         f"(logits and temporary memory too), an estimate: {rows[0].plan.activations_note}.",
@@ -273,8 +278,7 @@ def _notes(rows: list[Row], options: Any, foam_only: list[str]) -> list[str]:
 
 
 def _verdict(rows: list[Row], options: Any, found: WayOut | None, planner: Planner) -> list[str]:
-    """No row fits: what is nearest, what the package can do about it, and the lines that do it."""
-
+    """The lines to print if no row fits: the nearest plan, and a smaller batch or a way out that fits."""
     least = rows[0].plan
     nothing = "As asked, nothing" if found is not None and found.fits else "Nothing"
     lines = [
@@ -290,7 +294,7 @@ def _verdict(rows: list[Row], options: Any, found: WayOut | None, planner: Plann
 
 
 def _command(options: Any, planner: Planner) -> list[str]:
-    """The estimate of one FOAM on this model and card, as it is typed, without the switches that would help."""
+    """The words of the command that estimates this workload on this card, without optimizers and `SWITCHES`."""
     command = ["foam-hf", "estimate", options.model, "--gpu", options.gpu_text, "--seq", str(planner.sequence)]
     for name in ("architecture", "dtype", "attention", "lora_rank"):
         if getattr(options, name) is not None:
@@ -301,7 +305,7 @@ def _command(options: Any, planner: Planner) -> list[str]:
 
 
 def _way_out(planner: Planner, rows: list[Row], options: Any, choices: list[tuple[str, dict[str, str]]]) -> Any:
-    """What the package can do where no row fits the card, not even with a smaller batch; None where it need not."""
+    """The switches of FOAM that make it fit; None without a card, or if a row fits with its batch or a smaller one."""
     if options.gpu is None or any(row.largest_batch for row in rows):
         return None
     asked = {name: bool(getattr(options, name)) for name in (*SWITCHES, "lora_rank", "gradient_accumulation")}
@@ -313,7 +317,7 @@ def _is_foam(name: str) -> bool:
 
 
 def _check_plot(path: Path) -> None:
-    """Before the work: that matplotlib is there, and the folder, and that it can write such files."""
+    """Raise an error, before the work, if matplotlib or the folder is missing or the file format is not supported."""
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
@@ -324,7 +328,7 @@ def _check_plot(path: Path) -> None:
         raise ValueError(f"--plot: cannot draw {path.name!r}; expected a name that ends in .png, .pdf or .svg")
 
 
-def _count(name: str, text: str | None) -> int | None:
+def _positive_integer(name: str, text: str | None) -> int | None:
     if text is None:
         return None
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:

@@ -1,4 +1,4 @@
-"""`foam-hf export`: a model with INT8 weights as a plain one."""
+"""`foam-hf export`: writes a model with INT8 weights as a plain floating point model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main(options: argparse.Namespace) -> int:
     """Write the model; return the exit code.
 
     Raises:
-        CommandError: it cannot be read or written.
+        CommandError: the source cannot be read, or the destination cannot be written.
     """
     import torch
 

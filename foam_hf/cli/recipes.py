@@ -1,4 +1,4 @@
-"""`foam-hf recipes`: list the bundled training scripts, copy one into a folder."""
+"""`foam-hf recipes`: lists the bundled training scripts, or copies one into a folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
 
 
 def refuse_misread(words: list[str]) -> None:
-    """Raise CommandError for a recipe's name in place of an action, which argparse would only call invalid."""
+    """Raise CommandError, with the right command, if a recipe's name stands in place of the action."""
     if not words or words[0].startswith("-") or words[0] in _ACTIONS:
         return
     near = difflib.get_close_matches(words[0], [*recipe_folders(), *_ACTIONS], n=1)
@@ -51,17 +51,17 @@ def main(options: argparse.Namespace) -> int:
 
 
 def recipe_folders() -> dict[str, Path]:
-    """Recipe name -> folder: inside the installed package, or beside it in a clone.
+    """Recipe name -> folder, inside the installed package, or beside it in a clone.
 
     Raises:
-        CommandError: there are none.
+        CommandError: the installation has no recipes.
     """
     inside, clone = _PACKAGE / "recipes", _PACKAGE.parent
     root = inside if inside.is_dir() or not (clone / "pyproject.toml").is_file() else clone / "recipes"
     if not root.is_dir():
         raise CommandError(f"this installation has no recipes: expected them in {root}", code=1)
     folders = {folder.name: folder for folder in sorted(root.iterdir()) if (folder / "README.md").is_file()}
-    folders.pop("benchmarks", None)  # of a clone: they run there alone
+    folders.pop("benchmarks", None)  # in a clone; benchmarks run from there and are not copied
     return folders
 
 

@@ -1,4 +1,4 @@
-"""`foam-hf run`: a training command whose scripts do not know foam_hf, with optim="foam" registered in it."""
+"""`foam-hf run`: runs an unmodified training command in which optim="foam" is registered."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "run",
         help="run a training command with optim=foam and its kin registered in it",
-        description=_filled(
+        description=_wrap_text(
             "Run an unmodified training command (python, torchrun, accelerate launch, trl, ...) with "
             f"--optim {', '.join(FOAM_NAMES)} available in it and in every python it starts."
         ),
@@ -49,14 +49,14 @@ def add_parser(commands: Any) -> None:
     )
 
 
-def _filled(text: str, indent: str = "") -> str:
-    """`text` in lines as wide as argparse's own; what follows the first is indented."""
+def _wrap_text(text: str, indent: str = "") -> str:
+    """`text` in lines as wide as argparse's own; all but the first are indented."""
     return textwrap.fill(text, shutil.get_terminal_size().columns - 2, subsequent_indent=indent)
 
 
 def _keys_of_optim_args() -> str:
     keys = [
-        _filled(f"  {name} ({legal}; default: {default}): {text}", indent=6 * " ")
+        _wrap_text(f"  {name} ({legal}; default: {default}): {text}", indent=6 * " ")
         for name, legal, default, text in table_of_keys()
     ]
     example = "example: foam-hf run --report-memory -- python train.py --optim foam --optim_args level=row"
@@ -64,11 +64,11 @@ def _keys_of_optim_args() -> str:
 
 
 def refuse_misread(words: list[str], command: list[str] | None) -> None:
-    """Raise CommandError for a command without its "--" that asks for help: argparse would print ours.
+    """Raise CommandError for a command with --help and without "--": argparse would print the help of foam-hf.
 
     Args:
-        words: what follows `foam-hf run`, up to "--".
-        command: what follows "--"; None without one.
+        words: the words after `foam-hf run`, up to "--".
+        command: the words after "--"; None if there is no "--".
     """
     if command is not None:
         return
@@ -79,26 +79,26 @@ def refuse_misread(words: list[str], command: list[str] | None) -> None:
         return
     ours, theirs = (any(word in ("-h", "--help") for word in some) for some in (words[:start], words[start:]))
     if theirs and not ours:
-        raise CommandError(_unexpected(words, words[start], command))
+        raise CommandError(_explain_unexpected(words, words[start], command))
 
 
 def main(options: argparse.Namespace, words: list[str], stray: list[str], command: list[str] | None) -> int:
-    """Run the command, as this process where the system can; return its exit code.
+    """Run the command and return its exit code; on POSIX the command replaces this process.
 
     Args:
         options: as parsed.
-        words, command: as `refuse_misread` takes them.
-        stray: the words that the parser did not know.
+        words, command: as for `refuse_misread`.
+        stray: the words that the parser does not know.
 
     Raises:
-        CommandError: an argument that is not ours, or a command that cannot be run.
+        CommandError: an unknown argument, or a command that cannot be run.
     """
     report = options.report_memory
     if command is None and report in words and not report.lower().endswith(PICTURES):
-        stray = [report, *stray]  # the command, its "--" forgotten
+        stray = [report, *stray]  # argparse took the command for the picture, because "--" is missing
     if stray:
-        raise CommandError(_unexpected(words, stray[0], command))
-    report = _picture(report)
+        raise CommandError(_explain_unexpected(words, stray[0], command))
+    report = _checked_report(report)
     if not command:
         raise CommandError("no command given; expected: foam-hf run -- python train.py --optim foam ...")
     environment = _environment(report, options.summary)
@@ -113,7 +113,7 @@ def main(options: argparse.Namespace, words: list[str], stray: list[str], comman
         raise CommandError(f"cannot execute {command[0]!r}: {reason}", code=126) from None
 
 
-def _unexpected(words: list[str], word: str, command: list[str] | None) -> str:
+def _explain_unexpected(words: list[str], word: str, command: list[str] | None) -> str:
     if command is not None or word.startswith("-"):
         return f"unknown argument {word}; expected: {USAGE}"
     start = words.index(word)
@@ -121,8 +121,12 @@ def _unexpected(words: list[str], word: str, command: list[str] | None) -> str:
     return f"put -- before the command, got {shlex.join(words[start:])}; expected: {shlex.join(right)}"
 
 
-def _picture(report: str | None) -> str | None:
-    """What the callback is told: "1", or a path that holds wherever the command goes. Checked before the training."""
+def _checked_report(report: str | None) -> str | None:
+    """The value of FOAM_HF_REPORT_MEMORY: None, "1", or the absolute path of a picture that can be written.
+
+    Raises:
+        CommandError: the path has another suffix, its folder or matplotlib is missing.
+    """
     if report in (None, "1"):
         return report
     path = Path(report).absolute()
@@ -142,10 +146,10 @@ def _picture(report: str | None) -> str | None:
 
 def _environment(report: str | None, summary: bool) -> dict[str, str]:
     environment = dict(os.environ)
-    inherited = environment.get("PYTHONPATH")  # an empty entry in it means the current folder; an empty one nothing
+    inherited = environment.get("PYTHONPATH")  # if it is empty, it must stay out: an empty entry is the current folder
     if str(SITECUSTOMIZE) not in (inherited or "").split(os.pathsep):
         environment["PYTHONPATH"] = os.pathsep.join([str(SITECUSTOMIZE), *([inherited] if inherited else [])])
-    environment["FOAM_HF_RUN_PREFIX"] = sys.prefix  # children of this interpreter may import foam_hf from a checkout
+    environment["FOAM_HF_RUN_PREFIX"] = sys.prefix  # only this interpreter may import foam_hf from a checkout
     if summary:
         environment["FOAM_HF_SUMMARY"] = "1"
     if report is not None:
@@ -154,7 +158,7 @@ def _environment(report: str | None, summary: bool) -> dict[str, str]:
 
 
 def _replace_process(command: list[str], environment: dict[str, str]) -> NoReturn:
-    """Become the command, so that signals and the exit code are its own."""
+    """Replace this process by the command, which then gets the signals and sets the exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
     os.execvpe(command[0], command, environment)

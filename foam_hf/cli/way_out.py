@@ -1,4 +1,7 @@
-"""What `foam-hf estimate` says where nothing fits a card: what the package can do, and the lines that do it."""
+"""Finds the switches of FOAM that make a model fit on a card if nothing that `foam-hf estimate` planned fits.
+
+A way out, `way_out` in the command's JSON, is such a set of switches.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +21,18 @@ if TYPE_CHECKING:
     from foam_hf.planner.plan import Plan
     from foam_hf.planner.planner import Planner
 
-SWITCHES = ("gradient_release", "gradient_checkpointing", "int8_weights")  # what costs least first
+SWITCHES = ("gradient_release", "gradient_checkpointing", "int8_weights")  # the cheapest one first
 _FOLDING = {"fold_embeddings": "true", "fold_head": "true"}
 
 
 @dataclass(frozen=True)
 class WayOut:
-    """FOAM with the fewest switches that make one sequence fit; if none do, with all of them.
+    """FOAM with the fewest switches that make one sequence fit; with all of them if nothing fits.
 
     Attributes:
-        plan: what it takes.
-        switches: names of `SWITCHES` that are on, those that were asked for included.
-        fits: the plan is within the card's bytes.
+        plan: the memory that it takes.
+        switches: the names of `SWITCHES` that are on, including those that the user asked for.
+        fits: whether the plan is within the card's bytes.
     """
 
     plan: Plan
@@ -38,7 +41,7 @@ class WayOut:
 
     @property
     def optim_args(self) -> str:
-        """As TrainingArguments takes them: gradient release is an option there."""
+        """The text for TrainingArguments, which take gradient release as an option."""
         release = "gradient_release=true" if "gradient_release" in self.switches else ""
         return ",".join(filter(None, [self.plan.options, release]))
 
@@ -46,13 +49,14 @@ class WayOut:
 def find_way_out(
     planner: Planner, gpu: int, asked: Mapping[str, bool], choices: list[tuple[str, dict[str, str]]]
 ) -> WayOut | None:
-    """The fewest switches, beyond those `asked` for, with which one sequence stays within `gpu` bytes.
+    """Find the fewest switches that must be added so that one sequence stays within `gpu` bytes.
 
     Args:
         planner: of the model and the workload that did not fit.
         gpu: bytes of the card.
-        asked: each of `SWITCHES`, whether it is on already; "lora_rank" and "gradient_accumulation" exclude some.
-        choices: the optimizers that were planned, with their options: the first FOAM among them is the one to help.
+        asked: name -> whether the user asked for it: `SWITCHES`, and "lora_rank" and "gradient_accumulation", which
+            exclude some of them.
+        choices: (name, options) of the planned optimizers; the first FOAM among them is used.
     """
     optim, options = next(((n, o) for n, o in choices if n in FOAM_NAMES), ("foam", {}))
     excluded = {
@@ -69,10 +73,10 @@ def find_way_out(
             plan = variant.count(
                 optim, arguments, gradient_release=on["gradient_release"], int8_weights=on["int8_weights"]
             )
-        except (ValueError, ImportError):  # no weight of this model can become INT8, or not with this transformers
+        except (ValueError, ImportError):  # no weight of this model can become INT8, or transformers is too old
             continue
         everything = len(added) == len(missing)
-        if plan.total > gpu and not everything:  # no need to ask for activations
+        if plan.total > gpu and not everything:  # too large even without activations, which take time to trace
             continue
         plan = variant.with_batch(plan, 1)
         if last is None or plan.total < last.plan.total:
@@ -83,7 +87,10 @@ def find_way_out(
 
 
 def _attempts(missing: list[str], options: dict[str, str]) -> Iterator[tuple[tuple[str, ...], dict[str, str]]]:
-    """Switches to add and the optimizer's options, the least first; folding what is not to fold comes last."""
+    """Yield (switches to add, FOAM's options), fewest switches first.
+
+    If the user's options keep embeddings or the head from folding, attempts that fold them come last.
+    """
     added = [*itertools.chain(*(itertools.combinations(missing, n) for n in range(1, len(missing) + 1)))]
     yield from ((some, options) for some in added)
     if any(options.get(name, "true") != "true" for name in _FOLDING):
@@ -91,9 +98,13 @@ def _attempts(missing: list[str], options: dict[str, str]) -> Iterator[tuple[tup
 
 
 def describe(found: WayOut, model: str, planner: Planner, command: list[str]) -> list[str]:
-    """The lines to print: what it would take and, where it fits, the code, the recipe and the command that plans it.
+    """The lines to print on a way out: its memory and, if it fits, the code, the recipe and the estimate's command.
 
-    `command` is that of the estimate: model, card and what else was asked for.
+    Args:
+        found: the way out.
+        model: as the user typed it.
+        planner: of the model.
+        command: the words of the estimate, without optimizers and switches.
     """
     flags = " ".join("--" + name.replace("_", "-") for name in found.switches)
     would = "takes" if found.fits else "would still take"
@@ -112,7 +123,7 @@ def describe(found: WayOut, model: str, planner: Planner, command: list[str]) ->
 
 
 def _script(found: WayOut, model: str, planner: Planner) -> list[str]:
-    """What to write where a model is loaded and where TrainingArguments are made."""
+    """The lines of Python that load the model and make its TrainingArguments."""
     arguments = [f"optim={found.plan.optim!r}"]
     arguments += [f"optim_args={found.optim_args!r}"] if found.optim_args else []
     arguments += ["per_device_train_batch_size=1"]
@@ -128,7 +139,7 @@ def _script(found: WayOut, model: str, planner: Planner) -> list[str]:
 
 
 def recipe_command(found: WayOut, model: str, sequence: int) -> list[str]:
-    """The commands that run a bundled config of this model with what was found; none where there is no such config."""
+    """The commands that train this model by a bundled config with the found switches; [] if it has no config."""
     method = "int8" if "int8_weights" in found.switches else "full"
     for name, path, settings in bundled_configs():
         if settings.get("method") != method or not same_model(settings["model_name_or_path"], model):
@@ -150,12 +161,12 @@ def recipe_command(found: WayOut, model: str, sequence: int) -> list[str]:
 
 
 def bundled_configs() -> list[tuple[str, Path, dict[str, Any]]]:
-    """(recipe, file, settings) of every config of the instruct recipe's script, those of `quantized` first."""
-    import yaml  # transformers depends on it
+    """(recipe, file, settings) of every config for the instruct recipe's script, those of `quantized` first."""
+    import yaml  # installed with transformers
 
     try:
         folders = recipe_folders()
-    except CommandError:  # an installation without recipes
+    except CommandError:  # this installation has no recipes
         return []
     found = []
     for name in ("quantized", "instruct"):
@@ -167,13 +178,13 @@ def bundled_configs() -> list[tuple[str, Path, dict[str, Any]]]:
 
 
 def same_model(of_config: str, asked: str) -> bool:
-    """Whether both are the same model: by the last part of the name, without capitals, Instruct or not."""
+    """Whether two names mean the same model: the last part of each, in small letters and without "-instruct"."""
     names = [name.lower().rstrip("/").rsplit("/", 1)[-1].removesuffix("-instruct") for name in (of_config, asked)]
     return names[0] == names[1]
 
 
 def hub_name(model: str) -> str:
-    """What from_pretrained takes for `model`: of a built-in name, the hub's, where a bundled config says it."""
+    """The name of `model` for from_pretrained; for a built-in name the hub's, if a bundled config has it."""
     from foam_hf.planner.model_configs import BUILTIN
 
     if model.lower() not in BUILTIN:
