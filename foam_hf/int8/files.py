@@ -1,4 +1,4 @@
-"""INT8 weights in safetensors: two plain tensors a weight; reading them, checking them, exporting them as bf16."""
+"""Reads, checks and exports checkpoints with INT8 weights: safetensors files with two plain tensors a weight."""
 
 from __future__ import annotations
 
@@ -18,68 +18,76 @@ from foam_hf.folders import MANIFEST, check_destination, whole_folder
 from foam_hf.int8.weight import Int8Weight
 
 METHOD = "foam_int8"  # quantization_config["quant_method"] of such a checkpoint
-CODES, SCALES = "weight_codes", "weight_scales"  # in place of "weight", so that no tool takes codes for weights
+CODES, SCALES = "weight_codes", "weight_scales"  # not "weight": other tools would load the codes as weights
 SMALLEST_BLOCK = 16
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
 _CHAT_TEMPLATES = "additional_chat_templates"
-# What a training folder holds beside a model, and other weights of the same one.
+# An export does not copy training state, and weights in other formats.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 _NOT_COPIED_NAMES = ("trainer_state.json", "config.json", MANIFEST)
 _DTYPE_NAMES = {"I8": "int8", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64", "U8": "uint8"}
 
 
 def int8_block(width: int, block_size: int) -> int | None:
-    """Columns a block for rows of `width`: `block_size`, or the largest power of two below it that divides `width`.
+    """Columns of a block in rows of `width`: `block_size`, or the largest smaller power of two that divides `width`.
 
-    None if no block of 16 columns or more divides it.
+    None if no power of two from 16 on divides `width`.
     """
     if width % block_size == 0:
         return block_size
-    block = width & -width  # the largest power of two that divides it
+    block = width & -width  # the largest power of two that divides `width`
     while block > block_size:
         block //= 2
     return block if block >= SMALLEST_BLOCK else None
 
 
-Kind = tuple[tuple[int, ...], str]  # shape, and dtype as in "float32"
+ShapeAndDtype = tuple[tuple[int, ...], str]  # the dtype as in "float32"
 
 
-def kind(tensor: Tensor) -> Kind:
-    """Shape and dtype, as `pair_problem` takes them."""
+def shape_and_dtype(tensor: Tensor) -> ShapeAndDtype:
+    """Shape and dtype of a tensor, for `pair_problem`."""
     return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
 
-def pair_problem(codes: Kind, scales: Kind, block_size: int) -> str:
-    """Why codes and scales are no INT8 weight in blocks of at most `block_size` columns, or nothing."""
+def pair_problem(codes: ShapeAndDtype, scales: ShapeAndDtype, block_size: int) -> str:
+    """Why codes and scales do not make an INT8 weight with blocks of at most `block_size` columns, or ""."""
     shape, dtype = codes
     if dtype != "int8" or len(shape) != 2:
-        return f"codes are {_described(codes)}; expected int8 of two dimensions"
+        return f"codes are {_describe(codes)}; expected int8 of two dimensions"
     block = int8_block(shape[1], block_size)
     if block is None:
-        return f"codes are {_described(codes)}; expected a width that {SMALLEST_BLOCK} divides"
+        return f"codes are {_describe(codes)}; expected a width that {SMALLEST_BLOCK} divides"
     expected = ((shape[0], shape[1] // block), "float32")
     if scales != expected:
         return (
-            f"scales are {_described(scales)} for codes of {_described(codes)}; "
-            f"expected {_described(expected)}, for blocks of {block}"
+            f"scales are {_describe(scales)} for codes of {_describe(codes)}; "
+            f"expected {_describe(expected)}, for blocks of {block}"
         )
     return ""
 
 
-def _described(some: Kind) -> str:
-    shape, dtype = some
+def _describe(tensor: ShapeAndDtype) -> str:
+    shape, dtype = tensor
     return f"{dtype} {list(shape)}"
 
 
 class TensorFiles:
-    """The tensors of safetensors files by name: shapes from the headers, values when one is read."""
+    """The tensors of several safetensors files by name. Values are read from the disk by `read` only.
+
+    Attributes:
+        kinds: name -> shape and dtype of each tensor, from the headers.
+    """
 
     def __init__(self, files: Iterable[str | Path]) -> None:
-        """Raises ValueError for a file that is not safetensors."""
-        self.kinds: dict[str, Kind] = {}
+        """Read the headers of `files`.
+
+        Raises:
+            ValueError: a file is not safetensors, or cannot be read.
+        """
+        self.kinds: dict[str, ShapeAndDtype] = {}
         self._holders: dict[str, Any] = {}
         for file in files:
             try:
@@ -97,10 +105,10 @@ class TensorFiles:
         return self._holders[name].get_tensor(name)
 
     def int8_weights(self, block_size: int) -> list[str]:
-        """The INT8 weights by their names in a model, `X.weight`.
+        """The names of the INT8 weights, as in a model: `X.weight`.
 
         Raises:
-            ValueError: codes without scales or the other way round, another dtype, shape or block size.
+            ValueError: codes without scales or scales without codes, or another dtype, shape or block size.
         """
         stems: dict[str, set[str]] = {}
         for name in self.kinds:
@@ -121,16 +129,16 @@ class TensorFiles:
 def export_checkpoint(source: str | Path, destination: str | Path, dtype: torch.dtype = torch.bfloat16) -> int:
     """Write the INT8 checkpoint in folder `source` as a plain one of `dtype` into the new folder `destination`.
 
-    Weights come as safetensors of at most 5 GB, config.json without its quantization_config, and beside them the
-    tokenizer and every other small file of `source`; a training's own files stay behind. The folder appears whole or
-    not at all. Memory: one output file at a time.
+    `destination` gets safetensors files of at most 5 GB, config.json without its quantization_config, the tokenizer,
+    and the other files of `source` that are no training state. After an error no folder is left. One output file is in
+    memory at a time.
 
     Returns:
         The number of INT8 weights that were converted.
 
     Raises:
-        ValueError: `source` is no INT8 checkpoint, or a damaged one; a link in it, or its list of weights, leads
-            out of it and of the hub's cache; `destination` exists and is not empty, or is the current folder.
+        ValueError: `source` is no INT8 checkpoint or a damaged one, or a link in it or its index of weights leads out
+            of the folder and of the hub's cache; or `destination` is not empty, or is the current folder.
         OSError: a file cannot be read or written.
     """
     source, destination = Path(source), Path(destination)
@@ -149,8 +157,8 @@ def export_checkpoint(source: str | Path, destination: str | Path, dtype: torch.
             codes, scales = map(files.read, parts[name])
             return Int8Weight(codes, scales, dtype=torch.float32).dequantize(dtype)
         value = files.read(name)
-        # What is kept in another dtype than the model is so on purpose.
-        return value.to(dtype) if kind(value)[1] == main else value
+        # A tensor in another dtype than the model's keeps it, because somebody chose it on purpose.
+        return value.to(dtype) if shape_and_dtype(value)[1] == main else value
 
     def size(name: str) -> int:
         shape, held = files.kinds[parts[name][0] if name in parts else name]
@@ -166,7 +174,7 @@ def export_checkpoint(source: str | Path, destination: str | Path, dtype: torch.
 
 
 def _int8_config(source: Path) -> dict[str, Any]:
-    """config.json of an INT8 checkpoint."""
+    """Read config.json of an INT8 checkpoint; ValueError if `source` is none."""
     if not source.is_dir():
         raise ValueError(f"no folder {source}; expected the folder of an INT8 model that save_pretrained wrote")
     _check_inside(source / "config.json", source)
@@ -202,16 +210,16 @@ def _weight_files(source: Path) -> list[Path]:
 
 
 def _check_inside(path: Path, source: Path) -> None:
-    """Raise ValueError if `path` leads out of `source`, but for the hub's cache, where files are links to blobs.
+    """Raise ValueError if `path` leads out of `source`, except into the hub's cache, where files are links to blobs.
 
-    A model's folder may come from anybody: what it links to elsewhere on this machine is not the model's.
+    A model's folder may come from a stranger, and its links must not export other files of this machine.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
     real, folder = path.resolve(), source.resolve()
     allowed = [folder, Path(HF_HUB_CACHE).resolve()]
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-        allowed.append(folder.parent.parent)  # a cache in another place
+        allowed.append(folder.parent.parent)  # `source` is in another cache of the hub
     if not any(real.is_relative_to(place) for place in allowed):
         how = "a link" if path.is_symlink() else "listed"
         raise ValueError(
@@ -221,7 +229,7 @@ def _check_inside(path: Path, source: Path) -> None:
 
 
 def _copy_others(source: Path, folder: Path) -> None:
-    """Tokenizer, generation config, chat templates, code and texts: every file that is not weights or a training's."""
+    """Copy every file that is neither weights nor training state: tokenizer, chat templates, code and so on."""
     for path in source.iterdir():
         if path.is_dir() and path.name == _CHAT_TEMPLATES:
             for inner in (path, *path.rglob("*")):
@@ -236,7 +244,7 @@ def _write_config(config: dict[str, Any], dtype: torch.dtype, folder: Path) -> N
     name, main = str(dtype).removeprefix("torch."), config.get("dtype", config.get("torch_dtype"))
 
     def plain(value: Any) -> Any:
-        """Without quantization, and of the new dtype, in the configs of parts of the model too."""
+        """The config, and the configs in it, without quantization_config and with the new dtype."""
         if not isinstance(value, dict):
             return value
         kept = {key: plain(inner) for key, inner in value.items() if key != "quantization_config"}
@@ -257,7 +265,7 @@ def _write_shards(sizes: Mapping[str, int], tensor: Callable[[str], Tensor], fol
         file = _SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         try:
             save_file({name: tensor(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # how it says that a disk is full
+        except SafetensorError as error:  # raised when the disk is full, for example
             raise OSError(f"{file}: {error}") from error
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:

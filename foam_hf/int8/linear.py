@@ -1,4 +1,4 @@
-"""``linear`` with an INT8 weight: its floating copy is gone when forward, or backward, returns."""
+"""``linear`` with an INT8 weight, which is dequantized in forward and again in backward; no floating copy is kept."""
 
 from __future__ import annotations
 
@@ -14,21 +14,30 @@ if TYPE_CHECKING:
 
 
 def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
-    """``torch.nn.functional.linear``, autocast and its errors included; gradients are of the outer dtype."""
+    """``torch.nn.functional.linear`` with autocast; the weight's gradient has the weight's outer dtype.
+
+    Args:
+        x: (..., n), any floating dtype that ``torch.nn.functional.linear`` takes with the weight's.
+        weight: (m, n).
+        bias: (m,).
+
+    Raises:
+        RuntimeError: as ``torch.nn.functional.linear``.
+    """
     device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)  # torch refuses to answer for meta
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # is_autocast_enabled raises for meta
     if autocast and x.is_floating_point() and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     else:
         dtype = weight.dtype
-    if not torch.is_grad_enabled():  # as in the first pass of a checkpointed layer
+    if not torch.is_grad_enabled():  # for example in the first pass of a checkpointed layer
         return torch.nn.functional.linear(x, dequantize(weight.codes, weight.scales, dtype), bias)
     return _Linear.apply(x, weight, bias, dtype)
 
 
 class _Linear(torch.autograd.Function):
-    """The weight hangs on ``ctx``: as a saved tensor every checkpointing would detach it and ask it what it is."""
+    """Keeps the weight as an attribute of ``ctx``: as a saved tensor, checkpointing would detach it and inspect it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -41,7 +50,7 @@ class _Linear(torch.autograd.Function):
                 ctx.outer, ctx.version = weight.dtype, _version(weight)
         out = torch.nn.functional.linear(x, dequantize(weight.codes, weight.scales, dtype), bias)
         if not torch.compiler.is_compiling() and out._is_view():
-            # autograd refuses `out += 1` for a view that a Function made: the same memory, and no view of any other
+            # autograd refuses `out += 1` for a view that a Function returns; this has the same memory and is no view
             out = torch.ops.aten._unsafe_view(out, out.shape)
         return out
 
@@ -64,12 +73,12 @@ class _Linear(torch.autograd.Function):
 
 
 def _version(weight: Tensor) -> int:
-    """How often it was written; of a weight made in inference mode, of which torch keeps no count, 0."""
+    """torch's count of writes to ``weight``; 0 for a weight made in inference mode, for which torch has no count."""
     return 0 if weight.is_inference() else weight._version
 
 
 def _unchanged(ctx: Any, dtype: torch.dtype) -> Tensor:
-    """The weight of the forward pass in ``dtype``; RuntimeError if it was updated since, as for a saved tensor."""
+    """The dequantized weight of the forward pass; RuntimeError if it was written since, as for a saved tensor."""
     weight = ctx.weight
     with torch._C.DisableTorchFunctionSubclass():
         version = _version(weight)
@@ -83,7 +92,7 @@ def _unchanged(ctx: Any, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("foam_hf::dequantize_in_backward", mutates_args=())
 def dequantize_in_backward(codes: Tensor, scales: Tensor, grad: Tensor) -> Tensor:
-    """The weight in the dtype of ``grad``, which it seems to need: else a compiler keeps the one of the forward."""
+    """Dequantize in the dtype of ``grad``. The argument ``grad`` keeps a compiler from reusing forward's copy."""
     return dequantize(codes, scales, grad.dtype)
 
 

@@ -1,4 +1,4 @@
-"""INT8 weights in a model: which ones they are, converting them in place, loading state dicts into them."""
+"""Chooses the weights of a model that become INT8, converts them in place, and loads state dicts into them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from foam_hf.int8.files import CODES, SCALES, TensorFiles, int8_block, kind, pair_problem
+from foam_hf.int8.files import CODES, SCALES, TensorFiles, int8_block, pair_problem, shape_and_dtype
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.optimizer.groups import layer_names
 
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Int8Plan:
-    """What becomes of a model's weights.
+    """Which weights of a model become INT8.
 
     Attributes:
-        blocks: parameter name -> columns a block, of those that become INT8.
+        blocks: name -> columns of a block, for each parameter that becomes INT8.
         left: reason -> names of the layers' weights that stay as they are.
     """
 
@@ -31,11 +31,11 @@ class Int8Plan:
     left: dict[str, list[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """What stays, and why."""
+        """How many weights stay as they are, and why, with an example of each reason."""
         return "; ".join(f"{len(names)} {reason} ({names[0]}, ...)" for reason, names in self.left.items())
 
     def summary(self, model: nn.Module) -> str:
-        """One line on what becomes INT8."""
+        """One line on the weights that become INT8."""
         sizes = {name: p.numel() for name, p in model.named_parameters()}
         count, total = sum(sizes[name] for name in self.blocks), sum(sizes.values())
         blocks = ", ".join(map(str, sorted(set(self.blocks.values()), reverse=True)))
@@ -54,18 +54,18 @@ def plan_int8(
 ) -> Int8Plan:
     """Choose the weights that become INT8: those of `nn.Linear` modules inside the base model.
 
-    Embeddings and norms stay as they are, and so do fused experts and GPT-2's `Conv1D`, which are no `nn.Linear`,
-    weights that are tied to others or belong to several modules, and widths that no block divides.
+    Embeddings and norms stay as they are. So do fused experts and GPT-2's `Conv1D`, which are no `nn.Linear`, weights
+    that are tied or belong to several modules, and weights whose width no block divides.
 
     Args:
-        model: on any device; on the meta device nothing is allocated.
-        block_size: columns a block. A width that it does not divide takes the largest power of two below it that does,
-            down to 16.
-        head: convert the LM head too, where it is a weight of its own.
-        modules_to_not_convert: names of modules to leave alone, parts of names, or regexes that match whole names.
+        model: on any device; nothing is allocated for a model on the meta device.
+        block_size: columns of a block. If it does not divide a width, the block has the largest smaller power of two
+            that does, at least 16.
+        head: convert the LM head too, if it is not tied to the embedding.
+        modules_to_not_convert: modules to leave alone: names, parts of names, or regexes that match whole names.
 
     Raises:
-        ValueError: nothing can be converted.
+        ValueError: no weight can be converted.
     """
     wanted = layer_names(model)
     owners = _owners(model)
@@ -78,14 +78,14 @@ def plan_int8(
         if name not in wanted:
             continue
         module_name, module = owners[id(p)][0]
-        excluding = [entry for entry in modules_to_not_convert or () if _names(entry, module_name)]
+        excluding = [entry for entry in modules_to_not_convert or () if _matches(entry, module_name)]
         unused = [entry for entry in unused if entry not in excluding]
         block = int8_block(p.shape[-1], block_size)
         if excluding:
             continue
         if not _is_linear(module) or p is not module.weight:
-            kind_of = "in fused 3-D tensors" if p.dim() > 2 else f"of {type(module).__name__}, which is no nn.Linear"
-            plan.left.setdefault(kind_of, []).append(name)
+            reason = "in fused 3-D tensors" if p.dim() > 2 else f"of {type(module).__name__}, which is no nn.Linear"
+            plan.left.setdefault(reason, []).append(name)
         elif name in tied or len(owners[id(p)]) > 1:
             plan.left.setdefault("tied or used by several modules", []).append(name)
         elif block is None:
@@ -103,7 +103,7 @@ def plan_int8(
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """Parameter id -> the modules that hold it, by name."""
+    """Id of a parameter -> (name, module) of each module that holds it."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for module_name, module in model.named_modules():
         for p in module.parameters(recurse=False):
@@ -125,17 +125,17 @@ def _head_names(model: nn.Module, owners: dict[int, list[tuple[str, nn.Module]]]
 
 
 def _tied_names(model: nn.Module) -> set[str]:
-    """Weights that transformers ties, also those that are still apart on the meta device."""
+    """Names of the weights that transformers ties; on the meta device they may not be tied yet."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return {*tied, *tied.values()}
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # A subclass with a forward of its own may do anything with its weight.
+    # A subclass with its own forward may use its weight in other ways.
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
-def _names(entry: str, module_name: str) -> bool:
+def _matches(entry: str, module_name: str) -> bool:
     try:
         return entry in module_name or re.fullmatch(entry, module_name) is not None
     except re.error:
@@ -160,7 +160,7 @@ def convert_(module: nn.Linear, block: int) -> None:
 
 
 def accept_codes(module: nn.Linear) -> None:
-    """Let state dicts hold the INT8 weight of `module` as codes and scales, both when they are made and loaded."""
+    """Let `state_dict` and `load_state_dict` of `module` hold its INT8 weight as codes and scales."""
     if "_int8_waiting" not in module.__dict__:
         module.__dict__["_int8_waiting"] = {}
         module.register_state_dict_post_hook(_save_codes)
@@ -169,9 +169,9 @@ def accept_codes(module: nn.Linear) -> None:
 
 @torch.no_grad()
 def materialize_(model: Any, plan: Int8Plan, device: torch.device) -> None:
-    """Give random values to what is on the meta device, by the model's own rule, one module at a time.
+    """Allocate the parameters on the meta device and initialize them by the model's own rule, one module at a time.
 
-    What `plan` makes INT8 is so before the next module gets its values.
+    Each weight in `plan` becomes INT8 before the next module is allocated, so that little memory is needed.
     """
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for name, module, owner in _modules(model, "", model):
@@ -189,7 +189,7 @@ def materialize_(model: Any, plan: Int8Plan, device: torch.device) -> None:
 
 
 def _modules(module: nn.Module, name: str, owner: Any) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Every module with its name and the transformers model whose rule draws its weights."""
+    """Yield every module with its name, and the transformers model whose `_init_weights` initializes it."""
     owner = module if hasattr(module, "_init_weights") else owner
     yield name, module, owner
     for child_name, child in module.named_children():
@@ -197,14 +197,15 @@ def _modules(module: nn.Module, name: str, owner: Any) -> Iterator[tuple[str, nn
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Make every INT8 weight of `model` a floating point one again, one after the other; how many there were.
+    """Make every INT8 weight of `model` a floating point one, one after the other; return how many there were.
 
     Args:
-        dtype: of the new weights; the dtype that each shows by default.
+        model: changed in place.
+        dtype: of the new weights; by default each weight's own `dtype`.
     """
     count = 0
     for module in model.modules():
-        weight: Any = module._parameters.get("weight")  # not an attribute: adapters show their base layer's
+        weight: Any = module._parameters.get("weight")  # `module.weight` of an adapter is that of its base layer
         if isinstance(weight, Int8Weight):
             module.weight = nn.Parameter(weight.dequantize(dtype), requires_grad=weight.requires_grad)
             count += 1
@@ -212,9 +213,9 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> int:
 
 
 def check_files(plan: Int8Plan, checkpoint_files: list[str], block_size: int) -> None:
-    """Raise ValueError if the safetensors files do not hold sound codes and scales of every weight of `plan`.
+    """Raise ValueError if the safetensors files lack codes and scales of a weight of `plan`, or do not fit it.
 
-    What they hold as a plain weight, as a head whose vocabulary was resized, leaves the plan.
+    A weight that the files hold as a plain one is removed from the plan. A resized head is an example.
     """
     files = TensorFiles(checkpoint_files)
     held = files.int8_weights(block_size)
@@ -223,7 +224,7 @@ def check_files(plan: Int8Plan, checkpoint_files: list[str], block_size: int) ->
         logger.warning(f"INT8: {name} is no INT8 weight in the checkpoint, and stays as it is there")
         del plan.blocks[name]
     missing = [name for name in plan.blocks if ends.isdisjoint(_ends(name))]
-    if missing and len(held) < len(plan.blocks):  # else transformers renames what it loads
+    if missing and len(held) < len(plan.blocks):  # otherwise transformers renames the weights as it loads them
         raise ValueError(
             f"the checkpoint lacks {len(missing)} of {len(plan.blocks)} INT8 weights, {missing[0]} the first; "
             f"expected {CODES} and {SCALES} of each"
@@ -231,13 +232,13 @@ def check_files(plan: Int8Plan, checkpoint_files: list[str], block_size: int) ->
 
 
 def _ends(name: str) -> list[str]:
-    """The name as it may be in a model with a head, in one without, or under another prefix."""
+    """The name without up to two of its first parts: models with and without a head have other prefixes."""
     parts = name.split(".")
     return [".".join(parts[cut:]) for cut in range(min(3, len(parts) - 1))]
 
 
 def _save_codes(module: nn.Linear, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    """After `state_dict` has read `module`: plain tensors, that any format and tool can hold."""
+    """Replace an INT8 weight in a new state dict by two plain tensors, which any file format can hold."""
     weight = state_dict.get(prefix + "weight")
     if isinstance(weight, Int8Weight):
         del state_dict[prefix + "weight"]
@@ -254,9 +255,9 @@ def _load_codes(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Before `load_state_dict` reads `module`: put an INT8 weight together from codes and scales.
+    """Make an INT8 weight of the codes and scales in a state dict, before `load_state_dict` reads `module`.
 
-    They may come in two calls, as from two files of a sharded checkpoint: the first half waits for the second.
+    Two files of a sharded checkpoint give them in two calls; then the first is kept until the second comes.
     """
     waiting: dict[str, Tensor] = module.__dict__["_int8_waiting"]
     waiting |= {part: state_dict.pop(prefix + part) for part in (CODES, SCALES) if prefix + part in state_dict}
@@ -267,18 +268,18 @@ def _load_codes(
     if refusal is not None:
         refusal.remove()
     if len(waiting) < 2:
-        module.__dict__["_int8_refusal"] = module.register_forward_pre_hook(_refuse_half)
+        module.__dict__["_int8_refusal"] = module.register_forward_pre_hook(_refuse_incomplete_weight)
         return
     codes, scales = waiting.pop(CODES), waiting.pop(SCALES)
-    problem = pair_problem(kind(codes), kind(scales), weight.block_size)
+    problem = pair_problem(shape_and_dtype(codes), shape_and_dtype(scales), weight.block_size)
     if problem:
         error_msgs.append(f"INT8 weight {prefix}weight: {problem}")
     else:
         state_dict[prefix + "weight"] = Int8Weight(codes, scales, dtype=weight.dtype)
 
 
-def _refuse_half(module: nn.Linear, args: Any) -> None:
-    """Before a forward pass: a checkpoint that brought codes without scales must not be trained on."""
+def _refuse_incomplete_weight(module: nn.Linear, args: Any) -> None:
+    """Raise RuntimeError before a forward pass if a checkpoint had codes without scales, or scales without codes."""
     (held,) = module.__dict__["_int8_waiting"]
     raise RuntimeError(
         f"an INT8 weight of shape {tuple(module.weight.shape)} was loaded from a checkpoint that has its {held} "

@@ -1,10 +1,10 @@
-"""INT8 weights through transformers' own door: `from_pretrained(..., quantization_config=foam_hf.Int8Config())`.
+"""`Int8Config` and its quantizer, for `from_pretrained(..., quantization_config=foam_hf.Int8Config())`.
 
-What this file relies on, in transformers 5.6 to 5.x: `register_quantization_config` and `register_quantizer` (public),
-the hooks of `HfQuantizer` that it overrides, and `AutoHfQuantizer.merge_quantization_configs`, which is wrapped: it
-drops what a user asks of a checkpoint that is quantized already, `dequantize=True` with the rest. `int8.models` calls
-`PreTrainedModel._init_weights`, by which a model draws the weights of a module. What is relied on beside INT8 is in
-`foam_hf/trainer/patches.py`.
+This file relies on these names of transformers 5.6 to 5.x: `register_quantization_config` and `register_quantizer`,
+which are public, the hooks of `HfQuantizer` that it overrides, and `AutoHfQuantizer.merge_quantization_configs`. The
+last one is wrapped, because it ignores `dequantize=True` for a checkpoint that is quantized already. `int8/models.py`
+calls `PreTrainedModel._init_weights`, which initializes the weights of a module. All other names that this package
+relies on are in `foam_hf/trainer/patches.py`.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ from foam_hf.wrapping import wrap
 
 logger = logging.getLogger("foam_hf")
 
-OLDEST = "5.6"  # the first to read one weight at a time where they are quantized on loading
+OLDEST = "5.6"  # older versions read all weights before they quantize the first
 
 
 class Int8Config(QuantizationConfigMixin):
-    """INT8 weights that train: one byte a weight, and a float32 scale for each block of adjacent columns.
+    """The quantization config for trainable INT8 weights: one byte an element, and a float32 scale for each block.
 
     Every `nn.Linear` weight that `foam_hf.foam_param_groups` folds becomes an `Int8Weight`; embeddings, norms, biases,
     tied or shared weights, fused experts and `Conv1D` stay in the model's dtype.
 
     Args:
-        block_size: columns a block, a power of two from 16 to 1024. A width that it does not divide gets the largest
-            power of two below it that does; a width that 16 does not divide stays as it is, with a warning.
-        head: an LM head of its own becomes INT8 too; one that is the embedding stays.
-        modules_to_not_convert: names of modules to leave alone, parts of names, or regexes that match whole names.
+        block_size: columns of a block, a power of two from 16 to 1024. If it does not divide a width, the block has
+            the largest smaller power of two that does. A weight whose width 16 does not divide stays, with a warning.
+        head: the LM head becomes INT8 too, if it is not tied to the embedding.
+        modules_to_not_convert: modules to leave alone: names, parts of names, or regexes that match whole names.
         dequantize: load a checkpoint of INT8 weights as a plain floating point model.
 
     Raises:
-        TypeError, ValueError: an argument of another type or out of range, or an unknown one.
+        TypeError, ValueError: an argument is unknown, out of range, or of the wrong type.
         ImportError: transformers is older than 5.6.
     """
 
-    quant_method: Any  # a plain string, where transformers' own are an enum
+    quant_method: Any  # a plain string; the base class declares an enum
 
     def __init__(
         self,
@@ -97,16 +97,16 @@ class Int8Config(QuantizationConfigMixin):
         self.dequantize = dequantize
 
     def choice(self) -> dict[str, Any]:
-        """What decides which weights become INT8, and in what blocks."""
+        """The arguments that decide which weights become INT8, and their blocks."""
         return {name: getattr(self, name) for name in ("block_size", "head", "modules_to_not_convert")}
 
     def to_dict(self) -> dict[str, Any]:
-        """As in config.json: how a checkpoint was made, not how somebody loads it."""
+        """The dict for config.json: how the checkpoint was made, and not `dequantize`, which is for loading."""
         return {"quant_method": self.quant_method, **self.choice()}
 
 
 def _check_version() -> None:
-    import transformers  # not above: while transformers imports this file, its module is not yet the final one
+    import transformers  # imported late: transformers replaces its own module after it has imported this file
 
     if Version(transformers.__version__).release < Version(OLDEST).release:
         raise ImportError(
@@ -116,7 +116,7 @@ def _check_version() -> None:
 
 
 class Int8Quantizer(HfQuantizer):
-    """What transformers asks while it loads, trains or saves a model with an `Int8Config`."""
+    """The quantizer that transformers calls while it loads, trains or saves a model with an `Int8Config`."""
 
     quantization_config: Int8Config
 
@@ -140,7 +140,7 @@ class Int8Quantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """True lets Trainer train the quantized weights themselves, without adapters."""
+        """True, so that Trainer trains the quantized weights themselves, without adapters."""
         return True
 
     @property
@@ -148,7 +148,7 @@ class Int8Quantizer(HfQuantizer):
         return 1 + torch.float32.itemsize / self.quantization_config.block_size
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
-        # Trainer's device maps and the allocator's warm-up count by it.
+        # transformers plans device maps and warms up the allocator by these sizes.
         quantized = self.param_needs_quantization(model, param_name)
         return self.quantized_element_size if quantized else param.element_size()
 
@@ -171,13 +171,13 @@ class Int8Quantizer(HfQuantizer):
             return
         if checkpoint_files is not None:
             check_files(self.plan, checkpoint_files, self.quantization_config.block_size)
-        # The loader finds two plain buffers, and fills them like any other, from whatever files they are in.
+        # Two plain buffers take the place of the weight: the loader fills them from any file, like other buffers.
         for name, block in self.plan.blocks.items():
             module = module_of(model, name)
             rows, width = module.weight.shape
             self._dtypes[name] = module.weight.dtype
-            # Models initialize what is missing, and look at all weights as they do: this one is no part of the model.
-            module.register_parameter("weight", None)  # its place in the order of parameters
+            # transformers initializes missing parameters, and `_init_weights` reads `module.weight` as it does so.
+            module.register_parameter("weight", None)  # keeps the order of parameters
             module.__dict__["weight"] = torch.empty(rows, width, dtype=self._dtypes[name], device="meta")
             module.register_buffer(CODES, torch.empty(rows, width, dtype=torch.int8, device="meta"))
             module.register_buffer(SCALES, torch.empty(rows, width // block, dtype=torch.float32, device="meta"))
@@ -197,7 +197,7 @@ class Int8Quantizer(HfQuantizer):
                     install_(module, weight)
             elif isinstance(module.weight, Int8Weight):
                 accept_codes(module)
-            else:  # not in the checkpoint, so transformers drew it at random
+            else:  # the checkpoint lacks this weight, so transformers initialized it
                 convert_(module, block)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -207,9 +207,12 @@ class Int8Quantizer(HfQuantizer):
         return _quantize_operation()(self.plan)
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """`model.dequantize()`: each weight in the dtype that it shows, or all in `dtype`.
+        """Make the INT8 weights of a model plain, for `model.dequantize()`.
 
-        The config's dtype, which transformers would take, is not the weights' after `model.to(...)`.
+        Args:
+            model: changed in place.
+            dtype: of the new weights; by default each weight's own. transformers would take the config's, which is
+                wrong after `model.to(...)`.
         """
         dequantize_(model, dtype)
         self.remove_quantization_config(model)
@@ -218,10 +221,10 @@ class Int8Quantizer(HfQuantizer):
 
 @functools.cache
 def _quantize_operation() -> Any:
-    from transformers.core_model_loading import ConversionOps  # as late as transformers itself imports it
+    from transformers.core_model_loading import ConversionOps  # imported late, as transformers does
 
     class QuantizeInt8(ConversionOps):
-        """A weight that was just read, on its device, into codes and scales; the float copy dies at once."""
+        """Quantizes a weight that was just read, on its device; the floating point copy is freed at once."""
 
         def __init__(self, plan: Int8Plan) -> None:
             self.plan = plan
@@ -241,22 +244,22 @@ def _quantize_operation() -> Any:
 
 
 def quantize_model_(model: Any, config: Int8Config | None = None, *, device: torch.device | str | None = None) -> Any:
-    """Make the weights of a model INT8 in place, as `from_pretrained` would have.
+    """Make the weights of a model INT8 in place, as `from_pretrained` does.
 
-    Parameters on the meta device come into being one module at a time, with random values by the model's own rule, so
-    that a model never exists in floating point as a whole.
+    Parameters on the meta device are allocated and initialized one module at a time. So the whole model never exists
+    in floating point.
 
     Args:
         model: a transformers model.
-        config: which weights, in what blocks; `Int8Config()` by default.
-        device: for parameters on the meta device; the CPU by default. Others stay where they are.
+        config: which weights, and their blocks; `Int8Config()` by default.
+        device: for parameters on the meta device; the CPU by default. Other parameters keep their device.
 
     Returns:
         `model`.
 
     Raises:
-        TypeError: `model` is of another library, or `config` of another kind.
-        ValueError: nothing of it can be converted.
+        TypeError: `model` is no transformers model, or `config` no `Int8Config`.
+        ValueError: no weight can be converted.
     """
     from transformers import PreTrainedModel
 
@@ -274,8 +277,8 @@ def quantize_model_(model: Any, config: Int8Config | None = None, *, device: tor
     return model
 
 
-def _keeping_what_was_asked(original: Callable[..., Any]) -> Any:
-    """`merge_quantization_configs` that hears `dequantize=True`, and names what else a checkpoint overrules."""
+def _wrap_merge_configs(original: Callable[..., Any]) -> Any:
+    """Wrap `merge_quantization_configs`: it keeps `dequantize=True`, and warns of what the checkpoint overrides."""
 
     @functools.wraps(original)
     def merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
@@ -291,21 +294,21 @@ def _keeping_what_was_asked(original: Callable[..., Any]) -> Any:
             if value != asked.choice()[name]
         ]
         if other and not merged.dequantize:
-            logger.warning(f"INT8: the checkpoint's weights are INT8 already, with {', '.join(other)}: that holds")
+            logger.warning(
+                f"INT8: the checkpoint's weights are INT8 already, and its own settings are used: {', '.join(other)}"
+            )
         return merged
 
     return staticmethod(merge_quantization_configs)
 
 
 def _register() -> None:
-    """Make transformers know `foam_int8`, by the classes of this import of foam_hf. Idempotent."""
+    """Register `foam_int8` with transformers, with the classes of this import of foam_hf. Idempotent."""
     for mapping in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
-        mapping.pop(METHOD, None)  # a notebook may have imported foam_hf before
+        mapping.pop(METHOD, None)  # an earlier import of foam_hf in a notebook may have registered its own
     auto.register_quantization_config(METHOD)(Int8Config)
     auto.register_quantizer(METHOD)(Int8Quantizer)
-    wrap(
-        auto.AutoHfQuantizer, "merge_quantization_configs", lambda merge: staticmethod(_keeping_what_was_asked(merge))
-    )
+    wrap(auto.AutoHfQuantizer, "merge_quantization_configs", lambda merge: staticmethod(_wrap_merge_configs(merge)))
 
 
 _register()

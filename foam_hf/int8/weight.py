@@ -1,17 +1,17 @@
-"""``Int8Weight``: a weight of one byte an element that trains as an ordinary parameter.
+"""``Int8Weight``: a tensor of one byte an element that trains as an ordinary parameter.
 
 Outside it is a tensor of a floating dtype: autograd, ``named_parameters``, clipping, counting and param groups see
-nothing else. Inside it holds ``codes``, int8, and ``scales``, one float32 for each block of adjacent columns. An
-element is ``code * scale``; the largest of a block has the code 127 or -127 when it is quantized.
+this dtype only. Inside it holds ``codes`` (int8) and ``scales``, a float32 for each block of adjacent columns. An
+element is ``code * scale``. Quantizing gives the largest element of a block the code 127 or -127.
 
-``torch.nn.functional.linear`` with such a weight dequantizes, multiplies and forgets: what lives between forward and
-backward is the input and the codes. Reading it in any other operation gives what its dequantized copy would; so do
-views, but as copies that refuse to be written to. Only whole values can be written (``copy_``, ``zero_``,
-``normal_``); arithmetic in place is refused, as rounding to int8 would lose it. Training is ``foam_hf.FOAM``'s: see
-``int8.rows``.
+``torch.nn.functional.linear`` dequantizes the weight, multiplies, and frees the copy; between forward and backward
+only the input and the codes are alive. Every other operation reads a dequantized copy. Views are copies too, and
+writing to a view raises an error. ``copy_``, ``zero_``, ``normal_`` and the like replace all values. Arithmetic in
+place raises an error, because rounding to int8 would lose it. Only ``foam_hf.FOAM`` trains such weights: see
+``foam_hf/int8/rows.py``.
 
-DDP's first broadcast goes through floating values: ranks that hold the same weights keep every bit of them, but one
-with others gets rank 0's to the nearest codes. Let every rank load the same checkpoint.
+DDP's first broadcast sends dequantized values. Ranks with the same weights keep their codes exactly. A rank with other
+weights gets those of rank 0, rounded to the nearest codes. So let every rank load the same checkpoint.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MADE_LIKE = (
     _aten.new_full.default,
     _aten.new_empty_strided.default,
 )
-# What overwrites every element without reading it.
+# Operations that overwrite every element without reading it.
 _FILLS = (
     _aten.zero_.default,
     _aten.fill_.Scalar,
@@ -53,16 +53,16 @@ _FILLS = (
 
 
 class Int8Weight(Tensor):
-    """Codes and block scales behind the face of a dense floating point tensor.
+    """Codes and block scales that look like a dense floating point tensor.
 
     Args:
         codes: int8, contiguous, (..., n); each in [-127, 127].
         scales: float32, contiguous, (..., n / block size), on the same device. The block size follows from the shapes.
-        dtype: what it looks like, and computes in: torch.bfloat16, torch.float16 or torch.float32.
+        dtype: the outer dtype, in which it computes: torch.bfloat16, torch.float16 or torch.float32.
 
     Raises:
-        TypeError: another dtype of codes, scales or ``dtype``.
-        ValueError: shapes or devices that do not fit each other.
+        TypeError: codes, scales or ``dtype`` have another dtype.
+        ValueError: shapes or devices of codes and scales do not fit each other.
     """
 
     codes: Tensor
@@ -79,11 +79,15 @@ class Int8Weight(Tensor):
 
     @classmethod
     def from_float(cls, weight: Tensor, block_size: int = BLOCK_SIZE) -> Int8Weight:
-        """Quantize ``weight`` (any floating dtype, which the result shows outside) to the nearest codes.
+        """Quantize ``weight`` to the nearest codes.
+
+        Args:
+            weight: (..., n), float32, bfloat16 or float16; the result has this dtype outside.
+            block_size: columns that share a scale.
 
         Raises:
-            TypeError: a weight that is not float32, bfloat16 or float16.
-            ValueError: ``block_size`` does not divide the last dimension.
+            TypeError: ``weight`` has another dtype.
+            ValueError: ``block_size`` does not divide n.
         """
         _check_width(weight, block_size)
         weight = weight.detach()
@@ -100,11 +104,11 @@ class Int8Weight(Tensor):
         return self.codes.shape[-1] // self.scales.shape[-1] if self.scales.shape[-1] else BLOCK_SIZE
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """``codes * scales`` as a plain tensor of ``dtype``, by default the outer one; autograd does not see it."""
+        """``codes * scales`` as a plain tensor of ``dtype`` (default: the outer dtype), without a gradient."""
         return dequantize(self.codes, self.scales, self.dtype if dtype is None else dtype)
 
-    def _take(self, data: Tensor) -> None:
-        """Hold the codes and scales of ``data``: what ``weight.data = data`` leaves to Python."""
+    def _set_data(self, data: Tensor) -> None:
+        """Take over the codes and scales of ``data``, for ``weight.data = data``: torch does not set attributes."""
         if not isinstance(data, Int8Weight):
             raise TypeError(
                 f"cannot make a {type(data).__name__} the data of an INT8 weight; expected weight.copy_(new), which "
@@ -126,12 +130,12 @@ class Int8Weight(Tensor):
         return cls(inner["codes"], inner["scales"], meta["dtype"])
 
     def _stable_hash_for_caching(self) -> str:
-        """What torch.compile's cache on disk must tell apart; the version stands for the code of this file."""
+        """The key of torch.compile's cache on disk; the version stands for the code of this file."""
         where = str(self.device), self.requires_grad
         return repr((__version__, tuple(self.shape), self.dtype, self.block_size, *where))
 
     def share_memory_(self) -> Int8Weight:
-        """As in torch, of codes and scales."""
+        """Move codes and scales to shared memory, as ``Tensor.share_memory_``."""
         self.codes.share_memory_()
         self.scales.share_memory_()
         return self
@@ -147,7 +151,7 @@ class Int8Weight(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.linear:
             return _linear(*args, **(kwargs or {}))
-        if func in _QUESTIONS:  # asked some forty times a step: what follows would cost more than the answer
+        if func in _METADATA:  # read some forty times a step; the rest of this function takes longer than the read
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args)
         with torch._C.DisableTorchFunctionSubclass():
@@ -158,7 +162,7 @@ class Int8Weight(Tensor):
                     "cannot write a part of an INT8 weight; expected weight.copy_(new) for the whole weight"
                 )
             if func == _SET_DATA:
-                args[0]._take(args[1])
+                args[0]._set_data(args[1])
             result = func(*args, **(kwargs or {}))
             return result if torch.compiler.is_compiling() else _read_only(result)
 
@@ -176,7 +180,7 @@ class Int8Weight(Tensor):
                 kwargs.pop("memory_format", None)
                 parts = [func(part, *args[1:], **kwargs) for part in (self.codes, self.scales)]
                 return Int8Weight(parts[0], parts[1], self.dtype if dtype is None else dtype)
-            if func in _MADE_LIKE:  # nobody needs the values
+            if func in _MADE_LIKE:  # they use shape, dtype and device only
                 return func(
                     torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape), *args[1:], **kwargs
                 )
@@ -193,8 +197,8 @@ class Int8Weight(Tensor):
 
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
-# What answers with no view of the weight.
-_QUESTIONS = frozenset(
+# Functions that read metadata and return no view of the weight.
+_METADATA = frozenset(
     getattr(Tensor, name).__get__
     for name in ("dtype", "shape", "device", "requires_grad", "grad", "grad_fn", "is_leaf", "ndim", "_version")
 ) | {Tensor.dim, Tensor.numel, Tensor.size, Tensor.element_size, Tensor.is_floating_point, Tensor.is_contiguous}
@@ -202,9 +206,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _quantize_into(weight: Int8Weight, source: Tensor, keep: bool = True) -> None:
-    """Make ``weight`` hold ``source``; with ``keep``, a block that dequantizes to it already stays as it is.
+    """Quantize ``source`` into ``weight``; with ``keep``, blocks that already have these values keep their codes.
 
-    So copying a weight's own values into it changes nothing, though training may have left its largest code below 127.
+    So copying a weight's own values into it changes nothing. Without ``keep`` it could change a block in which
+    training has left the largest code below 127.
     """
     for codes, scales, values in row_chunks(weight.codes, weight.scales, source.to(weight.device)):
         new, new_scales = (
@@ -246,7 +251,7 @@ def _refuse_writing(func: Any, args: Any, kwargs: Any) -> None:
 
 
 class _ReadOnly(Tensor):
-    """What a view of an ``Int8Weight`` gives: a dequantized copy, so what is written to it would be lost."""
+    """A view of an ``Int8Weight``. It is a dequantized copy; writing to it raises an error, as it would be lost."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -267,7 +272,7 @@ class _ReadOnly(Tensor):
 
 
 def _read_only(result: Any) -> Any:
-    """``result``, with plain views of an ``Int8Weight`` marked."""
+    """``result``, in which views of an ``Int8Weight`` are ``_ReadOnly``."""
     if isinstance(result, list | tuple):
         return type(result)(map(_read_only, result)) if type(result) in (list, tuple) else result
     if type(result) is Tensor and isinstance(result._base, Int8Weight):
@@ -278,17 +283,17 @@ def _read_only(result: Any) -> Any:
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if isinstance(weight, Int8Weight):
         return linear(input, weight, bias)
-    with torch._C.DisableTorchFunctionSubclass():  # an INT8 weight in another place
+    with torch._C.DisableTorchFunctionSubclass():  # the INT8 weight is the input or the bias
         return torch.nn.functional.linear(input, weight, bias)
 
 
 def _rebuild(codes: Tensor, scales: Tensor, dtype: torch.dtype, requires_grad: bool, hidden: dict[str, Any]) -> Tensor:
     weight = Int8Weight(codes, scales, dtype).requires_grad_(requires_grad)
-    weight.__dict__.update(hidden)  # among it what makes a tensor an nn.Parameter
+    weight.__dict__.update(hidden)  # includes the attribute by which isinstance finds an nn.Parameter
     return weight
 
 
-# By the names of version 0.2 and earlier too: `torch.load(weights_only=True)` compares names.
+# With the names of version 0.2 and earlier too: `torch.load(weights_only=True)` compares names.
 _OLD_NAMES = [(known, f"foam_hf.int8_weights.{known.__name__}") for known in (_rebuild, Int8Weight)]
 torch.serialization.add_safe_globals([_rebuild, Int8Weight, *_OLD_NAMES])
 

@@ -404,7 +404,7 @@ def test_what_a_checkpoint_overrules_is_named(saved: Path, caplog: pytest.LogCap
         AutoModelForCausalLM.from_pretrained(saved, quantization_config=Int8Config(head=True))
         assert not caplog.records
         model = AutoModelForCausalLM.from_pretrained(saved, quantization_config=Int8Config(block_size=64))
-    assert "with block_size=128 instead of 64, head=True instead of False: that holds" in caplog.text
+    assert "its own settings are used: block_size=128 instead of 64, head=True instead of False" in caplog.text
     assert "lm_head.weight" in int8_names(model)
 
 
