@@ -325,7 +325,7 @@ def test_environment_names_the_picture(tmp_path, monkeypatch, pretended_gpu, alr
 
 
 def test_the_script_of_the_figure_draws_its_step(tmp_path, pretended_gpu):
-    path = Path(__file__).resolve().parents[2] / "recipes" / "figures" / "step_memory.py"
+    path = Path(__file__).resolve().parents[2] / "docs" / "figures" / "step_memory.py"
     script = runpy.run_path(str(path))
     tiny_models.tiny_llama().config.save_pretrained(tmp_path / "model")
     sizes = {"model": str(tmp_path / "model"), "batch": 1, "seq": 8, "gradient_checkpointing": False}
