@@ -18,7 +18,7 @@ from torch import Tensor
 
 from foam_hf.rules.rule import Rule, StateTensor
 from foam_hf.tensors.folding import Level, block_width, num_blocks
-from foam_hf.tensors.places import Group, Piece, is_sharded, local, whole
+from foam_hf.tensors.places import Group, Piece, is_sharded, local, whole_place
 from foam_hf.tensors.rows import PLAIN, kind_of
 
 
@@ -58,7 +58,7 @@ def pieces_of(p: Any, rule: Rule, level: Level) -> list[Piece]:
             f"{tuple(p.shape)} with placements {p.placements}, where {mine} would follow; expected Shard or Replicate"
         )
     if not p.dim():
-        return [Piece(whole(p))]
+        return [Piece(whole_place(p))]
     _check_columns(p, cuts[-1], level)
     last = max((dim for dim in range(p.dim() - 1) if cuts[dim]), default=0)
     groups = [tuple(mesh.get_group(cut.mesh_dim) for cut in some) for some in cuts]
@@ -75,11 +75,11 @@ def pieces_of(p: Any, rule: Rule, level: Level) -> list[Piece]:
         begin = [span.start for span in where[:-1]]
         begin[:last] = (b + i for b, i in zip(begin, index, strict=False))
         first_row = sum(b * s for b, s in zip(begin, strides, strict=True))
-        place = whole(p)._replace(
+        place = whole_place(p)._replace(
             first_row=first_row, first_column=where[-1].start, row_groups=row_groups, column_groups=groups[-1]
         )
         pieces.append(Piece(place, index))
-    return pieces or [Piece(whole(p))]  # of a shard without any matrix, only the step count moves
+    return pieces or [Piece(whole_place(p))]  # of a shard without any matrix, only the step count moves
 
 
 def _cuts(p: Any, dim: int) -> list[_Cut]:

@@ -74,7 +74,7 @@ def update_adam_mini(
             step_(Wi, adam_mini_rule(Gi, mi, of_rows[rows.start : rows.stop], h), h)
 
     change_rows(weight, grad, row_moments([state["folded_exp_avg"]], weight, level), change, h)
-    store(kept.view(1, -1), range(1), v.view(1, -1), h, kind=2)
+    store(kept.view(1, -1), range(1), v.view(1, -1), h, substream=2)
 
 
 def _state(p: Tensor, level: Level, group: Group) -> dict[str, StateTensor]:

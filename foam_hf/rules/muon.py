@@ -106,7 +106,7 @@ def _direction(gradient: Tensor, momentum: Tensor, rows: range, width: int, h: H
     B, n = torch.empty_like(G), G.shape[-1]
     for Gi, mi, Bi in zip(blocked(G, width), split_moment(m, width, n), blocked(B, width), strict=True):
         muon_rule(Gi, mi, Bi, h)
-    store(momentum, rows, m, h, kind=1)
+    store(momentum, rows, m, h, substream=1)
     return B
 
 

@@ -1,8 +1,8 @@
-"""Which blocks of a gradient are not finite, and an update that leaves them as they were.
+"""How a step leaves out the blocks of a weight whose gradient is NaN or infinite.
 
-A block is left out if the sum of its gradient's squares is not finite in float32: NaN, infinity, or an element beyond
-1.8e19. ``left_out_at`` is an int32 tensor of one element on the gradient's device, which then becomes the number of
-the step; None where nothing is looked for.
+A block is left out if the sum of its gradient's squares is not finite in float32. That happens if an element is NaN,
+infinite, or beyond 1.8e19. ``left_out_at`` is an int32 tensor of one element on the gradient's device. A step that
+leaves out a block writes its number there; None turns the check off.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from foam_hf.tensors.folding import blocked
 
 
 def left_out_blocks(G: Tensor, width: int) -> Tensor | None:
-    """Which blocks of ``width`` columns a step must leave out: bool (rows, blocks), or None where it is none.
+    """Which blocks of ``width`` columns a step must leave out: bool (rows, blocks), or None if there are none.
 
-    ``G`` is float32 (rows, n). On a CPU one product without temporaries answers for nearly every gradient; elsewhere
-    an answer would wait for the device, and the mask is always made.
+    ``G`` is float32 (rows, n). On a CPU one dot product, which allocates nothing, clears nearly every gradient. On a
+    GPU the host would have to wait for that product, so the mask is always made and returned.
     """
     if G.device.type == "cpu":
         flat = G.reshape(-1)
@@ -33,7 +33,11 @@ def left_out_blocks(G: Tensor, width: int) -> Tensor | None:
 
 
 class KeptBlocks:
-    """The blocks of a chunk that keep what they hold: ``restore`` undoes what an update did to them."""
+    """Copies of the weights and moments of a chunk. ``restore`` writes them back to the blocks that are left out.
+
+    ``mask`` is from ``left_out_blocks``; ``G`` and ``weight`` are float32 (rows, n), ``moments`` (rows, blocks).
+    ``gradient`` is ``G`` with zeros in those blocks.
+    """
 
     def __init__(self, mask: Tensor, G: Tensor, weight: Tensor, moments: Sequence[Tensor], width: int) -> None:
         wide = mask.repeat_interleave(width, 1)[:, : G.shape[1]]
@@ -47,20 +51,21 @@ class KeptBlocks:
 
 @contextmanager
 def leaving_out_whole(grad: Tensor, held: Sequence[Tensor], left_out_at: Tensor | None, step: int) -> Iterator[bool]:
-    """Around an update of ``held`` whose unit is the whole tensor: it is undone if ``grad`` is not finite.
+    """Undo the update of the tensors ``held`` in the ``with`` block if ``grad`` is not finite.
 
-    Gives False where that is known before the update. Elsewhere an answer would wait for the device, so what is held
-    is copied.
+    This is for rules that leave out whole tensors, not blocks. On a CPU ``grad`` is checked first, and the value of
+    the context is False if the update must not run. On a GPU the check would make the host wait, so the value is True,
+    and copies of ``held`` are restored on the device where needed.
     """
     if left_out_at is None:
         yield True
         return
-    unfit = (grad.float().square().sum() < math.inf).logical_not_()  # NaN too
-    left_out_at.masked_fill_(unfit, step)
+    nonfinite = (grad.float().square().sum() < math.inf).logical_not_()  # NaN too
+    left_out_at.masked_fill_(nonfinite, step)
     if grad.device.type == "cpu":
-        yield not bool(unfit)
+        yield not bool(nonfinite)
         return
     old = [x.clone() for x in held]
     yield True
     for x, kept in zip(held, old, strict=True):
-        x.copy_(torch.where(unfit, kept, x))
+        x.copy_(torch.where(nonfinite, kept, x))

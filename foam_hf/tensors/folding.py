@@ -1,8 +1,8 @@
-"""Block geometry of FOAM: which adjacent columns share one moment, and the means over them.
+"""Folding: how the columns of a weight are divided into blocks, and the mean over each block.
 
-A weight is seen as rows of its last dimension, length ``n``. ``F = 2**level`` adjacent columns form a block; where
-``F`` does not divide ``n`` the last block of every row is shorter, and its mean is over its own elements.
-``level="row"`` makes the whole row one block. Pure tensor functions: nothing here knows of optimizers.
+A weight is seen as rows of its last dimension, of length ``n``. ``F = 2**level`` adjacent columns form a block. If
+``F`` does not divide ``n``, the last block of every row is shorter, and its mean is over its own elements.
+``level="row"`` makes the whole row one block.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Where the tensors that a step works on lie in the whole parameter: random bits and means depend on nothing else."""
+"""Where a piece of a sharded weight lies in the whole weight.
+
+Random bits and the means of the factored rule are computed from this position, so that they do not depend on how many
+processes share the weight.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,13 @@ Group = Any  # a torch.distributed.ProcessGroup, which not every build of torch 
 
 
 class Place(NamedTuple):
-    """Where a piece of a weight begins, and the size of the whole, seen as matrices of rows of ``columns``.
+    """Where a piece begins in its whole weight, and how large that weight is.
 
-    ``row_groups`` and ``column_groups`` are the groups of ranks that share the rows and the columns of one matrix.
+    A weight of more than two dimensions counts as several matrices, one below the other. The rows of one matrix are
+    split over the process groups ``row_groups``, and its columns over ``column_groups``.
     """
 
-    first_row: int  # counted through all matrices
+    first_row: int  # counted over all matrices
     first_column: int
     all_rows: int  # of all matrices
     rows: int  # of one matrix
@@ -29,35 +34,35 @@ class Place(NamedTuple):
         return self.first_row // max(1, self.rows)
 
 
-def whole(p: Tensor) -> Place:
-    """The place of a tensor that is not split."""
+def whole_place(p: Tensor) -> Place:
+    """The place of a tensor that is not sharded."""
     columns = p.shape[-1] if p.dim() else 1
     rows = math.prod(p.shape[:-1])
     return Place(0, 0, rows, p.shape[-2] if p.dim() > 1 else 1, columns)
 
 
 class Piece(NamedTuple):
-    """A part of a shard whose rows follow each other in the whole tensor too."""
+    """A part of a DTensor's shard whose rows are adjacent in the whole tensor too."""
 
     place: Place
     at: tuple[int, ...] = ()  # an index into the leading dimensions of the shard
 
     def of(self, x: Tensor) -> Tensor:
-        """The piece of a DTensor with this rank's shard, a view; nothing is communicated."""
+        """This piece of ``x``, a DTensor or its local tensor: a view. Nothing is communicated."""
         x = local(x)
         return x[self.at] if self.at else x
 
 
 def is_sharded(x: Any) -> bool:
-    """Whether ``x`` is a DTensor; without an import of torch.distributed."""
+    """Whether ``x`` is a DTensor. torch.distributed is not imported, as it may be missing."""
     return hasattr(x, "device_mesh")
 
 
 def local(x: Tensor) -> Tensor:
-    """What this rank holds of ``x``: a DTensor's local tensor, of which gradients know nothing, or ``x`` itself."""
+    """The local tensor of a DTensor, without a record for autograd; any other ``x`` as it is."""
     if not is_sharded(x):
         return x
-    found: Any = x._local_tensor  # type: ignore[attr-defined]  # to_local() would record a view for autograd
-    if type(found) is not Tensor and hasattr(found, "elem") and hasattr(found, "wait"):
-        return found.wait()  # the result of a collective that may be under way
-    return found
+    shard: Any = x._local_tensor  # type: ignore[attr-defined]  # to_local() would record a view for autograd
+    if type(shard) is not Tensor and hasattr(shard, "elem") and hasattr(shard, "wait"):
+        return shard.wait()  # the result of a collective that may not have ended
+    return shard

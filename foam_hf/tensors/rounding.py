@@ -1,9 +1,9 @@
-"""Stochastic rounding of float32 to bfloat16 with random bits that are a pure function of where they are used.
+"""Stochastic rounding of float32 to bfloat16, with random bits that depend on an element's position and step alone.
 
-The bits of an element come from Philox 4x32 (Salmon et al., SC 2011) with the key ``seed`` and a counter of the draw,
-``row * ceil(n / 8) + column // 8`` in 64 bits, the step and the stream: one draw of 128 bits gives eight adjacent
-columns 16 bits each. Neither the number of processes, nor the chunking of the loop, nor the device enters, so a
-resumed or sharded run writes the same weights.
+The bits come from Philox 4x32 (Salmon et al., SC 2011). Its key is ``seed``. Its counter is made of the number of the
+draw in the tensor, ``row * ceil(n / 8) + column // 8`` in 64 bits, the step and the stream. One draw of 128 bits
+serves eight adjacent columns, 16 bits each. The number of processes, the size of chunks and the device do not enter,
+so a resumed or sharded run writes the same weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tu
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(PHILOX_ROUNDS):
-        # int64 products wrap, but their bits are the unsigned product's; only what is multiplied next must be masked.
+        # An int64 product wraps, but has the bits of the unsigned product. Only the next factors need masks.
         a, b = c0 * PHILOX_A, c2 * PHILOX_B
         c0, c2 = _mix(b, c1, k0), _mix(a, c3, k1)
         c1, c3 = b, a
@@ -40,12 +40,12 @@ def random_bits(
 ) -> Tensor:
     """16 random bits, as int32 in [0, 65536), for ``columns`` (default: all ``n``) of ``rows``: (len(rows), columns).
 
-    ``rows`` and ``columns`` are indices in the whole tensor, whose rows have ``n``; ``stream`` tells the tensors of
-    one optimizer apart.
+    ``rows`` and ``columns`` are indices in the whole tensor, whose rows have ``n`` columns. Each tensor that an
+    optimizer writes has a ``stream`` of its own.
     """
     columns = range(n) if columns is None else columns
     words = random_words(rows, n, seed=seed, step=step, stream=stream, device=device, columns=columns)
-    # The low half of a word serves the earlier of its two columns: every platform of torch is little-endian.
+    # The low half of a word serves the earlier of two columns, as all platforms of torch are little-endian.
     first = columns.start % ELEMENTS_PER_DRAW
     bits = words.view(torch.int16)[:, first : first + len(columns)]
     return bits.to(torch.int32).bitwise_and_(0xFFFF)
@@ -54,9 +54,10 @@ def random_bits(
 def random_words(
     rows: range, n: int, *, seed: int, step: int, stream: int, device: torch.device, columns: range | None = None
 ) -> Tensor:
-    """32 random bits, int32, for every two of ``columns`` (default: all ``n``) of ``rows``, in whole draws of eight.
+    """Random words of 32 bits, one for every two columns of ``rows``: int32 (len(rows), 4 * draws).
 
-    Shape (len(rows), 4 * draws), from the draw in which ``columns`` begin.
+    A draw has four words, for eight columns. The draws returned are all that serve one of ``columns`` (default: all
+    ``n``).
     """
     columns = range(n) if columns is None else columns
     draws = -(-n // ELEMENTS_PER_DRAW)
@@ -72,13 +73,19 @@ def random_words(
 
 
 def stochastic_round_(x: Tensor, bits: Tensor) -> Tensor:
-    """Round ``x`` (float32, contiguous, overwritten) to bfloat16 values: up in magnitude with probability (distance /
-    spacing).
+    """Round ``x`` (float32, contiguous, overwritten) to values of bfloat16, at random and without bias.
 
-    ``bits`` is int32 in [0, 65536), of the same shape. A value that bfloat16 holds exactly stays as it is; so do
-    infinities and NaN. Returns ``x``, still float32, ready for an exact cast.
+    A value between two neighbours becomes the larger in magnitude with probability (distance from the smaller) /
+    (distance of the two). Values that bfloat16 holds exactly, infinities and NaN do not change.
+
+    Args:
+        x: float32, contiguous.
+        bits: int32 in [0, 65536), in the shape of ``x``.
+
+    Returns:
+        ``x``, still float32; a cast to bfloat16 is exact.
     """
     nan = x.isnan()
     x.view(torch.int32).add_(bits).bitwise_and_(-0x10000)
-    # Adding bits to a NaN's pattern could carry into the sign or leave an infinity.
+    # Adding bits to a NaN could carry into its sign or make it an infinity.
     return x.masked_fill_(nan, float("nan"))

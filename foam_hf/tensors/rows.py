@@ -1,7 +1,8 @@
-"""A weight as rows of its last dimension, which load as float32 and take what an update made of them.
+"""A weight as rows of its last dimension: how rules read them as float32, and how they write them back.
 
-How they do is what makes a *kind of weight*. Tensors of float32, bfloat16 and float16 are plain: ``PlainRows``. A
-tensor subclass of another kind has a class that does it as its attribute ``foam_rows``, and nothing else need know it.
+Each *kind of weight* has a class for this. Tensors of float32, bfloat16 and float16 are the plain kind, read and
+written by ``PlainRows``. A tensor subclass of another kind names its class in the attribute ``foam_rows``, so that
+rules need not know the kind.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from foam_hf.tensors.places import Place, whole
+from foam_hf.tensors.places import Place, whole_place
 from foam_hf.tensors.rounding import random_bits, stochastic_round_
 from foam_hf.tensors.step import Hyper
 
 PLAIN = "plain"
-# Elements of a pass: small enough to stay in a core's cache, or to bound the temporaries on a GPU.
+# Elements that are updated at a time: on a CPU so few that they stay in a core's cache, on a GPU so few that
+# temporaries stay small.
 CHUNK_CPU, CHUNK_GPU = 1 << 18, 1 << 24
 
 
 class Rows(Protocol):
-    """A weight as its kind has it; what is loaded, changed in place and stored is float32 (rows, n)."""
+    """The rows of a weight of any kind, float32 (rows, n): a rule loads a chunk, changes it in place and stores it."""
 
     kind: ClassVar[str]
-    kernels: ClassVar[Mapping[str, str]]  # of a rule's name: the module that updates this kind by it; not for PLAIN
+    kernels: ClassVar[Mapping[str, str]]  # rule -> module of its kernels for this kind; empty for PLAIN
     place: Place
 
     def __init__(self, p: Tensor, place: Place) -> None: ...
@@ -35,23 +37,23 @@ class Rows(Protocol):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What an update changes."""
+        """All tensors that an update changes."""
 
     def load(self, rows: range, h: Hyper) -> Tensor:
-        """What to subtract the update from; weight decay is in it."""
+        """The values of ``rows``, from which the rule subtracts its update. Weight decay is applied already."""
 
     def unchanged(self, rows: range) -> Tensor:
-        """What to store where nothing is to change: a copy."""
+        """What ``store`` must get so that ``rows`` keep their values, not even decayed: a copy."""
 
     def store(self, rows: range, W: Tensor, h: Hyper) -> None:
-        """Take ``W``, rounded as ``h`` says; it may be overwritten."""
+        """Write ``W`` to ``rows``, rounded as ``h`` says. ``W`` may be overwritten."""
 
     def finish(self) -> None:
-        """All rows are stored."""
+        """Called once, after all rows are stored."""
 
 
 class PlainRows:
-    """A weight of float32, bfloat16 or float16 as rows that load decayed, and take what became of them."""
+    """The rows of a weight of float32, bfloat16 or float16."""
 
     kind: ClassVar[str] = PLAIN
     kernels: ClassVar[Mapping[str, str]] = {}
@@ -84,38 +86,41 @@ class PlainRows:
 
 
 def _rows_class(p: Tensor) -> type[Rows]:
-    found: type[Rows] = getattr(p, "foam_rows", PlainRows)
-    return found
+    rows_class: type[Rows] = getattr(p, "foam_rows", PlainRows)
+    return rows_class
 
 
 def weight_rows(p: Tensor, place: Place | None = None) -> Rows:
-    """``p`` as rows of its kind; ``place`` says where in a whole tensor they lie, if it is a piece of one."""
-    return _rows_class(p)(p, whole(p) if place is None else place)
+    """The rows of ``p``, in the class of its kind. ``place`` says where they lie if ``p`` is a piece of a DTensor."""
+    return _rows_class(p)(p, whole_place(p) if place is None else place)
 
 
 def kind_of(p: Tensor) -> str:
-    """The kind of weight that ``p`` is: "plain", or what its class says, as "int8"."""
+    """The name of the kind of weight that ``p`` is, "plain" or "int8"."""
     return _rows_class(p).kind
 
 
 def kernels_of(p: Tensor) -> Mapping[str, str]:
-    """Rule -> module of the kernels for the kind of ``p``, which is not plain."""
+    """Rule -> module of its kernels for the kind of ``p``. Empty for plain weights, whose rules name their kernels."""
     return _rows_class(p).kernels
 
 
 def as_rows(x: Tensor, n: int) -> Tensor:
-    """``x`` as (rows, n): a view where its strides allow, else a copy."""
+    """``x`` as (rows, n): a view if its strides allow one, else a copy."""
     return x.detach().reshape(x.numel() // n if n else math.prod(x.shape[:-1]), n)
 
 
-def chunks(rows: int, n: int, device: torch.device, together: int = 1) -> Iterator[range]:
-    """``rows`` of ``n`` columns in passes of a bounded number of elements, each of ``together`` rows at least."""
-    size = max(1, (CHUNK_CPU if device.type == "cpu" else CHUNK_GPU) // max(1, n * together)) * together
+def chunks(rows: int, n: int, device: torch.device, multiple: int = 1) -> Iterator[range]:
+    """``range(rows)`` in chunks whose elements, at ``n`` a row, fit ``CHUNK_CPU`` or ``CHUNK_GPU``.
+
+    A chunk has a multiple of ``multiple`` rows, even if those do not fit; the last one may have fewer.
+    """
+    size = max(1, (CHUNK_CPU if device.type == "cpu" else CHUNK_GPU) // max(1, n * multiple)) * multiple
     return (range(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 def load(x: Tensor, rows: range) -> Tensor:
-    """``rows`` of ``x`` as float32: a view where ``x`` is float32, else a copy."""
+    """``rows`` of ``x`` as float32: a view if ``x`` is float32, else a copy."""
     return x[rows.start : rows.stop].float()
 
 
@@ -124,24 +129,27 @@ def store(
     rows: range,
     value: Tensor,
     h: Hyper,
-    kind: int,
+    substream: int,
     first_row: int = 0,
     first_column: int = 0,
     n: int | None = None,
 ) -> None:
-    """Write ``value`` to ``rows`` of ``x``, unless it is those rows; ``kind`` tells a parameter's tensors apart.
+    """Write ``value``, float32, to ``rows`` of ``x``, rounded as ``h`` says. A view of those rows is there already.
 
-    In the whole tensor, whose rows have ``n`` columns (by default those of ``x``), ``x`` begins at ``first_row`` and
-    ``first_column``.
+    Args:
+        substream: which tensor of the parameter ``x`` is, from 0 to 3, so that each draws random bits of its own.
+        first_row: where ``x`` begins in the whole tensor, if it is a piece of one.
+        first_column: the same for columns.
+        n: columns of the whole tensor; by default those of ``x``.
     """
     if x.dtype == torch.float32 and value.data_ptr() == x[rows.start : rows.stop].data_ptr():
         return
     if x.dtype == torch.bfloat16 and h.stochastic:
-        where = range(first_row + rows.start, first_row + rows.stop)
+        whole_rows = range(first_row + rows.start, first_row + rows.stop)
         columns = range(first_column, first_column + x.shape[-1])
         n = x.shape[-1] if n is None else n
         bits = random_bits(
-            where, n, seed=h.seed, step=h.step, stream=4 * h.stream + kind, device=x.device, columns=columns
+            whole_rows, n, seed=h.seed, step=h.step, stream=4 * h.stream + substream, device=x.device, columns=columns
         )
         value = stochastic_round_(value.contiguous(), bits)
     x[rows.start : rows.stop] = value

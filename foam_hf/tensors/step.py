@@ -1,4 +1,4 @@
-"""What one step does to one parameter: its numbers, and its tensors as the step sees them."""
+"""What a rule needs to update one parameter: the numbers of the step (``Hyper``) and the tensors (``Member``)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from foam_hf.tensors.folding import Level
-from foam_hf.tensors.places import Piece, Place, whole
+from foam_hf.tensors.places import Piece, Place, whole_place
 
 State = MutableMapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Hyper:
-    """The numbers of one parameter's step; ``seed``, ``step`` and ``stream`` say where its random bits come from."""
+    """The numbers of one parameter's step, named as in the paper.
+
+    ``b1, b2`` are the betas, ``c1, c2`` the bias corrections ``1 - b**step``, and ``rho`` is the residual's scale.
+    Random bits depend on ``seed``, ``step`` and ``stream``; ``stochastic`` says whether to round by them.
+    """
 
     lr: float
     b1: float
@@ -34,15 +38,15 @@ class Hyper:
 
 
 class Member(NamedTuple):
-    """A parameter that has or may have a gradient, or a piece of its shard, as a step sees it."""
+    """A parameter, or one piece of a sharded one, with all that a step needs of it; its gradient may be missing."""
 
     p: Tensor
     state: State
-    names: tuple[str, ...]  # of the tensors in ``state``, in the order in which its rule and the kernels take them
+    names: tuple[str, ...]  # of the tensors in ``state``, in the order that the rule and its kernels expect
     level: Level
     rule: str
     stream: int
-    piece: Piece | None = None  # of a DTensor
+    piece: Piece | None = None  # only of a DTensor
 
     @property
     def weight(self) -> Tensor:
@@ -55,10 +59,10 @@ class Member(NamedTuple):
 
     @property
     def place(self) -> Place:
-        return whole(self.p) if self.piece is None else self.piece.place
+        return whole_place(self.p) if self.piece is None else self.piece.place
 
     @property
     def moments(self) -> dict[str, Tensor]:
-        """The tensors of state in order, of this piece."""
+        """The tensors of state by name, in the order of ``names``; of a DTensor, this piece of each."""
         piece, state = self.piece, self.state
         return {name: state[name] if piece is None else piece.of(state[name]) for name in self.names}
