@@ -1,10 +1,10 @@
-"""AdamW, for what does not fold, as ``torch.optim.AdamW`` computes it."""
+"""AdamW as ``torch.optim.AdamW`` computes it, for parameters that do not fold."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from foam_hf.rules.by_rows import Fraction, change_rows, row_moments, step_
+from foam_hf.rules.by_rows import Fraction, row_moments, subtract_update_, update_rows
 from foam_hf.rules.rule import ADAMS_LARGEST_STEP, Group, Rule, StateTensor
 from foam_hf.tensors.folding import Level
 from foam_hf.tensors.rows import Rows
@@ -21,12 +21,12 @@ def adam_rule(G: Tensor, m: Tensor, v: Tensor, h: Hyper) -> Fraction:
 def update_adam(
     weight: Rows, grad: Tensor, state: dict[str, Tensor], level: Level, h: Hyper, left_out_at: Tensor | None = None
 ) -> None:
-    def change(rows: range, G: Tensor, W: Tensor, moments: list[Tensor]) -> None:
+    def update_chunk(rows: range, G: Tensor, W: Tensor, moments: list[Tensor]) -> None:
         m, v = moments
-        step_(W, adam_rule(G, m, v, h), h)
+        subtract_update_(W, adam_rule(G, m, v, h), h)
 
     moments = row_moments([*state.values()], weight, 0)
-    change_rows(weight, grad, moments, change, h, left_out_at=left_out_at)
+    update_rows(weight, grad, moments, update_chunk, h, left_out_at=left_out_at)
 
 
 def _state(p: Tensor, level: Level, group: Group) -> dict[str, StateTensor]:
@@ -36,7 +36,7 @@ def _state(p: Tensor, level: Level, group: Group) -> dict[str, StateTensor]:
 
 ADAM = Rule(
     name="adam",
-    words="second moment block",  # of a group whose level is 0
+    words="second moment block",  # a group of level 0 asks for the block rule, and gets AdamW
     state=_state,
     update=update_adam,
     kernel="foam_hf.rules.block_kernel",

@@ -1,17 +1,18 @@
 """FOAM with Adam-mini: a folded first moment, and one second moment for each of Adam-mini's blocks of rows.
 
-A block is a head of a query or key weight, an output row of any other matrix, a token of an embedding, or a whole
-tensor (Zhang et al., arXiv 2406.16793). With ``mean_B`` the mean over such a block and all else as in ``by_rows``:
+Such a block of rows is a head of a query or key weight, one output row of any other matrix, one token of an
+embedding, or a whole tensor (Zhang et al., arXiv 2406.16793). ``mean_B`` is the mean over it. Other symbols are as in
+``by_rows``:
 
     m <- b1 m + (1 - b1) fold(G)
-    v <- b2 v + (1 - b2) mean_B(G * G)                                     one value for a block
+    v <- b2 v + (1 - b2) mean_B(G * G)                                     one value for a block of rows
     U  = ((unfold(m) + rho R) / c1) / (sqrt((v + rho^2 R^2) / c2) + eps), at most 16 in magnitude
 
-That is the paper's rule with Adam-mini's second moment in the place of the folded one; the residual's square stays in
-the denominator, where it bounds what ``R / c1`` does in the first steps. A second moment of many elements does not
-bound the momentum of one among them: Adam-mini moves the only one of a million that has a gradient by 1,000 times the
-learning rate, hence the limit of 16. At ``level=0`` there is no residual, and the
-rule is Adam-mini's own. The formula is our choice, and the combination of the paper (arXiv 2512.07112) may differ.
+This is the paper's rule with Adam-mini's second moment instead of the folded one. The residual's square stays in the
+denominator, because it bounds ``R / c1`` in the first steps. The limit of 16 is needed because a mean over many
+elements can be much smaller than the square of one of them: if one element of a million has a gradient, Adam-mini
+moves it by 1,000 times the learning rate. At ``level=0`` there is no residual, and the rule is Adam-mini's own. The
+formula is our choice; the paper's own combination with Adam-mini (arXiv 2512.07112) may differ.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foam_hf.rules.by_rows import Fraction, bounded_, change_rows, fold, in_blocks, row_moments, step_
+from foam_hf.rules.by_rows import (
+    Fraction,
+    fold,
+    in_blocks,
+    limit_numerator_,
+    row_moments,
+    subtract_update_,
+    update_rows,
+)
 from foam_hf.rules.rule import Group, Rule, StateTensor
 from foam_hf.tensors.folding import Level, block_width, num_blocks
 from foam_hf.tensors.rows import CHUNK_GPU, Rows, as_rows, chunks, load, store
@@ -31,7 +40,7 @@ from foam_hf.tensors.step import Hyper
 
 logger = logging.getLogger(__name__)
 
-# Modules whose rows are heads, by the last part of their names in transformers' models.
+# The last part of the names of query and key modules in transformers' models; rows of their weights are heads.
 _QUERIES_AND_KEYS = frozenset(
     ("q_proj", "k_proj", "query", "key", "q_lin", "k_lin", "query_proj", "key_proj", "q", "k", "wq", "wk", "to_q")
 )
@@ -40,23 +49,23 @@ _FUSED = frozenset(("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "in_
 
 
 def adam_mini_rule(G: Tensor, m: Tensor, v: Tensor, h: Hyper) -> Fraction:
-    """U as above, of this step's ``v``, which broadcasts to the blocks of ``m``; ``m`` advances."""
+    """U as above. ``m`` is updated in place; ``v`` is this step's already, and broadcasts to the blocks of ``m``."""
     g = fold(G)
     m.lerp_(g, 1 - h.b1)
-    if G.shape[-1] == 1:  # a mean of one leaves no residual
+    if G.shape[-1] == 1:  # a block of one column has no residual
         S = (v / h.c2).sqrt_()
-        return bounded_(m / h.c1, S), S + h.eps
+        return limit_numerator_(m / h.c1, S), S + h.eps
     R = G - g
     RR = R.square()
     S = torch.add(v / h.c2, RR, alpha=h.rho**2 / h.c2, out=RR).sqrt_()
     torch.add(m / h.c1, R, alpha=h.rho / h.c1, out=R)
-    return bounded_(R, S), S.add_(h.eps)
+    return limit_numerator_(R, S), S.add_(h.eps)
 
 
 def update_adam_mini(
     weight: Rows, grad: Tensor, state: dict[str, Tensor], level: Level, h: Hyper, left_out_at: Tensor | None = None
 ) -> None:
-    """The gradient is read twice: a block's second moment must be known before the first of its rows is updated."""
+    """Reads the gradient twice, because a second moment is the mean over all rows that share it."""
     if grad.numel() == 0:
         return
     n = grad.shape[-1]
@@ -64,21 +73,21 @@ def update_adam_mini(
     squares = torch.empty(len(weight), dtype=torch.float32, device=grad.device)
     for rows in chunks(len(weight), n, grad.device):
         torch.mean(load(gradient, rows).square(), -1, out=squares[rows.start : rows.stop])
-    kept = state["row_block_exp_avg_sq"]
-    v = kept.float()
+    stored = state["row_block_exp_avg_sq"]
+    v = stored.float()
     v.lerp_(squares.view(len(v), -1).mean(-1), 1 - h.b2)
-    of_rows = v.repeat_interleave(len(weight) // len(v)).view(-1, 1, 1)
+    v_of_rows = v.repeat_interleave(len(weight) // len(v)).view(-1, 1, 1)
 
-    def change(rows: range, G: Tensor, W: Tensor, moments: list[Tensor]) -> None:
+    def update_chunk(rows: range, G: Tensor, W: Tensor, moments: list[Tensor]) -> None:
         for Gi, Wi, mi in in_blocks(width, G, W, moments=moments):
-            step_(Wi, adam_mini_rule(Gi, mi, of_rows[rows.start : rows.stop], h), h)
+            subtract_update_(Wi, adam_mini_rule(Gi, mi, v_of_rows[rows.start : rows.stop], h), h)
 
-    change_rows(weight, grad, row_moments([state["folded_exp_avg"]], weight, level), change, h)
-    store(kept.view(1, -1), range(1), v.view(1, -1), h, substream=2)
+    update_rows(weight, grad, row_moments([state["folded_exp_avg"]], weight, level), update_chunk, h)
+    store(stored.view(1, -1), range(1), v.view(1, -1), h, substream=2)
 
 
 def _state(p: Tensor, level: Level, group: Group) -> dict[str, StateTensor]:
-    dtype, mini_rows = group["state_dtype"], group["mini_rows"]  # 0: all rows share one
+    dtype, mini_rows = group["state_dtype"], group["mini_rows"]  # 0: all rows share one second moment
     rows = p.numel() // p.shape[-1] if p.numel() else 1
     blocks = max(1, rows // mini_rows) if mini_rows else 1
     return {
@@ -100,7 +109,10 @@ def _check(p: Tensor, group: Group) -> None:
 def _groups(
     model: nn.Module, names: list[str], fields: Group, config: Any
 ) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """One group for each size of blocks: all weights but biases, folded or not, have this rule."""
+    """One group for each number of rows in a block, as a group has one ``mini_rows``.
+
+    All weights but biases get Adam-mini, whether they fold or not.
+    """
     sizes = rows_of_blocks(model, names, config)
     for size in dict.fromkeys(sizes.values()):
         own = {} if size is None else {"second_moment": "adam_mini", "mini_rows": size}
@@ -108,12 +120,16 @@ def _groups(
 
 
 def rows_of_blocks(model: nn.Module, names: Iterable[str], config: Any) -> dict[str, int | None]:
-    """``mini_rows`` of the parameters of ``model`` with these names, by its config; None where plain Adam is meant.
+    """The number of rows that share a second moment, ``mini_rows``, of each named parameter; None means plain Adam.
 
-    A head of a query or key where its layer or the config tells its size; all of a norm; an output channel of a
-    convolution; a row of all other matrices, embeddings too. Biases have plain Adam, as in Adam-mini. Queries, keys
-    and values in one weight get a second moment for each row, and so do transposed weights (``Conv1D``, whose rows are
-    inputs): finer than a head, and logged.
+    * Queries and keys: the rows of a head, if the layer or ``config`` gives its size.
+    * Norms: 0, the whole tensor.
+    * Convolutions: the rows of an output channel.
+    * Other matrices and embeddings: one row.
+    * Biases: None, as in Adam-mini.
+
+    Weights that hold queries, keys and values together have one row too, and so have transposed weights (``Conv1D``,
+    whose rows are inputs). That is finer than a head, and is logged.
     """
     parameters = dict(model.named_parameters())
     owners = {
@@ -135,7 +151,7 @@ def rows_of_blocks(model: nn.Module, names: Iterable[str], config: Any) -> dict[
             size = next((size for size in _head_sizes(nearest, around) if p.shape[0] % size == 0), None)
             found[name] = size or 1
             if size is None:
-                by_row.setdefault(f"the config tells no head size that divides {p.shape[0]} rows", []).append(name)
+                by_row.setdefault(f"the config gives no head size that divides {p.shape[0]} rows", []).append(name)
         else:
             found[name] = 1
             if last in _FUSED:
@@ -156,17 +172,17 @@ def _nearest_config(model: nn.Module, module_name: str, config: Any) -> Any:
 
 
 def _head_sizes(config: Any, layer: nn.Module | None = None) -> list[int]:
-    """The sizes of a head that a layer and a model's config tell, likeliest first."""
+    """Candidates for the size of a head, from the layer and from a model's config, the likeliest first."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
 
-    def told(name: str) -> Any:
+    def config_value(name: str) -> Any:
         try:
             return getattr(text, name, None)
-        except RuntimeError:  # transformers' own, where layers differ
+        except RuntimeError:  # transformers raises it for a value that differs between layers
             return None
 
-    sizes = [getattr(layer, "head_dim", None), told("head_dim"), told("d_kv")]
-    hidden, count = told("hidden_size"), told("num_attention_heads")
+    sizes = [getattr(layer, "head_dim", None), config_value("head_dim"), config_value("d_kv")]
+    hidden, count = config_value("hidden_size"), config_value("num_attention_heads")
     if isinstance(hidden, int) and isinstance(count, int) and count and hidden % count == 0:
         sizes.append(hidden // count)
     return [size for size in sizes if isinstance(size, int) and size > 0]
@@ -180,7 +196,7 @@ ADAM_MINI = Rule(
     update=update_adam_mini,
     unit="tensor",
     shards="nothing",
-    takes=lambda p, group: p.dim() > 1 or (p.dim() == 1 and group["mini_rows"] == 0),  # a norm's vector is one block
+    takes=lambda p, group: p.dim() > 1 or (p.dim() == 1 and group["mini_rows"] == 0),  # vectors: norms, as one block
     check=_check,
     groups=_groups,
     temporary=lambda p, level: min(p.numel(), CHUNK_GPU) * (22 if p.element_size() < 4 else 17),

@@ -1,4 +1,4 @@
-"""All update rules, and which of them a parameter has in its group."""
+"""The tuple of all update rules, and functions that find a rule by name or for a parameter in its group."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ RULES: tuple[Rule, ...] = (BLOCK, FACTORED, MUON, ADAM_MINI, ADAM_8BIT, ADAM)
 
 
 def rule_of(p: Tensor, group: Group) -> tuple[Rule, Level]:
-    """The rule of ``p`` in ``group`` and the level it folds at: what folds comes first, and AdamW takes the rest."""
+    """The rule that updates ``p`` in ``group``, and the level at which it folds.
+
+    It is the first rule that the group asks for and that takes ``p``. Plain AdamW takes what is left, as vectors.
+    """
     rule = next((rule for rule in asked_rules(group) if rule.takes(p, group)), ADAM)
     return rule, 0 if rule.plain or p.dim() < 2 else group["level"]
 
 
 def asked_rules(group: Group) -> list[Rule]:
-    """The rules that the fields of ``group`` ask for, that of what folds first."""
+    """The rules that the fields of ``group`` ask for: the one of ``second_moment`` first, then ``plain_state``'s."""
     return [rule for rule in RULES if rule.is_asked_by(group)]
 
 
@@ -38,12 +41,12 @@ def rule_named(name: str) -> Rule:
 
 
 def folding_rule(second_moment: Any) -> Rule:
-    """The rule of what folds by this name; of None, or a name that FOAM will refuse, the paper's."""
+    """The rule that this value of ``second_moment`` asks for. The paper's for any other value, which FOAM refuses."""
     return next((rule for rule in RULES if rule.asked == ("second_moment", second_moment)), BLOCK)
 
 
 def shardable_options() -> dict[str, list[str]]:
-    """Field of a group -> the values that ask for rules which update shards of weights."""
+    """Field of a param group -> those of its values that work with sharded weights."""
     found: dict[str, list[str]] = {}
     for field, value in (rule.asked for rule in RULES if rule.shards != "nothing"):
         found.setdefault(field, []).append(value)

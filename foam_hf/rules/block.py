@@ -1,11 +1,11 @@
-"""The paper's rule (Wen et al., arXiv 2512.07112): both of Adam's moments are means over blocks of columns."""
+"""The paper's rule (Wen et al., arXiv 2512.07112): Adam whose two moments are means over blocks of columns."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from foam_hf.rules.by_rows import Fraction, change_rows, fold, in_blocks, row_moments, step_
+from foam_hf.rules.by_rows import Fraction, fold, in_blocks, row_moments, subtract_update_, update_rows
 from foam_hf.rules.rule import ADAMS_LARGEST_STEP, Group, Rule, StateTensor
 from foam_hf.tensors.folding import Level, block_width, num_blocks
 from foam_hf.tensors.rows import Rows
@@ -29,12 +29,12 @@ def update_block(
 ) -> None:
     width = block_width(level, weight.place.columns)
 
-    def change(rows: range, G: Tensor, W: Tensor, moments: list[Tensor]) -> None:
+    def update_chunk(rows: range, G: Tensor, W: Tensor, moments: list[Tensor]) -> None:
         for Gi, Wi, mi, vi in in_blocks(width, G, W, moments=moments):
-            step_(Wi, block_rule(Gi, mi, vi, h), h)
+            subtract_update_(Wi, block_rule(Gi, mi, vi, h), h)
 
     moments = row_moments([*state.values()], weight, level)
-    change_rows(weight, grad, moments, change, h, width=width, left_out_at=left_out_at)
+    update_rows(weight, grad, moments, update_chunk, h, width=width, left_out_at=left_out_at)
 
 
 def _state(p: Tensor, level: Level, group: Group) -> dict[str, StateTensor]:
@@ -49,5 +49,5 @@ BLOCK = Rule(
     update=update_block,
     kernel="foam_hf.rules.block_kernel",
     largest_step=ADAMS_LARGEST_STEP,
-    takes=lambda p, group: p.dim() > 1 and group["level"] != 0,  # blocks of one column: AdamW
+    takes=lambda p, group: p.dim() > 1 and group["level"] != 0,  # with blocks of one column it is AdamW
 )

@@ -1,10 +1,10 @@
-"""The loop of rules that need a chunk of rows at a time, and the arithmetic that rules share.
+"""The loop over chunks of rows, for rules that can update a weight row by row, and the arithmetic that rules share.
 
-In the paper's symbols (arXiv 2512.07112) a rule sees float32 parts of a weight in blocks: the gradient ``G`` is (rows,
-blocks, width), folded moments ``m`` and ``v`` are (rows, blocks, 1), so ``fold`` is a mean over the last dimension and
-unfolding is broadcasting. ``b1, b2`` are Adam's betas, ``c1 = 1 - b1**t`` and ``c2 = 1 - b2**t`` its bias corrections,
-``rho`` is the residual's scale. A rule updates its moments in place and gives the numerator and the denominator of the
-direction ``U``.
+Symbols are the paper's (arXiv 2512.07112). All tensors are float32. The gradient ``G`` is (rows, blocks, width), and
+folded moments ``m`` and ``v`` are (rows, blocks, 1): ``fold`` is a mean over the last dimension, and broadcasting
+unfolds. ``b1, b2`` are Adam's betas, ``c1 = 1 - b1**t`` and ``c2 = 1 - b2**t`` its bias corrections, and ``rho`` is
+the residual's scale. A rule updates its moments in place. It returns the update ``U`` as a numerator and a
+denominator.
 """
 
 from __future__ import annotations
@@ -23,41 +23,42 @@ from foam_hf.tensors.places import Place
 from foam_hf.tensors.rows import Rows, as_rows, chunks, load, store
 from foam_hf.tensors.step import Hyper
 
-Fraction = tuple[Tensor, Tensor]
-Change = Callable[[range, Tensor, Tensor, list[Tensor]], None]
+Fraction = tuple[Tensor, Tensor]  # numerator and denominator
+UpdateChunk = Callable[[range, Tensor, Tensor, list[Tensor]], None]
 
 
 def fold(X: Tensor) -> Tensor:
-    if X.shape[-1] <= 4:  # torch reduces a very short dimension several times slower than it adds slices
+    """The mean over each block: (rows, blocks, width) -> (rows, blocks, 1)."""
+    if X.shape[-1] <= 4:  # torch adds a few slices several times faster than it reduces a very short dimension
         return reduce(torch.add, X.split(1, dim=-1)) / X.shape[-1]
     return X.mean(-1, keepdim=True)
 
 
-def bounded_(N: Tensor, S: Tensor) -> Tensor:
-    """``N``, an update times its root of a second moment ``S``, within what a step may be."""
+def limit_numerator_(N: Tensor, S: Tensor) -> Tensor:
+    """Clamp ``N``, in place, so that ``N / S`` is at most ``LARGEST_STEP`` in magnitude; returns ``N``."""
     limit = S * LARGEST_STEP
     return torch.minimum(torch.maximum(N, -limit, out=N), limit, out=N)
 
 
-def step_(W: Tensor, U: Fraction, h: Hyper) -> None:
-    """W <- W - lr * scale * U, where ``W`` has decayed already."""
+def subtract_update_(W: Tensor, U: Fraction, h: Hyper) -> None:
+    """W <- W - lr * scale * U; ``W`` has decayed already."""
     W.addcdiv_(*U, value=-h.lr * h.scale)
 
 
 class Moment(Protocol):
-    """State that has rows as its weight."""
+    """A moment that is loaded and stored by the rows of its weight."""
 
     def load(self, rows: range) -> Tensor:
-        """``rows`` as float32; what is done to it in place is what ``store`` gets."""
+        """``rows`` as float32. The rule changes the result in place and passes it to ``store``."""
 
     def store(self, rows: range, value: Tensor, h: Hyper) -> None: ...
 
 
 class RowMoment:
-    """A tensor of state whose rows are those of its weight, folded at ``level``; ``kind`` is its random stream."""
+    """A tensor of state with a row for each row of its weight, folded at ``level``; ``substream`` as in ``store``."""
 
-    def __init__(self, x: Tensor, place: Place, level: Level, kind: int) -> None:
-        self.rows, self.kind = as_rows(x, x.shape[-1] if x.dim() else 1), kind
+    def __init__(self, x: Tensor, place: Place, level: Level, substream: int) -> None:
+        self.rows, self.substream = as_rows(x, x.shape[-1] if x.dim() else 1), substream
         width = block_width(level, place.columns)
         self.where = place.first_row, place.first_column // width, num_blocks(level, place.columns)
 
@@ -65,33 +66,34 @@ class RowMoment:
         return load(self.rows, rows)
 
     def store(self, rows: range, value: Tensor, h: Hyper) -> None:
-        store(self.rows, rows, value, h, self.kind, *self.where)
+        store(self.rows, rows, value, h, self.substream, *self.where)
 
 
 def row_moments(state: Sequence[Tensor], weight: Rows, level: Level) -> list[RowMoment]:
-    """The tensors of ``state``, folded at ``level``, with random streams in order."""
-    return [RowMoment(x, weight.place, level, kind) for kind, x in enumerate(state, start=1)]
+    """The tensors of ``state``, which are folded at ``level``; the first one has substream 1, as the weight has 0."""
+    return [RowMoment(x, weight.place, level, number) for number, x in enumerate(state, start=1)]
 
 
-def change_rows(
+def update_rows(
     weight: Rows,
     grad: Tensor,
     moments: Sequence[Moment],
-    change: Change,
+    update_chunk: UpdateChunk,
     h: Hyper,
     *,
     width: int = 1,
     left_out_at: Tensor | None = None,
-    together: int = 1,
+    multiple: int = 1,
 ) -> None:
-    """Let ``change`` advance chunks of rows: ``change(rows, G, W, moments)``, in place, all float32 (rows, ...).
+    """Update a weight and its moments chunk by chunk, by ``update_chunk(rows, G, W, moments)``.
 
-    Chunks are bounded, and of a multiple of ``together`` rows. With ``left_out_at`` blocks of ``width`` columns whose
-    gradient is not finite keep their weights and moments, and ``change`` sees zeros there.
+    ``update_chunk`` gets float32 tensors of (rows, ...) and changes ``W`` and ``moments`` in place. If ``left_out_at``
+    is given, blocks of ``width`` columns whose gradient is not finite keep their weights and moments, and ``G`` is
+    zero there. ``multiple`` is as in ``tensors.rows.chunks``.
     """
     n = grad.shape[-1] if grad.dim() else 1
     gradient = as_rows(grad, n)
-    for rows in chunks(len(weight) if n else 0, n, grad.device, together):
+    for rows in chunks(len(weight) if n else 0, n, grad.device, multiple):
         G, kept = load(gradient, rows), None
         loaded = [moment.load(rows) for moment in moments]
         if left_out_at is not None and (mask := left_out_blocks(G, width)) is not None:
@@ -99,7 +101,7 @@ def change_rows(
             kept = KeptBlocks(mask, G, weight.unchanged(rows), loaded, width)
             G = kept.gradient
         W = weight.load(rows, h)
-        change(rows, G, W, loaded)
+        update_chunk(rows, G, W, loaded)
         if kept is not None:
             kept.restore(W, loaded)
         weight.store(rows, W, h)
@@ -109,6 +111,9 @@ def change_rows(
 
 
 def in_blocks(width: int, *wide: Tensor, moments: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """``wide`` (rows, n) as (rows, blocks, width), ``moments`` as (rows, blocks, 1); then the shorter last ones."""
+    """Views of ``wide`` (rows, n) as (rows, blocks, width) and of ``moments`` as (rows, blocks, 1).
+
+    The full blocks come first; the shorter last block of every row, if there is one, comes as a second item.
+    """
     n = wide[0].shape[-1]
     return zip(*(blocked(x, width) for x in wide), *(split_moment(m, width, n) for m in moments), strict=True)

@@ -1,21 +1,22 @@
-"""FOAM with Muon: the folded momentum plus the residual goes into Muon's orthogonalisation.
+"""FOAM with Muon: Muon's orthogonalisation of the folded momentum plus the residual.
 
-For a matrix ``W`` of (rows, n), or each of the matrices that leading dimensions number, with ``mu`` the momentum,
-``rho`` the residual's scale, and everything else as in ``by_rows``:
+``W`` is a matrix (rows, n); leading dimensions count separate matrices. ``mu`` is the momentum, ``rho`` the residual's
+scale, and other symbols are as in ``by_rows``:
 
     g  = fold(G),  R = G - unfold(g)
-    m <- mu m + (1 - mu) g                                  folded momentum, all that is kept
-    B  = unfold((1 - mu) g + mu m) + rho R                  Nesterov's look-ahead, of the folded gradient
+    m <- mu m + (1 - mu) g                                  folded momentum, the only state
+    B  = unfold((1 - mu) g + mu m) + rho R                  Nesterov's look-ahead of the folded gradient
     W <- W (1 - lr weight_decay) - lr scale 0.2 sqrt(max(rows, n)) orthogonal(B)      at most 16 lr scale an element
 
-``orthogonal`` is Muon's Newton-Schulz iteration in bfloat16, and the factor that of torch.optim.Muon with
-``adjust_lr_fn="match_rms_adamw"``: a step has the root mean square of an AdamW step. Momentum (``lerp``, without bias
-correction), Nesterov, decay, coefficients, 5 iterations and the smallest norm of 1e-7 are torch.optim.Muon's, so that
-``level=0, scale=1`` is torch.optim.Muon, but for the limit, which no element of a matrix of fewer than 3,787 rows
-and columns reaches, and in larger ones only one that is nearly alone in its row and column. ``orthogonal`` forgets
-the length of ``B``: what counts is how much of it is residual. How it is weighed is our choice, as in the paper's
-rule for Adam (arXiv 2512.07112): a running mean, and the residual of one step beside it. The paper's own
-combination with Muon may differ.
+``orthogonal`` is Muon's Newton-Schulz iteration in bfloat16. The factor is that of torch.optim.Muon with
+``adjust_lr_fn="match_rms_adamw"``, which gives a step the root mean square of an AdamW step. Momentum (``lerp``,
+without bias correction), Nesterov, decay, coefficients, 5 iterations and the smallest norm of 1e-7 are those of
+torch.optim.Muon, so ``level=0, scale=1`` is torch.optim.Muon except for the limit. No matrix of fewer than 3,787 rows
+and columns reaches the limit, and in a larger one only an element that is nearly alone in its row and column.
+
+``orthogonal`` ignores the length of ``B``, so only the ratio of momentum and residual counts. That ratio is our
+choice, after the paper's rule for Adam (arXiv 2512.07112): a running mean plus the residual of one step. The paper's
+own combination with Muon may differ.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from foam_hf.tensors.step import Hyper
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, from Keller Jordan's Muon
 ITERATIONS, SMALLEST_NORM = 5, 1e-7
-LARGEST_VALUE = 1.3  # singular values, and so elements, of what five iterations give
+LARGEST_VALUE = 1.3  # no singular value after five iterations is larger, and so no element is
 
 
 def newton_schulz(B: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float) -> Tensor:
-    """A matrix ``B`` with singular values near 1 instead of its own, in bfloat16, as torch.optim.Muon computes it.
+    """``B`` with its singular values replaced by numbers near 1, in bfloat16, as torch.optim.Muon computes it.
 
-    For torch before 2.9, which has no Muon. As there, a ``B`` that is bfloat16 is overwritten.
+    This is for torch before 2.9, which has no Muon. As in torch, a ``B`` of bfloat16 is overwritten.
     """
     a, b, c = coefficients
     tall = B.shape[0] > B.shape[1]
@@ -64,7 +65,7 @@ orthogonalize = _newton_schulz()
 
 
 def muon_rule(G: Tensor, m: Tensor, B: Tensor, h: Hyper) -> None:
-    """Advance ``m`` by ``G``, both in blocks as in ``by_rows``, and write what is to be orthogonalised to ``B``."""
+    """Update ``m`` by ``G`` and write the matrix to orthogonalise into ``B``; all are in blocks, as in ``by_rows``."""
     g = fold(G)
     m.lerp_(g, 1 - h.b1)
     torch.sub(G, g, out=B).mul_(h.rho).add_(g.lerp(m, h.b1))
@@ -73,10 +74,9 @@ def muon_rule(G: Tensor, m: Tensor, B: Tensor, h: Hyper) -> None:
 def update_muon(
     weight: Rows, grad: Tensor, state: dict[str, Tensor], level: Level, h: Hyper, left_out_at: Tensor | None = None
 ) -> None:
-    """One matrix at a time, of two or more dimensions; ``h.b1`` is the momentum.
+    """Update a weight of two or more dimensions, one matrix at a time; ``h.b1`` is the momentum.
 
-    Temporaries, on any device: chunks of float32, then three matrices of bfloat16 and two squares of their shorter
-    side.
+    It allocates chunks of float32, then three matrices of bfloat16 and two square ones of their shorter side.
     """
     if grad.numel() == 0:
         return
@@ -91,7 +91,7 @@ def update_muon(
         for chunk in parts:
             direction[chunk.start - first : chunk.stop - first] = _direction(gradient, momentum, chunk, width, h)
         direction = orthogonalize(direction, COEFFICIENTS, ITERATIONS, SMALLEST_NORM)
-        if size > LARGEST_STEP / LARGEST_VALUE:  # smaller matrices have no element that is limited
+        if size > LARGEST_STEP / LARGEST_VALUE:  # no element of a smaller matrix can reach the limit
             direction.clamp_(-LARGEST_STEP / size, LARGEST_STEP / size)
         for chunk in parts:
             W = weight.load(chunk, h)
@@ -101,7 +101,7 @@ def update_muon(
 
 
 def _direction(gradient: Tensor, momentum: Tensor, rows: range, width: int, h: Hyper) -> Tensor:
-    """What is to be orthogonalised of ``rows``, float32; their momentum advances."""
+    """``rows`` of the matrix to orthogonalise, float32. Their momentum is updated."""
     G, m = load(gradient, rows), load(momentum, rows)
     B, n = torch.empty_like(G), G.shape[-1]
     for Gi, mi, Bi in zip(blocked(G, width), split_moment(m, width, n), blocked(B, width), strict=True):
@@ -117,8 +117,8 @@ def _state(p: Tensor, level: Level, group: Group) -> dict[str, StateTensor]:
 
 def _temporary_bytes(p: Tensor, level: Level) -> int:
     rows, n = p.shape[-2:]
-    # What is orthogonalised, made in chunks, which where weights round are mostly random bits; then it, two matrices
-    # of the iteration, two squares, and the copy of a matrix that some products make.
+    # The matrix to orthogonalise is made in chunks, most of whose bytes are random bits if weights round. After that
+    # it is held with two matrices of the iteration, two square ones, and the copy of a matrix that some products make.
     made = 2 * rows * n + min(rows * n, CHUNK_GPU) * (18 if p.element_size() < 4 else 6)
     return max(made, 8 * rows * n + 4 * min(rows, n) ** 2)
 

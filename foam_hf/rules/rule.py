@@ -1,6 +1,7 @@
-"""What an update rule states about itself. Each is one ``Rule``, in a file of its own; ``all`` has the tuple of them.
+"""``Rule``: the record that describes an update rule to the rest of the package.
 
-A rule that folds is what ``second_moment`` of a param group asks for; what it does not take, as vectors, gets AdamW.
+Each rule is one ``Rule`` in a file of its own, and ``all.py`` lists them. ``second_moment`` of a param group selects
+the rule for weights that fold. Parameters that this rule does not take, as vectors, get AdamW.
 """
 
 from __future__ import annotations
@@ -22,34 +23,35 @@ Group = Mapping[str, Any]  # the fields of a param group
 
 # No element moves by more than this times ``lr * scale`` in a step.
 LARGEST_STEP = 16.0
-# Adam's own bound at its default betas, and so the block rule's: no second moment of one's own lets an element get to
-# LARGEST_STEP, and nothing is limited.
+# The bound that Adam and the block rule have by themselves, at the default betas: an element's own square is in its
+# second moment. They need no limit.
 ADAMS_LARGEST_STEP = 7.5
 
 
 class StateTensor(NamedTuple):
-    """A tensor of state, as it is made: of zeros."""
+    """Shape and dtype of a tensor of state. It starts as zeros."""
 
     shape: torch.Size
     dtype: torch.dtype
-    lacks: int | None = None  # the dimension of the weight that it does not have; shards are cut by it
+    lacks: int | None = None  # the dimension of the weight that this tensor does not have
 
 
 class Unfinished(Protocol):
-    """What a step has left to do when the ranks that share a weight know each other's sums."""
+    """An update that is complete only after its sums have been added up over the ranks that share the weight."""
 
     @property
     def sums(self) -> Sequence[tuple[tuple[int, int], tuple[places.Group, ...], Tensor]]:
-        """What to add up over ranks: whose it is (stream, first matrix), the groups of ranks, float32 sums."""
+        """For each tensor to add up: a key (stream, first matrix), the process groups, and the float32 tensor."""
 
     def store(self, h: Hyper, left_out_at: Tensor | None = None) -> None:
-        """Finish: ``sums`` are those of all ranks."""
+        """Complete the update; ``sums`` have been added up over ranks in place."""
 
 
 class Launch(Protocol):
-    """What ``make_launches(members)`` of a module of kernels gives, with the members that none of them takes.
+    """A launch of a kernel that updates several members at once.
 
-    It serves as long as a ``StepPlan`` holds; ``kernels.tables.AddressTable`` is all of it but ``run``.
+    ``make_launches(members)`` of a module of kernels returns launches, and the members that no kernel takes. A launch
+    can run again until its ``StepPlan`` no longer holds. ``kernels.tables.AddressTable`` has all of this but ``run``.
     """
 
     streams: numpy.ndarray  # of its members
@@ -58,17 +60,17 @@ class Launch(Protocol):
     def device(self) -> torch.device: ...
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None, left_out_at: Tensor | None = None) -> Unfinished | None:
-        """Update its members; gives what is left to do, if anything is."""
+        """Update the members; returns what is left to do, if anything is."""
 
     def leave_out(self, here: numpy.ndarray) -> None:
-        """Run nothing of a member that is not ``here``, bool, one for each of ``streams``."""
+        """Let ``run`` skip members whose gradient is missing: ``here``, bool (len(streams),), is False for these."""
 
     def move_gradients(self, addresses: numpy.ndarray) -> None:
-        """Gradients of the same kind are elsewhere now; ``addresses`` has one for each of ``streams``."""
+        """Read gradients of the same dtype and layout from new ``addresses``, one for each of ``streams``."""
 
 
 class Update(Protocol):
-    """A rule in torch: for every device and kind of weight, in float32. Kernels are held to it."""
+    """A rule in torch operations, in float32, for every device and kind of weight. Kernels must agree with it."""
 
     def __call__(
         self,
@@ -79,14 +81,22 @@ class Update(Protocol):
         h: Hyper,
         left_out_at: Tensor | None = None,
     ) -> Unfinished | None:
-        """Advance a weight, or a piece of one, and its state by one step.
+        """Update a weight, or a piece of one, and its state by one step, in place.
 
-        ``grad`` has the weight's shape, any float dtype and strides; ``state`` has what the rule states, in order.
-        ``left_out_at`` is as in ``tensors.finite``; where the rule's unit is the tensor the caller sees to it.
+        Args:
+            weight: its rows.
+            grad: in the weight's shape; any float dtype and strides.
+            state: the tensors that ``Rule.state`` describes, in its order.
+            level: folds the weight.
+            h: the numbers of the step.
+            left_out_at: as in ``tensors.finite``. None if the rule's unit is the tensor, as the caller checks it then.
+
+        Returns:
+            what must be completed after sums over ranks, or None.
         """
 
 
-def two_dimensions(p: Tensor, group: Group) -> bool:
+def has_two_dimensions(p: Tensor, group: Group) -> bool:
     return p.dim() > 1
 
 
@@ -95,7 +105,7 @@ def adam_betas(group: Group) -> tuple[float, float]:
     return b1, b2
 
 
-def as_they_are(
+def one_group(
     model: nn.Module, names: list[str], fields: Group, config: Any
 ) -> Iterator[tuple[list[str], dict[str, Any]]]:
     yield names, dict(fields)
@@ -109,34 +119,35 @@ def nothing_required() -> None:
     pass
 
 
-def no_bytes(p: Tensor, level: Level) -> int:
+def no_temporary_bytes(p: Tensor, level: Level) -> int:
     return 0
 
 
 @dataclass(frozen=True)
 class Rule:
-    """An update rule, all that is known of it.
+    """An update rule, with everything that the rest of the package needs to know about it.
 
     Attributes:
-        name: of the rule; of one that folds, the ``second_moment`` that asks for it.
-        words: how summaries name what folds by it.
-        state: the tensors of state of a parameter, by name, in the order that the update and the kernels take them.
-        update: the rule in torch.
-        kernel: the module of its Triton kernels for plain weights, which has ``make_launches``; imported when used.
+        name: of the rule; for a rule that folds also the value of ``second_moment`` that selects it.
+        words: what summaries call the folded weights of a group with this rule.
+        state: describes the tensors of state of a parameter, by name, in the order that update and kernels expect.
+        update: the rule in torch operations.
+        kernel: name of the module of its Triton kernels for plain weights, with ``make_launches``; imported when used.
         largest_step: no element moves by more than this times ``lr * scale`` in a step.
-        unit: what is left out where a gradient is not finite: its block, or the whole tensor.
-        shards: what of a matrix may be split over ranks.
-        asked_by: the field of a group and its value that ask for the rule; by default ``second_moment`` and ``name``.
-        takes: which parameters of a group that asks for it; the others get AdamW.
-        plain: it is what a parameter gets that does not fold.
-        plain_words: how summaries name what does not fold, where it is the rule of that; else empty.
-        betas: the decay rates of the two moments.
+        unit: what a step leaves out if a gradient is not finite: its block, or the whole tensor.
+        shards: which dimensions of a matrix may be split over ranks.
+        asked_by: field of a group and its value that select the rule; by default ``second_moment`` and ``name``.
+        takes: whether the rule updates a parameter of a group that selects it; AdamW updates the others.
+        plain: whether the rule is for parameters that do not fold.
+        plain_words: what summaries call the unfolded weights of a group with this rule; empty if it has none.
+        betas: the decay rates of the two moments in a group.
         check: raises ValueError for a parameter that does not fit the fields of its group.
-        require: raises ImportError where a package is missing.
-        groups: splits the weights of a group, given their names, its fields and the model's config.
-        matrices_only: convolutions do not fold; embeddings and heads do, by the factored rule.
-        temporary: the bytes that the step of a parameter allocates and frees again on a GPU.
-        together: those bytes are held for all parameters at once.
+        require: raises ImportError if a package that the rule needs is missing.
+        groups: splits the weights of a param group, from the model, their names, the group's fields and the config.
+        matrices_only: the rule is no good for convolutions, which then stay plain, nor for embeddings and LM heads,
+            which then get the factored rule.
+        temporary: bytes that a step of a parameter allocates and frees again on a GPU.
+        together: whether a step holds these bytes for all parameters at once.
     """
 
     name: str
@@ -148,20 +159,20 @@ class Rule:
     unit: Literal["block", "tensor"] = "block"
     shards: Literal["rows and columns", "rows or columns", "nothing"] = "rows and columns"
     asked_by: tuple[str, str] | None = None
-    takes: Callable[[Tensor, Group], bool] = two_dimensions
+    takes: Callable[[Tensor, Group], bool] = has_two_dimensions
     plain: bool = False
     plain_words: str = ""
     betas: Callable[[Group], tuple[float, float]] = adam_betas
     check: Callable[[Tensor, Group], None] = nothing_to_check
     require: Callable[[], None] = nothing_required
-    groups: Callable[[nn.Module, list[str], Group, Any], Iterator[tuple[list[str], dict[str, Any]]]] = as_they_are
+    groups: Callable[[nn.Module, list[str], Group, Any], Iterator[tuple[list[str], dict[str, Any]]]] = one_group
     matrices_only: bool = False
-    temporary: Callable[[Tensor, Level], int] = no_bytes
+    temporary: Callable[[Tensor, Level], int] = no_temporary_bytes
     together: bool = False
 
     @property
     def asked(self) -> tuple[str, str]:
-        """The field of a group and its value that ask for the rule."""
+        """The field of a group and its value that select the rule."""
         return self.asked_by or ("second_moment", self.name)
 
     def is_asked_by(self, group: Group) -> bool:

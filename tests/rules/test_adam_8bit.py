@@ -13,7 +13,7 @@ from torch import nn
 import foam_hf.tensors.rows
 from foam_hf import FOAM, foam_param_groups
 from foam_hf.memory import expected_state_bytes, state_bytes, summarize
-from foam_hf.rules.adam_8bit import Quantized, _dynamic_map
+from foam_hf.rules.adam_8bit import QuantizedMoment, _dynamic_map
 from tests.support import tiny_models
 
 
@@ -75,7 +75,7 @@ def test_codes_are_the_nearest_values_and_roots_never_become_zero(signed):
     x = torch.randn(7, 300) * 10.0 ** -torch.arange(7).unsqueeze(1)
     x[0, :40] = 0.0
     x = x if signed else x.abs()
-    moment = Quantized(torch.zeros(7, 300, dtype=torch.uint8), torch.zeros(9), signed)
+    moment = QuantizedMoment(torch.zeros(7, 300, dtype=torch.uint8), torch.zeros(9), signed)
     moment.store(range(7), x, None)
     values, _ = _dynamic_map(signed, x.device)
     scale = moment.absmax.repeat_interleave(256)[:2100].view(7, 300)

@@ -169,7 +169,7 @@ def test_weights_without_heads_of_their_own_get_a_value_a_row_and_the_log_says_w
 
     with caplog.at_level(logging.INFO, "foam_hf"):
         assert blocks(Odd())["q_proj.weight"] == (1, True) and blocks(Odd())["conv.weight"] == (6, True)
-    assert "the config tells no head size that divides 12 rows" in caplog.text
+    assert "the config gives no head size that divides 12 rows" in caplog.text
 
 
 def test_adapters_have_a_value_for_each_row():

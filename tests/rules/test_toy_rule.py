@@ -21,7 +21,7 @@ from foam_hf import FOAM, enable_gradient_release, foam_param_groups, memory, op
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.optimizer.checks import whole_weights_problem
 from foam_hf.planner.activations import optimizer_temporary_bytes
-from foam_hf.rules.by_rows import change_rows, fold, in_blocks, row_moments, step_
+from foam_hf.rules.by_rows import fold, in_blocks, row_moments, subtract_update_, update_rows
 from foam_hf.rules.rule import Group, Rule, StateTensor
 from foam_hf.tensors.folding import Level, block_width, num_blocks, unfold
 from foam_hf.tensors.folding import fold as mean_of_blocks
@@ -36,15 +36,15 @@ def update(
     """U = sign(unfold(m) + rho R), with the folded momentum m."""
     width = block_width(level, weight.place.columns)
 
-    def change(rows: range, G: Tensor, W: Tensor, moments: list[Tensor]) -> None:
+    def update_chunk(rows: range, G: Tensor, W: Tensor, moments: list[Tensor]) -> None:
         for Gi, Wi, mi in in_blocks(width, G, W, moments=moments):
             g = fold(Gi)
             mi.lerp_(g, 1 - h.b1)
             U = torch.sign(mi + h.rho * (Gi - g))
-            step_(Wi, (U, torch.ones_like(U)), h)
+            subtract_update_(Wi, (U, torch.ones_like(U)), h)
 
     moments = row_moments([*state.values()], weight, level)
-    change_rows(weight, grad, moments, change, h, width=width, left_out_at=left_out_at)
+    update_rows(weight, grad, moments, update_chunk, h, width=width, left_out_at=left_out_at)
 
 
 def state_of(p: Tensor, level: Level, group: Group) -> dict[str, StateTensor]:
