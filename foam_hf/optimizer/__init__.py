@@ -1,4 +1,4 @@
-"""FOAM as a `torch.optim.Optimizer`, and what surrounds it."""
+"""``FOAM``, the optimizer, as a ``torch.optim.Optimizer``, and the error it raises for gradients that are NaN."""
 
 from foam_hf.optimizer.foam import FOAM
 from foam_hf.optimizer.nonfinite import NonfiniteGradientError

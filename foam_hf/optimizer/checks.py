@@ -1,4 +1,4 @@
-"""What is legal: hyperparameters, fields of a param group, parameters. Errors say what was given and expected."""
+"""Checks of what a user gives to ``FOAM``: hyperparameters, fields of param groups, and parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from foam_hf.tensors.places import is_sharded
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Validate hyperparameters, a group's or the constructor's; a scale of None is the rule's own.
+    """Check the hyperparameters of a param group or of the constructor. A scale of None is legal: the rule's default.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -31,11 +31,11 @@ def check_options(options: dict[str, Any]) -> None:
     check_fields({**options, "lr": lr})
 
 
-# What torch's schedulers write into groups.
+# Fields that torch's schedulers write into param groups.
 SCHEDULER_FIELDS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
 
 
-# What other optimizers of torch have in their groups, the values that ask for nothing, and what to do about others.
+# Fields of torch's other optimizers -> values that change nothing, and what messages say is right for other values.
 FOREIGN_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "maximize": ((False,), "a loss to minimize, its negative"),
     "amsgrad": ((False,), "no such field: FOAM keeps no maximum of its second moments"),
@@ -49,19 +49,19 @@ FOREIGN_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def fill_scale(group: dict[str, Any]) -> None:
-    """Give ``group``, whose options are legal, its rule's own scale where it has None."""
+    """Replace a scale of None in ``group``, whose options were checked, by the default of its rule."""
     if group["scale"] is None:
         group["scale"] = default_scale(group["level"], group["second_moment"])
 
 
 def check_field_names(group: dict[Any, Any], known: Iterable[str]) -> None:
-    """Raise ValueError for a field that looks like a misspelling of one in ``known``, or asks for what FOAM lacks."""
-    for name, (idle, right) in FOREIGN_FIELDS.items():
-        if name in group and not any(group[name] is value for value in idle):
+    """Raise ValueError for a field that FOAM does not support, or that is likely a misspelling of one in ``known``."""
+    for name, (harmless, right) in FOREIGN_FIELDS.items():
+        if name in group and not any(group[name] is value for value in harmless):
             raise ValueError(f"FOAM has no {name}: got {name}={group[name]!r} in a param group; expected {right}")
     known = [*known, "params", "param_names", *SCHEDULER_FIELDS, *FOREIGN_FIELDS]
     for name in group:
-        # Other tools tag groups with keys of their own; only a likely misspelling of ours is an error.
+        # Other tools add keys of their own to groups, so only a likely misspelling is an error.
         if not isinstance(name, str) or name in known:
             continue
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
@@ -70,7 +70,7 @@ def check_field_names(group: dict[Any, Any], known: Iterable[str]) -> None:
 
 
 def check_rule(p: Tensor, group: dict[str, Any]) -> None:
-    """Raise ValueError for a parameter that a rule which its group asks for does not fit."""
+    """Raise ValueError if a rule of ``group`` cannot update ``p``, because of its shape or its shards."""
     for rule in asked_rules(group):
         if rule.shards == "nothing" and is_sharded(p):
             field, value = rule.asked
@@ -82,7 +82,7 @@ def check_rule(p: Tensor, group: dict[str, Any]) -> None:
 
 
 def whole_weights_problem(options: Mapping[str, Any]) -> str | None:
-    """What of ``options``, keys of FOAM as far as they were given, does not go with sharded weights; None: nothing."""
+    """What is wrong with ``options`` if weights are sharded, or None. ``options`` has the keys that were given."""
     for field, legal in shardable_options().items():
         if options.get(field, legal[0]) not in legal:
             return (

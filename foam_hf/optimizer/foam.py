@@ -1,6 +1,6 @@
-"""``FOAM``, a plain ``torch.optim.Optimizer``: lazy state, the step, checkpoints.
+"""``FOAM``, the optimizer: its arguments, param groups, ``step`` and checkpoints, as in any ``torch.optim.Optimizer``.
 
-The arithmetic is in ``foam_hf.rules``, what a checkpoint must hold in ``optimizer.state``.
+The arithmetic is in ``foam_hf.rules``. ``optimizer.state`` says what a checkpoint must hold.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from foam_hf.optimizer.decided import Decided
 from foam_hf.optimizer.nonfinite import LeftOutReport
 from foam_hf.optimizer.releases import expect_release, is_released
 from foam_hf.optimizer.sharding import as_state_of, empty_state, follow_placements, pieces_of
-from foam_hf.optimizer.state import check_checkpoint, expected_state, plain, state_problem, with_dtype
+from foam_hf.optimizer.state import check_checkpoint, expected_state, list_as_tuple, state_problem, with_dtype
 from foam_hf.optimizer.step import StepPlan, refuse_capture
 from foam_hf.rules.all import asked_rules, rule_named, rule_of
 from foam_hf.rules.rule import Rule
@@ -34,12 +34,12 @@ Numbering = dict[int, tuple[int, int]]  # by a parameter's id: the number of its
 
 
 class FOAM(torch.optim.Optimizer):
-    """FOAM (Wen et al., arXiv 2512.07112): Adam's moments as means over blocks of ``2**level`` adjacent columns.
+    """FOAM (Wen et al., arXiv 2512.07112): Adam whose moments are means over blocks of ``2**level`` adjacent columns.
 
-    Parameters of two or more dimensions fold along their last dimension; the others, and every group with ``level=0``
-    and ``second_moment="block"``, get AdamW as ``torch.optim.AdamW`` computes it. Classifiers, which are trained from
-    scratch, stay unfolded in the groups of :func:`foam_hf.foam_param_groups`. Every argument but ``decided`` is
-    also a field of a param group.
+    Parameters of two or more dimensions fold along their last dimension. The others get AdamW as
+    ``torch.optim.AdamW`` computes it, and so does every group with ``level=0`` and ``second_moment="block"``. The
+    groups of :func:`foam_hf.foam_param_groups` leave classifiers unfolded, because these are trained from scratch.
+    Every argument but ``decided`` is also a field of a param group.
 
     Args:
         params: parameters or param groups, as for any torch optimizer. Floating dtypes, any shape and strides.
@@ -48,42 +48,48 @@ class FOAM(torch.optim.Optimizer):
         eps: added to the root of the second moment, >= 0.
         weight_decay: decoupled, as in AdamW, >= 0.
         level: blocks have ``2**level`` columns; 0 to 16, or ``"row"`` for one block a row (FOAM-Mini).
-        scale: the paper's alpha, > 0: multiplies the step of parameters with two or more dimensions. None is the
-            rule's own, under which a learning rate for AdamW is the right one: ``foam_hf.optim_args.SCALES``, and 1
-            at ``level=0``. Groups hold the number. The paper's setting is 0.25 with unfolded embeddings and heads.
-        second_moment: ``"block"``, the paper's rule; ``"factored"``: means over each row and each column; ``"muon"``:
-            none, as Muon's orthogonalisation takes its place, see :mod:`foam_hf.rules.muon`; ``"adam_mini"``:
-            one for each of Adam-mini's blocks of rows, see :mod:`foam_hf.rules.adam_mini`.
-        residual_scale: weight of the residual, what the block mean loses of the gradient; >= 0.
-        stochastic_rounding: ``"auto"`` rounds stochastically where bfloat16 or INT8 is written, ``False`` never (and
-            INT8 weights then hardly learn); ``True`` is ``"auto"`` with an error if there is neither.
+        scale: the paper's alpha, > 0. It multiplies the step of parameters with two or more dimensions. None is the
+            default of the rule, with which a learning rate for AdamW is right: ``foam_hf.optim_args.SCALES``, and 1
+            at ``level=0``. Param groups hold the number. The paper has 0.25 with unfolded embeddings and heads.
+        second_moment: the rule of the weights that fold. ``"block"`` is the paper's. ``"factored"`` keeps means over
+            each row and each column. ``"muon"`` keeps no second moment and orthogonalises, see
+            :mod:`foam_hf.rules.muon`. ``"adam_mini"`` keeps one value for each of Adam-mini's blocks of rows, see
+            :mod:`foam_hf.rules.adam_mini`.
+        residual_scale: weight of the residual, which is the gradient minus the mean over its block; >= 0.
+        stochastic_rounding: ``"auto"`` rounds stochastically when bfloat16 or INT8 is written. ``False`` never does,
+            and INT8 weights then hardly learn. ``True`` is ``"auto"`` with an error if no weight is of these types.
         state_dtype: ``torch.float32`` or ``torch.bfloat16``.
-        nonfinite: what a gradient that is NaN or infinite does. Its block (for plain parameters: the element) keeps
-            its weights and moments, in any case but ``"ignore"``, which lets it into both, as AdamW does. ``"error"``
-            raises :class:`foam_hf.optimizer.NonfiniteGradientError`, a FloatingPointError, once the host knows: at the
-            end of that ``step`` on a CPU, in a later one on a GPU, and in any case before ``state_dict`` returns;
-            all other blocks have been updated by then. ``"skip"`` logs a warning with a count, rarer and rarer.
-            Blocks are also left out where squares of finite gradients overflow float32, beyond 1.8e19.
-        momentum: of ``second_moment="muon"``, in [0, 1), as in ``torch.optim.Muon``; ``betas`` are AdamW's there, for
-            what does not fold.
+        nonfinite: what to do if a gradient is NaN or infinite. With ``"error"`` and ``"skip"`` its block (of
+            parameters that do not fold: the element) keeps its weights and moments, and all other blocks are updated.
+            ``"error"`` then raises :class:`foam_hf.optimizer.NonfiniteGradientError`, a FloatingPointError: at the end
+            of that ``step`` on a CPU, in a later step on a GPU, and always before ``state_dict`` returns. ``"skip"``
+            logs a warning with a count, rarer and rarer. ``"ignore"`` lets the gradient into weights and moments, as
+            AdamW does. Finite gradients beyond 1.8e19 count as infinite, because their squares overflow float32.
+        momentum: of ``second_moment="muon"``, in [0, 1), as in ``torch.optim.Muon``. ``betas`` are then for the
+            parameters that do not fold.
         mini_rows: of ``second_moment="adam_mini"``: how many adjacent rows share a second moment, 0 for the whole
             tensor. ``foam_param_groups`` finds it for each weight of a model.
-        plain_state: ``"full"``, or ``"8bit"`` for moments of 8 bits, by bitsandbytes, of tensors that do not fold and
+        plain_state: ``"full"``, or ``"8bit"`` for moments of 8 bits by bitsandbytes, for tensors that do not fold and
             have 4096 elements or more, see :mod:`foam_hf.rules.adam_8bit`.
-        seed: of the stochastic rounding; its bits are a function of seed, step, parameter and element alone.
-        decided: what a group in ``params`` does not say is as decided there for each of its weights; a group whose
-            weights differ becomes several. No field of a group.
+        seed: of the stochastic rounding. Its random bits depend on seed, step, parameter and element alone.
+        decided: the fields of each weight, for all that a group in ``params`` does not say. A group whose weights have
+            different fields is split. It is not a field of a group.
 
-    State of a folded parameter of shape (..., n), where b = ceil(n / 2**level): ``folded_exp_avg`` (..., b), and
-    ``folded_exp_avg_sq`` (..., b) or, with the factored rule, ``row_exp_avg_sq`` (...,) and ``col_exp_avg_sq`` (...,
-    n) without the second last dimension; with Muon, ``folded_momentum`` (..., b) alone; with
-    Adam-mini, ``folded_exp_avg`` and ``row_block_exp_avg_sq``, one value for each block of rows. Of a plain one:
-    ``exp_avg`` and ``exp_avg_sq``, as the parameter; with 8 bits, their codes and scales. And ``step``, an integer.
+    The state of a folded parameter of shape (..., n), with b = ceil(n / 2**level), is
+
+    * block: ``folded_exp_avg`` and ``folded_exp_avg_sq``, (..., b);
+    * factored: ``folded_exp_avg`` (..., b), ``row_exp_avg_sq`` (...,), and ``col_exp_avg_sq`` (..., n) without the
+      second last dimension;
+    * Muon: ``folded_momentum`` (..., b);
+    * Adam-mini: ``folded_exp_avg`` (..., b) and ``row_block_exp_avg_sq``, one value for each block of rows.
+
+    The state of other parameters is ``exp_avg`` and ``exp_avg_sq`` in the shape of the parameter, or with 8 bits
+    their codes and scales. All have ``step``, an integer.
 
     Raises:
-        ValueError: a hyperparameter out of range, no parameters, a duplicate parameter, a trainable one that
-            ``decided`` does not know.
-        TypeError: a parameter that is not a floating point tensor, or a hyperparameter of another type.
+        ValueError: a hyperparameter is out of range, there are no parameters, one is listed twice, or ``decided`` does
+            not know a trainable one.
+        TypeError: a parameter is not a floating point tensor, or a hyperparameter is of the wrong type.
         ImportError: ``plain_state="8bit"`` without bitsandbytes.
     """
 
@@ -131,7 +137,12 @@ class FOAM(torch.optim.Optimizer):
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch; a group that is not valid is refused whole, and the optimizer stays as it was."""
+        """Add a group, as in torch. If the group is not valid, this raises and the optimizer stays as it was.
+
+        Raises:
+            ValueError: a field or a parameter that is not legal, or a parameter that is listed twice.
+            TypeError: a field or a parameter of the wrong type.
+        """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -151,9 +162,10 @@ class FOAM(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether ``step`` unscales: only where torch.amp.GradScaler cannot, as clipping needs it done before.
+        """Whether ``step`` divides gradients by the scale of a torch.amp.GradScaler.
 
-        It refuses float16 weights, and finds no gradients of those that are released, which ``step`` refuses in words.
+        The scaler should do that itself, as gradients are clipped after it. It cannot for float16 weights. It fails
+        too if gradient release has freed the gradients; ``step`` then raises an error that explains this.
         """
         return any(p.dtype == torch.float16 for p in self._parameters()) or is_released(self)
 
@@ -165,10 +177,10 @@ class FOAM(torch.optim.Optimizer):
         Raises:
             TypeError: a sparse or complex gradient; nothing is updated then.
             FloatingPointError: a gradient is NaN or infinite, in this step or on a GPU in one before, and
-                ``nonfinite`` is ``"error"``; the rest is updated then.
-            RuntimeError: in the capture of a CUDA graph.
+                ``nonfinite`` is ``"error"``; all other blocks are updated then.
+            RuntimeError: a CUDA graph is being captured.
         """
-        refuse_capture()  # first: asking a GPU anything would break the capture
+        refuse_capture()  # first, as any question to the GPU would break the capture
         self._left_out.report(self.param_groups)
         loss = None
         if closure is not None:
@@ -189,10 +201,10 @@ class FOAM(torch.optim.Optimizer):
         return loss
 
     def check_gradients(self) -> None:
-        """Tell of gradients that were NaN or infinite in the steps so far, as ``nonfinite`` says. Waits for the GPU.
+        """Report gradients that were NaN or infinite in the steps so far, as ``nonfinite`` says. Waits for the GPU.
 
         Raises:
-            FloatingPointError: there was one, it was not reported yet, and ``nonfinite`` is ``"error"``.
+            FloatingPointError: there was one that was not reported yet, and ``nonfinite`` is ``"error"``.
         """
         self._left_out.report(self.param_groups, wait=True)
 
@@ -277,20 +289,20 @@ class FOAM(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # torch adds a default that FOAM has no use for; in the groups of one optimizer only, it would break loading.
+        # torch adds this default, which FOAM does not have. Groups with it would not match those of a checkpoint.
         self.defaults.pop("differentiable", None)
         self._plan, self._left_out = None, LeftOutReport()
-        for group in self.param_groups:  # of a checkpoint from a version that had fewer options
+        for group in self.param_groups:  # a checkpoint of an older version lacks newer options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, after :meth:`check_gradients`: no checkpoint hides a gradient that was not finite.
+        """As in torch, but gradients that were not finite are reported before, so that no checkpoint hides them.
 
-        Dtypes in param groups are names, as torch.distributed.checkpoint gathers no other objects.
+        Param groups have the names of dtypes, as torch.distributed.checkpoint cannot gather dtypes.
 
         Raises:
-            FloatingPointError: as there; a second call returns the state.
+            FloatingPointError: as in :meth:`check_gradients`. A second call returns the state.
         """
         self.check_gradients()
         saved = super().state_dict()
@@ -299,14 +311,14 @@ class FOAM(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint. Hyperparameters come from it, as in torch; state keeps the dtypes it was saved in.
+        """Load a checkpoint. Hyperparameters come from it, as in torch. State keeps the dtypes it was saved in.
 
-        ``nonfinite`` is no hyperparameter of a checkpoint: it stays what it is here, so that a run that was stopped by
-        a gradient can go on and skip it.
+        ``nonfinite`` is not loaded: it stays as it is here, so that a run that a gradient has stopped can be resumed
+        with ``"skip"``.
 
         Raises:
-            ValueError: it was written by another optimizer, for another level or rule, or for parameters of other
-                shapes; nothing is changed then.
+            ValueError: the checkpoint is of another optimizer, level or rule, or of parameters of other shapes.
+                Nothing is changed then.
         """
         pre_hooks, post_hooks = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
         state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
@@ -317,16 +329,18 @@ class FOAM(torch.optim.Optimizer):
         groups = [with_dtype(group) for group in state_dict["param_groups"]]
         for mine, group in zip(self.param_groups, groups, strict=True):
             group["nonfinite"] = mine["nonfinite"]
-            if "param_names" not in mine:  # they were for the check: torch would ask for names of every later group
+            if (
+                "param_names" not in mine
+            ):  # only the check needs names, and torch would require them of every later group
                 group.pop("param_names", None)
         state_dict = {**state_dict, "param_groups": groups}
         replaced = {
             f"{name}={saved[name]}, not {mine[name]}"
             for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
             for name in self.defaults
-            if name != "lr" and name in saved and plain(saved[name]) != plain(mine[name])
+            if name != "lr" and name in saved and list_as_tuple(saved[name]) != list_as_tuple(mine[name])
         }
-        # Hooks see the state as it is saved and as it stays: torch would call them around what is put right below.
+        # torch would call the post hooks before the dtypes of state are corrected below, so all hooks are called here.
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()
         self._optimizer_load_state_dict_post_hooks = OrderedDict()
         try:
@@ -335,9 +349,9 @@ class FOAM(torch.optim.Optimizer):
             self._optimizer_load_state_dict_pre_hooks = pre_hooks
             self._optimizer_load_state_dict_post_hooks = post_hooks
         if replaced:
-            said = "; ".join(sorted(replaced))
-            warnings.warn(f"FOAM goes on with the hyperparameters of its checkpoint: {said}", stacklevel=2)
-        # torch casts state to the dtype of its parameter, which would round float32 moments of bfloat16 weights.
+            differences = "; ".join(sorted(replaced))
+            warnings.warn(f"FOAM goes on with the hyperparameters of its checkpoint: {differences}", stacklevel=2)
+        # torch has cast state to the dtype of its parameter, which rounds float32 moments of bfloat16 weights.
         members = ((p, group) for group in self.param_groups for p in group["params"])
         for (p, group), saved in zip(members, saved_states, strict=True):
             for name, tensor in expected_state(p, group).items():

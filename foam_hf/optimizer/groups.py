@@ -1,4 +1,4 @@
-"""Which weights of a model fold, and which of them decay: param groups for `FOAM`."""
+"""`foam_param_groups`: param groups for `FOAM`, which decide which weights of a model fold and which decay."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from foam_hf.rules.all import folding_rule
 
 logger = logging.getLogger(__name__)
 
-# Embeddings and heads where the layers have Muon: a table of vectors is no matrix to orthogonalise.
+# Fields of embeddings and LM heads if layers have Muon: tables of vectors are no matrices to orthogonalise.
 TABLE_OPTIONS = {"second_moment": "factored", "scale": 1.0}
 
-# The names that transformers' Trainer keeps out of weight decay; searched in lower-cased names.
+# Names of parameters that transformers' Trainer keeps out of weight decay; searched in lower-cased names.
 _NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 _PEFT_EMBEDDINGS = ("lora_embedding_", "trainable_tokens_")
 
 
 def plain_options() -> dict[str, Any]:
-    """What makes a group plain AdamW, whatever the optimizer's own arguments say."""
+    """The fields that make a group plain AdamW, whatever the arguments of the optimizer are."""
     return {name: option(name).plain for name in names_of(lambda each: each.plain is not None)}
 
 
@@ -40,38 +40,45 @@ def foam_param_groups(
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters of `model` into folded and plain groups, with and without weight decay.
 
-    A parameter folds if it has two or more dimensions and lies inside the base model or is an LM head. The base model
-    is `model.base_model` where there is one (in a PEFT model, that of the wrapped model), else the whole model. Where
-    models of transformers lie inside another module (a loss, a value head around them, a LightningModule) each has its
-    base model, and the rest of that module is a head; models of which nothing is trained do not count. What does not
-    fold gets plain AdamW: norms, biases, fresh classifiers, and PEFT's `modules_to_save` copies. With
-    `second_moment="muon"` so do convolutions, and embeddings and heads that fold have the factored rule at scale 1:
-    neither are matrices to orthogonalise. With `second_moment="adam_mini"` all but biases have Adam-mini's second
-    moments, folded or not, and weights whose blocks have different numbers of rows are in groups of their own. DDP and
-    `torch.compile` wrappers are looked through.
+    A parameter folds if it has two or more dimensions and lies inside the base model or is an LM head. All others get
+    plain AdamW: norms, biases, fresh classifiers, and PEFT's `modules_to_save` copies.
+
+    The base model is `model.base_model` if there is one (of a PEFT model, that of the wrapped model), else the whole
+    model. If models of transformers lie inside another module (a loss, a value head, a LightningModule), each of them
+    has its base model, and the rest of that module does not fold. Models without trainable weights do not count.
+    Wrappers of DDP and `torch.compile` are removed first.
+
+    Two rules group further:
+
+    * `second_moment="muon"` is for matrices that can be orthogonalised. Convolutions get plain AdamW, and embeddings
+      and LM heads that fold get the factored rule at scale 1.
+    * `second_moment="adam_mini"` gives its second moments to all parameters but biases, whether they fold or not.
+      Weights whose blocks have different numbers of rows are in different groups.
 
     Args:
-        model: any `nn.Module`; parameters with `requires_grad=False` are left out, tied ones appear once.
-        weight_decay: of the two decaying groups; 0 in the others.
-        target_modules: fold fewer weights, chosen as by Trainer's `optim_target_modules`: a list of module names, of
-            parts of names or of regexes that match whole names; or one such regex; or `"all-linear"` for every
-            `nn.Linear` and transformers `Conv1D`. Names are those of `model.named_modules()`. A weight that would not
-            fold without it does not fold with it either; a list entry that matches none that folds is warned about.
-        fold_embeddings: None folds embeddings as all other matrices, `target_modules` permitting; True folds them
-            whatever it says, False never. An LM head that is tied is an embedding.
-        fold_head: the same for an LM head that is a weight of its own.
-        decay_parameter_names: names, as in `model.named_parameters()`, that get weight decay. Default: the rule of
-            `Trainer.get_decay_parameter_names`, all but biases and norms.
+        model: any `nn.Module`. Parameters with `requires_grad=False` are left out, and tied ones appear once.
+        weight_decay: of the two groups that decay; it is 0 in the others.
+        target_modules: folds only some of these weights, chosen as by Trainer's `optim_target_modules`: a list whose
+            entries are module names, parts of names or regexes that match whole names; or one such regex; or
+            `"all-linear"` for every `nn.Linear` and transformers `Conv1D`. Names are those of
+            `model.named_modules()`. It never adds a weight. A list entry that matches no weight that folds gives a
+            warning.
+        fold_embeddings: None treats embeddings as all other matrices. True folds them even if `target_modules` does
+            not name them, and False never folds them. A tied LM head is an embedding.
+        fold_head: the same for an LM head that is not tied.
+        decay_parameter_names: names, as in `model.named_parameters()`, that get weight decay. Default: those of
+            `Trainer.get_decay_parameter_names`, which are all but biases and norms.
         **folded_options: fields of the folded groups: `level`, `scale`, `second_moment`, `residual_scale`,
-            `stochastic_rounding`, `state_dtype`, `momentum`; `FOAM`'s own arguments hold for those not given.
+            `stochastic_rounding`, `state_dtype`, `momentum`. Those that are not given are left to the arguments of
+            `FOAM`.
 
     Returns:
         Groups `{"params": [...], "weight_decay": ..., ...}` in the order folded/decay, folded/no decay, plain/decay,
-        plain/no decay, of Muon with the tables between; empty ones are left out. Parameters keep the order of
-        `model.named_parameters()`.
+        plain/no decay; of Muon, those of embeddings and heads come before plain ones. Empty groups are left out.
+        Parameters keep the order of `model.named_parameters()`.
 
     Raises:
-        ValueError: no trainable parameter, no weight matched by `target_modules`, a weight decay that is negative, NaN
+        ValueError: no parameter is trainable, `target_modules` matches no weight, or the weight decay is negative, NaN
             or infinite.
         TypeError: an unknown folded option, or an argument of the wrong type.
     """
@@ -113,8 +120,8 @@ def foam_parameter_names(
 ) -> dict[str, list[str]]:
     """Parameter names by group: "folded/decay", "folded/no_decay", "plain/decay", "plain/no_decay".
 
-    Of Muon also "table/decay" and "table/no_decay", embeddings and heads that fold. Arguments, order and errors are
-    those of `foam_param_groups`; empty groups are left out.
+    Of Muon also "table/decay" and "table/no_decay", for embeddings and heads that fold. Arguments, order and errors
+    are those of `foam_param_groups`. Empty groups are left out.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is not a torch.nn.Module, got {type(model).__name__}; expected the model to train")
@@ -134,7 +141,7 @@ def foam_parameter_names(
     asked: set[int] = set().union(*(ids for ids, wanted in choices if wanted))
     folded = layers.union(*(ids for ids, wanted in choices if wanted is None))
     if target_modules is not None:
-        folded = _narrow(model, folded, asked, target_modules)
+        folded = _select_targets(model, folded, asked, target_modules)
     folded |= asked
     tables, unfit = set(), set()
     if folding_rule(second_moment).matrices_only:
@@ -150,19 +157,19 @@ def foam_parameter_names(
 
 
 def grouping_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `foam_param_groups` among `options`, from which those go that are no fields of a group."""
+    """The arguments of `foam_param_groups` among `options`. Those that are no fields of a group leave `options`."""
     asked = [option(name) for name in names_of(lambda each: each.grouping) if name in options]
     return {each.name: options[each.name] if each.field else options.pop(each.name) for each in asked}
 
 
 def layer_names(model: nn.Module) -> set[str]:
-    """Names of the trainable matrices inside the base model that are no embeddings."""
+    """Names of the trainable matrices inside the base model, without embeddings."""
     groups = foam_parameter_names(model, fold_embeddings=False, fold_head=False)
     return {name for group, names in groups.items() if group.startswith("folded") for name in names}
 
 
 def _convolutions(model: nn.Module) -> set[str]:
-    """Names of the parameters of convolutions, those of parametrized weights too."""
+    """Names of the parameters of convolutions, also of weights that `torch.nn.utils.parametrize` has replaced."""
     return {
         f"{name}.{own}".lstrip(".")
         for name, module in model.named_modules()
@@ -172,7 +179,7 @@ def _convolutions(model: nn.Module) -> set[str]:
 
 
 def _foldable(model: nn.Module, trainable: Mapping[str, Tensor]) -> tuple[set[int], set[int], set[int]]:
-    """Ids of the trainable matrices: of the layers, of the embeddings, of the LM heads."""
+    """Ids of the matrices that can fold: of layers, of embeddings, and of LM heads."""
     inside, heads = _inside_and_heads(model)
     embeddings = {
         id(p)
@@ -185,7 +192,7 @@ def _foldable(model: nn.Module, trainable: Mapping[str, Tensor]) -> tuple[set[in
         parts = name.split(".")
         if p.dim() < 2 or id(p) not in inside or "modules_to_save" in parts:
             continue
-        # An embedding that also serves as LM head is an embedding.
+        # A weight that is both an embedding and an LM head counts as an embedding.
         if id(p) in embeddings or any(part.startswith(_PEFT_EMBEDDINGS) for part in parts):
             foldable_embeddings.add(id(p))
         elif id(p) in heads:
@@ -196,6 +203,7 @@ def _foldable(model: nn.Module, trainable: Mapping[str, Tensor]) -> tuple[set[in
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside wrappers of DDP, DataParallel and torch.compile."""
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]
@@ -207,23 +215,23 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 def _inside_and_heads(model: nn.Module) -> tuple[set[int], set[int]]:
     """Ids of the parameters that lie inside a base model or are an LM head, and of the LM heads among them."""
-    found = [one for one in _pretrained(model) if any(p.requires_grad for p in one.parameters())]
+    trained = [inner for inner in _pretrained(model) if any(p.requires_grad for p in inner.parameters())]
     inside: set[int] = set()
     heads: set[int] = set()
-    for one in found or [model]:  # around frozen models, what is trained is no head of theirs
-        base, of_base = _base_model_and_heads(one)
-        heads |= of_base
-        inside |= of_base | {id(p) for p in base.parameters()}
+    for inner in trained or [model]:  # modules around frozen models are no heads of these, and fold
+        base, heads_of_base = _base_model_and_heads(inner)
+        heads |= heads_of_base
+        inside |= heads_of_base | {id(p) for p in base.parameters()}
     return inside, heads
 
 
 def wraps_models(module: nn.Module) -> bool:
-    """Whether models of transformers or PEFT lie inside `module`, which is none itself."""
+    """Whether models of transformers or PEFT lie inside `module`, and `module` itself is none."""
     return _pretrained(module) not in ([], [_unwrap(module)])
 
 
 def _pretrained(module: nn.Module) -> list[nn.Module]:
-    """The outermost models of transformers or PEFT in `module`, known by what they can: neither is imported here."""
+    """The outermost models of transformers or PEFT in `module`, found by their methods without importing either."""
     module = _unwrap(module)
     of_transformers = callable(getattr(module, "get_output_embeddings", None)) and isinstance(
         getattr(module, "base_model", None), nn.Module
@@ -234,7 +242,7 @@ def _pretrained(module: nn.Module) -> list[nn.Module]:
 
 
 def _base_model_and_heads(model: nn.Module) -> tuple[nn.Module, set[int]]:
-    """The base model, and the ids of LM head parameters, which in some models (T5) lie inside it."""
+    """The base model, and the ids of the parameters of LM heads, which may lie inside the base model, as in T5."""
     model = _unwrap(model)
     if callable(getattr(model, "get_base_model", None)):  # PEFT
         model = _unwrap(cast(Any, model).get_base_model())
@@ -248,8 +256,11 @@ def _base_model_and_heads(model: nn.Module) -> tuple[nn.Module, set[int]]:
     return (_unwrap(base) if isinstance(base, nn.Module) else model), heads
 
 
-def _narrow(model: nn.Module, folded: set[int], embeddings: set[int], targets: str | list[str]) -> set[int]:
-    """The ids of `folded` whose modules `targets` names; an error if it names none that folds."""
+def _select_targets(model: nn.Module, folded: set[int], asked: set[int], targets: str | list[str]) -> set[int]:
+    """The ids in `folded` whose modules match `targets`.
+
+    ValueError if neither they nor any of `asked` match, the weights that fold whatever `targets` is.
+    """
     if isinstance(targets, str):
         entries = [targets]
     elif isinstance(targets, list | tuple) and all(isinstance(entry, str) for entry in targets):
@@ -260,11 +271,11 @@ def _narrow(model: nn.Module, folded: set[int], embeddings: set[int], targets: s
             "expected module names, a regex, or 'all-linear'"
         )
     all_linear = isinstance(targets, str) and targets.replace("_", "-") == "all-linear"
-    narrowed: set[int] = set()
+    selected: set[int] = set()
     used: set[str] = set()
     candidates = []
     for module_name, module in model.named_modules():
-        own = {id(p) for p in module.parameters(recurse=False)} & (folded | embeddings)
+        own = {id(p) for p in module.parameters(recurse=False)} & (folded | asked)
         if not own:
             continue
         candidates.append(module_name)
@@ -276,19 +287,21 @@ def _narrow(model: nn.Module, folded: set[int], embeddings: set[int], targets: s
             hits = {entry for entry in entries if entry in module_name or _fullmatch(entry, module_name, strict=False)}
         if hits:
             used |= hits
-            narrowed |= own & folded
+            selected |= own & folded
     if not used:
         raise ValueError(_no_match(targets, entries, candidates))
     for entry in entries:
         if entry not in used:
             logger.warning(
-                "target_modules: %r matches no weight that folds; such are %s", entry, _some(candidates, entry)
+                "target_modules: %r matches no weight that folds; such are %s",
+                entry,
+                _nearest_names(candidates, entry),
             )
-    return narrowed
+    return selected
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # Conv1D, GPT-2's transposed linear layer, by name: transformers is not imported here.
+    # GPT-2's transposed linear layer, Conv1D, is found by its name, because transformers is not imported here.
     return isinstance(module, nn.Linear) or any(
         cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(module).__mro__
     )
@@ -298,7 +311,7 @@ def _fullmatch(pattern: str, name: str, *, strict: bool) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
-        if not strict:  # an entry of a list may be meant as part of a name
+        if not strict:  # a list entry may be part of a name instead of a regex
             return False
         raise ValueError(
             f"target_modules is not a valid regular expression ({error}), got {pattern!r}; "
@@ -317,12 +330,12 @@ def _no_match(targets: str | list[str], entries: list[str], candidates: list[str
         )
     return (
         f"target_modules (Trainer's optim_target_modules) matches no weight that folds, got {targets!r}; "
-        f"expected names such as {_some(candidates, wanted)}, parts of them in a list, or 'all-linear'"
+        f"expected names such as {_nearest_names(candidates, wanted)}, parts of them in a list, or 'all-linear'"
     )
 
 
-def _some(candidates: list[str], wanted: str, count: int = 4) -> str:
-    """The names nearest to `wanted`, by their last part, then the first of all."""
+def _nearest_names(candidates: list[str], wanted: str, count: int = 4) -> str:
+    """Up to `count` names, for a message: those nearest to `wanted` first, compared by their last part."""
     by_last_part: dict[str, str] = {}
     for name in candidates:
         by_last_part.setdefault(name.rsplit(".", 1)[-1], name)
@@ -336,7 +349,7 @@ def _some(candidates: list[str], wanted: str, count: int = 4) -> str:
 
 
 def _decay_parameter_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that decay by Trainer's rule: outside of nn.LayerNorm, not named like a bias or norm."""
+    """Names of the parameters that decay in Trainer: those outside of nn.LayerNorm and not named as a bias or norm."""
     names = []
     layer_norms: list[str] = []
     for prefix, module in model.named_modules(remove_duplicate=False):

@@ -1,4 +1,7 @@
-"""Names of the weights in an optimizer's checkpoint, as in torch's `param_names`: state is matched by position."""
+"""Names of the weights in an optimizer's checkpoint, in torch's field `param_names`.
+
+torch matches state to weights by position alone. With names, state that would go to another weight is an error.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,21 @@ from typing import Any
 from foam_hf.tensors.places import is_sharded
 
 _WRAPPERS = ("_orig_mod.", "module.", "_checkpoint_wrapped_module.")  # torch.compile, DDP, activation checkpointing
-_UNNAMED = ""  # a weight that the Trainer's model does not have, such as that of a loss
+_UNNAMED = ""  # for a weight outside of the Trainer's model, such as one of a loss
 
 
 def names_problem(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]) -> str:
-    """Which weight would get the state of another one, where both sides have names; an empty string if none would."""
+    """A message about a weight that would get another one's state, or an empty string.
+
+    Only groups that have names on both sides are compared.
+    """
     for group, saved in zip(groups, saved_groups, strict=True):
         mine, theirs = (each.get("param_names") for each in (group, saved))
         if not isinstance(mine, list) or not isinstance(theirs, list) or len(mine) != len(theirs):
             continue
-        for i, (own, other) in enumerate(zip(map(_plain_name, mine), map(_plain_name, theirs), strict=True)):
+        for i, (own, other) in enumerate(
+            zip(map(_without_wrappers, mine), map(_without_wrappers, theirs), strict=True)
+        ):
             if own != other and _UNNAMED not in (own, other):
                 return (
                     f"the checkpoint's state number {i} of its group is that of {other}, and here that place is "
@@ -29,7 +37,8 @@ def names_problem(groups: list[dict[str, Any]], saved_groups: list[dict[str, Any
     return ""
 
 
-def _plain_name(name: Any) -> str:
+def _without_wrappers(name: Any) -> str:
+    """``name`` without the parts that torch.compile, DDP and activation checkpointing add."""
     name = str(name)
     for wrapper in _WRAPPERS:
         name = name.replace(f".{wrapper}", ".").removeprefix(wrapper)
@@ -38,16 +47,16 @@ def _plain_name(name: Any) -> str:
 
 @contextmanager
 def named(optimizer: Any, model: Any) -> Iterator[None]:
-    """While this lasts, the param groups of a FOAM have the names that its weights have in ``model``.
+    """Give the param groups of a FOAM the names of their weights in ``model``, inside the ``with`` block.
 
-    They do not stay: torch refuses a group without names beside one with names. Groups of FSDP2 get none, as their
-    state is saved by name anyway.
+    Outside of it groups have no names, because torch refuses a later group without names beside groups with names.
+    Groups of FSDP2 get no names, as FSDP2 saves state by name already.
     """
     groups = [] if optimizer is None or model is None else optimizer.param_groups
     if any("param_names" in group or any(map(is_sharded, group["params"])) for group in groups) or not groups:
         yield
         return
-    names = {id(p): _plain_name(name) for name, p in model.named_parameters()}
+    names = {id(p): _without_wrappers(name) for name, p in model.named_parameters()}
     for group in groups:
         group["param_names"] = [names.get(id(p), _UNNAMED) for p in group["params"]]
     try:

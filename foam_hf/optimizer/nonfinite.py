@@ -1,9 +1,8 @@
-"""Gradients that are NaN or infinite: which blocks a step leaves out for them, and how the user hears of it.
+"""How the user hears of gradients that are NaN or infinite: an error or a warning, as ``nonfinite`` says.
 
-The unit is the rule's: a block of a folded weight, an element of what does not fold, or a whole tensor. Which are left
-out says ``tensors.finite``. A step writes its number beside each parameter of which it leaves out something; kernels
-have the sums of squares in registers. These numbers come to the host while it prepares the next step, so nothing ever
-waits for them, but a checkpoint.
+``tensors.finite`` decides what a step leaves out. For each parameter the device holds the number of the last step that
+left out a block of it. These numbers are copied to the host while it prepares the next step. Only a checkpoint waits
+for the copy.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ class NonfiniteGradientError(FloatingPointError):
         self.parameters = parameters
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (*self.args, [])  # what comes back from another process: the message, no tensors
+        return type(self), (*self.args, [])  # tensors do not travel between processes
 
     def name(self, model: nn.Module) -> None:
-        """Let the message end with the names that ``model`` has for the parameters."""
+        """Append the names of the parameters in ``model`` to the message."""
         names = {id(p): name for name, p in model.named_parameters()}
         found = [names[id(p)] for p in self.parameters if id(p) in names]
         if found:
@@ -42,28 +41,29 @@ class NonfiniteGradientError(FloatingPointError):
 
 
 class DeviceRecord:
-    """For each parameter the last step that left out a block of it on one device, or 0."""
+    """For each parameter, the last step on one device that left out a block of it, or 0."""
 
     def __init__(self, device: torch.device, size: int) -> None:
         self.steps = torch.zeros(size, dtype=torch.int32, device=device)
         self._seen = numpy.zeros(size, dtype=numpy.int32)
         self._host = self.steps if device.type == "cpu" else torch.empty_like(self.steps, device="cpu").pin_memory()
-        self._sent: Any = None  # an event behind the copy that is on its way
+        self._sent: Any = None  # the event that ends the copy to the host, if one was started
 
-    def grown(self, size: int) -> DeviceRecord:
+    def resized(self, size: int) -> DeviceRecord:
+        """A copy of the record for ``size`` parameters."""
         more = DeviceRecord(self.steps.device, size)
         more.steps[: len(self.steps)] = self.steps
         more._seen[: len(self._seen)] = self._seen
         return more
 
     def forget(self, i: int) -> None:
-        """Nothing was ever left out of parameter ``i``; the caller has taken what is new."""
+        """Reset parameter ``i`` to 0. The caller must have called ``take_new`` before, or its report is lost."""
         if i < len(self.steps):
             self.steps[i] = 0
             self._seen[i] = 0
 
     def send(self) -> None:
-        """Start a copy to the host, unless one is on its way."""
+        """Start a copy to the host, unless one has not ended yet."""
         device = self.steps.device
         if device.type == "cpu" or self._sent is not None:
             return
@@ -73,8 +73,11 @@ class DeviceRecord:
             self._sent = backend.Event()
             self._sent.record()
 
-    def new(self, wait: bool) -> dict[int, int]:
-        """Parameter -> step of what was left out since the last call, as far as the host knows it."""
+    def take_new(self, wait: bool) -> dict[int, int]:
+        """Parameter -> step that left out a block of it, for all that the host has learned since the last call.
+
+        With ``wait`` the host waits for the device, so that nothing is missing.
+        """
         if self._host is not self.steps:
             if wait:
                 self._host.copy_(self.steps)
@@ -90,30 +93,30 @@ class DeviceRecord:
 
 
 class LeftOutReport:
-    """What an optimizer's steps have left out, by parameter, and how the user hears of it."""
+    """Collects what an optimizer's steps have left out, on all devices, and reports it to the user."""
 
     def __init__(self) -> None:
         self._devices: dict[torch.device, DeviceRecord] = {}
-        self._times = 0  # that something was left out and nonfinite is "skip"
+        self._skips = 0  # how often something new was left out under nonfinite="skip"
 
     def left_out_at(self, group: dict[str, Any], device: torch.device, size: int) -> Tensor | None:
-        """Where steps write their numbers, int32 with one element for each of ``size`` parameters.
+        """The tensor on ``device`` where steps write their numbers: int32 (size,), an element for each parameter.
 
-        None if ``group`` ignores gradients that are not finite.
+        None if ``group`` has ``nonfinite="ignore"``.
         """
         if group["nonfinite"] == "ignore":
             return None
         found = self._devices.get(device)
         if found is None or len(found.steps) < size:
-            found = DeviceRecord(device, size) if found is None else found.grown(size)
+            found = DeviceRecord(device, size) if found is None else found.resized(size)
             self._devices[device] = found
         return found.steps
 
     def forget(self, i: int, groups: list[dict[str, Any]]) -> None:
-        """Parameter ``i`` begins anew: its steps have numbers that were there before.
+        """Reset parameter ``i``, which has lost its state: it counts its steps from 1 again.
 
         Raises:
-            NonfiniteGradientError: something was left out before, and was not reported.
+            NonfiniteGradientError: a block was left out before, and this was not reported yet.
         """
         if any(i < len(record.steps) for record in self._devices.values()):
             self.report(groups, wait=True)
@@ -121,39 +124,42 @@ class LeftOutReport:
             record.forget(i)
 
     def send(self) -> None:
+        """Start copies to the host."""
         for record in self._devices.values():
             record.send()
 
     def report(self, groups: list[dict[str, Any]], wait: bool = False) -> None:
-        """Raise or warn of what is new, as each parameter's group says.
+        """Raise or warn if blocks were left out since the last call, as each parameter's group says.
+
+        With ``wait`` the host waits for the device, so that no step is missing.
 
         Raises:
-            NonfiniteGradientError: something was left out of a parameter whose group has ``nonfinite="error"``.
+            NonfiniteGradientError: a block was left out of a parameter whose group has ``nonfinite="error"``.
         """
         news: dict[int, int] = {}
         for record in self._devices.values():
-            news |= record.new(wait)
+            news |= record.take_new(wait)
         if not news:
             return
-        places = [(p, group["nonfinite"]) for group in groups for p in group["params"]]
+        parameters = [(p, group["nonfinite"]) for group in groups for p in group["params"]]
         fatal, skipped = (
-            {i: places[i][0] for i in sorted(news) if places[i][1] == mode} for mode in ("error", "skip")
+            {i: parameters[i][0] for i in sorted(news) if parameters[i][1] == mode} for mode in ("error", "skip")
         )
         if fatal:
             raise NonfiniteGradientError(
-                f"{_description(fatal, news, len(places))}. Blocks with such gradients keep their weights and "
+                f"{_description(fatal, news, len(parameters))}. Blocks with such gradients keep their weights and "
                 "moments; everything else was updated. Expected finite gradients: a lower learning rate, other data "
                 "or clipping may help; nonfinite='skip' leaves such blocks out and goes on, 'ignore' does as AdamW",
                 list(fatal.values()),
             )
         if not skipped:
             return
-        self._times += 1
-        if self._times & (self._times - 1) == 0:
+        self._skips += 1
+        if self._skips & (self._skips - 1) == 0:  # a power of two: rarer and rarer
             logger.warning(
-                f"{_description(skipped, news, len(places))}. Blocks with such gradients keep their weights and "
-                f"moments (nonfinite='skip'). Steps of this run with such gradients: {self._times}; the next warning "
-                f"is at {2 * self._times}"
+                f"{_description(skipped, news, len(parameters))}. Blocks with such gradients keep their weights and "
+                f"moments (nonfinite='skip'). Steps of this run with such gradients: {self._skips}; the next warning "
+                f"is at {2 * self._skips}"
             )
 
 

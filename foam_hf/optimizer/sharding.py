@@ -1,9 +1,9 @@
-"""FOAM on DTensor parameters, as FSDP2 and tensor parallelism give them: shards of weights, their state, their sums.
+"""FOAM on DTensor parameters, as FSDP2 and tensor parallelism make them: pieces of weights, their state, their sums.
 
-A row folds by itself, so a shard of whole rows is updated with no communication, and so is one of whole blocks. State
-is made of DTensors with the weight's mesh and placements, a dimension that a state tensor does not have left out, so
-that ``torch.distributed.checkpoint`` reshards it. Only the factored rule's means over rows that other ranks hold need
-sums of them all: ``add_over_ranks``.
+A row folds by itself, so a shard of whole rows or whole blocks is updated without communication. State is made of
+DTensors on the weight's mesh, with its placements, so that ``torch.distributed.checkpoint`` can reshard it. A state
+tensor may lack a dimension of the weight. What splits that dimension then replicates the state. Only the factored rule
+needs sums over ranks, as its means go over rows that other ranks hold: ``add_over_ranks``.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from foam_hf.tensors.rows import PLAIN, kind_of
 
 
 class _Cut(NamedTuple):
-    """One dimension of a mesh that splits a dimension of a tensor into chunks as ``torch.chunk`` does."""
+    """A dimension of a mesh that splits one dimension of a tensor, in ``parts`` as ``torch.chunk`` makes them."""
 
     mesh_dim: int
     parts: int
 
 
 def pieces_of(p: Any, rule: Rule, level: Level) -> list[Piece]:
-    """The pieces of this rank's shard of ``p``, a DTensor; one at least, which may be empty.
+    """The pieces of this rank's shard of ``p``, a DTensor: at least one, which may be empty.
 
     Raises:
-        TypeError: a weight that is not plain.
-        ValueError: a placement that is not whole rows or whole blocks of a known part of the weight, both rows and
-            columns are split and the rule needs one of them whole, or weights are offloaded to the CPU.
+        TypeError: the weight is not plain.
+        ValueError: the shard is not whole rows or whole blocks, the rule needs whole rows or columns and both are
+            split, or weights are offloaded to the CPU.
     """
     if kind_of(local(p)) != PLAIN:
         kind = kind_of(local(p)).upper()
@@ -50,8 +50,8 @@ def pieces_of(p: Any, rule: Rule, level: Level) -> list[Piece]:
             "expected OffloadPolicy(), in accelerate fsdp_offload_params: false, as FOAM's state is small"
         )
     cuts = [_cuts(p, dim) for dim in range(p.dim())]
-    where = [_range(size, cut, mesh.get_coordinate()) for size, cut in zip(p.shape, cuts, strict=True)]
-    mine = tuple(len(span) for span in where)
+    spans = [_rank_range(size, cut, mesh.get_coordinate()) for size, cut in zip(p.shape, cuts, strict=True)]
+    mine = tuple(len(span) for span in spans)
     if mine != tuple(local(p).shape):
         raise ValueError(
             f"cannot tell which part of a weight this rank holds: got a local shape of {tuple(local(p).shape)} for "
@@ -72,18 +72,18 @@ def pieces_of(p: Any, rule: Rule, level: Level) -> list[Piece]:
     strides = [math.prod(rows[dim + 1 :]) for dim in range(len(rows))]
     pieces = []
     for index in itertools.product(*map(range, mine[:last])):
-        begin = [span.start for span in where[:-1]]
+        begin = [span.start for span in spans[:-1]]
         begin[:last] = (b + i for b, i in zip(begin, index, strict=False))
         first_row = sum(b * s for b, s in zip(begin, strides, strict=True))
         place = whole_place(p)._replace(
-            first_row=first_row, first_column=where[-1].start, row_groups=row_groups, column_groups=groups[-1]
+            first_row=first_row, first_column=spans[-1].start, row_groups=row_groups, column_groups=groups[-1]
         )
         pieces.append(Piece(place, index))
-    return pieces or [Piece(whole_place(p))]  # of a shard without any matrix, only the step count moves
+    return pieces or [Piece(whole_place(p))]  # a shard without any matrix: only the step is counted
 
 
 def _cuts(p: Any, dim: int) -> list[_Cut]:
-    """The mesh dimensions that split ``dim`` of ``p``, in the order in which they do."""
+    """The mesh dimensions that split dimension ``dim`` of ``p``, in the order in which they split it."""
     found: list[tuple[int, _Cut]] = []
     for i, placement in enumerate(p.placements):
         kind = type(placement).__name__
@@ -93,36 +93,39 @@ def _cuts(p: Any, dim: int) -> list[_Cut]:
                 f"{p.placements}; expected Shard or Replicate for every dimension of the mesh"
             )
         if kind != "Replicate" and placement.dim % p.dim() == dim:
-            # FSDP2 splits what tensor parallelism, to its right in the mesh, has split before: a strided shard.
+            # Tensor parallelism splits first, though it stands to the right in the mesh. FSDP2 then splits its parts,
+            # and marks them as strided shards.
             found.append((kind == "_StridedShard", _Cut(i, p.device_mesh.size(i))))
     return [cut for _, cut in sorted(found, key=lambda pair: pair[0]) if cut.parts > 1]
 
 
-def _range(size: int, cuts: Sequence[_Cut], coordinate: Sequence[int] | None) -> range:
-    """Which part of a dimension of ``size`` the rank at ``coordinate`` of the mesh holds."""
+def _rank_range(size: int, cuts: Sequence[_Cut], coordinate: Sequence[int] | None) -> range:
+    """The part of a dimension of ``size`` that the rank at ``coordinate`` of the mesh holds."""
     if coordinate is None:
         raise ValueError("this rank is not part of a weight's mesh; expected an optimizer for its own weights alone")
     span = range(size)
     for cut in cuts:
         chunk = -(-len(span) // cut.parts)
         part = span[chunk * coordinate[cut.mesh_dim] : chunk * (coordinate[cut.mesh_dim] + 1)]
-        # Nothing begins inside the whole too, so that a rank without rows counts to the matrix that it has none of.
+        # An empty part begins at an element of the tensor too. So a rank without rows still names an existing matrix,
+        # and takes part in the sums over the ranks that share it.
         last = max(span.start, span.stop - 1)
         span = part if part else range(last, last)
     return span
 
 
-def _every_range(size: int, cuts: Sequence[_Cut]) -> Iterator[range]:
+def _all_ranges(size: int, cuts: Sequence[_Cut]) -> Iterator[range]:
+    """The parts of a dimension of ``size`` that the ranks hold."""
     for parts in itertools.product(*(range(cut.parts) for cut in cuts)):
         coordinate = dict(zip((cut.mesh_dim for cut in cuts), parts, strict=True))
-        yield _range(size, cuts, [coordinate.get(i, 0) for i in range(max(coordinate, default=-1) + 1)])
+        yield _rank_range(size, cuts, [coordinate.get(i, 0) for i in range(max(coordinate, default=-1) + 1)])
 
 
 def _check_columns(p: Any, cuts: Sequence[_Cut], level: Level) -> None:
-    """Raise ValueError if columns are split inside a block, on this rank or any other."""
+    """Raise ValueError if columns are split inside a block, on any rank."""
     n = p.shape[-1]
     width, blocks = block_width(level, n), num_blocks(level, n)
-    columns, moments = list(_every_range(n, cuts)), list(_every_range(blocks, cuts))
+    columns, moments = list(_all_ranges(n, cuts)), list(_all_ranges(blocks, cuts))
     for mine, held in zip(columns, moments, strict=True):
         if mine and (mine.start, mine.stop) != (held.start * width, min(held.stop * width, n)):
             cut = sorted({span.start for span in columns if 0 < span.start < n})
@@ -134,18 +137,18 @@ def _check_columns(p: Any, cuts: Sequence[_Cut], level: Level) -> None:
 
 
 def empty_state(p: Any, state: StateTensor) -> Tensor:
-    """Zeros for what this rank holds of a tensor of state of ``p``."""
+    """A new tensor of state of ``p``: zeros, as a DTensor if ``p`` is one."""
     part = torch.zeros(local_shape(p, state), dtype=state.dtype, device=local(p).device)
-    return _wrap(p, state, part) if is_sharded(p) else part
+    return _state_dtensor(p, state, part) if is_sharded(p) else part
 
 
 def as_state_of(p: Any, name: str, state: StateTensor, value: Any) -> Tensor:
-    """A copy of ``value``, saved as the state ``name`` of ``p``, as this rank holds it, in its own dtype.
+    """A copy of ``value``, the saved state ``name`` of ``p``, sharded as ``p`` is. Its dtype stays as it is.
 
-    A whole tensor is cut where ``p`` is, without communication; a DTensor of other placements is redistributed.
+    A whole tensor is cut without communication. A DTensor of other placements is redistributed.
 
     Raises:
-        ValueError: a DTensor of another mesh.
+        ValueError: ``value`` is a DTensor on another mesh.
     """
     value, device = value.detach(), local(p).device
     if not is_sharded(p):
@@ -160,42 +163,44 @@ def as_state_of(p: Any, name: str, state: StateTensor, value: Any) -> Tensor:
         )
     else:
         part = local(value.redistribute(placements=_placements(p, state)))
-    return _wrap(p, state, part.to(device, copy=True).contiguous())
+    return _state_dtensor(p, state, part.to(device, copy=True).contiguous())
 
 
 def local_shape(p: Any, state: StateTensor) -> torch.Size:
-    """What this rank holds of a tensor of state of ``p``."""
+    """The shape of what this rank holds of a tensor of state of ``p``."""
     return torch.Size(map(len, _spans(p, state))) if is_sharded(p) else state.shape
 
 
 def _dimensions(p: Any, state: StateTensor) -> list[int]:
-    """The dimensions of ``p`` that its state has."""
+    """The dimensions of ``p`` that this tensor of state has."""
     return [dim for dim in range(p.dim()) if dim != state.lacks]
 
 
 def _spans(p: Any, state: StateTensor) -> list[range]:
+    """The part of each dimension of a tensor of state of ``p`` that this rank holds."""
     coordinate = p.device_mesh.get_coordinate()
     dims = _dimensions(p, state)
-    return [_range(size, _cuts(p, dim), coordinate) for size, dim in zip(state.shape, dims, strict=True)]
+    return [_rank_range(size, _cuts(p, dim), coordinate) for size, dim in zip(state.shape, dims, strict=True)]
 
 
 def _placements(p: Any, state: StateTensor) -> tuple[Any, ...]:
-    """The placements of ``p``, by the dimensions of its state; what splits a dimension that it lacks replicates it."""
+    """The placements of a tensor of state of ``p``: those of ``p``, but replicated for a dimension that it lacks."""
     from torch.distributed.tensor import Replicate, Shard
 
     number = {dim: i for i, dim in enumerate(_dimensions(p, state))}
 
-    def place(placement: Any) -> Any:
+    def of_state(placement: Any) -> Any:
         dim = None if placement.is_replicate() else number.get(placement.dim % p.dim())
         if dim is None:
             return Replicate()
         strided = {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
         return type(placement)(dim, **strided) if strided else Shard(dim)
 
-    return tuple(map(place, p.placements))
+    return tuple(map(of_state, p.placements))
 
 
-def _wrap(p: Any, state: StateTensor, part: Tensor) -> Tensor:
+def _state_dtensor(p: Any, state: StateTensor, part: Tensor) -> Tensor:
+    """A tensor of state of ``p`` as a DTensor, from the part that this rank holds."""
     from torch.distributed.tensor import DTensor
 
     shape = state.shape
@@ -204,7 +209,7 @@ def _wrap(p: Any, state: StateTensor, part: Tensor) -> Tensor:
 
 
 def follow_placements(p: Any) -> None:
-    """Give the gradient of ``p`` the placements of ``p``, where autograd left partial sums or other shards."""
+    """Give the gradient of ``p`` the placements of ``p``, as autograd may leave partial sums or other shards."""
     grad = p.grad
     if not is_sharded(grad) or grad.device_mesh != p.device_mesh:
         raise ValueError(
@@ -216,14 +221,14 @@ def follow_placements(p: Any) -> None:
 
 
 def add_over_ranks(parts: Sequence[tuple[tuple[Group, ...], Tensor]]) -> None:
-    """Add up float32 tensors over the ranks of their process groups, in place: one all-reduce for each group.
+    """Add up float32 tensors over the ranks of their process groups, in place, by one all-reduce for each group.
 
     Every rank must pass the same shapes in the same order.
     """
     for group in dict.fromkeys(group for groups, _ in parts for group in groups):
         mine = [tensor for groups, tensor in parts if group in groups and tensor.numel()]
         if mine:
-            wire = torch.cat([tensor.reshape(-1) for tensor in mine])
-            torch.distributed.all_reduce(wire, group=group)
-            split = wire.split([tensor.numel() for tensor in mine])
+            flat = torch.cat([tensor.reshape(-1) for tensor in mine])
+            torch.distributed.all_reduce(flat, group=group)
+            split = flat.split([tensor.numel() for tensor in mine])
             torch._foreach_copy_(mine, [part.view_as(tensor) for part, tensor in zip(split, mine, strict=True)])

@@ -1,4 +1,4 @@
-"""The state that ``FOAM`` holds of each parameter, and the checks that a checkpoint's state and groups fit it."""
+"""Which state ``FOAM`` holds for each parameter, and checks that a checkpoint's state and param groups fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from foam_hf.rules.rule import StateTensor
 
 
 class CheckpointMismatchError(ValueError):
-    """A checkpoint that FOAM wrote under other options, or for other weights; ``state_dict`` is what it holds."""
+    """A checkpoint that FOAM wrote under other options, or for other weights; ``state_dict`` is its content."""
 
     def __init__(self, message: str, state_dict: dict[str, Any] | None = None) -> None:
         super().__init__(message, state_dict)
@@ -29,16 +29,16 @@ State = dict[str, StateTensor]
 
 
 def expected_state(p: Tensor, group: dict[str, Any]) -> State:
-    """Every tensor of state that ``p`` will hold in ``group``, by name; allocates nothing.
+    """Shape and dtype of each tensor of state of ``p`` in ``group``, by name; allocates nothing.
 
-    Beside these, every parameter that was ever updated holds ``step``, a Python integer.
+    State also has ``step``, a Python integer, which is not listed here.
     """
     rule, level = rule_of(p, group)
     return rule.state(p, level, group)
 
 
 def state_problem(state: dict[str, Any], spec: State) -> str:
-    """Why ``state`` is not what ``spec`` describes, or an empty string."""
+    """What in ``state`` differs from ``spec``, as a message; an empty string if nothing does."""
     if state.keys() != {"step", *spec}:
         return f"it holds {sorted(state)}; expected {sorted(['step', *spec])}"
     if not isinstance(state["step"], int):
@@ -51,14 +51,17 @@ def state_problem(state: dict[str, Any], spec: State) -> str:
 
 
 def with_dtype(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved param group with ``state_dtype`` as a dtype; earlier versions saved one, and a field of torch's own."""
+    """A copy of a saved param group with its ``state_dtype``, which is saved by name, as a dtype.
+
+    Earlier versions saved a dtype, and a field ``differentiable`` of torch's, which is removed.
+    """
     name = saved.get("state_dtype")
     dtype = {"state_dtype": getattr(torch, name, name)} if isinstance(name, str) else {}
     return {**{key: value for key, value in saved.items() if key != "differentiable"}, **dtype}
 
 
-def plain(value: Any) -> Any:
-    """A hyperparameter, a list as a tuple, to compare it with another."""
+def list_as_tuple(value: Any) -> Any:
+    """``value``, as a tuple if it is a list: a checkpoint may hold betas as either."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -88,7 +91,7 @@ def check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
                     f"its state holds {held}; expected one that FOAM wrote"
                 )
         for name in names_of(lambda each: each.field and not each.may_change):
-            value = saved.get(name, option(name).default)  # what versions without the field did
+            value = saved.get(name, option(name).default)  # versions without the field behaved as its default
             if value != group[name]:
                 raise CheckpointMismatchError(
                     f"the checkpoint was trained with {name}={value!r} in param group {i}, this optimizer has "
@@ -108,29 +111,29 @@ def check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
             check_options({**group, **with_dtype(saved)})
         except (TypeError, ValueError) as error:
             raise ValueError(f"param group {i} of the checkpoint is not valid: {error}") from None
-        for place, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+        for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             state, spec = saved_state.get(key, {}), expected_state(p, group)
-            problem = state_problem(state, spec) if state else ""  # none if it never had a gradient
+            problem = state_problem(state, spec) if state else ""  # a parameter has no state before its first gradient
             if problem:
-                who = f"parameter {key}{_name_of(place, group, saved)}"
-                problem = _other_shape(p, state, spec, "param_names" in saved) or problem
+                who = f"parameter {key}{_name_of(index, group, saved)}"
+                problem = _shape_problem(p, state, spec, "param_names" in saved) or problem
                 raise CheckpointMismatchError(f"{who} of the checkpoint does not fit: {problem}", state_dict)
             states.append(state)
     return states
 
 
-def _name_of(place: int, *groups: dict[str, Any]) -> str:
-    """The name of a parameter, in brackets, where a group has names."""
+def _name_of(index: int, *groups: dict[str, Any]) -> str:
+    """The name of a group's parameter number ``index``, in brackets; empty if none of ``groups`` has names."""
     for group in groups:
         names = group.get("param_names")
-        if isinstance(names, list) and place < len(names) and names[place]:
-            return f" ({names[place]})"
+        if isinstance(names, list) and index < len(names) and names[index]:
+            return f" ({names[index]})"
     return ""
 
 
-def _other_shape(p: Tensor, state: dict[str, Any], spec: State, named: bool) -> str:
-    """What is wrong where ``state`` is that of a weight of another shape, or an empty string."""
-    name = next(iter(spec))  # of all rules the first moment
+def _shape_problem(p: Tensor, state: dict[str, Any], spec: State, named: bool) -> str:
+    """A message if ``state`` is that of a weight of another shape, or an empty string."""
+    name = next(iter(spec))  # the first moment, for every rule
     held, wanted = state.get(name), spec[name].shape
     if (
         state.keys() != {"step", *spec}
@@ -141,20 +144,20 @@ def _other_shape(p: Tensor, state: dict[str, Any], spec: State, named: bool) -> 
         return ""
     columns = p.shape[-1] if held.shape[-1] == wanted[-1] else f"columns of {held.shape[-1]} blocks"
     theirs = ", ".join(map(str, (*held.shape[:-1], columns)))
-    told = f"it is the state of a weight of shape ({theirs}), and here the weight has shape {tuple(p.shape)}"
-    if not named:  # by their place alone, these may be two weights
+    why = f"it is the state of a weight of shape ({theirs}), and here the weight has shape {tuple(p.shape)}"
+    if not named:  # matched by position alone, these may be two different weights
         return (
-            f"{name} has shape {tuple(held.shape)}; expected {tuple(wanted)}: {told}. Expected the same model and the "
+            f"{name} has shape {tuple(held.shape)}; expected {tuple(wanted)}: {why}. Expected the same model and the "
             "same choice of folded weights (fold_embeddings, fold_head)"
         )
     return (
-        f"{told}; expected the same shapes. An embedding that was resized since, for another vocabulary, has no state "
+        f"{why}; expected the same shapes. An embedding that was resized since, for another vocabulary, has no state "
         "to go on with: resize it back, or go on from the weights alone, without optimizer.pt and scheduler.pt"
     )
 
 
 def _holds_dicts(value: Any, kind: type) -> bool:
-    """Whether ``value`` is a dict of dicts, or a list of them that have ``params``."""
+    """Whether ``value`` is, as ``kind`` asks, a dict of dicts or a list of dicts that have ``params``."""
     if kind is dict:
         return isinstance(value, dict) and all(isinstance(each, dict) for each in value.values())
     groups = value if isinstance(value, list) else [None]
