@@ -1,21 +1,24 @@
-"""How an INT8 weight takes an update: in code space, where a step far below one code is kept on average.
+"""``Int8Rows``: how an INT8 weight is updated by stochastic rounding of its codes.
 
-With ``d = delta / scale`` and ``u`` uniform in (0, 1), ``code += floor(d + u)``: the new code is on average the old
-one plus ``d``, and without an update nothing changes.
+An update is usually far smaller than one code, so it changes few codes, and is right on average. With
+``d = delta / scale`` and ``u`` uniform in (0, 1), ``code += floor(d + u)``. The new code is on average the old one
+plus ``d``, and ``d = 0`` changes nothing.
 
-* A block whose new codes leave [-127, 127] gets a new scale, which gives its largest element the code 127, and its
-  elements, old values plus delta, are rounded to the new codes with the same ``u``: no code is clamped or wraps.
-* A block whose largest new code is below 64 has its codes multiplied by a power of two, and its scale divided: that
-  is exact, so keeping the resolution never costs a rounding.
+* If a new code of a block is outside of [-127, 127], the block gets a new scale, at which its largest element has the
+  code 127. All its elements, old values plus delta, are rounded to codes of this scale with the same ``u``. So no code
+  is clamped or wraps around.
+* If the largest new code of a block is below 64, its codes are multiplied by a power of two and its scale is divided
+  by the same. This is exact, and keeps the resolution of 8 bits.
 
-``u`` has 22 random bits (see ``uniform``): probabilities are multiples of 2**-22, and an update of less than about
-2**-23 of a code is lost. That is no worse than float32: it loses, at half a unit in the last place, what is under
-2**-24 of the weight, which is 2**-24 of a code where the code is 1 and 2**-17 where it is 127.
+``u`` has 22 random bits (see ``uniform``), so probabilities are multiples of 2**-22, and an update of less than about
+2**-23 of a code is lost. A float32 weight loses about as much: an update below half a unit in the last place, 2**-24
+of the weight. That is 2**-24 of a code if the code is 1, and 2**-17 of a code if it is 127.
 
-Rounding is unbiased but noisy: after ``t`` steps a code is off by about the root of ``t * mean(|d|)``, and gradients
-that point here and there make that more than what they move. So each odd step takes ``1 - u`` of the step before: a
-step back then undoes a step to the last code, and any other is as unbiased as before. In 10,000 steps of a small
-model this took a third off what INT8 weights cost (``recipes/benchmarks/robustness/int8_drift.py``).
+The rounding is unbiased but noisy: after ``t`` steps a code is off by about the root of ``t * mean(|d|)``. If
+gradients change direction often, this is more than the weight has moved. Therefore each odd step uses ``1 - u`` of the
+step before. If an update is the exact opposite of the one before, it then restores the old codes, and each step alone
+is as unbiased as before. In 10,000 steps of a small model this removed a third of the loss that INT8 weights cost
+(``recipes/benchmarks/robustness/int8_drift.py``).
 """
 
 from __future__ import annotations
@@ -34,13 +37,14 @@ from foam_hf.tensors.step import Hyper
 if TYPE_CHECKING:
     from foam_hf.int8.weight import Int8Weight
 
-SMALL_CODE = 63  # largest code of a block that has room for one more bit
+SMALL_CODE = 63  # a block whose codes are at most this can be multiplied by two
 
 
 class Int8Rows:
-    """An INT8 weight as the rules see it, a kind of ``foam_hf.tensors.rows.Rows``: rows load as a change, and take it.
+    """The rows of an INT8 weight, see ``foam_hf.tensors.rows.Rows``.
 
-    It is whole: sharding is refused.
+    ``load`` gives a change of the weight instead of its values, and ``store`` adds the change to the codes. The weight
+    is whole, as INT8 weights cannot be sharded.
     """
 
     kind: ClassVar[str] = "int8"
@@ -60,19 +64,19 @@ class Int8Rows:
         return self.weight.codes, self.weight.scales
 
     def load(self, rows: range, h: Hyper) -> Tensor:
-        """What weight decay alone changes in ``rows``, float32 (rows, n)."""
+        """The change of ``rows`` by weight decay, float32 (rows, n); zeros without decay."""
         codes = self.codes[rows.start : rows.stop]
         if not h.weight_decay:
             return torch.zeros(codes.shape, dtype=torch.float32, device=codes.device).flatten(1)
         return (codes * (self.scales[rows.start : rows.stop] * (-h.lr * h.weight_decay))).flatten(1)
 
     def unchanged(self, rows: range) -> Tensor:
-        """What to store where nothing is to change."""
+        """A change of ``rows`` by nothing: zeros."""
         shape = len(rows), self.weight.codes.shape[-1]
         return torch.zeros(shape, dtype=torch.float32, device=self.codes.device)
 
     def store(self, rows: range, delta: Tensor, h: Hyper) -> None:
-        """Add ``delta``, float32 (rows, n)."""
+        """Add ``delta``, float32 (rows, n), to ``rows``."""
         codes, scales = self.codes[rows.start : rows.stop], self.scales[rows.start : rows.stop]
         u = uniform(rows, delta.shape[-1], h, delta.device).view(codes.shape) if h.stochastic else 0.5
         new, new_scales = add_to_codes(codes, scales, delta.view(codes.shape), u)
@@ -80,39 +84,39 @@ class Int8Rows:
         scales.copy_(new_scales)
 
     def finish(self) -> None:
-        torch.autograd.graph.increment_version(self.weight)  # autograd sees the outer tensor alone
+        torch.autograd.graph.increment_version(self.weight)  # autograd does not see changes of codes and scales
 
 
 def uniform(rows: range, n: int, h: Hyper, device: torch.device) -> Tensor:
-    """Float32 numbers in (0, 1), odd multiples of 2**-23, for the columns ``0..n`` of ``rows``: shape (len(rows), n).
+    """Random float32 numbers in (0, 1) for all ``n`` columns of ``rows``: odd multiples of 2**-23, (len(rows), n).
 
-    Two columns share a random word: 22 of its bits are the number of the earlier, and 22 of the word turned by 16 bits
-    that of the later. Each is uniform by itself, and the leading 16 bits of the two are bits of their own. Two steps
-    share them too, the odd one with every bit inverted.
+    Two adjacent columns share a random word. The first takes 22 bits of it, the second 22 bits of the word rotated by
+    16. Each number is uniform, and their leading 16 bits come from different bits of the word. An even step and the
+    odd one after it share a word too, of which the odd step inverts every bit.
     """
     words = random_words(rows, n, seed=h.seed, step=h.step // 2, stream=4 * h.stream, device=device)
     if h.step % 2:
         words.bitwise_not_()
-    turned = (words << 16).bitwise_or_((words >> 16).bitwise_and_(0xFFFF))
-    bits = torch.stack((words, turned), -1).flatten(1)[:, :n]
+    rotated = (words << 16).bitwise_or_((words >> 16).bitwise_and_(0xFFFF))
+    bits = torch.stack((words, rotated), -1).flatten(1)[:, :n]
     return bits.bitwise_and(0x7FFFFE).bitwise_or_(1).to(torch.float32).mul_(2.0**-23)
 
 
 def add_to_codes(codes: Tensor, scales: Tensor, delta: Tensor, u: Tensor | float) -> tuple[Tensor, Tensor]:
-    """New codes (rows, blocks, block size), as float32 integers, and scales (rows, blocks, 1).
+    """Codes and scales after ``delta`` is added: float32 integers (rows, blocks, block size), and (rows, blocks, 1).
 
-    ``delta`` is float32, in the units of the weight; ``u = 0.5`` rounds to nearest.
+    ``delta`` is float32, in the units of the weight. ``u = 0.5`` rounds to nearest.
     """
     new = (delta / scales).add_(u).floor_().add_(codes)
     peak = new.abs().amax(-1, keepdim=True)
     outside = ~(peak <= MAX_CODE)  # NaN too
-    if delta.device.type != "cpu" or bool(outside.any()):  # elsewhere, asking would wait for the device
+    if delta.device.type != "cpu" or bool(outside.any()):  # on a GPU the host would wait for the answer
         values = codes * scales + delta
-        fresh = block_scale(values.abs().amax(-1, keepdim=True))
-        rounded = (values / fresh).add_(u).floor_().clamp_(-MAX_CODE, MAX_CODE).nan_to_num_(0.0)
-        new, scales = torch.where(outside, rounded, new), torch.where(outside, fresh, scales)
+        new_scales = block_scale(values.abs().amax(-1, keepdim=True))
+        rounded = (values / new_scales).add_(u).floor_().clamp_(-MAX_CODE, MAX_CODE).nan_to_num_(0.0)
+        new, scales = torch.where(outside, rounded, new), torch.where(outside, new_scales, scales)
         peak = torch.where(outside, float(MAX_CODE), peak)
     factor = (1 << (7 - torch.frexp(peak)[1])).float()  # the power of two that brings the peak into [64, 127]
-    finer = torch.where(peak > 0, scales / factor, MIN_SCALE)
-    room = (peak <= SMALL_CODE) & (finer >= MIN_SCALE)
-    return torch.where(room, new * factor, new), torch.where(room, finer, scales)
+    finer_scales = torch.where(peak > 0, scales / factor, MIN_SCALE)
+    refine = (peak <= SMALL_CODE) & (finer_scales >= MIN_SCALE)
+    return torch.where(refine, new * factor, new), torch.where(refine, finer_scales, scales)
