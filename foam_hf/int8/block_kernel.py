@@ -1,38 +1,40 @@
-"""INT8 weights as Triton kernels: the fused update of ``int8.rows``' arithmetic, and dequantization.
+"""The block rule and AdamW for INT8 weights as a Triton kernel: the arithmetic of ``int8.rows``, fused.
 
-The update is that of ``rules.block_kernel`` with codes and scales for a weight: one launch for all tensors of a
+It is the kernel of ``rules.block_kernel`` with codes and scales in place of a weight: one launch for all tensors of a
 group that share dtypes and geometry. A tile whose codes all stay inside their range, as nearly every one does, never
-computes a scale. The other rules have no kernel for INT8 weights.
+computes a scale. The factored rule has no kernel for INT8 weights: they are updated plainly.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
-import numpy
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from foam_hf.int8.codes import MAX_CODE, MIN_SCALE
-from foam_hf.int8.weight import Int8Weight
+from foam_hf.int8.dequantize_kernel import fits_kernels
+from foam_hf.kernels.calls import KernelCall
+from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STREAM, WEIGHT, count_of, number_of, row_of
 from foam_hf.kernels.parts import (
+    block_moments,
+    blocks_of,
+    draws_of,
     kept_finite,
-    lerp,
     own_numbers,
     philox,
-    random_bits_at,
+    program_of,
     ratio,
     root,
     scale_of,
-    store,
+    segments_of,
+    store_moments,
     unfold,
 )
 from foam_hf.kernels.tables import (
-    DIRECT_LAUNCH,
-    MAX_COLUMNS,
     MAX_WARPS,
     TRITON_DTYPES,
     AddressTable,
@@ -40,16 +42,17 @@ from foam_hf.kernels.tables import (
     Geometry,
     device_of,
     launches_of,
-    numbers,
-    takes_ptx,
+    tiles_of,
 )
 from foam_hf.tensors.step import Hyper, Member
 
-# Elements of a program of the update and of a warp of it, and registers of a thread.
+if TYPE_CHECKING:
+    from foam_hf.int8.weight import Int8Weight
+
+# Elements of a program and of a warp of it, and registers of a thread.
 TILE, WARP, REGISTERS = 4096, 1024, 128
-DEQUANTIZED = 2048  # elements of half a program of the dequantization, eight for each of its threads
-# codes, gradient, first moment, second moment, rows, columns, stream, scales; step and bias corrections
-_FIELDS = tl.constexpr(11)
+ROW = row_of("exp_avg_sq", "rows", "scales")  # all rows of a tensor; its weight is the codes
+EXP_AVG_SQ, ROWS, SCALES = number_of(ROW, "exp_avg_sq"), number_of(ROW, "rows"), number_of(ROW, "scales")
 _MAX = tl.constexpr(MAX_CODE)
 _MIN_SCALE = tl.constexpr(MIN_SCALE)
 _MAGIC_BITS = tl.constexpr(0x4B400000)  # of the float32 1.5 * 2**23: a smaller number added to it loses its fraction
@@ -112,117 +115,6 @@ def new_scales(values, s, peak, R: tl.constexpr, C: tl.constexpr, B: tl.constexp
     return tl.where(room, finer, s), tl.where(room & (peak > 0), bits, 0)
 
 
-@triton.jit(do_not_specialize=["step", "seed"])
-def _update_kernel(
-    table, owner, step, seed, step_size, decay, b1, a1, b2, a2, inv_c1, inv_c2, eps, rho, grad_scale, left_out_at,
-    G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr, B: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-    EVEN: tl.constexpr, ALIGNED: tl.constexpr, DECAYS: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr,
-    CHECKED: tl.constexpr, MIXED: tl.constexpr, NVIDIA: tl.constexpr,
-):  # fmt: skip
-    number = tl.load(owner + 2 * tl.program_id(0))
-    tile = tl.load(owner + 2 * tl.program_id(0) + 1)
-    entry = table + number.to(tl.int64) * _FIELDS
-    step, inv_c1, inv_c2 = own_numbers(entry + _FIELDS - 3, step, inv_c1, inv_c2, MIXED)
-    Q = tl.load(entry).to(tl.pointer_type(tl.int8))
-    G = tl.load(entry + 1).to(tl.pointer_type(G_DTYPE))
-    M = tl.load(entry + 2).to(tl.pointer_type(S_DTYPE))
-    V = tl.load(entry + 3).to(tl.pointer_type(S_DTYPE))
-    rows, n = tl.load(entry + 4).to(tl.int32), tl.load(entry + 5).to(tl.int32)
-    stream = tl.load(entry + 6).to(tl.int32)
-    S = tl.load(entry + 7).to(tl.pointer_type(tl.float32))
-
-    per_row = tl.cdiv(n, C)
-    segment = tile * R + tl.arange(0, R)
-    lane = tl.arange(0, C)[None, :]
-    row = segment // per_row
-    column = (segment - row * per_row) * C
-    if EVEN:  # segments follow each other without a gap: the divisions above are not made
-        inside = segment < rows * per_row
-        offset = segment[:, None].to(tl.int64) * C + lane
-        mask = inside[:, None]
-        draw = segment[:, None].to(tl.int64) * (C // 8)
-    else:
-        offset = row[:, None].to(tl.int64) * n + column[:, None] + lane
-        if ALIGNED:  # in units of 16 columns, so that the compiler sees that a mask never splits an access
-            mask = (row[:, None] < rows) & (column[:, None] // 16 + lane // 16 < n // 16)
-        else:
-            mask = (row[:, None] < rows) & (column[:, None] + lane < n)
-        draw = row[:, None].to(tl.int64) * tl.cdiv(n, 8) + column[:, None] // 8
-    m_offset, m_mask, share = blocks_of(segment, row, column, rows, n, per_row, C, F, EVEN)
-    s_offset, s_mask, _ = blocks_of(segment, row, column, rows, n, per_row, C, B, EVEN)
-    Q, G, M, V, S = Q + offset, G + offset, M + m_offset, V + m_offset, S + s_offset
-    if ALIGNED:
-        # The compiler cannot see through a table of addresses that sixteen columns are one access.
-        Q, G = tl.multiple_of(Q, (1, 16)), tl.multiple_of(G, (1, 16))
-        if EVEN and C // F >= 8:
-            M, V = tl.multiple_of(M, (1, 16)), tl.multiple_of(V, (1, 16))
-
-    q, g = codes_and_gradient(Q, G, mask, grad_scale, number, SCALED)
-    m = tl.load(M, mask=m_mask, other=0.0).to(tl.float32)
-    v = tl.load(V, mask=m_mask, other=0.0).to(tl.float32)
-    s = tl.load(S, mask=s_mask, other=1.0)
-    mean, old_m, old_v = 0.0, m, v
-    if F == 1:
-        square = g * g
-        m = lerp(m, g, a1, b1)
-        v = tl.fma(v, b2, a2 * g * g)  # said so: else each variant of the kernel is fused in its own way
-    else:
-        if F == C:
-            mean, square = tl.sum(g, 1) * share, tl.sum(g * g, 1) * share
-        else:
-            parts = tl.reshape(g, (R, C // F, F))
-            mean, square = tl.sum(parts, 2) * share, tl.sum(parts * parts, 2) * share
-        m, v = lerp(m, mean, a1, b1), lerp(v, square, a2, b2)
-    if CHECKED:
-        finite = kept_finite(square, left_out_at + stream, step, m_mask)
-        m, v = tl.where(finite, m, old_m), tl.where(finite, v, old_v)
-    m_bits, v_bits = 0, 0
-    if STOCHASTIC and S_DTYPE is tl.bfloat16:
-        width = tl.cdiv(n, F)  # a moment's row
-        m_row = m_offset // width
-        m_bits = random_bits_at(seed, step, 4 * stream + 1, m_row, m_offset - m_row * width, width)
-        v_bits = random_bits_at(seed, step, 4 * stream + 2, m_row, m_offset - m_row * width, width)
-    store(M, m, m_bits, m_mask, S_DTYPE, STOCHASTIC)
-    store(V, v, v_bits, m_mask, S_DTYPE, STOCHASTIC)
-
-    per_code = -step_size / s
-    m, v = m * inv_c1, v * inv_c2
-    if CHECKED:
-        v = tl.where(finite, v, float("nan"))  # so that each element of a block can see that it is kept
-    rho_1, rho_2 = rho * inv_c1, rho * rho * inv_c2
-    u = one_to_two(seed, step, 4 * stream, draw, R, C, NVIDIA) if STOCHASTIC else 1.5
-    x = change_in_codes(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, u, R, C, F, B, DECAYS, CHECKED, NVIDIA)
-    new = q + floor_to_int(x, NVIDIA) - 1
-    peak, low = block_max(new, R, C, B), block_min(new, R, C, B)
-    peak = tl.where(low < -_MAX, _MAX + 1, tl.maximum(peak, -low))  # the least int32 has no negative
-    leaves = s_mask & ((peak > _MAX) | (peak < 64))
-    if tl.max(tl.ravel(leaves.to(tl.int32)), 0) > 0:
-        # All again, loads included, and twice: what is needed here alone must not fill the registers there.
-        q, g = codes_and_gradient(Q, G, mask, grad_scale, number, SCALED)
-        d = change_in_codes(
-            q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, 0.0, R, C, F, B, DECAYS, CHECKED, NVIDIA
-        )
-        wide = unfold(s, R, C, B)
-        new_s, bits = new_scales(q.to(tl.float32) * wide + d * wide, s, peak, R, C, B)
-        tl.store(S, new_s, mask=s_mask)
-        q, g = codes_and_gradient(Q, G, mask, grad_scale, number, SCALED)
-        stream = tl.load(entry + 6).to(tl.int32)
-        u = one_to_two(seed, step, 4 * stream, draw, R, C, NVIDIA) if STOCHASTIC else 1.5
-        x = change_in_codes(
-            q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, u, R, C, F, B, DECAYS, CHECKED, NVIDIA
-        )
-        new = (q + floor_to_int(x, NVIDIA) - 1) << unfold(bits, R, C, B)
-        new = tl.minimum(tl.maximum(new, -_MAX), _MAX)  # the compiler may have rounded another last bit than above
-        d = change_in_codes(
-            q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, 0.0, R, C, F, B, DECAYS, CHECKED, NVIDIA
-        )
-        x = (q.to(tl.float32) + d) * unfold(s / new_s, R, C, B)
-        rounded = tl.where(x == x, tl.minimum(tl.maximum(floor_to_int(x + (u - 1.0), NVIDIA), -_MAX), _MAX), 0)
-        tl.store(Q, tl.where(unfold(peak > _MAX, R, C, B), rounded, new).to(tl.int8), mask=mask)
-    else:
-        tl.store(Q, new.to(tl.int8), mask=mask)
-
-
 @triton.jit
 def codes_and_gradient(Q, G, mask, grad_scale, number, SCALED: tl.constexpr):
     q = tl.load(Q, mask=mask, other=0).to(tl.int32)
@@ -255,84 +147,80 @@ def change_in_codes(
     return result
 
 
-@triton.jit
-def blocks_of(segment, row, column, rows, n, per_row, C: tl.constexpr, F: tl.constexpr, EVEN: tl.constexpr):
-    """Where the values of blocks of ``F`` columns are, a mask, and what turns their sums into means."""
-    at = segment if F == C else segment[:, None]  # one block a segment, or several
-    block = tl.arange(0, C // F)[None, :]
-    if EVEN:
-        inside = segment < rows * per_row
-        offset = at.to(tl.int64) if F == C else at.to(tl.int64) * (C // F) + block
-        return offset, inside if F == C else inside[:, None], 1.0 / F
+@triton.jit(do_not_specialize=["step", "seed"])
+def _update_kernel(
+    table, owner, step, seed, step_size, decay, b1, a1, b2, a2, inv_c1, inv_c2, eps, rho, grad_scale, left_out_at,
+    FIELDS: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr, B: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, NVIDIA: tl.constexpr,
+    DECAYS: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, CHECKED: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    number, entry, tile = program_of(table, owner, FIELDS)
+    step, inv_c1, inv_c2 = own_numbers(entry, step, inv_c1, inv_c2, MIXED)
+    Q = tl.load(entry + WEIGHT).to(tl.pointer_type(tl.int8))
+    G = tl.load(entry + GRADIENT).to(tl.pointer_type(G_DTYPE))
+    M = tl.load(entry + EXP_AVG).to(tl.pointer_type(S_DTYPE))
+    V = tl.load(entry + EXP_AVG_SQ).to(tl.pointer_type(S_DTYPE))
+    S = tl.load(entry + SCALES).to(tl.pointer_type(tl.float32))
+    rows, n = tl.load(entry + ROWS).to(tl.int32), tl.load(entry + COLUMNS).to(tl.int32)
+    stream = tl.load(entry + STREAM).to(tl.int32)
+
+    segment, offset, mask = segments_of(tile, rows, n, R, C, EVEN, ALIGNED)
+    m_offset, m_mask, share = blocks_of(segment, rows, n, C, F, EVEN)
+    s_offset, s_mask, _ = blocks_of(segment, rows, n, C, B, EVEN)
+    draw = draws_of(segment, n, 0, 0, n, C, EVEN)
+    Q, G, M, V, S = Q + offset, G + offset, M + m_offset, V + m_offset, S + s_offset
+    if ALIGNED:
+        # The compiler cannot see through a table of addresses that sixteen columns are one access.
+        Q, G = tl.multiple_of(Q, (1, 16)), tl.multiple_of(G, (1, 16))
+        if EVEN and C // F >= 8:
+            M, V = tl.multiple_of(M, (1, 16)), tl.multiple_of(V, (1, 16))
+
+    q, g = codes_and_gradient(Q, G, mask, grad_scale, number, SCALED)
+    old_m = tl.load(M, mask=m_mask, other=0.0).to(tl.float32)
+    old_v = tl.load(V, mask=m_mask, other=0.0).to(tl.float32)
+    s = tl.load(S, mask=s_mask, other=1.0)
+    mean, square, m, v = block_moments(g, old_m, old_v, share, b1, a1, b2, a2, R, C, F)
+    if CHECKED:
+        finite = kept_finite(square, left_out_at + stream, step, m_mask)
+        m, v = tl.where(finite, m, old_m), tl.where(finite, v, old_v)
+    store_moments(M, V, m, v, m_offset, m_mask, seed, step, stream, n, 0, 0, n, F, S_DTYPE, STOCHASTIC)
+
+    per_code = -step_size / s
+    m, v = m * inv_c1, v * inv_c2
+    if CHECKED:
+        v = tl.where(finite, v, float("nan"))  # so that each element of a block can see that it is kept
+    rho_1, rho_2 = rho * inv_c1, rho * rho * inv_c2
+    u = one_to_two(seed, step, 4 * stream, draw, R, C, NVIDIA) if STOCHASTIC else 1.5
+    x = change_in_codes(q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, u, R, C, F, B, DECAYS, CHECKED, NVIDIA)
+    new = q + floor_to_int(x, NVIDIA) - 1
+    peak, low = block_max(new, R, C, B), block_min(new, R, C, B)
+    peak = tl.where(low < -_MAX, _MAX + 1, tl.maximum(peak, -low))  # the least int32 has no negative
+    leaves = s_mask & ((peak > _MAX) | (peak < 64))
+    if tl.max(tl.ravel(leaves.to(tl.int32)), 0) > 0:
+        # All again, loads included, and twice: what is needed here alone must not fill the registers there.
+        q, g = codes_and_gradient(Q, G, mask, grad_scale, number, SCALED)
+        d = change_in_codes(
+            q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, 0.0, R, C, F, B, DECAYS, CHECKED, NVIDIA
+        )
+        wide = unfold(s, R, C, B)
+        new_s, bits = new_scales(q.to(tl.float32) * wide + d * wide, s, peak, R, C, B)
+        tl.store(S, new_s, mask=s_mask)
+        q, g = codes_and_gradient(Q, G, mask, grad_scale, number, SCALED)
+        stream = tl.load(entry + STREAM).to(tl.int32)
+        u = one_to_two(seed, step, 4 * stream, draw, R, C, NVIDIA) if STOCHASTIC else 1.5
+        x = change_in_codes(
+            q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, u, R, C, F, B, DECAYS, CHECKED, NVIDIA
+        )
+        new = (q + floor_to_int(x, NVIDIA) - 1) << unfold(bits, R, C, B)
+        new = tl.minimum(tl.maximum(new, -_MAX), _MAX)  # the compiler may have rounded another last bit than above
+        d = change_in_codes(
+            q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, 0.0, R, C, F, B, DECAYS, CHECKED, NVIDIA
+        )
+        x = (q.to(tl.float32) + d) * unfold(s / new_s, R, C, B)
+        rounded = tl.where(x == x, tl.minimum(tl.maximum(floor_to_int(x + (u - 1.0), NVIDIA), -_MAX), _MAX), 0)
+        tl.store(Q, tl.where(unfold(peak > _MAX, R, C, B), rounded, new).to(tl.int8), mask=mask)
     else:
-        first = row if F == C else row[:, None]
-        place = column // F if F == C else column[:, None] // F + block
-        offset = first.to(tl.int64) * tl.cdiv(n, F) + place
-        share = 1.0 / tl.maximum(tl.minimum(n - place * F, F), 1).to(tl.float32)
-        return offset, (first < rows) & (place * F < n), share
-
-
-@triton.jit
-def _dequantize_kernel(
-    codes, scales, out, numel, B: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr
-):
-    # Two stretches: a thread reads eight codes of each, as many as it can write at a time, and both before it writes.
-    first = tl.program_id(0).to(tl.int64) * (2 * C)
-    q, s = codes_and_scales(codes, scales, first, numel, B, C)
-    next_q, next_s = codes_and_scales(codes, scales, first + C, numel, B, C)
-    store_values(out, first, numel, q, s, B, C, DTYPE, NVIDIA)
-    store_values(out, first + C, numel, next_q, next_s, B, C, DTYPE, NVIDIA)
-
-
-@triton.jit
-def codes_and_scales(codes, scales, start, numel, B: tl.constexpr, C: tl.constexpr):
-    at, block = start + tl.arange(0, C), start // B + tl.arange(0, C // B)
-    return tl.load(codes + at, mask=at < numel, other=0), tl.load(scales + block, mask=block * B < numel, other=0.0)
-
-
-@triton.jit
-def store_values(out, start, numel, q, s, B: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr):
-    at = start + tl.arange(0, C)
-    x = q.to(tl.float32) * tl.reshape(tl.broadcast_to(s[:, None], (C // B, B)), (C,))
-    if NVIDIA:
-        tl.store(out + at, x.to(DTYPE), mask=at < numel)
-    else:
-        store(out + at, x, 0, at < numel, DTYPE, False)
-
-
-_compiled: dict[Any, Any] = {}
-
-
-def dequantize_into(out: Tensor, codes: Tensor, scales: Tensor) -> bool:
-    """``out`` (of any dtype a weight has) becomes ``codes * scales``; all are contiguous.
-
-    False, and nothing is done, if no kernel takes blocks of this size.
-    """
-    numel = codes.numel()
-    block = numel // scales.numel()
-    if not fits_kernels(block):
-        return False
-    columns = max(DEQUANTIZED, block)
-    grid = -(-numel // (2 * columns)), 1, 1
-    device = codes.device
-    constants = block, columns, TRITON_DTYPES[out.dtype], takes_ptx(device)
-    # As in AddressTable.launch: what Triton compiled is called directly wherever it would find the same again.
-    places = codes.data_ptr(), scales.data_ptr(), out.data_ptr()
-    whole = numel % 16 == 0 and numel < 2**31 and (places[0] | places[1] | places[2]) % 16 == 0
-    key = device, *constants
-    with device_of(device):
-        if whole and key in _compiled:
-            _compiled[key][grid](*places, numel, *constants)  # of a tensor it would ask the driver where that is
-            return True
-        compiled = _dequantize_kernel[grid](codes, scales, out, numel, *constants, num_warps=8)
-    if DIRECT_LAUNCH and whole and compiled is not None:  # None from Triton's interpreter
-        _compiled[key] = compiled
-    return True
-
-
-def fits_kernels(block_size: int) -> bool:
-    """Whether the kernels take blocks of this many columns."""
-    return block_size & (block_size - 1) == 0 and block_size <= MAX_COLUMNS
+        tl.store(Q, new.to(tl.int8), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -343,7 +231,7 @@ class Int8Geometry(Geometry):
 
     @classmethod
     def of(cls, entry: Entry) -> Int8Geometry:
-        plain, block_size = Geometry.of(entry), cast(Int8Weight, entry.weight).block_size
+        plain, block_size = Geometry.of(entry), _int8(entry).block_size
         columns = max(plain.columns, block_size)
         even = entry.columns % columns == 0
         return cls(**{**vars(plain), "columns": columns, "even": even, "block_size": block_size})
@@ -353,40 +241,39 @@ class Int8Launch(AddressTable):
     """The device tables of a launch for INT8 weights, and the launch itself."""
 
     def __init__(self, geometry: Int8Geometry, entries: list[Entry]) -> None:
-        self.segments = max(1, TILE // geometry.columns)  # R
-        table = numpy.empty((len(entries), _FIELDS.value), dtype=numpy.int64)
-        tiles = []
-        for i, entry in enumerate(entries):
-            rows, n = entry.weight.numel() // entry.columns, entry.columns
-            scales = cast(Int8Weight, entry.weight).scales.data_ptr()
-            table[i] = (*(x.data_ptr() for x in entry.tensors), rows, n, entry.stream, scales, 0, 0, 0)
-            tiles.append(-(-rows * -(-n // geometry.columns) // self.segments))
-        super().__init__(geometry, entries, table, [tiles])
+        segments = max(1, TILE // geometry.columns)  # R
+        own = {
+            "exp_avg_sq": [entry.moments[1].data_ptr() for entry in entries],
+            "rows": [entry.weight.numel() // entry.columns for entry in entries],
+            "scales": [_int8(entry).scales.data_ptr() for entry in entries],
+        }
+        super().__init__(geometry, entries, ROW, own, [tiles_of(geometry, entries, segments)])
+        constants = {
+            "FIELDS": count_of(ROW),
+            "G_DTYPE": TRITON_DTYPES[geometry.grad],
+            "S_DTYPE": TRITON_DTYPES[geometry.state],
+            "F": geometry.width,
+            "B": geometry.block_size,
+            "R": segments,
+            "C": geometry.columns,
+            "EVEN": geometry.even,
+            "ALIGNED": geometry.aligned,
+            "NVIDIA": self.nvidia,
+        }
         # A limit that only NVIDIA's backend knows; what has wide segments or much state needs more than it.
         light = geometry.width > 1 and geometry.aligned and geometry.columns <= TILE
-        self.options = {"maxnreg": REGISTERS} if self.nvidia and light and geometry.state == torch.float32 else {}
+        limit = {"maxnreg": REGISTERS} if self.nvidia and light and geometry.state == torch.float32 else {}
+        warps = max(1, min(MAX_WARPS, geometry.columns * segments // WARP))
+        self._update = KernelCall(_update_kernel, constants, num_warps=warps, **limit)
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None, left_out_at: Tensor | None = None) -> None:
-        g = cast(Int8Geometry, self.geometry)
         self.follow_steps(h)
-        step_size, _, *others = numbers(h)
-        scale, scaled = self.scale(grad_scale)
-        with device_of(g.device):
-            self.launch(
-                _update_kernel,
-                len(self.owners[0]),
-                (
-                    *(self.table, self.owners[0], h.step, h.seed, step_size, float(h.lr * h.weight_decay), *others),
-                    *(scale, self.left_out_at(left_out_at)),
-                ),
-                (
-                    *(TRITON_DTYPES[g.grad], TRITON_DTYPES[g.state], g.width, g.block_size, self.segments, g.columns),
-                    *(g.even, g.aligned, h.weight_decay != 0, h.stochastic, scaled),
-                    *(left_out_at is not None, self.mixed, self.nvidia),
-                ),
-                num_warps=max(1, min(MAX_WARPS, g.columns * self.segments // WARP)),
-                **self.options,
-            )
+        (owner,) = self.owners
+        arguments, constants = self.of_step(h, grad_scale, left_out_at)
+        arguments["decay"] = float(h.lr * h.weight_decay)  # what a code loses, not what it keeps
+        with device_of(self.device):
+            tables = {"table": self.table, "owner": owner}
+            self._update(len(owner), {**tables, **arguments}, {"DECAYS": h.weight_decay != 0, **constants})
 
 
 def make_launches(members: list[Member]) -> tuple[list[Int8Launch], list[Member]]:
@@ -395,5 +282,9 @@ def make_launches(members: list[Member]) -> tuple[list[Int8Launch], list[Member]
 
 
 def _geometry_of(entry: Entry) -> Int8Geometry | None:
-    taken = fits_kernels(cast(Int8Weight, entry.weight).block_size) and entry.fits()
+    taken = fits_kernels(_int8(entry).block_size) and entry.fits()
     return Int8Geometry.of(entry) if taken else None
+
+
+def _int8(entry: Entry) -> Int8Weight:
+    return cast("Int8Weight", entry.weight)

@@ -38,9 +38,9 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _kernels() -> ModuleType:
-    from foam_hf.int8 import block_kernel  # imported here because Triton may be missing
+    from foam_hf.int8 import dequantize_kernel  # imported here because Triton may be missing
 
-    return block_kernel
+    return dequantize_kernel
 
 
 def quantize(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,11 @@
-"""What the Triton kernels are made of: random bits, storing with rounding, folded values, the check of gradients."""
+"""What the Triton kernels are made of: a program's tile, moments of blocks, random bits, storing with rounding."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from foam_hf.kernels.columns import INV_C1, INV_C2, STEP
 from foam_hf.tensors.rounding import PHILOX_ROUNDS
 
 _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
@@ -96,13 +97,112 @@ def lerp(x, y, weight, rest):
 
 
 @triton.jit
+def program_of(table, owner, FIELDS: tl.constexpr):
+    """The number of a program's tensor, where its row of the table begins, and which of its programs it is."""
+    number = tl.load(owner + 2 * tl.program_id(0))
+    return number, table + number.to(tl.int64) * FIELDS, tl.load(owner + 2 * tl.program_id(0) + 1)
+
+
+@triton.jit
 def own_numbers(entry, step, inv_c1, inv_c2, MIXED: tl.constexpr):
-    """The step and the bias corrections of a tensor: those of the launch, or the last three fields of its own."""
+    """The step and the bias corrections of a tensor: those of the launch, or where they differ those of its row."""
     if MIXED:
-        step = tl.load(entry).to(tl.int32)
-        inv_c1 = tl.load(entry + 1).to(tl.int32).to(tl.float32, bitcast=True)
-        inv_c2 = tl.load(entry + 2).to(tl.int32).to(tl.float32, bitcast=True)
+        step = tl.load(entry + STEP).to(tl.int32)
+        inv_c1 = tl.load(entry + INV_C1).to(tl.int32).to(tl.float32, bitcast=True)
+        inv_c2 = tl.load(entry + INV_C2).to(tl.int32).to(tl.float32, bitcast=True)
     return step, inv_c1, inv_c2
+
+
+@triton.jit
+def segments_of(tile, rows, n, R: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr):
+    """The ``R`` segments of a tile, (R,); where their elements are, (R, C), and which of them there are.
+
+    With ``EVEN``, segments follow each other without a gap: no row and column need be known, no division is made.
+    """
+    per_row = tl.cdiv(n, C)
+    segment = tile * R + tl.arange(0, R)
+    lane = tl.arange(0, C)[None, :]
+    if EVEN:
+        offset = segment[:, None].to(tl.int64) * C + lane
+        mask = (segment < rows * per_row)[:, None]
+    else:
+        row = segment // per_row
+        column = (segment - row * per_row) * C
+        offset = row[:, None].to(tl.int64) * n + column[:, None] + lane
+        if ALIGNED:  # in units of 16 columns, so that the compiler sees that a mask never splits an access
+            mask = (row[:, None] < rows) & (column[:, None] // 16 + lane // 16 < n // 16)
+        else:
+            mask = (row[:, None] < rows) & (column[:, None] + lane < n)
+    return segment, offset, mask
+
+
+@triton.jit
+def blocks_of(segment, rows, n, C: tl.constexpr, F: tl.constexpr, EVEN: tl.constexpr):
+    """Where the values of the segments' blocks of ``F`` columns are, a mask, and what turns their sums into means."""
+    per_row = tl.cdiv(n, C)
+    block = tl.arange(0, C // F)[None, :]
+    if EVEN:
+        inside = segment < rows * per_row
+        offset = segment.to(tl.int64) if F == C else segment[:, None].to(tl.int64) * (C // F) + block
+        mask = inside if F == C else inside[:, None]
+        share = 1.0 / F
+    else:
+        row = segment // per_row
+        place = segment - row * per_row  # the number of a block in its row: of one a segment, or of several
+        if F != C:
+            row, place = row[:, None], place[:, None] * (C // F) + block
+        offset = row.to(tl.int64) * tl.cdiv(n, F) + place
+        mask = (row < rows) & (place * F < n)
+        share = 1.0 / tl.maximum(tl.minimum(n - place * F, F), 1).to(tl.float32)
+    return offset, mask, share
+
+
+@triton.jit
+def draws_of(segment, n, first_row, first_column, whole_n, C: tl.constexpr, EVEN: tl.constexpr):
+    """The first random draw of each segment, (R, 1), of a tensor that begins there in a whole one."""
+    draws = tl.cdiv(whole_n, 8)
+    first = first_row * draws + first_column // 8
+    if EVEN:
+        draw = first + segment[:, None].to(tl.int64) * (C // 8)
+    else:
+        row = segment // tl.cdiv(n, C)
+        column = (segment - row * tl.cdiv(n, C)) * C
+        draw = first + row[:, None].to(tl.int64) * draws + column[:, None] // 8
+    return draw
+
+
+@triton.jit
+def block_moments(g, m, v, share, b1, a1, b2, a2, R: tl.constexpr, C: tl.constexpr, F: tl.constexpr):
+    """Block means of the gradient and of its square, and the moments of the block rule that follow ``m`` and ``v``."""
+    if F == 1:
+        mean, square = g, g * g
+        m = lerp(m, g, a1, b1)
+        v = tl.fma(v, b2, a2 * g * g)  # said so: else each variant of the kernel is fused in its own way
+    else:
+        if F == C:
+            mean, square = tl.sum(g, 1) * share, tl.sum(g * g, 1) * share
+        else:
+            parts = tl.reshape(g, (R, C // F, F))
+            mean, square = tl.sum(parts, 2) * share, tl.sum(parts * parts, 2) * share
+        m, v = lerp(m, mean, a1, b1), lerp(v, square, a2, b2)
+    return mean, square, m, v
+
+
+@triton.jit
+def store_moments(
+    M, V, m, v, offset, mask, seed, step, stream, n, first_row, first_column, whole_n,
+    F: tl.constexpr, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """Store both moments at ``offset`` behind where those of the tensor begin, as ``blocks_of`` gives it."""
+    m_bits, v_bits = 0, 0
+    if STOCHASTIC and DTYPE is tl.bfloat16:
+        width, whole_width = tl.cdiv(n, F), tl.cdiv(whole_n, F)  # a moment's row
+        row = offset // width
+        column = offset - row * width + first_column // F
+        m_bits = random_bits_at(seed, step, 4 * stream + 1, row + first_row, column, whole_width)
+        v_bits = random_bits_at(seed, step, 4 * stream + 2, row + first_row, column, whole_width)
+    store(M, m, m_bits, mask, DTYPE, STOCHASTIC)
+    store(V, v, v_bits, mask, DTYPE, STOCHASTIC)
 
 
 @triton.jit

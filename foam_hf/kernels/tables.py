@@ -1,13 +1,13 @@
 """The host's side of the kernels: which tensors they take, tables of addresses on the device, launching.
 
-A table in device memory holds the addresses and sizes of a launch's tensors; a second one says which tensor a program
-works on. Both are kept between steps: gradients that moved get new addresses in the first, any other change gets new
-tables.
+A table in device memory holds the addresses and sizes of a launch's tensors, see ``columns``; a second one says which
+tensor a program works on. Both are kept between steps: gradients that moved get new addresses in the first, any other
+change gets new tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foam_hf.kernels.columns import filled
 from foam_hf.kernels.parts import philox
 from foam_hf.tensors.folding import Level, block_width
 from foam_hf.tensors.places import Place, local
@@ -26,8 +27,6 @@ from foam_hf.tensors.step import Hyper, Member
 MAX_COLUMNS = 32768  # a tile of more columns would not fit the registers of a program
 TILE_ELEMENTS = 2048  # of a program
 MAX_WARPS = 16 if torch.version.hip else 32  # of a program, 1024 threads: on AMD a warp has 64
-# Since then a compiled kernel takes every argument of its function, the constants too.
-DIRECT_LAUNCH = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -113,18 +112,32 @@ def _power_of_two(n: int) -> int:
 
 
 class AddressTable:
-    """Where the tensors of a launch are, on the host and on the device; a gradient's address is in column 1.
+    """Where the tensors of a launch are, on the host and on the device.
 
+    ``own`` has the columns of ``row`` that not every table has, by name, with a value for each of ``entries``.
     ``owners`` says of each pass which programs there are, see ``owner_table``; ``counts`` how many of each tensor.
     """
 
     def __init__(
-        self, geometry: Geometry, entries: list[Entry], table: numpy.ndarray, counts: list[list[int]]
+        self,
+        geometry: Geometry,
+        entries: list[Entry],
+        row: numpy.dtype,
+        own: Mapping[str, Sequence[int]],
+        counts: Sequence[Sequence[int]],
     ) -> None:
         self.geometry = geometry
         self.streams = numpy.array([entry.stream for entry in entries])
         self.grad_offsets = numpy.array([entry.grad_offset for entry in entries])
-        self._host = torch.from_numpy(table)
+        common = {
+            "weight": [entry.weight.data_ptr() for entry in entries],
+            "gradient": [entry.grad.data_ptr() for entry in entries],
+            "exp_avg": [entry.moments[0].data_ptr() for entry in entries],
+            "columns": [entry.columns for entry in entries],
+            "stream": [entry.stream for entry in entries],
+        }
+        self._rows = filled(row, {**common, **own})
+        self._host = torch.from_numpy(self._rows.view(numpy.int64).reshape(len(entries), -1))  # the same memory
         self.table = self._host.to(geometry.device)
         self.nvidia = takes_ptx(geometry.device)
         self._all_owners = [owner_table(count) for count in counts]
@@ -132,7 +145,6 @@ class AddressTable:
         self._whole = True
         self._states: list[Any] = []
         self.mixed = False  # parameters that missed steps have step counts and bias corrections of their own
-        self._compiled: dict[Any, Any] = {}
 
     @property
     def device(self) -> torch.device:
@@ -152,38 +164,32 @@ class AddressTable:
         self.owners = [torch.from_numpy(owner).to(self.geometry.device, non_blocking=True) for owner in owners]
 
     def follow_steps(self, h: Hyper) -> None:
-        """Write each tensor's step and corrections to the last three fields of the table."""
+        """Write each tensor's step and corrections to its row, where they differ."""
         if not self.mixed:
             return
         steps = [state["step"] or 1 for state in self._states]  # 0 of one that was never updated, nor is now
         corrections = {t: (1 / (1 - h.b1**t), 1 / (1 - h.b2**t)) for t in set(steps)}
-        own = numpy.array([corrections[t] for t in steps], dtype=numpy.float32)
-        self._host[:, -3] = torch.tensor(steps, dtype=torch.int64)
-        self._host[:, -2:] = torch.from_numpy(own.view(numpy.int32).astype(numpy.int64))
+        bits = numpy.array([corrections[t] for t in steps], dtype=numpy.float32).view(numpy.int32)
+        self._rows["step"] = steps
+        self._rows["inv_c1"], self._rows["inv_c2"] = bits[:, 0], bits[:, 1]
         self.table.copy_(self._host, non_blocking=True)
 
     def move_gradients(self, addresses: numpy.ndarray) -> None:
         """Point to gradients of the same kind elsewhere; ``addresses`` has one for each of ``streams``."""
-        self._host[:, 1] = torch.from_numpy(addresses + self.grad_offsets)
+        self._rows["gradient"] = addresses + self.grad_offsets
         # The driver has read pageable memory when the call returns: no buffer to keep, and nothing waits for the GPU.
         self.table.copy_(self._host, non_blocking=True)
 
-    def launch(
-        self, kernel: Any, programs: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], **options: int
-    ) -> None:
-        """Launch ``kernel``, whose parameters are ``arguments`` (tensors, integers, floats) and ``constants``.
-
-        Triton inspects all of them to find what it has compiled, which takes the host as long as the GPU takes for a
-        small model. After the first time that is left out: nothing that it looks at changes from step to step.
-        """
-        sizes = tuple(x.bit_length() // 32 for x in arguments if type(x) is int)  # seeds are int32, int64 or uint64
-        key = (kernel, constants, sizes)
-        if key in self._compiled:
-            self._compiled[key][programs, 1, 1](*arguments, *constants)
-            return
-        compiled = kernel[programs, 1, 1](*arguments, *constants, **options)
-        if DIRECT_LAUNCH and compiled is not None:  # None from Triton's interpreter
-            self._compiled[key] = compiled
+    def of_step(
+        self, h: Hyper, grad_scale: Tensor | None, left_out_at: Tensor | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What an update takes that changes from step to step: the arguments behind the tables, and the constants."""
+        scale, scaled = self.scale(grad_scale)
+        arguments: dict[str, Any] = {"step": h.step, "seed": h.seed, **numbers(h)}
+        arguments |= {"grad_scale": scale, "left_out_at": self.left_out_at(left_out_at)}
+        checked = left_out_at is not None
+        constants = {"STOCHASTIC": h.stochastic, "SCALED": scaled, "CHECKED": checked, "MIXED": self.mixed}
+        return arguments, constants
 
     def left_out_at(self, given: Tensor | None) -> Tensor:
         """Where a kernel writes the step of what it leaves out; where nothing is checked any tensor, unwritten."""
@@ -224,18 +230,33 @@ def launches_of(
     return made, unfit
 
 
-def numbers(h: Hyper) -> tuple[float, ...]:
+def numbers(h: Hyper) -> dict[str, float]:
     """A step's hyperparameters as the kernels take them, all of them floats whatever the user wrote."""
-    step_size, decay = h.lr * h.scale, 1 - h.lr * h.weight_decay
-    betas = h.b1, 1 - h.b1, h.b2, 1 - h.b2  # a difference of float32 numbers would have lost digits
-    return tuple(map(float, (step_size, decay, *betas, 1 / h.c1, 1 / h.c2, h.eps, h.rho)))
+    return {
+        "step_size": float(h.lr * h.scale),
+        "decay": float(1 - h.lr * h.weight_decay),
+        "b1": float(h.b1),
+        "a1": float(1 - h.b1),  # a difference of float32 numbers would have lost digits
+        "b2": float(h.b2),
+        "a2": float(1 - h.b2),
+        "inv_c1": float(1 / h.c1),
+        "inv_c2": float(1 / h.c2),
+        "eps": float(h.eps),
+        "rho": float(h.rho),
+    }
 
 
-def owner_table(counts: list[int]) -> numpy.ndarray:
+def owner_table(counts: Sequence[int]) -> numpy.ndarray:
     """For each program: its tensor, and its number among that tensor's programs."""
     tensor = numpy.repeat(numpy.arange(len(counts), dtype=numpy.int32), counts)
     number = numpy.concatenate([numpy.arange(count, dtype=numpy.int32) for count in counts])
     return numpy.stack((tensor, number), axis=1)
+
+
+def tiles_of(geometry: Geometry, entries: list[Entry], segments: int) -> list[int]:
+    """How many programs each of ``entries`` needs that work on ``segments`` segments each."""
+    counts = [entry.weight.numel() // entry.columns * -(-entry.columns // geometry.columns) for entry in entries]
+    return [-(-count // segments) for count in counts]
 
 
 def device_of(device: torch.device) -> AbstractContextManager[Any]:

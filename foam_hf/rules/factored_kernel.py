@@ -1,13 +1,15 @@
 """The factored rule as Triton kernels: one pass over weights and gradients, and two small ones over the means.
 
-``V`` of an element needs the mean of its matrix's row means first, and new row and column means afterwards. A program
-of the big pass walks down a stripe of ``S`` rows of ``R`` adjacent segments of ``C`` columns, and leaves the sums of
-squares of its rows and columns in buffers that the last pass adds up in a fixed order: equal inputs give equal bits.
+``V`` of an element needs the mean of its matrix's row means first, and new row and column means afterwards, see
+``factored_means_kernel``. A program of the big pass walks down a stripe of ``S`` rows of ``R`` adjacent segments of
+``C`` columns, and leaves the sums of squares of its rows and columns in buffers that the last pass adds up in a fixed
+order: equal inputs give equal bits.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -15,10 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foam_hf.kernels.calls import KernelCall
+from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STREAM, WEIGHT, count_of
 from foam_hf.kernels.parts import (
     kept_finite,
     lerp,
     own_numbers,
+    program_of,
     random_bits,
     random_bits_at,
     ratio,
@@ -35,9 +40,22 @@ from foam_hf.kernels.tables import (
     Geometry,
     device_of,
     launches_of,
-    numbers,
 )
 from foam_hf.rules.factored import LARGEST_CENTER
+from foam_hf.rules.factored_means_kernel import (
+    COL_EXP_AVG_SQ,
+    COLUMN_SUMS,
+    FIRST_ROW,
+    LANES,
+    MEANS,
+    ROW,
+    ROW_EXP_AVG_SQ,
+    ROW_SUMS,
+    ROWS,
+    mean_kernel,
+    means_kernel,
+    sums_kernel,
+)
 from foam_hf.rules.rule import LARGEST_STEP
 from foam_hf.tensors.places import Group
 from foam_hf.tensors.step import Hyper, Member
@@ -46,48 +64,7 @@ STRIPE = 128  # S, rows of a program of the big pass
 ROW_ELEMENTS = 1024  # R * C: a program reads a stretch of a row that is long enough for the memory's pages
 THREAD_ELEMENTS = 8
 REGISTERS = 80  # of a thread: fewer spill, more leave fewer programs to hide the latency of memory
-LANES = tl.constexpr(256)  # means of a program of the small passes
 _LARGEST, _CENTER_SHARE = tl.constexpr(LARGEST_STEP), tl.constexpr(1 / LARGEST_CENTER)
-# weight, gradient, first moment, row means, column means; rows, columns, matrices, stream; where its row sums, column
-# sums and means of row means begin in the buffers; where a shard's first row is in the whole tensor, the rows of a
-# whole matrix and of all of them; where its column sums for other ranks begin; step and bias
-# corrections, see ``own_numbers``
-_FIELDS = tl.constexpr(19)
-
-
-@triton.jit
-def _mean_kernel(table, owner, means, S_DTYPE: tl.constexpr, SHARED: tl.constexpr):
-    """mean(r) of one matrix; where other ranks have some of its rows, mean(c), which is the same number."""
-    entry = table + tl.load(owner + 2 * tl.program_id(0)).to(tl.int64) * _FIELDS
-    matrix = tl.load(owner + 2 * tl.program_id(0) + 1)
-    count = tl.load(entry + 6 if SHARED else entry + 5).to(tl.int32)
-    values = tl.load(entry + 4 if SHARED else entry + 3).to(tl.pointer_type(S_DTYPE)) + matrix.to(tl.int64) * count
-    total = tl.zeros((LANES,), tl.float32)
-    start = 0
-    while start < count:  # Triton's interpreter takes no loaded value as the bound of a range
-        at = start + tl.arange(0, LANES)
-        total += tl.load(values + at, mask=at < count, other=0.0).to(tl.float32)
-        start += LANES
-    tl.store(means + tl.load(entry + 11) + matrix, tl.sum(total, 0) / count)
-
-
-@triton.jit
-def _sums_kernel(table, owner, column_sums, shared_sums, S: tl.constexpr):
-    """The sums of ``LANES`` columns over this rank's rows, for other ranks."""
-    entry = table + tl.load(owner + 2 * tl.program_id(0)).to(tl.int64) * _FIELDS
-    index = tl.load(owner + 2 * tl.program_id(0) + 1)
-    rows, n = tl.load(entry + 5).to(tl.int32), tl.load(entry + 6).to(tl.int32)
-    stripes = tl.cdiv(rows, S)
-    at = index.to(tl.int64) * LANES + tl.arange(0, LANES)
-    mask = at < tl.load(entry + 7) * n
-    matrix = at // n
-    sums = column_sums + tl.load(entry + 10) + matrix * stripes * n + at - matrix * n
-    total = tl.zeros((LANES,), tl.float32)
-    i = 0
-    while i < stripes:
-        total += tl.load(sums + i * n, mask=mask, other=0.0)
-        i += 1
-    tl.store(shared_sums + tl.load(entry + 15) + at, total, mask=mask)
 
 
 @triton.jit
@@ -102,21 +79,20 @@ def _load_row(base, offset, column, mask, ALIGNED: tl.constexpr):
 @triton.jit(do_not_specialize=["step", "seed"])
 def _update_kernel(
     table, owner, row_sums, column_sums, means, step, seed, step_size, decay, b1, a1, b2, a2, inv_c1, inv_c2, eps, rho,
-    grad_scale, left_out_at, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr,
-    SCALED: tl.constexpr, CHECKED: tl.constexpr, MIXED: tl.constexpr, NVIDIA: tl.constexpr,
+    grad_scale, left_out_at,
+    FIELDS: tl.constexpr, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr,
+    F: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr, NVIDIA: tl.constexpr,
+    STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, CHECKED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    number = tl.load(owner + 2 * tl.program_id(0))
-    entry = table + number.to(tl.int64) * _FIELDS
-    index = tl.load(owner + 2 * tl.program_id(0) + 1)
-    step, inv_c1, inv_c2 = own_numbers(entry + _FIELDS - 3, step, inv_c1, inv_c2, MIXED)
-    W = tl.load(entry).to(tl.pointer_type(W_DTYPE))
-    G = tl.load(entry + 1).to(tl.pointer_type(G_DTYPE))
-    M = tl.load(entry + 2).to(tl.pointer_type(S_DTYPE))
-    row_mean = tl.load(entry + 3).to(tl.pointer_type(S_DTYPE))
-    column_mean = tl.load(entry + 4).to(tl.pointer_type(S_DTYPE))
-    rows, n = tl.load(entry + 5).to(tl.int32), tl.load(entry + 6).to(tl.int32)
-    stream = tl.load(entry + 8).to(tl.int32)
+    number, entry, index = program_of(table, owner, FIELDS)
+    step, inv_c1, inv_c2 = own_numbers(entry, step, inv_c1, inv_c2, MIXED)
+    W = tl.load(entry + WEIGHT).to(tl.pointer_type(W_DTYPE))
+    G = tl.load(entry + GRADIENT).to(tl.pointer_type(G_DTYPE))
+    M = tl.load(entry + EXP_AVG).to(tl.pointer_type(S_DTYPE))
+    row_mean = tl.load(entry + ROW_EXP_AVG_SQ).to(tl.pointer_type(S_DTYPE))
+    column_mean = tl.load(entry + COL_EXP_AVG_SQ).to(tl.pointer_type(S_DTYPE))
+    rows, n = tl.load(entry + ROWS).to(tl.int32), tl.load(entry + COLUMNS).to(tl.int32)
+    stream = tl.load(entry + STREAM).to(tl.int32)
     per_row, stripes = tl.cdiv(n, C), tl.cdiv(rows, S)
     parts = tl.cdiv(n, R * C)
     part = index % parts
@@ -137,14 +113,14 @@ def _update_kernel(
     m_mask = block < blocks
     share = 1.0 / tl.maximum(tl.minimum(n - block * F, F), 1).to(tl.float32)
     # Where no gradient has ever been, mean(r) is zero, and V must be zero, not 0/0.
-    mean = tl.maximum(tl.load(means + tl.load(entry + 11) + matrix), 1.1754943508222875e-38)
+    mean = tl.maximum(tl.load(means + tl.load(entry + MEANS) + matrix), 1.1754943508222875e-38)
     c = tl.load(column_mean + matrix * n + column, mask=mask, other=0.0).to(tl.float32) * (b2 * inv_c2)
-    row_sums += tl.load(entry + 9) + segment
+    row_sums += tl.load(entry + ROW_SUMS) + segment
     total = tl.zeros((R, C), tl.float32)
     first = stripe * S
     count = tl.minimum(rows - first, S)
     row = matrix * rows + first
-    first_row = tl.load(entry + 12)
+    first_row = tl.load(entry + FIRST_ROW)
     # The next row is on its way while one is computed; behind the last, that one again.
     next_w = _load_row(W, row * n, column, mask, ALIGNED)
     next_g = _load_row(G, row * n, column, mask, ALIGNED)
@@ -205,173 +181,164 @@ def _update_kernel(
         store(M + row * blocks + block, m, m_bits, m_mask, S_DTYPE, STOCHASTIC)
         row += 1
         i += 1
-    tl.store(column_sums + tl.load(entry + 10) + (matrix * stripes + stripe) * n + column, total, mask=mask)
+    tl.store(column_sums + tl.load(entry + COLUMN_SUMS) + (matrix * stripes + stripe) * n + column, total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["step", "seed"])
-def _means_kernel(
-    table, owner, row_sums, column_sums, step, seed, b2, a2, left_out_at, S_DTYPE: tl.constexpr, C: tl.constexpr,
-    S: tl.constexpr, STOCHASTIC: tl.constexpr, SHARED: tl.constexpr, CHECKED: tl.constexpr,
-    MIXED: tl.constexpr,
-):  # fmt: skip
-    """The new row means, or behind them the new column means, of ``LANES`` rows or columns."""
-    entry = table + tl.load(owner + 2 * tl.program_id(0)).to(tl.int64) * _FIELDS
-    index = tl.load(owner + 2 * tl.program_id(0) + 1)
-    rows, n = tl.load(entry + 5).to(tl.int32), tl.load(entry + 6).to(tl.int32)
-    matrices, stream = tl.load(entry + 7), tl.load(entry + 8).to(tl.int32)
-    if MIXED:
-        step = tl.load(entry + _FIELDS - 3).to(tl.int32)
-    row_programs = tl.cdiv(matrices * rows, LANES)
-    first_row, whole_rows, all_rows = tl.load(entry + 12), tl.load(entry + 13), tl.load(entry + 14)
-    total = tl.zeros((LANES,), tl.float32)
-    i = 0
-    if index < row_programs:
-        at = index.to(tl.int64) * LANES + tl.arange(0, LANES)
-        mask = at < matrices * rows
-        parts = tl.cdiv(n, C)
-        sums = row_sums + tl.load(entry + 9) + at * parts
-        while i < parts:
-            total += tl.load(sums + i, mask=mask, other=0.0)
-            i += 1
-        target = tl.load(entry + 3).to(tl.pointer_type(S_DTYPE)) + at
-        row, width, kind, total = at * 0, all_rows, 2, total / n
-        column = first_row + at
-    else:
-        at = (index - row_programs).to(tl.int64) * LANES + tl.arange(0, LANES)
-        mask = at < matrices * n
-        stripes = 1 if SHARED else tl.cdiv(rows, S)
-        row = at // n
-        column = at - row * n
-        sums = column_sums + tl.load(entry + 15 if SHARED else entry + 10) + row * stripes * n + column
-        row += first_row // whole_rows
-        while i < stripes:
-            total += tl.load(sums + i * n, mask=mask, other=0.0)
-            i += 1
-        target = tl.load(entry + 4).to(tl.pointer_type(S_DTYPE)) + at
-        width, kind, total = n.to(tl.int64), 3, total / whole_rows
-    old = tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    if CHECKED:  # blocks of finite squares whose sum is infinite
-        total = tl.where(kept_finite(total, left_out_at + stream, step, mask), total, old)
-    bits = 0
-    if STOCHASTIC and S_DTYPE is tl.bfloat16:
-        bits = random_bits_at(seed, step, 4 * stream + kind, row, column, width)
-    store(target, lerp(old, total, a2, b2), bits, mask, S_DTYPE, STOCHASTIC)
+class Extent(NamedTuple):
+    """The matrices of a tensor, and how the big pass cuts them."""
+
+    matrices: int
+    rows: int  # of a matrix
+    columns: int
+    segments: int  # of a row
+    stripes: int  # of a matrix
+    parts: int  # of a stripe, each of a program
+
+    @property
+    def programs(self) -> tuple[int, int, int, int]:
+        """Those of the passes: the means of before, the update, the new means, the sums of columns."""
+        rows, columns = (-(-self.matrices * count // LANES.value) for count in (self.rows, self.columns))
+        return self.matrices, self.matrices * self.stripes * self.parts, rows + columns, columns
+
+    def elements(self, shared: bool) -> dict[str, int]:
+        """How many of each buffer of the launch are the tensor's."""
+        return {
+            "row_sums": self.matrices * self.rows * self.segments,
+            "column_sums": self.matrices * self.stripes * self.columns,
+            "means": self.matrices,
+            "shared_sums": self.matrices * self.columns if shared else 0,
+        }
 
 
 class FactoredLaunch(AddressTable):
     """The tables of the factored rule for tensors of one geometry, and their three launches."""
 
     def __init__(self, geometry: Geometry, entries: list[Entry]) -> None:
+        self.shared = bool(entries[0].place.row_groups)  # other ranks have rows of these matrices
         tallest, widest = (max(entry.weight.shape[k] for entry in entries) for k in (-2, -1))
         width = min(max(ROW_ELEMENTS, geometry.columns), triton.next_power_of_2(widest))
-        self.segments = max(1, width // geometry.columns)  # R
-        self.stripe = min(STRIPE, triton.next_power_of_2(max(1, tallest)))  # S
-        self.shared = bool(entries[0].place.row_groups)  # other ranks have rows of these matrices
-        table = numpy.empty((len(entries), _FIELDS.value), dtype=numpy.int64)
-        counts: list[tuple[int, int, int, int]] = []  # programs of the passes
-        sizes = numpy.zeros(4, dtype=numpy.int64)  # of the buffers
-        parts_of_sums = []
-        for i, entry in enumerate(entries):
-            rows, n = entry.weight.shape[-2:]
-            matrices, place = math.prod(entry.weight.shape[:-2]), entry.place
-            segments, stripes = -(-n // geometry.columns), -(-rows // self.stripe)
-            parts = -(-segments // self.segments)
-            addresses = (x.data_ptr() for x in entry.tensors)
-            whole = (place.first_row, place.rows, place.all_rows)
-            table[i] = (*addresses, rows, n, matrices, entry.stream, *sizes[:3], *whole, sizes[3], 0, 0, 0)
-            parts_of_sums.append((int(sizes[3]), matrices * n))
-            shared = matrices * n if self.shared else 0
-            sizes += (matrices * rows * segments, matrices * stripes * n, matrices, shared)
-            lanes = LANES.value
-            row_programs, column_programs = -(-matrices * rows // lanes), -(-matrices * n // lanes)
-            counts.append((matrices, matrices * stripes * parts, row_programs + column_programs, column_programs))
-        super().__init__(geometry, entries, table, [[count[k] for count in counts] for k in range(4)])
-        self.warps = max(1, min(MAX_WARPS, self.segments * geometry.columns // (32 * THREAD_ELEMENTS)))
-        # A limit that only NVIDIA's backend knows.
-        limited = geometry.device.type == "cuda" and torch.version.cuda and self.warps <= 8
-        self.options = {"maxnreg": REGISTERS} if limited else {}
-        self.sizes = [-(-size // 4) * 4 for size in sizes.tolist()]  # so that each begins on 16 bytes
-        self.buffers: list[Tensor] = []  # of a step under way alone: no memory is held between steps
+        segments = max(1, width // geometry.columns)  # R
+        stripe = min(STRIPE, triton.next_power_of_2(max(1, tallest)))  # S
+        extents = [_extent(entry.weight, geometry.columns, segments, stripe) for entry in entries]
+        parts = [extent.elements(self.shared) for extent in extents]
+        counts = {name: numpy.array([part[name] for part in parts]) for name in parts[0]}
+        starts = {name: (count.cumsum() - count).tolist() for name, count in counts.items()}
+        own = {
+            "row_exp_avg_sq": [entry.moments[1].data_ptr() for entry in entries],
+            "col_exp_avg_sq": [entry.moments[2].data_ptr() for entry in entries],
+            "rows": [extent.rows for extent in extents],
+            "matrices": [extent.matrices for extent in extents],
+            **starts,
+            "first_row": [entry.place.first_row for entry in entries],
+            "whole_rows": [entry.place.rows for entry in entries],
+            "all_rows": [entry.place.all_rows for entry in entries],
+        }
+        super().__init__(geometry, entries, ROW, own, [*zip(*(extent.programs for extent in extents), strict=True)])
+        # Elements, so that each begins on 16 bytes.
+        self.sizes = {name: -(-int(count.sum()) // 4) * 4 for name, count in counts.items()}
+        self.buffers: dict[str, Tensor] = {}  # of a step under way alone: no memory is held between steps
         self._parts_of_sums = [
-            ((entry.stream, entry.place.first_matrix), entry.place.row_groups, slice(start, start + size))
-            for entry, (start, size) in zip(entries, parts_of_sums, strict=True)
+            (
+                (entry.stream, entry.place.first_matrix),
+                entry.place.row_groups,
+                slice(start, start + part["shared_sums"]),
+            )
+            for entry, start, part in zip(entries, starts["shared_sums"], parts, strict=True)
+            if self.shared
         ]
+        self._make_calls(segments, stripe)
+
+    def _make_calls(self, segments: int, stripe: int) -> None:
+        g = self.geometry
+        warps = max(1, min(MAX_WARPS, segments * g.columns // (32 * THREAD_ELEMENTS)))
+        # A limit that only NVIDIA's backend knows.
+        limited = g.device.type == "cuda" and torch.version.cuda and warps <= 8
+        update = {
+            "FIELDS": count_of(ROW),
+            "W_DTYPE": TRITON_DTYPES[g.weight],
+            "G_DTYPE": TRITON_DTYPES[g.grad],
+            "S_DTYPE": TRITON_DTYPES[g.state],
+            "F": g.width,
+            "R": segments,
+            "C": g.columns,
+            "S": stripe,
+            "ALIGNED": g.aligned,
+            "NVIDIA": self.nvidia,
+        }
+        self._update = KernelCall(
+            _update_kernel, update, num_warps=warps, **({"maxnreg": REGISTERS} if limited else {})
+        )
+        mean = {**_some(update, "FIELDS", "S_DTYPE"), "SHARED": self.shared}
+        self._mean = KernelCall(mean_kernel, mean, num_warps=4)
+        self._sums = KernelCall(sums_kernel, _some(update, "FIELDS", "S"), num_warps=4)
+        means = {**_some(update, "FIELDS", "S_DTYPE", "C", "S"), "SHARED": self.shared}
+        self._means = KernelCall(means_kernel, means, num_warps=4)
 
     @property
     def sums(self) -> list[tuple[tuple[int, int], tuple[Group, ...], Tensor]]:
         """What other ranks add to before ``store``: whose it is, which ranks, the sums."""
-        return [(whose, ranks, self.buffers[3][part]) for whose, ranks, part in self._parts_of_sums if self.shared]
+        return [(whose, ranks, self.buffers["shared_sums"][part]) for whose, ranks, part in self._parts_of_sums]
 
     def run(
         self, h: Hyper, grad_scale: Tensor | None = None, left_out_at: Tensor | None = None
     ) -> FactoredLaunch | None:
         """Update the weights; gives itself if the means wait for ``store``, when ``sums`` are those of all ranks."""
-        g = self.geometry
         self.follow_steps(h)
-        memory = torch.empty(sum(self.sizes), dtype=torch.float32, device=g.device)
-        self.buffers = list(memory.split(self.sizes))
-        row_sums, column_sums, means, shared_sums = self.buffers
-        before, update, _, sums = self.owners
-        state, stochastic = TRITON_DTYPES[g.state], h.stochastic
-        (scale, scaled), place = self.scale(grad_scale), self.left_out_at(left_out_at)
-        with device_of(g.device):
-            self.launch(_mean_kernel, len(before), (self.table, before, means), (state, self.shared), num_warps=4)
-            if len(update):  # a rank may have no rows
-                self.launch(
-                    _update_kernel,
-                    len(update),
-                    (self.table, update, row_sums, column_sums, means, h.step, h.seed, *numbers(h), scale, place),
-                    (
-                        *(TRITON_DTYPES[g.weight], TRITON_DTYPES[g.grad], state, g.width, self.segments, g.columns),
-                        *(self.stripe, g.aligned, stochastic, scaled, left_out_at is not None),
-                        *(self.mixed, self.nvidia),
-                    ),
-                    num_warps=self.warps,
-                    **self.options,
-                )
+        memory = torch.empty(sum(self.sizes.values()), dtype=torch.float32, device=self.device)
+        buffers = self.buffers = dict(zip(self.sizes, memory.split([*self.sizes.values()]), strict=True))
+        means_programs, update_programs, _, sums_programs = self.owners
+        with device_of(self.device):
+            means = {"table": self.table, "owner": means_programs, "means": buffers["means"]}
+            self._mean(len(means_programs), means, {})
+            if len(update_programs):  # a rank may have no rows
+                arguments, constants = self.of_step(h, grad_scale, left_out_at)
+                update = {
+                    "table": self.table,
+                    "owner": update_programs,
+                    **_some(buffers, "row_sums", "column_sums", "means"),
+                }
+                self._update(len(update_programs), {**update, **arguments}, constants)
             if self.shared:
-                arguments = (self.table, sums, column_sums, shared_sums)
-                self.launch(_sums_kernel, len(sums), arguments, (self.stripe,), num_warps=4)
+                sums = {"table": self.table, "owner": sums_programs, **_some(buffers, "column_sums", "shared_sums")}
+                self._sums(len(sums_programs), sums, {})
                 return self
         self.store(h, left_out_at)
         return None
 
     def store(self, h: Hyper, left_out_at: Tensor | None = None) -> None:
         """Turn sums of squares into this step's means, and free them."""
-        g, after = self.geometry, self.owners[2]
-        row_sums, column_sums = self.buffers[0], self.buffers[3 if self.shared else 1]
-        self.buffers = []
-        with device_of(g.device):
-            self.launch(
-                _means_kernel,
-                len(after),
-                (
-                    self.table,
-                    after,
-                    row_sums,
-                    column_sums,
-                    h.step,
-                    h.seed,
-                    float(h.b2),
-                    float(1 - h.b2),
-                    self.left_out_at(left_out_at),
-                ),
-                (
-                    TRITON_DTYPES[g.state],
-                    g.columns,
-                    self.stripe,
-                    h.stochastic,
-                    self.shared,
-                    left_out_at is not None,
-                    self.mixed,
-                ),
-                num_warps=4,
-            )
+        buffers, self.buffers = self.buffers, {}
+        owner = self.owners[2]
+        arguments = {
+            "table": self.table,
+            "owner": owner,
+            "row_sums": buffers["row_sums"],
+            "column_sums": buffers["shared_sums" if self.shared else "column_sums"],
+            "step": h.step,
+            "seed": h.seed,
+            "b2": float(h.b2),
+            "a2": float(1 - h.b2),
+            "left_out_at": self.left_out_at(left_out_at),
+        }
+        constants = {"STOCHASTIC": h.stochastic, "CHECKED": left_out_at is not None, "MIXED": self.mixed}
+        with device_of(self.device):
+            self._means(len(owner), arguments, constants)
 
 
 def make_launches(members: list[Member]) -> tuple[list[FactoredLaunch], list[Member]]:
     """Launches for ``members``, plain weights of this rule, and the members that no kernel takes."""
     return launches_of(members, _geometry_of, FactoredLaunch)
+
+
+def _some(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: values[name] for name in names}
+
+
+def _extent(weight: Tensor, columns: int, segments: int, stripe: int) -> Extent:
+    """``weight`` in stripes of ``stripe`` rows of ``segments`` segments of ``columns`` columns."""
+    rows, n = weight.shape[-2:]
+    count = -(-n // columns)
+    return Extent(math.prod(weight.shape[:-2]), rows, n, count, -(-rows // stripe), -(-count // segments))
 
 
 def _geometry_of(entry: Entry) -> Geometry | None:

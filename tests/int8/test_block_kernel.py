@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foam_hf import FOAM
-from foam_hf.int8 import block_kernel as int8_kernels
+from foam_hf.int8 import dequantize_kernel
 from foam_hf.int8.weight import Int8Weight
 from tests.support.tolerances import assert_within
 
@@ -202,14 +202,14 @@ def test_dequantization_gives_the_bits_of_the_plain_one(monkeypatch, shape, bloc
         monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
         found.append(weight.dequantize(dtype))
     assert found[0].dtype == dtype and torch.equal(*found)
-    assert int8_kernels.fits_kernels(block_size)
+    assert dequantize_kernel.fits_kernels(block_size)
 
 
 def test_linear_takes_the_kernel_both_ways(monkeypatch):
     monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
     calls = []
-    original = int8_kernels.dequantize_into
-    monkeypatch.setattr(int8_kernels, "dequantize_into", lambda *a: calls.append(a) or original(*a))
+    original = dequantize_kernel.dequantize_into
+    monkeypatch.setattr(dequantize_kernel, "dequantize_into", lambda *a: calls.append(a) or original(*a))
     layer = torch.nn.Linear(256, 8, device=DEVICE)
     layer.weight = torch.nn.Parameter(Int8Weight.from_float(layer.weight))
     x = torch.randn(2, 256, device=DEVICE, requires_grad=True)

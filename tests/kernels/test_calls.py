@@ -1,0 +1,66 @@
+"""What the host gives a kernel goes by names: columns of its table, arguments, constants."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from foam_hf.int8 import block_kernel as int8_block_kernel
+from foam_hf.kernels.calls import KernelCall
+from foam_hf.kernels.columns import count_of, filled, number_of, row_of
+from foam_hf.rules import block_kernel, factored_means_kernel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+
+@triton.jit
+def scaled_kernel(source, target, factor, N: tl.constexpr, NEGATED: tl.constexpr):
+    at = tl.arange(0, N)
+    x = tl.load(source + at) * factor
+    tl.store(target + at, -x if NEGATED else x)
+
+
+def test_a_kernel_is_called_by_names_and_its_constants_may_change_from_call_to_call():
+    call = KernelCall(scaled_kernel, {"N": 8}, num_warps=1)
+    source, target = torch.arange(8.0, device=DEVICE), torch.zeros(8, device=DEVICE)
+    for factor, negated in ((2.0, False), (3.0, True), (5.0, False)):
+        call(1, {"source": source, "target": target, "factor": factor}, {"NEGATED": negated})
+        assert torch.equal(target, source * (-factor if negated else factor))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fixed", "constants"),
+    [
+        (("target", "source", "factor"), ("N",), ("NEGATED",)),  # which would be taken for each other
+        (("source", "target", "factor"), ("NEGATED",), ("N",)),
+        (("source", "target"), ("N",), ("NEGATED",)),
+        (("source", "target", "factor", "more"), ("N",), ("NEGATED",)),
+    ],
+)
+def test_names_that_are_not_the_parameters_of_a_kernel_are_refused(arguments, fixed, constants):
+    call = KernelCall(scaled_kernel, dict.fromkeys(fixed, 8))
+    with pytest.raises(TypeError, match="the names are not the parameters of scaled_kernel: got .*; expected"):
+        call(1, dict.fromkeys(arguments, 1.0), dict.fromkeys(constants, False))
+
+
+def test_a_row_is_filled_by_names_wherever_its_columns_stand():
+    row = row_of("scales", "rows")
+    values = {name: [10 * i, 10 * i + 1] for i, name in enumerate(sorted({*row.names} - {"step", "inv_c1", "inv_c2"}))}
+    table = filled(row, values).view(numpy.int64).reshape(2, -1)
+    assert table.shape == (2, count_of(row))
+    for name, found in values.items():
+        assert table[:, number_of(row, name).value].tolist() == found
+    for broken in ({**values, "row": [1, 2]}, {name: found for name, found in values.items() if name != "rows"}):
+        with pytest.raises(ValueError, match="values are not those of a row: got .*; expected "):
+            filled(row, broken)
+
+
+@pytest.mark.parametrize("module", [block_kernel, int8_block_kernel, factored_means_kernel])
+def test_every_column_that_a_kernel_reads_is_the_one_of_its_name(module):
+    numbers = {name: x.value for name, x in vars(module).items() if name.lower() in module.ROW.names}
+    assert len(numbers) >= 5
+    assert numbers == {name: module.ROW.names.index(name.lower()) for name in numbers}
