@@ -99,3 +99,14 @@ def check_parameter(p: Tensor) -> None:
             f"cannot optimize a parameter of dtype {p.dtype} and layout {p.layout}, shape {tuple(p.shape)}; "
             "expected dense float32, bfloat16 or float16"
         )
+
+
+def check_gradient(p: Tensor, i: int) -> None:
+    """Raise TypeError if the gradient of ``p``, parameter number ``i``, is sparse or complex."""
+    grad = p.grad
+    if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
+        kind = "complex" if grad.is_complex() else str(grad.layout)
+        raise TypeError(
+            f"FOAM needs dense real gradients: got {kind} for parameter {i} of shape {tuple(p.shape)}; "
+            "for an embedding, expected sparse=False"
+        )

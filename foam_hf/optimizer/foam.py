@@ -5,32 +5,28 @@ The arithmetic is in ``foam_hf.rules``. ``optimizer.state`` says what a checkpoi
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foam_hf.kernels.choice import use_kernels
 from foam_hf.optim_args import names_of, option, refuse_unread
 from foam_hf.optimizer.checks import check_field_names, check_options, check_parameter, check_rule, fill_scale
 from foam_hf.optimizer.decided import Decided
+from foam_hf.optimizer.members import Numbering, Owned, member_of, members_of, parameters_of
 from foam_hf.optimizer.nonfinite import LeftOutReport
 from foam_hf.optimizer.releases import expect_release, is_released
-from foam_hf.optimizer.sharding import as_state_of, empty_state, follow_placements, pieces_of
-from foam_hf.optimizer.state import check_checkpoint, expected_state, list_as_tuple, state_problem, with_dtype
-from foam_hf.optimizer.step import StepPlan, refuse_capture
-from foam_hf.rules.all import asked_rules, rule_named, rule_of
-from foam_hf.rules.rule import Rule
+from foam_hf.optimizer.sharding import as_state_of, pieces_of
+from foam_hf.optimizer.state import check_checkpoint, expected_state, list_as_tuple, with_dtype
+from foam_hf.optimizer.step import PreparedStep, refuse_capture
+from foam_hf.rules.all import asked_rules, rule_of
 from foam_hf.tensors.folding import Level
-from foam_hf.tensors.places import Piece, is_sharded
+from foam_hf.tensors.places import is_sharded
 from foam_hf.tensors.rows import PLAIN, kind_of
-from foam_hf.tensors.step import Hyper, Member
-
-Numbering = dict[int, tuple[int, int]]  # by a parameter's id: the number of its group, and its own among all
+from foam_hf.tensors.step import Member, State
 
 
 class FOAM(torch.optim.Optimizer):
@@ -117,12 +113,12 @@ class FOAM(torch.optim.Optimizer):
         arguments = locals()
         defaults = {name: arguments[name] for name in names_of(lambda each: each.field)}
         check_options(defaults)
-        self._plan: StepPlan | None = None  # holds addresses: never copied, pickled or resumed
+        self._prepared: PreparedStep | None = None  # holds addresses: never copied, pickled or resumed
         self._left_out = LeftOutReport()
         super().__init__(params if decided is None else decided.applied_to(params), defaults)
         if decided is not None and decided.released:
             expect_release(self)
-        if any(p.device.type != "meta" for p in self._parameters()):
+        if any(p.device.type != "meta" for p in parameters_of(self.param_groups)):
             for group in self.param_groups:
                 for rule in asked_rules(group):
                     rule.require()
@@ -167,7 +163,7 @@ class FOAM(torch.optim.Optimizer):
         The scaler should do that itself, as gradients are clipped after it. It cannot for float16 weights. It fails
         too if gradient release has freed the gradients; ``step`` then raises an error that explains this.
         """
-        return any(p.dtype == torch.float16 for p in self._parameters()) or is_released(self)
+        return any(p.dtype == torch.float16 for p in parameters_of(self.param_groups)) or is_released(self)
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -189,13 +185,13 @@ class FOAM(torch.optim.Optimizer):
         # Set by torch.amp.GradScaler, which leaves unscaling and skipping to an optimizer that can do both.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and bool(found_inf):
-            self._members()  # as in torch's fused AdamW, state exists after a first step that was skipped
+            members_of(self._owned)  # as in torch's fused AdamW, state exists after a first step that was skipped
             return loss
-        params, states = list(self._parameters()), list(self.state.values())
-        if self._plan is None or not self._plan.holds(self.param_groups, params, states):
-            members = self._members()
-            self._plan = StepPlan(self.param_groups, params, list(self.state.values()), members)
-        self._plan.run(_hyper, grad_scale, self._left_out_at)
+        owned, params, states = self._owned, list(parameters_of(self.param_groups)), list(self.state.values())
+        if self._prepared is None or not self._prepared.holds(self.param_groups, params, states):
+            members = members_of(owned)
+            self._prepared = PreparedStep(self.param_groups, params, list(self.state.values()), members)
+        self._prepared.run(grad_scale, owned.left_out_at)
         self._left_out.send()
         self._left_out.report(self.param_groups)
         return loss
@@ -208,90 +204,11 @@ class FOAM(torch.optim.Optimizer):
         """
         self._left_out.report(self.param_groups, wait=True)
 
-    def _left_out_at(self, group: dict[str, Any], device: torch.device) -> Tensor | None:
-        """Where a step writes its number for the parameters of which it leaves out a block."""
-        return self._left_out.left_out_at(group, device, sum(len(each["params"]) for each in self.param_groups))
-
-    def _members(self) -> list[list[Member]]:
-        """Every parameter with a gradient, by group, with state; of DTensors, the pieces of this rank's shard.
-
-        Where kernels run also those with state: tables that know them serve when their gradients come again. Not where
-        none has a gradient, as those that were released.
-        """
-        params = list(self._parameters())
-        if len({id(p) for p in params}) < len(params):  # what was swapped behind our back
-            raise ValueError("a parameter is listed twice in the param groups; expected each parameter once")
-        for i, p in enumerate(params):
-            check_gradient(p, i)
-            if p.grad is not None and is_sharded(p):
-                follow_placements(p)
-        some = any(p.grad is not None for p in params)
-        stream = itertools.count()  # a parameter keeps its random stream, whichever others have gradients
-        return [
-            [
-                member
-                for p, i in zip(group["params"], stream, strict=False)
-                if p.grad is not None or (some and self.state.get(p) and not is_sharded(p) and use_kernels(p.device))
-                for member in self._pieces(p, group, i)
-            ]
-            for group in self.param_groups
-        ]
-
-    def _pieces(self, p: Tensor, group: dict[str, Any], stream: int) -> list[Member]:
-        pieces: list[Piece | None] = [None]
-        if is_sharded(p):
-            check_rule(p, group)  # FSDP2 shards what the constructor saw whole
-            pieces = [*pieces_of(p, *rule_of(p, group))]
-        if not self.state[p]:
-            self._left_out.forget(stream, self.param_groups)
-        member = self._member(p, group, stream)
-        return [member._replace(piece=piece) for piece in pieces]
-
-    def _member(self, p: Tensor, group: dict[str, Any], stream: int) -> Member:
-        """``p``, the parameter number ``stream`` of all, as a step sees it; it has state from now on."""
-        rule, level = rule_of(p, group)
-        return Member(p, *self._state_of(p, rule, level, group), level, rule.name, stream)
-
-    @torch.no_grad()
-    def _step_some(
-        self, params: list[Tensor], numbering: Numbering, plan: StepPlan | None, grad_scale: Tensor | None
-    ) -> StepPlan:
-        """Update ``params`` by their gradients as ``step`` would, now. Returns the plan to pass at their next step.
-
-        ``numbering`` knows each one, and ``grad_scale`` has an element for each. The caller has checked the gradients.
-        """
-        refuse_capture()
-        states = [self.state[p] for p in params]
-        if plan is None or not plan.holds(self.param_groups, params, states):
-            members: list[list[Member]] = [[] for _ in self.param_groups]
-            for p in params:
-                index, stream = numbering[id(p)]
-                members[index].append(self._member(p, self.param_groups[index], stream))
-            plan = StepPlan(self.param_groups, params, states, members)
-        plan.run(_hyper, grad_scale, self._left_out_at)
-        return plan
-
-    def _state_of(
-        self, p: Tensor, rule: Rule, level: Level, group: dict[str, Any]
-    ) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """The state of ``p``, which it has from now on, and the names of its tensors in order."""
-        state, expected = self.state[p], rule.state(p, level, group)
-        if not state:
-            state["step"] = 0
-            state.update({name: empty_state(p, tensor) for name, tensor in expected.items()})
-        problem = state_problem(state, expected)
-        if problem:
-            raise ValueError(
-                f"level={group['level']!r} and second_moment={group['second_moment']!r} do not fit the state of a "
-                f"parameter of shape {tuple(p.shape)}: {problem}; expected them to stay as they were at its first step"
-            )
-        return state, tuple(expected)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # torch adds this default, which FOAM does not have. Groups with it would not match those of a checkpoint.
         self.defaults.pop("differentiable", None)
-        self._plan, self._left_out = None, LeftOutReport()
+        self._prepared, self._left_out = None, LeftOutReport()
         for group in self.param_groups:  # a checkpoint of an older version lacks newer options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -357,42 +274,48 @@ class FOAM(torch.optim.Optimizer):
             for name, tensor in expected_state(p, group).items():
                 if saved:
                     self.state[p][name] = as_state_of(p, name, tensor, saved[name])
-        self._plan, self._left_out = None, LeftOutReport()
+        self._prepared, self._left_out = None, LeftOutReport()
         for post_hook in post_hooks.values():
             post_hook(self)
 
-    def _parameters(self) -> Iterator[Tensor]:
-        return itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+    @property
+    def _owned(self) -> Owned:
+        return Owned(self.param_groups, self.state, self._left_out)
 
 
-def check_gradient(p: Tensor, i: int) -> None:
-    """Raise TypeError if the gradient of ``p``, parameter number ``i``, is sparse or complex."""
-    grad = p.grad
-    if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
-        kind = "complex" if grad.is_complex() else str(grad.layout)
-        raise TypeError(
-            f"FOAM needs dense real gradients: got {kind} for parameter {i} of shape {tuple(p.shape)}; "
-            "for an embedding, expected sparse=False"
-        )
+@torch.no_grad()
+def step_some(
+    optimizer: FOAM,
+    params: list[Tensor],
+    numbering: Numbering,
+    prepared: PreparedStep | None,
+    grad_scale: Tensor | None,
+) -> PreparedStep:
+    """Update some parameters by their gradients, now, as ``optimizer.step()`` would; the bits are the same.
 
+    Reports of gradients that are not finite wait for that step.
 
-def _hyper(group: dict[str, Any], member: Member) -> Hyper:
-    b1, b2 = rule_named(member.rule).betas(group)
-    if not (0 <= b1 < 1 and 0 <= b2 < 1):  # a schedule's, or a user's, since the group was checked
-        check_options(group)
-    t = member.state["step"]
-    return Hyper(
-        lr=float(group["lr"]),
-        b1=b1,
-        b2=b2,
-        c1=1 - b1**t,
-        c2=1 - b2**t,
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        scale=group["scale"] if member.p.dim() > 1 else 1.0,
-        rho=group["residual_scale"],
-        stochastic=group["stochastic_rounding"] is not False,
-        seed=group["seed"],
-        step=t,
-        stream=member.stream,
-    )
+    Args:
+        params: of the optimizer, each with a gradient that ``check_gradient`` lets pass.
+        numbering: of all parameters, from ``numbering_of``.
+        prepared: what the last step of the same parameters returned, if there was one.
+        grad_scale: what to divide each gradient by, float32 (len(params),); None is 1.
+
+    Returns:
+        what to pass as ``prepared`` at their next step.
+
+    Raises:
+        ValueError: the state of a parameter does not fit its group.
+        RuntimeError: in the capture of a CUDA graph.
+    """
+    refuse_capture()
+    owned = optimizer._owned
+    states: list[State] = [owned.state[p] for p in params]
+    if prepared is None or not prepared.holds(owned.groups, params, states):
+        members: list[list[Member]] = [[] for _ in owned.groups]
+        for p in params:
+            index, stream = numbering[id(p)]
+            members[index].append(member_of(owned, p, owned.groups[index], stream))
+        prepared = PreparedStep(owned.groups, params, states, members)
+    prepared.run(grad_scale, owned.left_out_at)
+    return prepared

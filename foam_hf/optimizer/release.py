@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from foam_hf.optimizer.foam import FOAM, Numbering, check_gradient
+from foam_hf.optimizer.checks import check_gradient
+from foam_hf.optimizer.foam import FOAM, step_some
+from foam_hf.optimizer.members import Numbering, numbering_of, parameters_of
 from foam_hf.optimizer.releases import active
-from foam_hf.optimizer.step import StepPlan
+from foam_hf.optimizer.step import PreparedStep
 from foam_hf.tensors.places import is_sharded
 
 logger = logging.getLogger("foam_hf")
@@ -103,10 +105,10 @@ class GradientRelease:
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._check(optimizer)
         self._numbering: Numbering = {}  # of the step under way: groups may change between steps
-        self._limit = waiting_limit(p for p in optimizer._parameters() if p.requires_grad)
+        self._limit = waiting_limit(p for p in parameters_of(optimizer.param_groups) if p.requires_grad)
         self._buckets: dict[tuple[torch.device, int], Bucket] = {}  # by device and stream
-        self._plans: dict[int, StepPlan] = {}  # by the first parameter of a bucket
-        self._used: dict[int, StepPlan] = {}  # those of this step: the others may hold state that is no more
+        self._prepared: dict[int, PreparedStep] = {}  # by the first parameter of a bucket
+        self._used: dict[int, PreparedStep] = {}  # those of this step: the others may hold state that is no more
         self._updated: set[int] = set()  # parameters that this step has updated, or that wait for it
         self._norms: list[Tensor] = []
         self._warned = False
@@ -125,7 +127,7 @@ class GradientRelease:
             handle.remove()
         self._handles.clear()
         self._buckets.clear()
-        self._plans.clear()
+        self._prepared.clear()
         self._used.clear()
         active.discard(self)
 
@@ -144,7 +146,7 @@ class GradientRelease:
         return len(self._updated)
 
     def _check(self, optimizer: FOAM) -> None:
-        params = list(optimizer._parameters())
+        params = list(parameters_of(optimizer.param_groups))
         foreign = [tuple(p.shape) for p in params if id(p) not in self._names]
         if foreign:
             raise ValueError(
@@ -152,7 +154,7 @@ class GradientRelease:
                 f"{foreign[0]}; expected the model that the optimizer was made for, after all changes of its weights"
             )
         ours = {id(p) for p in params}
-        if any(ours & {id(p) for p in other._optimizer._parameters()} for other in active):
+        if any(ours & {id(p) for p in parameters_of(other._optimizer.param_groups)} for other in active):
             raise RuntimeError(
                 "gradient release is enabled for these parameters already, and would update them twice; expected "
                 "remove() of the first handle before"
@@ -164,7 +166,7 @@ class GradientRelease:
         if grad is None:
             return  # another hook took it
         if not self._updated:  # the first of a step
-            self._numbering = _number(self._optimizer)
+            self._numbering = numbering_of(self._optimizer.param_groups)
         if id(p) not in self._numbering:
             return  # taken out of the optimizer since: nobody updates it
         if id(p) in self._updated:
@@ -200,8 +202,8 @@ class GradientRelease:
             return
         scale = self._clipping([grad for grad in found if grad is not None]) if self.max_grad_norm else None
         first = id(params[0])
-        plan = self._optimizer._step_some(params, self._numbering, self._plans.get(first), scale)
-        self._plans[first] = self._used[first] = plan
+        prepared = step_some(self._optimizer, params, self._numbering, self._prepared.get(first), scale)
+        self._prepared[first] = self._used[first] = prepared
         with torch._C.DisableTorchFunctionSubclass():
             for p in params:
                 p.grad = None
@@ -240,7 +242,7 @@ class GradientRelease:
         try:
             self._update_rest()
         finally:
-            self._plans, self._used = self._used, {}
+            self._prepared, self._used = self._used, {}
             self._forget()
 
     def _forget(self) -> None:
@@ -253,9 +255,9 @@ class GradientRelease:
     def _update_rest(self) -> None:
         """Update what has a gradient that no hook has seen."""
         self._update_waiting()  # of a backward pass that failed
-        rest = [p for p in self._optimizer._parameters() if p.grad is not None]
+        rest = [p for p in parameters_of(self._optimizer.param_groups) if p.grad is not None]
         if rest:
-            self._numbering = _number(self._optimizer)
+            self._numbering = numbering_of(self._optimizer.param_groups)
         for p in rest:
             self._take_up(p)
         for device in {p.device for p in rest}:
@@ -296,12 +298,3 @@ def _grads(params: list[Tensor]) -> list[Any]:
 def waiting_limit(params: Iterable[Tensor]) -> int:
     """How many bytes of gradients of ``params`` wait for each other: the memory that the largest one needs anyway."""
     return min(WAITING, max((p.numel() * p.element_size() for p in params), default=0))
-
-
-def _number(optimizer: FOAM) -> Numbering:
-    """A parameter's number among all is its random stream."""
-    numbering: Numbering = {}
-    for index, group in enumerate(optimizer.param_groups):
-        for p in group["params"]:
-            numbering[id(p)] = index, len(numbering)
-    return numbering

@@ -284,23 +284,20 @@ class FactoredLaunch(AddressTable):
     ) -> FactoredLaunch | None:
         """Update the weights; gives itself if the means wait for ``store``, when ``sums`` are those of all ranks."""
         self.follow_steps(h)
-        memory = torch.empty(sum(self.sizes.values()), dtype=torch.float32, device=self.device)
-        buffers = self.buffers = dict(zip(self.sizes, memory.split([*self.sizes.values()]), strict=True))
-        means_programs, update_programs, _, sums_programs = self.owners
+        sizes = [*self.sizes.values()]
+        memory = torch.empty(sum(sizes), dtype=torch.float32, device=self.device)
+        self.buffers = dict(zip(self.sizes, memory.split(sizes), strict=True))
+        row_sums, column_sums, means, shared_sums = self.buffers.values()
+        before, update, _, sums = self.owners
         with device_of(self.device):
-            means = {"table": self.table, "owner": means_programs, "means": buffers["means"]}
-            self._mean(len(means_programs), means, {})
-            if len(update_programs):  # a rank may have no rows
-                arguments, constants = self.of_step(h, grad_scale, left_out_at)
-                update = {
-                    "table": self.table,
-                    "owner": update_programs,
-                    **_some(buffers, "row_sums", "column_sums", "means"),
-                }
-                self._update(len(update_programs), {**update, **arguments}, constants)
+            self._mean(len(before), {"table": self.table, "owner": before, "means": means}, {})
+            if len(update):  # a rank may have no rows
+                changing, constants = self.of_step(h, grad_scale, left_out_at)
+                arguments = {"table": self.table, "owner": update, "row_sums": row_sums, "column_sums": column_sums}
+                self._update(len(update), {**arguments, "means": means, **changing}, constants)
             if self.shared:
-                sums = {"table": self.table, "owner": sums_programs, **_some(buffers, "column_sums", "shared_sums")}
-                self._sums(len(sums_programs), sums, {})
+                arguments = {"table": self.table, "owner": sums, "column_sums": column_sums}
+                self._sums(len(sums), {**arguments, "shared_sums": shared_sums}, {})
                 return self
         self.store(h, left_out_at)
         return None

@@ -32,7 +32,7 @@ def train(monkeypatch, kernel, weights, gradients, fused=True, **options):
         for p, grad in zip(params, step, strict=True):
             p.grad = grad.clone()
         optimizer.step()
-    assert kernel == "reference" or bool(optimizer._plan._rest) is not fused
+    assert kernel == "reference" or bool(optimizer._prepared.plain) is not fused
     return params, optimizer
 
 
@@ -152,7 +152,7 @@ def test_weights_that_missed_steps_share_a_launch(monkeypatch):
                 p.grad = None if t == 0 and i == 1 else grad.clone()
             optimizer.step()
         runs.append((params, optimizer))
-        assert kernel == "reference" or len(optimizer._plan._launches) == 1
+        assert kernel == "reference" or len(optimizer._prepared.launches) == 1
     assert_same_steps(*runs)
 
 
@@ -165,8 +165,8 @@ def test_equal_geometry_is_one_launch_beside_that_of_plain_weights(monkeypatch):
         for p in params:
             p.grad = torch.randn(p.shape, device=DEVICE)
         optimizer.step()
-    kinds = [type(launch).__name__ for *_, launch in optimizer._plan._launches]
-    assert sorted(kinds) == ["Int8Launch", "Launch"] and not optimizer._plan._rest
+    kinds = [type(each.launch).__name__ for each in optimizer._prepared.launches]
+    assert sorted(kinds) == ["Int8Launch", "Launch"] and not optimizer._prepared.plain
 
 
 def test_what_no_kernel_takes_still_trains(monkeypatch):
@@ -182,13 +182,13 @@ def test_gradients_that_move_are_followed(monkeypatch):
     plain, _ = train(monkeypatch, "reference", weights, gradients, level=3)
     monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
     p = torch.nn.Parameter(weights[0].clone())
-    optimizer, kept, plans = FOAM([p], lr=0.01, weight_decay=0.1, scale=1.0, level=3), [], set()
+    optimizer, kept, prepared = FOAM([p], lr=0.01, weight_decay=0.1, scale=1.0, level=3), [], set()
     for step in gradients:
         p.grad = step[0].clone()
         kept.append(p.grad)
         optimizer.step()
-        plans.add(id(optimizer._plan))
-    assert len(plans) == 1 and torch.equal(p.codes, plain[0].codes)
+        prepared.add(id(optimizer._prepared))
+    assert len(prepared) == 1 and torch.equal(p.codes, plain[0].codes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

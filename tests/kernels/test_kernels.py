@@ -9,6 +9,7 @@ from foam_hf.kernels import tables as kernel_tables
 from foam_hf.kernels.choice import use_kernels
 from foam_hf.optim_args import OPTIONS
 from foam_hf.optimizer import FOAM
+from foam_hf.optimizer.members import member_of
 from foam_hf.rules import block_kernel as kernels
 from foam_hf.rules import factored_kernel as factored_kernels
 from tests.support.reference import Reference
@@ -53,7 +54,7 @@ def test_kernel_follows_the_float64_reference(monkeypatch, dtype, second_moment,
     weights, gradients = drawn(dtype, steps=3)
     options = {"level": level, "second_moment": second_moment}
     trained, optimizer = train(monkeypatch, "triton", weights, gradients, stochastic_rounding=False, **options)
-    assert not optimizer._plan._rest
+    assert not optimizer._prepared.plain
     case = {
         torch.float32: "five steps against float64, float32 weights",
         torch.bfloat16: "five steps against float64, bfloat16 weights to nearest",
@@ -208,20 +209,20 @@ def test_what_the_kernel_does_not_take_still_trains(monkeypatch):
 
 
 @pytest.mark.parametrize("second_moment", FUSED)
-def test_moved_gradients_keep_the_plan(monkeypatch, second_moment):
+def test_moved_gradients_keep_the_tables(monkeypatch, second_moment):
     weights, gradients = drawn(torch.float32, steps=4, shapes=[(4, 64), (40,)])
     keep = []  # so that every step's gradients are at addresses of their own
     monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
     params = [torch.nn.Parameter(w.clone()) for w in weights]
     optimizer = FOAM(params, lr=0.01, weight_decay=0.1, level=3, second_moment=second_moment)
-    plans = set()
+    prepared = set()
     for step in gradients:
         for p, grad in zip(params, step, strict=True):
             p.grad = grad.clone()
             keep.append(p.grad)
         optimizer.step()
-        plans.add(id(optimizer._plan))
-    assert len(plans) == 1
+        prepared.add(id(optimizer._prepared))
+    assert len(prepared) == 1
     plain, _ = train(monkeypatch, "reference", weights, gradients, level=3, second_moment=second_moment)
     for p, q in zip(params, plain, strict=True):
         assert_within(p, q, "five steps against float64, float32 weights")
@@ -271,7 +272,7 @@ def test_weights_that_missed_steps_share_a_launch(monkeypatch, dtype, options):
     options = {"level": 3, "state_dtype": dtype, **options}
     fused, a = train(monkeypatch, "triton", weights, gradients, **options)
     plain, b = train(monkeypatch, "reference", weights, gradients, **options)
-    assert len(a._plan._launches) == 1 and not a._plan._rest
+    assert len(a._prepared.launches) == 1 and not a._prepared.plain
     assert [state["step"] for state in a.state.values()] == [state["step"] for state in b.state.values()]
     assert {state["step"] for state in a.state.values()} == {3, 4, 5}
     case = "five steps against float64, " + (
@@ -305,7 +306,7 @@ def test_tables_serve_while_gradients_come_and_go(monkeypatch, options):
             versions = [p._version for p in params]
             for p, grad in zip(params, found, strict=True):
                 p.grad = None if grad is None else grad.clone()
-            optimizer._plan = None if anew else optimizer._plan
+            optimizer._prepared = None if anew else optimizer._prepared
             optimizer.step()
             for p, was, version in zip(params, before, versions, strict=True):
                 assert p.grad is not None or (torch.equal(p, was) and p._version == version)
@@ -348,11 +349,11 @@ def test_a_prepared_step_follows_what_a_group_says_now(monkeypatch, name):
         optimizer.param_groups[0].update(changed)
         for p, grad in zip(params, gradients[1], strict=True):
             p.grad = grad.clone()
-        optimizer._plan = None if anew else optimizer._plan
+        optimizer._prepared = None if anew else optimizer._prepared
         return params, optimizer
 
     params, optimizer = second_step(**{name: LATER[name]})
-    holds = optimizer._plan.holds(optimizer.param_groups, params, list(optimizer.state.values()))
+    holds = optimizer._prepared.holds(optimizer.param_groups, params, list(optimizer.state.values()))
     assert holds == next(option.may_change for option in OPTIONS if option.name == name)
     if not holds:
         return
@@ -370,7 +371,7 @@ def test_one_group_of_equal_geometry_is_one_launch():
     optimizer = FOAM(params)
     for p in params:
         p.grad = torch.ones_like(p)
-    members = [optimizer._member(p, optimizer.param_groups[0], i) for i, p in enumerate(params)]
+    members = [member_of(optimizer._owned, p, optimizer.param_groups[0], i) for i, p in enumerate(params)]
     launches, unfit = kernels.make_launches(members)
     assert len(launches) == 1 and not unfit
 

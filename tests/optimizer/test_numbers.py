@@ -88,11 +88,12 @@ def test_the_default_dtype_changes_nothing(rule: str, int8: bool, default: torch
 @pytest.mark.parametrize("rule", FUSED)
 def test_what_int32_cannot_count_goes_the_plain_way(rule: str, shape: tuple[int, ...]) -> None:
     from foam_hf.kernels.tables import Entry
+    from foam_hf.optimizer.members import member_of
 
     p = nn.Parameter(torch.empty(shape, device="meta"))
     optimizer = FOAM([p], second_moment=rule)
     p.grad = torch.empty_like(p)
-    member = optimizer._member(p, optimizer.param_groups[0], 0)
+    member = member_of(optimizer._owned, p, optimizer.param_groups[0], 0)
     assert isinstance(member, Member) and not Entry.of(member).fits()
 
 

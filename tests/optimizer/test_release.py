@@ -564,7 +564,7 @@ def test_a_layer_that_is_skipped_in_some_steps_has_its_own_step_count(monkeypatc
             (model["a"](hidden) if step % 2 == 0 else hidden).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-        assert handle is None or len(handle._plans) <= 2  # none that holds state of before
+        assert handle is None or len(handle._prepared) <= 2  # none that holds state of before
         found.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
 

@@ -323,7 +323,7 @@ def test_the_factored_kernels_hold_nothing_between_steps_and_what_they_take_in_o
     for name in folded:
         parameters[name].grad = torch.ones_like(parameters[name])
     optimizer.step()
-    launches = [launch for *_, launch in optimizer._plan._launches]
+    launches = [each.launch for each in optimizer._prepared.launches]
     assert launches and all(not launch.buffers for launch in launches)
     taken = sum(4 * sum(launch.sizes.values()) for launch in launches)
     assert told <= taken <= told + 64 * len(launches)

@@ -214,7 +214,7 @@ def mixed_precision(folder: Path) -> dict[str, Any]:
     optimizer = trainer.optimizer.optimizer
     states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
     assert all(isinstance(x, DTensor) for x in states)
-    assert {p.dtype for p in optimizer._parameters()} == {torch.float32}
+    assert {p.dtype for group in optimizer.param_groups for p in group["params"]} == {torch.float32}
     return {
         "steps": steps,
         "measured": state_bytes(trainer.optimizer),

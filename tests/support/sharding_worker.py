@@ -116,7 +116,7 @@ def compare_with_one_process(world: int) -> dict[str, float]:
                 expected = 0 if rule == "block" else sum(size > 1 for size in mesh.shape)
                 assert counted.count == expected, (rule, mesh, counted.count)
             if kernel == "triton" and rule == "block":
-                assert len(many._plan._launches) > 0
+                assert len(many._prepared.launches) > 0
             kind = f"{rule} {dtype} {state_dtype}"
             for p, q, case in zip(full, split, found, strict=True):
                 assert one.state[p].keys() == many.state[q].keys()
