@@ -51,7 +51,7 @@ class Launch(Protocol):
     """A launch of a kernel that updates several members at once.
 
     ``make_launches(members)`` of a module of kernels returns launches, and the members that no kernel takes. A launch
-    can run again until its ``PreparedStep`` no longer holds. ``kernels.tables.AddressTable`` has all of this but ``run``.
+    can run again while its ``PreparedStep`` holds. ``kernels.tables.AddressTable`` has all of this but ``run``.
     """
 
     streams: numpy.ndarray  # of its members
