@@ -1,8 +1,8 @@
-"""Stands in for axolotl, which needs an environment of its own: its plugin interface, and what it does with a YAML.
+"""A small copy of axolotl's plugin interface and of how it trains from a YAML, as axolotl needs its own environment.
 
-`python axolotl_stand_in.py CONFIG.yaml ...` follows axolotl 0.17 and 0.19: import the plugins, derive the config class
-from the plugins' classes and validate, build TrainingArguments and Trainer, let the plugins add theirs, train. As in
-0.17, the config class lists the legal optimizers, as they were before any plugin was imported.
+`python axolotl_stand_in.py CONFIG.yaml ...` does what axolotl 0.17 and 0.19 do: import the plugins, derive the config
+class from the plugins' classes and validate, build TrainingArguments and Trainer, add the plugins' arguments and
+callbacks, train. As in 0.17, the config class lists the optimizers that were legal before a plugin was imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 
 
 class BasePlugin:
-    """The hooks that FoamPlugin could meet; axolotl's own does nothing in each, too."""
+    """The hooks of axolotl's class that FoamPlugin may override; they do nothing there either."""
 
     def register(self, cfg: Any) -> None: ...
 
@@ -48,7 +48,7 @@ class Config(BaseModel):
 
 
 class Settings(dict):
-    """As axolotl's own: a key by attribute, None where there is none."""
+    """A dict whose keys are attributes, as in axolotl; a missing key is None."""
 
     __getattr__ = dict.get
 

@@ -1,4 +1,4 @@
-"""What the tests of recipes/benchmarks share: their scripts as commands, and called in this process."""
+"""Functions that run a script of recipes/benchmarks, as a command or in this process."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BENCHMARKS = REPOSITORY / "recipes" / "benchmarks"
-# What a case imports itself takes it some ten seconds; the server that all cases are forked from does so once.
+# Importing these takes about ten seconds. The server that cases are forked from imports them once.
 IMPORTED_ONCE = ["torch", "torch._dynamo", "transformers.trainer", "transformers.models.llama.modeling_llama"]
 
 
 def run(script: str, *words: str, check: bool = True) -> subprocess.CompletedProcess:
-    """A script, named as in `speed.step_speed`, as the command that a user gives."""
+    """Run a script, with a name as `speed.step_speed`, as a user's command."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     command = [sys.executable, "-m", f"recipes.benchmarks.{script}", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY, timeout=500)
@@ -28,7 +28,7 @@ def run(script: str, *words: str, check: bool = True) -> subprocess.CompletedPro
 
 
 def call(script: str, *words: str) -> str:
-    """What the main() of a script prints; it still runs every case in a process of its own."""
+    """Call the main() of a script and return what it prints. It still runs every case in its own process."""
     start_server()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         importlib.import_module(f"recipes.benchmarks.{script}").main([*words])
@@ -36,18 +36,18 @@ def call(script: str, *words: str) -> str:
 
 
 def refused(script: str, *words: str) -> str:
-    """The error of a script whose arguments are wrong."""
-    with contextlib.redirect_stderr(io.StringIO()) as told:
+    """What a script prints to stderr when its arguments are wrong; AssertionError if it accepts them."""
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
         try:
             importlib.import_module(f"recipes.benchmarks.{script}").main([*words])
         except SystemExit as stopped:
             assert stopped.code not in (None, 0)
         else:
             raise AssertionError(f"{script} {words} was not refused")
-    return told.getvalue()
+    return stderr.getvalue()
 
 
 def start_server() -> None:
-    """multiprocessing's forkserver of this process, where none runs yet."""
+    """Start multiprocessing's forkserver for this process, unless it runs already."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED_ONCE)
     multiprocessing.forkserver.ensure_running()

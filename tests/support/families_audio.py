@@ -1,4 +1,4 @@
-"""Families that hear, and those that look at numbers over time."""
+"""Families of models for audio, and for time series."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.family import HEAD, NO_KV, SEQ2SEQ, TEXT, VOCAB, Example, Fam
 
 AUDIO = "Audio"
 SERIES = "Time series"
-PIECE = 60  # the token that stands for a piece of a sound
+PIECE = 60  # the token whose embeddings are replaced by those of a sound
 WAV: dict[str, Any] = {
     **NO_KV,
     "num_hidden_layers": 1,
@@ -67,7 +67,7 @@ def spectrogram(number: int) -> Example:
 
 
 def heard(pieces: int, **more: Any) -> Callable[[int], Example]:
-    """A sound that becomes `pieces` tokens, before its text."""
+    """Examples of a sound, encoded as `pieces` tokens, and a text after it."""
 
     def example(number: int) -> Example:
         ids = torch.cat([torch.tensor([1]), torch.full((pieces,), PIECE), tokens(number, 6)])
@@ -104,26 +104,26 @@ def timed_series(number: int) -> Example:
 Examples = Callable[[int], Example]
 
 
-def _hear(name: str, model: str, config: Mapping[str, Any] = WAV, on: Examples = sound, **own: Any) -> Family:
+def _audio_family(name: str, model: str, config: Mapping[str, Any] = WAV, on: Examples = sound, **own: Any) -> Family:
     return Family(name, AUDIO, model, {**config, **own}, on)
 
 
-def _foresee(name: str, model: str, on: Examples, **config: Any) -> Family:
+def _forecast_family(name: str, model: str, on: Examples, **config: Any) -> Family:
     return Family(name, SERIES, model, config, on)
 
 
 FAMILIES = [
-    _hear("Wav2Vec2", "Wav2Vec2ForCTC", on=transcribed),
-    _hear("HuBERT", "HubertForSequenceClassification"),
-    _hear("WavLM", "WavLMForSequenceClassification"),
-    _hear("UniSpeech-SAT", "UniSpeechSatForSequenceClassification"),
-    _hear(
+    _audio_family("Wav2Vec2", "Wav2Vec2ForCTC", on=transcribed),
+    _audio_family("HuBERT", "HubertForSequenceClassification"),
+    _audio_family("WavLM", "WavLMForSequenceClassification"),
+    _audio_family("UniSpeech-SAT", "UniSpeechSatForSequenceClassification"),
+    _audio_family(
         "data2vec (audio)", "Data2VecAudioForSequenceClassification", conv_pos_kernel_size=3, num_conv_pos_embeddings=2
     ),
-    _hear("SEW", "SEWForSequenceClassification", squeeze_factor=2),
-    _hear("SEW-D", "SEWDForSequenceClassification", squeeze_factor=2),
-    _hear("Wav2Vec2-Conformer", "Wav2Vec2ConformerForCTC", on=transcribed),
-    _hear(
+    _audio_family("SEW", "SEWForSequenceClassification", squeeze_factor=2),
+    _audio_family("SEW-D", "SEWDForSequenceClassification", squeeze_factor=2),
+    _audio_family("Wav2Vec2-Conformer", "Wav2Vec2ConformerForCTC", on=transcribed),
+    _audio_family(
         "Wav2Vec2-BERT",
         "Wav2Vec2BertForCTC",
         ONE_LAYER,
@@ -134,7 +134,7 @@ FAMILIES = [
         apply_spec_augment=False,
         layerdrop=0.0,
     ),
-    _hear(
+    _audio_family(
         "Whisper",
         "WhisperForConditionalGeneration",
         SEQ2SEQ,
@@ -143,7 +143,7 @@ FAMILIES = [
         max_source_positions=12,
         max_target_positions=16,
     ),
-    _hear(
+    _audio_family(
         "Speech2Text",
         "Speech2TextForConditionalGeneration",
         SEQ2SEQ,
@@ -155,7 +155,7 @@ FAMILIES = [
         max_source_positions=64,
         max_target_positions=64,
     ),
-    _hear(
+    _audio_family(
         "Audio Spectrogram Transformer",
         "ASTForAudioClassification",
         ONE_LAYER,
@@ -166,7 +166,7 @@ FAMILIES = [
         max_length=24,
         num_mel_bins=16,
     ),
-    _hear(
+    _audio_family(
         "Moonshine",
         "MoonshineForConditionalGeneration",
         TEXT,
@@ -179,7 +179,7 @@ FAMILIES = [
         decoder_num_key_value_heads=4,
         decoder_start_token_id=1,
     ),
-    _hear(
+    _audio_family(
         "SpeechT5",
         "SpeechT5ForSpeechToText",
         {**WAV, **SEQ2SEQ},
@@ -187,7 +187,7 @@ FAMILIES = [
         encoder_layerdrop=0.0,
         decoder_layerdrop=0.0,
     ),
-    _hear(
+    _audio_family(
         "CLAP",
         "ClapModel",
         {},
@@ -208,7 +208,7 @@ FAMILIES = [
         },
         projection_dim=16,
     ),
-    _hear(
+    _audio_family(
         "Qwen2-Audio",
         "Qwen2AudioForConditionalGeneration",
         {},
@@ -224,7 +224,7 @@ FAMILIES = [
         text_config={"model_type": "qwen2", **TEXT},
         audio_token_index=PIECE,
     ),
-    _hear(
+    _audio_family(
         "Parakeet (CTC)",
         "ParakeetForCTC",
         {},
@@ -241,7 +241,7 @@ FAMILIES = [
             "conv_kernel_size": 5,
         },
     ),
-    _hear(
+    _audio_family(
         "Voxtral",
         "VoxtralForConditionalGeneration",
         {},
@@ -257,7 +257,7 @@ FAMILIES = [
         text_config={"model_type": "llama", **HEAD},
         audio_token_id=PIECE,
     ),
-    _hear(
+    _audio_family(
         "MusicGen",
         "MusicgenForCausalLM",
         {},
@@ -272,7 +272,7 @@ FAMILIES = [
         bos_token_id=32,
     ),
     replace(
-        _hear(
+        _audio_family(
             "VITS",
             "VitsModel",
             {
@@ -300,7 +300,7 @@ FAMILIES = [
         limit="it has no training",
         error="Training of VITS is not supported yet",
     ),
-    _foresee(
+    _forecast_family(
         "PatchTST",
         "PatchTSTForPrediction",
         series,
@@ -310,7 +310,7 @@ FAMILIES = [
         num_attention_heads=2,
         ffn_dim=16,
     ),
-    _foresee(
+    _forecast_family(
         "PatchTSMixer",
         "PatchTSMixerForPrediction",
         series,
@@ -318,7 +318,7 @@ FAMILIES = [
         d_model=16,
         num_layers=1,
     ),
-    _foresee("Time Series Transformer", "TimeSeriesTransformerForPrediction", timed_series, **FORECAST),
-    _foresee("Informer", "InformerForPrediction", timed_series, **FORECAST),
-    _foresee("Autoformer", "AutoformerForPrediction", timed_series, **FORECAST, label_length=4),
+    _forecast_family("Time Series Transformer", "TimeSeriesTransformerForPrediction", timed_series, **FORECAST),
+    _forecast_family("Informer", "InformerForPrediction", timed_series, **FORECAST),
+    _forecast_family("Autoformer", "AutoformerForPrediction", timed_series, **FORECAST, label_length=4),
 ]

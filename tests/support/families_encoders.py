@@ -1,4 +1,4 @@
-"""Families with an encoder of text: encoder-decoders, and encoders with a classification head."""
+"""Families of models for text with an encoder: encoder-decoders, and encoders with a classification head."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ XLNET = {"vocab_size": VOCAB, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner
 FUNNEL = {"vocab_size": VOCAB, "block_sizes": [1, 1], "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48}
 
 
-def _pair(name: str, model: str, config: Mapping[str, Any] = SEQ2SEQ, **own: Any) -> Family:
+def _encoder_decoder(name: str, model: str, config: Mapping[str, Any] = SEQ2SEQ, **own: Any) -> Family:
     return Family(name, PAIRS, model, {**config, **own}, sequences)
 
 
@@ -34,11 +34,11 @@ def _encoder(name: str, model: str, config: Mapping[str, Any] = NO_KV, **own: An
 
 
 FAMILIES = [
-    _pair("T5, Flan-T5", "T5ForConditionalGeneration", T5),
-    _pair("mT5", "MT5ForConditionalGeneration", T5),
-    _pair("UMT5", "UMT5ForConditionalGeneration", T5),
-    _pair("LongT5", "LongT5ForConditionalGeneration", T5, local_radius=4),
-    _pair(
+    _encoder_decoder("T5, Flan-T5", "T5ForConditionalGeneration", T5),
+    _encoder_decoder("mT5", "MT5ForConditionalGeneration", T5),
+    _encoder_decoder("UMT5", "UMT5ForConditionalGeneration", T5),
+    _encoder_decoder("LongT5", "LongT5ForConditionalGeneration", T5, local_radius=4),
+    _encoder_decoder(
         "Switch Transformers",
         "SwitchTransformersForConditionalGeneration",
         T5,
@@ -46,24 +46,26 @@ FAMILIES = [
         num_sparse_encoder_layers=1,
         num_sparse_decoder_layers=1,
     ),
-    _pair("BART", "BartForConditionalGeneration"),
-    _pair("mBART", "MBartForConditionalGeneration"),
-    _pair("Pegasus", "PegasusForConditionalGeneration"),
-    _pair("PEGASUS-X", "PegasusXForConditionalGeneration", block_size=8, num_global_tokens=2),
-    _pair("BigBird-Pegasus", "BigBirdPegasusForConditionalGeneration", attention_type="original_full"),
-    _pair("Marian (OPUS-MT)", "MarianMTModel"),
-    _pair("M2M100, NLLB", "M2M100ForConditionalGeneration"),
-    _pair("NLLB-MoE", "NllbMoeForConditionalGeneration", num_experts=2, encoder_sparse_step=1, decoder_sparse_step=1),
-    _pair("Blenderbot", "BlenderbotForConditionalGeneration"),
-    _pair("PLBart", "PLBartForConditionalGeneration"),
-    _pair(
+    _encoder_decoder("BART", "BartForConditionalGeneration"),
+    _encoder_decoder("mBART", "MBartForConditionalGeneration"),
+    _encoder_decoder("Pegasus", "PegasusForConditionalGeneration"),
+    _encoder_decoder("PEGASUS-X", "PegasusXForConditionalGeneration", block_size=8, num_global_tokens=2),
+    _encoder_decoder("BigBird-Pegasus", "BigBirdPegasusForConditionalGeneration", attention_type="original_full"),
+    _encoder_decoder("Marian (OPUS-MT)", "MarianMTModel"),
+    _encoder_decoder("M2M100, NLLB", "M2M100ForConditionalGeneration"),
+    _encoder_decoder(
+        "NLLB-MoE", "NllbMoeForConditionalGeneration", num_experts=2, encoder_sparse_step=1, decoder_sparse_step=1
+    ),
+    _encoder_decoder("Blenderbot", "BlenderbotForConditionalGeneration"),
+    _encoder_decoder("PLBart", "PLBartForConditionalGeneration"),
+    _encoder_decoder(
         "LED",
         "LEDForConditionalGeneration",
         max_encoder_position_embeddings=64,
         max_decoder_position_embeddings=64,
         attention_window=4,
     ),
-    _pair("ProphetNet", "ProphetNetForConditionalGeneration", PROPHET),
+    _encoder_decoder("ProphetNet", "ProphetNetForConditionalGeneration", PROPHET),
     _encoder("BERT", "BertForSequenceClassification"),
     _encoder("RoBERTa", "RobertaForSequenceClassification", pad_token_id=1, bos_token_id=0),
     _encoder("XLM-RoBERTa, CamemBERT", "XLMRobertaForSequenceClassification", pad_token_id=1, bos_token_id=0),

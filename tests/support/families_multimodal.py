@@ -1,4 +1,4 @@
-"""Families that see and read."""
+"""Families of models for images and text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.family import (
 )
 
 MULTIMODAL = "Vision and language"
-PIECE = 60  # the token that stands for a piece of an image
+PIECE = 60  # the token whose embeddings are replaced by those of an image
 OPT = {"model_type": "opt", **NO_KV, "ffn_dim": 48, "word_embed_proj_dim": 32}
 QWEN_TOKENS = {"image_token_id": PIECE, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
 
@@ -39,22 +39,22 @@ def _rope(*sections: int) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}}
 
 
-# what the models are trained on
+# Training examples
 
 
 def with_words(number: int, pieces: int) -> Example:
-    """The places of a picture's pieces in a text, and the text, which is to be learned."""
+    """Token ids: `pieces` tokens that stand for an image, then a text, whose tokens are the labels."""
     ids = torch.cat([torch.tensor([1]), torch.full((pieces,), PIECE), tokens(number, 6)])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(ids == PIECE, -100)}
 
 
 def seen(pieces: int = 16, **more: Any) -> Callable[[int], Example]:
-    """A picture that becomes `pieces` tokens, before its text."""
+    """Examples of an image, encoded as `pieces` tokens, and a text after it."""
     return lambda number: {**with_words(number, pieces), **picture(number), **more}
 
 
 def typed(pieces: int, of_text: int) -> Callable[[int], Example]:
-    """The same, with token types: of text, `of_text`."""
+    """As `seen`, with token types: `of_text` for text, the other number for the image."""
 
     def example(number: int) -> Example:
         words = seen(pieces)(number)
@@ -68,7 +68,7 @@ def in_tiles(number: int) -> Example:
 
 
 def in_tiles_of_next(number: int) -> Example:
-    """The picture and one tile of it, with a token at the end of each of its four lines."""
+    """An image and one tile of it, with a token after each of its four lines."""
     size = torch.tensor([SIDE, SIDE])
     return {**with_words(number, 36), "pixel_values": noise(number, 2, 3, SIDE, SIDE), "image_sizes": size}
 
@@ -115,7 +115,7 @@ def page(number: int) -> Example:
 
 
 def crossed(number: int) -> Example:
-    """A picture that is attended to, not written into the text."""
+    """An image that the model reads by cross-attention; it has no tokens in the text."""
     return {
         **language(number),
         "pixel_values": noise(number, 1, 1, 3, SIDE, SIDE),
@@ -128,12 +128,12 @@ def crossed(number: int) -> Example:
 Examples = Callable[[int], Example]
 
 
-def _tell(name: str, model: str, on: Examples, **config: Any) -> Family:
-    return Family(name, MULTIMODAL, model, config, on)
+def _family(name: str, model: str, example: Examples, **config: Any) -> Family:
+    return Family(name, MULTIMODAL, model, config, example)
 
 
 FAMILIES = [
-    _tell(
+    _family(
         "CLIP",
         "CLIPModel",
         pair,
@@ -141,8 +141,8 @@ FAMILIES = [
         vision_config={**VIT, "projection_dim": 16},
         projection_dim=16,
     ),
-    _tell("SigLIP", "SiglipModel", pair, text_config=NO_KV, vision_config=VIT),
-    _tell(
+    _family("SigLIP", "SiglipModel", pair, text_config=NO_KV, vision_config=VIT),
+    _family(
         "AltCLIP",
         "AltCLIPModel",
         pair,
@@ -150,8 +150,8 @@ FAMILIES = [
         vision_config=VIT,
         projection_dim=16,
     ),
-    _tell("Chinese-CLIP", "ChineseCLIPModel", pair, text_config=NO_KV, vision_config=VIT, projection_dim=16),
-    _tell(
+    _family("Chinese-CLIP", "ChineseCLIPModel", pair, text_config=NO_KV, vision_config=VIT, projection_dim=16),
+    _family(
         "BLIP",
         "BlipForConditionalGeneration",
         described,
@@ -159,7 +159,7 @@ FAMILIES = [
         vision_config=VIT,
         projection_dim=16,
     ),
-    _tell(
+    _family(
         "BLIP-2",
         "Blip2ForConditionalGeneration",
         seen(4),
@@ -169,7 +169,7 @@ FAMILIES = [
         num_query_tokens=4,
         image_token_index=PIECE,
     ),
-    _tell(
+    _family(
         "InstructBLIP",
         "InstructBlipForConditionalGeneration",
         instructed,
@@ -179,9 +179,9 @@ FAMILIES = [
         num_query_tokens=4,
         image_token_index=PIECE,
     ),
-    _tell("GIT", "GitForCausalLM", described, **NO_KV, vision_config=VIT),
-    _tell("ViLT", "ViltForQuestionAnswering", asked, **{**NO_KV, **VIT}),
-    _tell(
+    _family("GIT", "GitForCausalLM", described, **NO_KV, vision_config=VIT),
+    _family("ViLT", "ViltForQuestionAnswering", asked, **{**NO_KV, **VIT}),
+    _family(
         "LLaVA",
         "LlavaForConditionalGeneration",
         seen(),
@@ -189,7 +189,7 @@ FAMILIES = [
         text_config=_part("llama", TEXT),
         image_token_index=PIECE,
     ),
-    _tell(
+    _family(
         "VipLLaVA",
         "VipLlavaForConditionalGeneration",
         seen(),
@@ -198,7 +198,7 @@ FAMILIES = [
         image_token_index=PIECE,
         vision_feature_layers=[-1],
     ),
-    _tell(
+    _family(
         "LLaVA-NeXT",
         "LlavaNextForConditionalGeneration",
         in_tiles_of_next,
@@ -207,7 +207,7 @@ FAMILIES = [
         image_token_index=PIECE,
         image_grid_pinpoints=[[SIDE, SIDE]],
     ),
-    _tell(
+    _family(
         "PaliGemma",
         "PaliGemmaForConditionalGeneration",
         typed(16, 1),
@@ -217,7 +217,7 @@ FAMILIES = [
         projection_dim=32,
         hidden_size=32,
     ),
-    _tell(
+    _family(
         "Gemma 3",
         "Gemma3ForConditionalGeneration",
         typed(4, 0),
@@ -226,7 +226,7 @@ FAMILIES = [
         image_token_index=PIECE,
         mm_tokens_per_image=4,
     ),
-    _tell(
+    _family(
         "Qwen2-VL",
         "Qwen2VLForConditionalGeneration",
         in_patches,
@@ -241,7 +241,7 @@ FAMILIES = [
         text_config={**TEXT, **_rope(1, 1, 2)},
         **QWEN_TOKENS,
     ),
-    _tell(
+    _family(
         "Qwen2.5-VL",
         "Qwen2_5_VLForConditionalGeneration",
         in_patches,
@@ -258,7 +258,7 @@ FAMILIES = [
         text_config={**TEXT, **_rope(1, 1, 2)},
         **QWEN_TOKENS,
     ),
-    _tell(
+    _family(
         "Qwen3-VL",
         "Qwen3VLForConditionalGeneration",
         in_patches,
@@ -275,7 +275,7 @@ FAMILIES = [
         text_config={**HEAD, **_rope(2, 1, 1)},
         **QWEN_TOKENS,
     ),
-    _tell(
+    _family(
         "Idefics 2",
         "Idefics2ForConditionalGeneration",
         in_tiles,
@@ -291,7 +291,7 @@ FAMILIES = [
         },
         image_token_id=PIECE,
     ),
-    _tell(
+    _family(
         "Idefics 3, SmolVLM",
         "Idefics3ForConditionalGeneration",
         in_tiles,
@@ -300,7 +300,7 @@ FAMILIES = [
         scale_factor=2,
         image_token_id=PIECE,
     ),
-    _tell(
+    _family(
         "SmolVLM 2",
         "SmolVLMForConditionalGeneration",
         in_tiles,
@@ -309,7 +309,7 @@ FAMILIES = [
         scale_factor=2,
         image_token_id=PIECE,
     ),
-    _tell(
+    _family(
         "InternVL",
         "InternVLForConditionalGeneration",
         seen(4),
@@ -318,7 +318,7 @@ FAMILIES = [
         image_token_id=PIECE,
         downsample_ratio=0.5,
     ),
-    _tell(
+    _family(
         "Aya Vision",
         "AyaVisionForConditionalGeneration",
         seen(4),
@@ -328,7 +328,7 @@ FAMILIES = [
         downsample_factor=2,
         adapter_layer_norm_eps=1e-6,
     ),
-    _tell(
+    _family(
         "Mistral 3 (Pixtral)",
         "Mistral3ForConditionalGeneration",
         sized,
@@ -337,7 +337,7 @@ FAMILIES = [
         image_token_index=PIECE,
         spatial_merge_size=2,
     ),
-    _tell(
+    _family(
         "Florence-2",
         "Florence2ForConditionalGeneration",
         seen(17),
@@ -356,7 +356,7 @@ FAMILIES = [
         text_config={"model_type": "bart", **SEQ2SEQ},
         image_token_id=PIECE,
     ),
-    _tell(
+    _family(
         "Pix2Struct",
         "Pix2StructForConditionalGeneration",
         flattened,
@@ -379,7 +379,7 @@ FAMILIES = [
             "seq_len": 16,
         },
     ),
-    _tell(
+    _family(
         "LayoutLMv3",
         "LayoutLMv3ForSequenceClassification",
         page,
@@ -394,7 +394,7 @@ FAMILIES = [
             "num_hidden_layers": 1,
         },
     ),
-    _tell(
+    _family(
         "Mllama (Llama 3.2 Vision)",
         "MllamaForConditionalGeneration",
         crossed,
@@ -414,7 +414,7 @@ FAMILIES = [
         text_config={**TEXT, "cross_attention_layers": [1]},
         image_token_index=PIECE,
     ),
-    _tell(
+    _family(
         "TrOCR, Donut, ViT-GPT2",
         "VisionEncoderDecoderModel",
         captioned,

@@ -1,4 +1,4 @@
-"""Families that write text by themselves: decoders, mixtures of experts, state-space models."""
+"""Families of models that generate text: decoders, mixtures of experts, state-space models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Families that see: images and films."""
+"""Families of models for images and videos."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _part(kind: str, config: Mapping[str, Any] = VIT, **own: Any) -> dict[str, A
     return {"model_type": kind, **config, **own}
 
 
-# what the models are trained on
+# Training examples
 
 
 def picture(number: int) -> Example:
@@ -83,21 +83,21 @@ def film(number: int) -> Example:
 Examples = Callable[[int], Example]
 
 
-def _see(
+def _vision_family(
     name: str, model: str, config: Mapping[str, Any] = VIT, on: Examples = labelled_picture, **own: Any
 ) -> Family:
     return Family(name, VISION, model, {**config, **own}, on)
 
 
 FAMILIES = [
-    _see("ViT", "ViTForImageClassification"),
-    _see("DeiT", "DeiTForImageClassification"),
-    _see("BEiT", "BeitForImageClassification"),
-    _see("data2vec (vision)", "Data2VecVisionForImageClassification"),
-    _see("DINOv2", "Dinov2ForImageClassification", mlp_ratio=2),
-    _see("DINOv2 with registers", "Dinov2WithRegistersForImageClassification", mlp_ratio=2),
-    _see("ViT-MSN", "ViTMSNForImageClassification"),
-    _see(
+    _vision_family("ViT", "ViTForImageClassification"),
+    _vision_family("DeiT", "DeiTForImageClassification"),
+    _vision_family("BEiT", "BeitForImageClassification"),
+    _vision_family("data2vec (vision)", "Data2VecVisionForImageClassification"),
+    _vision_family("DINOv2", "Dinov2ForImageClassification", mlp_ratio=2),
+    _vision_family("DINOv2 with registers", "Dinov2WithRegistersForImageClassification", mlp_ratio=2),
+    _vision_family("ViT-MSN", "ViTMSNForImageClassification"),
+    _vision_family(
         "ViT-MAE",
         "ViTMAEForPreTraining",
         on=picture,
@@ -106,17 +106,19 @@ FAMILIES = [
         decoder_num_attention_heads=2,
         decoder_intermediate_size=48,
     ),
-    _see("I-JEPA", "IJepaForImageClassification"),
-    _see("Swin", "SwinForImageClassification", SWIN),
-    _see("Swin v2", "Swinv2ForImageClassification", SWIN),
-    _see("ConvNeXT", "ConvNextForImageClassification", STAGES, num_stages=2),
-    _see("ConvNeXT v2", "ConvNextV2ForImageClassification", STAGES, num_stages=2),
-    _see("ResNet", "ResNetForImageClassification", STAGES, embedding_size=16, layer_type="basic"),
-    _see("RegNet", "RegNetForImageClassification", STAGES, embedding_size=16, groups_width=8),
-    _see("BiT", "BitForImageClassification", STAGES, embedding_size=16, num_groups=8),
-    _see("MobileNet v2", "MobileNetV2ForImageClassification", {"image_size": SIDE, "depth_multiplier": 0.25}),
-    _see("PVT v2", "PvtV2ForImageClassification", {**PYRAMID, "image_size": SIDE}),
-    _see(
+    _vision_family("I-JEPA", "IJepaForImageClassification"),
+    _vision_family("Swin", "SwinForImageClassification", SWIN),
+    _vision_family("Swin v2", "Swinv2ForImageClassification", SWIN),
+    _vision_family("ConvNeXT", "ConvNextForImageClassification", STAGES, num_stages=2),
+    _vision_family("ConvNeXT v2", "ConvNextV2ForImageClassification", STAGES, num_stages=2),
+    _vision_family("ResNet", "ResNetForImageClassification", STAGES, embedding_size=16, layer_type="basic"),
+    _vision_family("RegNet", "RegNetForImageClassification", STAGES, embedding_size=16, groups_width=8),
+    _vision_family("BiT", "BitForImageClassification", STAGES, embedding_size=16, num_groups=8),
+    _vision_family(
+        "MobileNet v2", "MobileNetV2ForImageClassification", {"image_size": SIDE, "depth_multiplier": 0.25}
+    ),
+    _vision_family("PVT v2", "PvtV2ForImageClassification", {**PYRAMID, "image_size": SIDE}),
+    _vision_family(
         "Hiera",
         "HieraForImageClassification",
         {
@@ -133,7 +135,7 @@ FAMILIES = [
             "num_query_pool": 1,
         },
     ),
-    _see(
+    _vision_family(
         "FocalNet",
         "FocalNetForImageClassification",
         {
@@ -146,7 +148,7 @@ FAMILIES = [
             "focal_windows": [3, 3],
         },
     ),
-    _see(
+    _vision_family(
         "PoolFormer",
         "PoolFormerForImageClassification",
         {
@@ -158,9 +160,11 @@ FAMILIES = [
             "num_encoder_blocks": 2,
         },
     ),
-    _see("SegFormer", "SegformerForSemanticSegmentation", {**PYRAMID, "decoder_hidden_size": 32}, segmented_picture),
+    _vision_family(
+        "SegFormer", "SegformerForSemanticSegmentation", {**PYRAMID, "decoder_hidden_size": 32}, segmented_picture
+    ),
     replace(
-        _see(
+        _vision_family(
             "DPT",
             "DPTForDepthEstimation",
             on=depth_picture,
@@ -174,12 +178,12 @@ FAMILIES = [
         error="Training is not implemented yet",
     ),
     replace(
-        _see("GLPN", "GLPNForDepthEstimation", {**PYRAMID, "decoder_hidden_size": 16}, depth_picture),
+        _vision_family("GLPN", "GLPNForDepthEstimation", {**PYRAMID, "decoder_hidden_size": 16}, depth_picture),
         limit="Trainer changes its loss in place, which autograd refuses",
         error="output 0 of Sqrt, is at version 1",
     ),
     replace(
-        _see(
+        _vision_family(
             "SAM",
             "SamModel",
             {
@@ -215,8 +219,10 @@ FAMILIES = [
         limit="it has no loss",
         error="did not return a loss",
     ),
-    _see("YOLOS", "YolosForObjectDetection", on=boxed_picture, num_detection_tokens=4, image_size=[SIDE, SIDE]),
-    _see(
+    _vision_family(
+        "YOLOS", "YolosForObjectDetection", on=boxed_picture, num_detection_tokens=4, image_size=[SIDE, SIDE]
+    ),
+    _vision_family(
         "DETR",
         "DetrForObjectDetection",
         dict(
@@ -234,7 +240,7 @@ FAMILIES = [
         ),
         boxed_picture,
     ),
-    _see(
+    _vision_family(
         "UPerNet",
         "UperNetForSemanticSegmentation",
         {
@@ -253,7 +259,7 @@ FAMILIES = [
         },
         segmented_picture,
     ),
-    _see("VideoMAE", "VideoMAEForVideoClassification", on=film, num_frames=4),
-    _see("TimeSformer", "TimesformerForVideoClassification", on=film, num_frames=4),
-    _see("ViViT", "VivitForVideoClassification", on=film, num_frames=4, tubelet_size=[2, 8, 8]),
+    _vision_family("VideoMAE", "VideoMAEForVideoClassification", on=film, num_frames=4),
+    _vision_family("TimeSformer", "TimesformerForVideoClassification", on=film, num_frames=4),
+    _vision_family("ViViT", "VivitForVideoClassification", on=film, num_frames=4, tubelet_size=[2, 8, 8]),
 ]

@@ -1,4 +1,4 @@
-"""What a family of models is to tests/support/model_families.py; sizes and texts that many share."""
+"""``Family``, a row of the table in docs/models.md, and the configs and examples that many families share."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Family:
 
     Attributes:
         name: what people call the family.
-        group: the heading that it stands under.
+        group: its heading in the page.
         model: name of the transformers class that is trained.
-        config: what its config is given; parts of a model are dicts.
-        example: makes the example of a number.
-        limit: why transformers cannot train it, whatever the optimizer; empty where it can.
-        error: words of the error that says so.
+        config: arguments of its config; a nested config is a dict.
+        example: makes a training example from a number.
+        limit: why transformers cannot train it with any optimizer; empty if it can.
+        error: part of the message of the error that it raises then.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Family:
     error: str = ""
 
     def make(self) -> nn.Module:
-        """The model, the same each time."""
+        """A model with the same random weights each time."""
         import transformers
 
         torch.manual_seed(0)
@@ -48,7 +48,7 @@ class Family:
         return [self.example(number) for number in range(count)]
 
 
-# what the models are trained on
+# Training examples
 
 
 def noise(number: int, *shape: int) -> Tensor:
@@ -77,12 +77,12 @@ def sentence(number: int) -> Example:
 
 
 def boxed(number: int) -> Example:
-    """Words with their places on a page."""
+    """A text whose words have boxes on a page."""
     corners = torch.arange(LENGTH)[:, None] + torch.tensor([1, 2, 11, 12])
     return {**sentence(number), "bbox": corners}
 
 
-# sizes that most configs know by these names
+# Arguments of configs
 
 TEXT: dict[str, Any] = {
     "vocab_size": VOCAB,

@@ -1,4 +1,4 @@
-"""What the tests of the instruct recipe share: its script, tiny models with real chat templates, small files."""
+"""Helpers for tests of the instruct recipe: its script, tiny models with real chat templates, small data files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHATML = (
 )
 QUICK = "--max_steps 2 --per_device_train_batch_size 2 --per_device_eval_batch_size 4 --eval_samples 3 "
 QUICK += "--max_new_tokens 4 --save_strategy no --eval_strategy no --disable_tqdm true --use_cpu true"
-# The special tokens of each family: what ends an answer first, what starts a text, what ends one.
+# The special tokens of each family: the one that ends an answer, that starts a text, that ends a text, and others.
 MARKS = {
     "smollm2": ("<|im_end|>", "<|im_start|>", "<|endoftext|>"),
     "qwen2.5": ("<|im_end|>", "<|im_start|>", "<|endoftext|>"),
@@ -26,12 +26,12 @@ MARKS = {
     "qwen3": ("<|im_end|>", "<|im_start|>", "<|endoftext|>"),
     "llama": ("<|eot_id|>", "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
 }
-# The published ones, as TRL keeps them.
+# Family -> its published chat template, by its file name in TRL.
 TEMPLATES = {"qwen2.5": "qwen2_5", "qwen2.5-instruct": "qwen2_5", "qwen3": "qwen3", "llama": "llama3_2"}
 
 
 def load_script() -> ModuleType:
-    """train.py under a name of its own: "train" is the GLUE recipe's in the same test run."""
+    """Import train.py as `instruct_train`, because the GLUE recipe's train.py may be imported as `train`."""
     if "instruct_train" not in sys.modules:
         sys.path.insert(0, str(RECIPE))
         spec = importlib.util.spec_from_file_location("instruct_train", RECIPE / "train.py")
@@ -51,7 +51,7 @@ def chat_template(family: str) -> str:
 
 
 def byte_tokenizer(family: str = "smollm2") -> Any:
-    """Every byte is a token, and so are the marks of the family, whose chat template it has."""
+    """A tokenizer with a token for each byte and the special tokens and chat template of a family."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -63,14 +63,16 @@ def byte_tokenizer(family: str = "smollm2") -> Any:
     inner.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=chat_template(family))
     tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
-    # Qwen2.5's base models end a text, not an answer, with their end of sequence.
+    # The end of sequence of Qwen2.5's base models ends a text, not an answer.
     tokenizer.eos_token = marks[2] if family == "qwen2.5" else marks[0]
-    tokenizer.pad_token = marks[0] if family == "smollm2" else marks[2]  # SmolLM2 pads with what ends an answer
+    tokenizer.pad_token = (
+        marks[0] if family == "smollm2" else marks[2]
+    )  # SmolLM2 pads with the token that ends an answer
     return tokenizer
 
 
 def save_model(folder: Path, family: str = "smollm2", **config: Any) -> Path:
-    """A random model of two layers, LLaMA's or Qwen2's, and its tokenizer, in `folder`."""
+    """Save a random LLaMA or Qwen2 of two layers and its tokenizer to `folder`."""
     from tests.support.tiny_models import tiny_llama, tiny_qwen2
 
     tokenizer = byte_tokenizer(family)
@@ -83,7 +85,7 @@ def save_model(folder: Path, family: str = "smollm2", **config: Any) -> Path:
 
 
 def sums(count: int = 12) -> list[dict[str, str]]:
-    """Made-up rows in Alpaca's columns; answers end in a number."""
+    """Made-up examples in Alpaca's columns; their answers end in a number."""
     return [
         {"instruction": f"Add {i}", "input": f"and {i}" if i % 2 else "", "output": f"Sum.\n#### {2 * i}"}
         for i in range(count)
@@ -97,6 +99,6 @@ def write_jsonl(path: Path, rows: list) -> Path:
 
 
 def flags(model: Path | str, data: Path | str, out: Path, *more: str) -> list[str]:
-    """Flags of a run of two steps on the CPU."""
+    """The flags of a run of two steps on the CPU."""
     where = ["--model_name_or_path", str(model), "--dataset_path", str(data), "--output_dir", str(out)]
     return [*where, *QUICK.split(), *more]

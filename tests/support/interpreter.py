@@ -1,4 +1,4 @@
-"""Triton's interpreter without work that it does again and again."""
+"""A patch that makes Triton's interpreter faster, by work that it need not repeat."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def patch_once() -> None:
-    """Let a device function that is called inside a kernel leave triton.language as the kernel's launch patched it.
+    """Patch triton.language once for a kernel, not again for every device function that the kernel calls.
 
-    The interpreter patches all of it anew for every such call, which changes nothing and takes a third of its time.
+    The interpreter patches it at every such call. That changes nothing, and takes a third of the time.
     """
     from triton.runtime import interpreter
 

@@ -1,7 +1,7 @@
-"""What a tiny random model of each family does under `optim="foam"`, and docs/models.md, the table of it.
+"""Trains a tiny random model of each family with `optim="foam"`, and writes the table in docs/models.md.
 
-`python -m tests.support.model_families --write docs/models.md` trains all and writes the table;
-tests/trainer/test_model_families.py trains each once and compares with its row.
+`python -m tests.support.model_families --write docs/models.md` trains all families and writes the page.
+tests/trainer/test_model_families.py trains each family and compares the result with its row.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ PARTS = (families_text, families_encoders, families_vision, families_multimodal,
 FAMILIES = [family for part in PARTS for family in part.FAMILIES]
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 COMMAND = "python -m tests.support.model_families --write docs/models.md"
-# Below Adam's epsilon a gradient is rounding noise: a key's bias has none but that.
+# Gradients up to this are rounding noise, below Adam's epsilon. The bias of keys has no other gradient.
 NOISE = 1e-7
-# Where LoRA and INT8 are tried too: what LoRA trains; None where PEFT cannot save an adapter of what Trainer trains.
+# Families that are also trained under LoRA and in INT8 -> LoRA's target modules; None if PEFT cannot save the adapter.
 ALL = "all-linear"
 ADAPTED: dict[str, str | list[str] | None] = {
     "Llama 1, 2, 3": ALL,
@@ -94,7 +94,7 @@ ADAPTED: dict[str, str | list[str] | None] = {
 
 
 def check(family: Family, folder: Path) -> tuple[str, str, str]:
-    """Train `family` fully, under LoRA and in INT8; the cells of its row. AssertionError for what does not hold."""
+    """Train `family` in full, under LoRA and in INT8. Returns the cells of its row; AssertionError if it fails."""
     model = full(family, folder / "full")
     if family.name not in ADAPTED:
         return "works", "", ""
@@ -106,7 +106,7 @@ def check(family: Family, folder: Path) -> tuple[str, str, str]:
 
 
 def full(family: Family, folder: Path, optim: str = "foam") -> nn.Module:
-    """Two steps, saved after each; the first checkpoint resumed, the second one read by from_pretrained."""
+    """Train two steps and save each. Resume the first checkpoint, and read the second one by from_pretrained."""
     trainer, moved = train(family, family.make(), folder, optim, max_steps=2)
     assert 2 * len(moved) > len(list(trained(trainer.model))), "most weights have no gradient: the sizes are wrong"
     weights, state = bits(trainer.model), optimizer_bits(trainer)
@@ -128,7 +128,7 @@ def adapted(family: Family, model: nn.Module, folder: Path) -> str:
 
 
 def lora(family: Family, model: Any, folder: Path, optim: str = "foam") -> str:
-    """One step of LoRA, its adapter read by PEFT."""
+    """Train one step of LoRA, and read its adapter by PEFT."""
     from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
     from transformers.pytorch_utils import Conv1D
 
@@ -144,7 +144,7 @@ def lora(family: Family, model: Any, folder: Path, optim: str = "foam") -> str:
 
 
 def int8(family: Family, source: Path, folder: Path) -> str:
-    """One step with INT8 weights, which are saved and read as they are."""
+    """Train one step with INT8 weights, and read the saved weights."""
     from foam_hf import Int8Config
 
     model_class = type(family.make())
@@ -163,7 +163,7 @@ def int8(family: Family, source: Path, folder: Path) -> str:
 def train(
     family: Family, model: Any, folder: Path, optim: str = "foam", resume: str | None = None, **settings: Any
 ) -> tuple[Any, set[str]]:
-    """The trainer after training, and the names of the weights that had a gradient; each of those has moved."""
+    """Train, and check that each weight with a gradient moves. Returns the trainer and the names of these weights."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     moved: set[str] = set()
@@ -185,7 +185,7 @@ def train(
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
-    gc.freeze()  # Trainer collects garbage, which takes long after many imports
+    gc.freeze()  # so that Trainer's garbage collection, slow after many imports, has less to look at
     arguments = TrainingArguments(str(folder), optim=optim, **{**defaults, **settings})
     data: Any = family.examples(4)
     trainer = Trainer(model, arguments, collate, data, callbacks=[Gradients()])
@@ -224,21 +224,21 @@ def assert_same(what: str, actual: dict[str, Tensor], expected: dict[str, Tensor
 
 
 def _forget(module: nn.Module) -> None:
-    """A checkpoint has to bring every trained weight."""
+    """Set trained weights to zero, so that a checkpoint that lacks one is noticed."""
     for p in module.parameters(recurse=False):
         if p.requires_grad:
             p.data.zero_()
 
 
-# the page
+# The page docs/models.md
 
 
-def row(family: Family, cells: tuple[str, str, str]) -> str:
+def table_row(family: Family, cells: tuple[str, str, str]) -> str:
     return f"| {family.name} | `{family.model}` | {' | '.join(cells)} |"
 
 
 def cells_of(family: Family, folder: Path) -> tuple[str, str, str]:
-    """What `family` does: the cells of its row; or that it fails as it does under AdamW."""
+    """The cells of the row of `family`, or that it fails under FOAM as it does under AdamW."""
     if not family.limit:
         return check(family, folder)
     fails_alike(lambda optim: full(family, folder / optim, optim), family.error)
@@ -246,14 +246,14 @@ def cells_of(family: Family, folder: Path) -> tuple[str, str, str]:
 
 
 def fails_alike(run: Callable[[str], Any], words: str) -> None:
-    """AssertionError unless `run` raises one error, with `words` in it, under both optimizers."""
-    told = []
+    """AssertionError unless `run` raises the same error, with `words` in it, under both optimizers."""
+    errors = []
     for optim in ("foam", "adamw_torch"):
         try:
             run(optim)
         except Exception as error:
-            told.append((type(error), str(error)))
-    assert len(told) == 2 and told[0] == told[1] and words in told[0][1], told
+            errors.append((type(error), str(error)))
+    assert len(errors) == 2 and errors[0] == errors[1] and words in errors[0][1], errors
 
 
 def page(row_of: Callable[[Family], str]) -> str:
@@ -274,21 +274,22 @@ def page(row_of: Callable[[Family], str]) -> str:
 INTRODUCTION = f"""# Models
 
 A tiny random model of each family was trained by the Trainer of transformers with `optim="foam"`, on a CPU. The table
-is made by `{COMMAND}`, and a test of every family compares what it does
-with its row. It tells that a family trains, saves, resumes and loads; it tells nothing of quality.
+is made by `{COMMAND}`, and a test of each family compares the result
+with its row. The table shows that a family trains, saves, resumes and loads. It says nothing about quality.
 
-* **full**, all weights: `works` says that two steps move every weight that has a gradient; that a run resumed from the
-  checkpoint of step 1 ends with the same bits of weights and optimizer state as the uninterrupted run, also where
-  transformers saves under other names than it trains; and that `from_pretrained` reads the trained weights back.
-* **LoRA**: `yes` says that one step of LoRA (PEFT) trains, and that PEFT reads the same bits of the adapter back.
+* **full**: all weights are trained. `works` means that two steps move every weight that has a gradient; that a run
+  resumed from the checkpoint of step 1 ends with the same bits of weights and optimizer state as the uninterrupted
+  run, even if transformers saves weights under other names; and that `from_pretrained` reads the trained weights.
+* **LoRA**: `yes` means that one step of LoRA (PEFT) trains, and that PEFT reads the same bits of the adapter.
   `-`: the model has no linear layer.
-* **INT8**: the same for all weights, those of the layers in INT8 (`Int8Config`). `-`: none can be in INT8, as none is
-  an `nn.Linear` with nn.Linear's own forward.
+* **INT8**: all weights are trained, those of linear layers in INT8 (`Int8Config`). `yes` means that one step trains,
+  and that `from_pretrained` reads the same bits. `-`: no weight can be INT8, because none is that of an `nn.Linear`
+  with nn.Linear's own forward.
 * An empty cell: not tried for this family.
-* `not with AdamW either`: the same error under `optim="adamw_torch"`. Of LoRA: PEFT asks the model for its input
-  embeddings as it saves the adapter, and the model has none.
+* `not with AdamW either`: training fails with the same error under `optim="adamw_torch"`. Under LoRA, the reason is
+  that PEFT needs the model's input embeddings to save the adapter, and the model has none.
 
-Kernels that need a GPU, as Mamba's own, were not used: the models ran on the code that transformers has for CPUs.
+Kernels that need a GPU, as Mamba's, were not used: the models ran on the code that transformers has for CPUs.
 """
 
 
@@ -305,7 +306,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number, family in enumerate(FAMILIES):
             try:
-                rows[family.name] = row(family, cells_of(family, Path(folder) / str(number)))
+                rows[family.name] = table_row(family, cells_of(family, Path(folder) / str(number)))
             except Exception as error:
                 failed.append(f"{family.name}: {type(error).__name__}: {error}")
             print(rows.get(family.name) or failed[-1], file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What the tests of the pretraining recipe share: its script, the flags of a tiny run, small texts."""
+"""Helpers for tests of the pretraining recipe: its script, the flags of a tiny run, small texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RECIPE = ROOT / "recipes" / "pretrain"
 
 
 def load_script() -> ModuleType:
-    """train.py under a name of its own: "train" is the GLUE recipe's in the same test run."""
+    """Import train.py as `pretrain_train`, because the GLUE recipe's train.py may be imported as `train`."""
     if "pretrain_train" not in sys.modules:
         sys.path.insert(0, str(RECIPE))
         spec = importlib.util.spec_from_file_location("pretrain_train", RECIPE / "train.py")

@@ -1,4 +1,4 @@
-"""FOAM as slow, readable float64 arithmetic, one row and one block at a time. Shares no code with foam_hf."""
+"""FOAM's rules as slow, readable float64 arithmetic, one row and one block at a time. Shares no code with foam_hf."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ def block_bounds(n: int, level: int | str) -> list[tuple[int, int]]:
 
 
 def _scale(given: float | None, level, second_moment: str) -> float:
-    """As the README states it: the rule's own where none is given, 1 where nothing folds."""
+    """The default as the docs state it: that of the rule, and 1 if nothing folds."""
     own = {"block": 6.0, "factored": 1.0, "muon": 1.0, "adam_mini": 6.0}[second_moment]
     return given if given is not None else 1.0 if level == 0 else own
 
 
 class Reference:
-    """The state and step of one parameter. ``step`` takes a gradient and returns the new weight, float64.
+    """The block rule, the factored rule or AdamW, for one parameter. ``step`` returns the new weight, float64.
 
-    A block whose gradient's squares have no finite sum in float32 is left as it is, and is zeros to row and column.
+    A block is left out if the sum of its gradient's squares is not finite in float32. It counts as zeros in the means
+    over rows and columns.
     """
 
     def __init__(self, weight: Tensor, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, level=8, scale=None,
@@ -84,11 +85,11 @@ class Reference:
         before = row.unsqueeze(-1) * column.unsqueeze(-2) / row.mean(-1)[..., None, None]
         self.row = b2 * row + (1 - b2) * GG.mean(-1)
         self.column = b2 * column + (1 - b2) * GG.mean(-2)
-        return (b2 * torch.nan_to_num(before) + (1 - b2) * GG) / c2  # 0/0 where there never was a gradient
+        return (b2 * torch.nan_to_num(before) + (1 - b2) * GG) / c2  # 0/0 before the first gradient
 
 
 class MuonReference:
-    """FOAM with Muon, one matrix and one block at a time; the Newton-Schulz iteration in float64 too."""
+    """FOAM with Muon, one matrix and one block at a time. The Newton-Schulz iteration is in float64 too."""
 
     def __init__(
         self, weight: Tensor, *, lr, weight_decay=0.0, momentum=0.95, level=8, scale=None, residual_scale=1.0
@@ -126,7 +127,7 @@ class MuonReference:
 
 
 class MiniReference:
-    """FOAM with Adam-mini: the block rule with one second moment for ``mini_rows`` rows, 0 for all."""
+    """FOAM with Adam-mini: the block rule with one second moment for ``mini_rows`` rows, or for all if it is 0."""
 
     def __init__(self, weight: Tensor, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, level=8, scale=None,
                  residual_scale=1.0, mini_rows=1):  # fmt: skip

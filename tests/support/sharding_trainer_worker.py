@@ -1,6 +1,6 @@
-"""Runs of the real Trainer under DDP and FSDP2 for tests/optimizer/test_sharding.py: in one process, or in torchrun's.
+"""Runs of the Trainer under DDP and FSDP2, for tests/optimizer/test_sharding.py, in one process or in several.
 
-Every process sees the same batches, so that sums and means over a power of two of processes are exact.
+Every process sees the same batches, so that sums and means over 2 or 4 processes are exact.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BF16 = torch.bfloat16
 
 
 def _allow_fsdp_on_cpus() -> None:
-    """accelerate asks for FSDP on accelerators alone; the rest of its code runs on a CPU as it does there."""
+    """Let accelerate use FSDP on CPUs, which only its check of the device prevents."""
     original = AcceleratorState.__init__
 
     def __init__(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
@@ -73,7 +73,7 @@ class InOrder(Trainer):
 
 
 class Record(TrainerCallback):
-    """What this rank holds of all weights after every step."""
+    """Copies this rank's part of all weights after every step."""
 
     def __init__(self) -> None:
         self.steps: list[list[Tensor]] = []
@@ -83,8 +83,8 @@ class Record(TrainerCallback):
         self.sharded = [isinstance(p, DTensor) for p in model.parameters()]
         self.steps.append([local(p.detach()).clone() for p in model.parameters()])
 
-    def whole(self) -> list[Tensor]:
-        """All weights as one vector, for every step; on rank 0, elsewhere nothing."""
+    def full_weights(self) -> list[Tensor]:
+        """All weights as one vector, for every step, on rank 0. Other ranks get an empty list."""
         ranks: list[Any] = [self.steps]
         if dist.is_initialized():
             ranks = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
@@ -112,7 +112,7 @@ def run(
     callbacks: tuple[TrainerCallback, ...] = (),
     **settings: Any,
 ) -> tuple[Trainer, list[Tensor]]:
-    """A run of ``max_steps`` steps; ``fsdp`` holds further variables of accelerate's, None is DDP or one process."""
+    """Train for ``max_steps`` steps. ``fsdp`` has environment variables for accelerate; None is DDP or one process."""
     steps = settings.setdefault("max_steps", SHORT)
     assert steps * settings.get("gradient_accumulation_steps", 1) <= STEPS
     count = STEPS * BATCH
@@ -144,7 +144,7 @@ def run(
             callbacks=[record, *callbacks],
         )
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    return trainer, record.whole()
+    return trainer, record.full_weights()
 
 
 def lora() -> Any:
@@ -153,7 +153,7 @@ def lora() -> Any:
     return get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
 
 
-# Runs of SHORT steps that are compared with the same settings in one process.
+# Settings of runs of SHORT steps, each compared with the same run in one process.
 FEATURES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "accumulation": ({}, {"gradient_accumulation_steps": 2}),
     "clipping": ({}, {"max_grad_norm": 0.05}),
@@ -207,7 +207,7 @@ def main(folder: Path, world: int) -> dict[str, Any]:
 
 
 def mixed_precision(folder: Path) -> dict[str, Any]:
-    """bf16 in accelerate: it keeps float32 weights in the shards."""
+    """bf16 mixed precision of accelerate, which keeps float32 weights in the shards."""
     callbacks = (foam_hf.OptimizerMemoryCallback(),)
     variables = {"ACCELERATE_MIXED_PRECISION": "bf16"}
     trainer, steps = run(folder, fsdp=variables, dtype=BF16, world=2, callbacks=callbacks)
@@ -224,7 +224,7 @@ def mixed_precision(folder: Path) -> dict[str, Any]:
 
 
 def as_one_rank(folder: Path) -> None:
-    """What every process that the launcher starts does."""
+    """The function that every process of the launcher runs."""
     _allow_fsdp_on_cpus()
     world = int(os.environ["WORLD_SIZE"])
     results = main(folder, world)

@@ -1,4 +1,4 @@
-"""What every rank of tests/optimizer/test_sharding.py checks of FOAM on DTensors, over gloo on a CPU."""
+"""Checks of FOAM on DTensors that every rank of tests/optimizer/test_sharding.py runs, over gloo on a CPU."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FUSED = [(7, 37), (1, 24), (33,), (3, 5, 24)]
 
 
 class CountedCollectives(TorchDispatchMode):
-    """How many collectives run inside; torch's CommDebugMode counts the same, but takes as long as the steps do."""
+    """Counts the collectives in a `with` block, as torch's CommDebugMode does, which takes as long as the steps."""
 
     count = 0
 
@@ -52,12 +52,12 @@ class CountedCollectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def whole(x: Any) -> Any:
+def full_tensor(x: Any) -> Any:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def cases(world: int, factored: bool) -> list[tuple[DeviceMesh, list[Case]]]:
-    """Meshes, and the shapes and placements on them."""
+    """Each mesh with the shapes and placements to test on it."""
     line = init_device_mesh("cpu", (world,), mesh_dim_names=("rows",))
     rows, columns = (Shard(0),), (Shard(1),)
     found: list[Case] = [
@@ -89,7 +89,7 @@ def cases(world: int, factored: bool) -> list[tuple[DeviceMesh, list[Case]]]:
 
 
 def compare_with_one_process(world: int) -> dict[str, float]:
-    """Sharded parameters after three steps, beside the same in one process. Returns the greatest error by kind."""
+    """Compare sharded parameters with whole ones after three steps. Returns the largest error of each kind of case."""
     worst: dict[str, float] = {}
     plain = itertools.product(["reference"], SHARDED, [torch.float32, BF16], [torch.float32, BF16])
     fused = itertools.product(["triton"], SHARDED, [BF16], [BF16]) if world == 2 else ()
@@ -129,7 +129,7 @@ def compare_with_one_process(world: int) -> dict[str, float]:
                             and mine.shape == theirs.shape
                         )
                         assert local(mine).is_contiguous()
-                    a, b = torch.as_tensor(whole(mine)).detach(), torch.as_tensor(theirs).detach()
+                    a, b = torch.as_tensor(full_tensor(mine)).detach(), torch.as_tensor(theirs).detach()
                     if rule == "block":
                         assert torch.equal(a, b), (kernel, kind, case, name)
                     else:
@@ -139,7 +139,7 @@ def compare_with_one_process(world: int) -> dict[str, float]:
 
 
 def round_trips(world: int) -> None:
-    """torch.distributed.checkpoint's state dicts, before the first step and later, and whole ones of one process."""
+    """Save and load by torch.distributed.checkpoint, before and after a step, and by the state dict of one process."""
     mesh = init_device_mesh("cpu", (world,))
 
     def make() -> tuple[nn.Module, FOAM]:
@@ -160,11 +160,11 @@ def round_trips(world: int) -> None:
         StateDictOptions(flatten_optimizer_state_dict=True),
     ):
         model, optimizer = make()
-        before = [whole(p).clone() for p in model.parameters()]
+        before = [full_tensor(p).clone() for p in model.parameters()]
         set_optimizer_state_dict(
             model, optimizer, get_optimizer_state_dict(model, optimizer, options=options), options=options
         )
-        assert all(torch.equal(whole(p), q) for p, q in zip(model.parameters(), before, strict=True))
+        assert all(torch.equal(full_tensor(p), q) for p, q in zip(model.parameters(), before, strict=True))
         step(model, optimizer)
         saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
@@ -175,20 +175,20 @@ def round_trips(world: int) -> None:
         step(model, optimizer)
         step(other, loaded)
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
-            assert torch.equal(whole(p), whole(q))
+            assert torch.equal(full_tensor(p), full_tensor(q))
             assert type(loaded.state[q]["step"]) is int and loaded.state[q]["step"] == optimizer.state[p]["step"]
             for name, x in optimizer.state[p].items():
                 y = loaded.state[q][name]
-                assert torch.equal(torch.as_tensor(whole(x)), torch.as_tensor(whole(y))), name
+                assert torch.equal(torch.as_tensor(full_tensor(x)), torch.as_tensor(full_tensor(y))), name
                 assert name == "step" or (y.dtype == BF16 and y.placements == x.placements)
 
     model, optimizer = make()
     step(model, optimizer)
-    plain = [nn.Parameter(whole(p).detach().clone()) for p in model.parameters()]
+    plain = [nn.Parameter(full_tensor(p).detach().clone()) for p in model.parameters()]
     one = FOAM(plain, lr=0.01, level=2, second_moment="factored", state_dtype=BF16)
     one.load_state_dict(optimizer.state_dict())  # DTensors become whole
     other, loaded = make()
-    with CommDebugMode() as counted:  # of torch's own, which the counts above agree with
+    with CommDebugMode() as counted:  # torch's counter; the counts above agree with it
         loaded.load_state_dict(one.state_dict())  # whole tensors are cut
     assert counted.get_total_counts() == 0
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
@@ -202,13 +202,13 @@ def refusals(world: int) -> None:
     def sharded(shape: tuple[int, ...], placement: Any) -> nn.Parameter:
         return nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [placement]))
 
-    def refused(told: str, p: nn.Parameter, **options: Any) -> None:
+    def refused(message: str, p: nn.Parameter, **options: Any) -> None:
         try:
             FOAM([p], **options)
         except ValueError as error:
-            assert told in str(error), error
+            assert message in str(error), error
         else:
-            raise AssertionError(f"not refused: {told}")
+            raise AssertionError(f"not refused: {message}")
 
     refused(f"split at {[96 * i // world for i in range(1, world)]}", sharded((4, 96), Shard(1)), level=6)
     refused("whole row one block of 64 columns", sharded((4, 64), Shard(1)), level="row")
@@ -221,7 +221,7 @@ def refusals(world: int) -> None:
 
 
 def other_gradients(world: int) -> None:
-    """Partial sums are added up first, and an overflow on one rank skips the step on all."""
+    """Gradients that are partial sums are added up first, and an overflow on one rank skips the step on all ranks."""
     mesh = init_device_mesh("cpu", (world,))
     p = nn.Parameter(distribute_tensor(torch.zeros(4, 8), mesh, [Replicate()]))
     p.grad = DTensor.from_local(torch.full((4, 8), float(dist.get_rank())), mesh, [Partial()], run_check=False)
@@ -229,7 +229,7 @@ def other_gradients(world: int) -> None:
     one.grad = torch.full((4, 8), world * (world - 1) / 2)
     for q in (p, one):
         FOAM([q], lr=0.1, level=2).step()
-    assert torch.equal(whole(p), one)
+    assert torch.equal(full_tensor(p), one)
 
     q = nn.Parameter(distribute_tensor(torch.zeros(world, 8), mesh, [Shard(0)]))
     optimizer = FOAM([q], lr=0.1, level=2)
@@ -240,11 +240,11 @@ def other_gradients(world: int) -> None:
         q.grad = DTensor.from_local(local_grad, mesh, [Shard(0)], run_check=False)
         scaler.step(optimizer)
         scaler.update()
-        assert bool((whole(q) != 0).all()) is moved and not (bool((whole(q) != 0).any()) and not moved)
+        assert bool((full_tensor(q) != 0).all()) is moved and not (bool((full_tensor(q) != 0).any()) and not moved)
 
 
 def safe_steps(world: int) -> None:
-    """Columns that never have a gradient, spikes, and rows that are seldom alive, of which ranks have some each."""
+    """Steps are bounded on shards too: for columns without gradients, rows that seldom have any, and spikes."""
     mesh = init_device_mesh("cpu", (world,))
     torch.manual_seed(3)
     for rule, kind, kernel in itertools.product(SHARDED, (torch.float32, BF16), ("reference", "triton")):
@@ -252,23 +252,23 @@ def safe_steps(world: int) -> None:
         p = nn.Parameter(distribute_tensor(torch.zeros(9, 32), mesh, [Shard(0)]))
         optimizer = FOAM([p], lr=1e-3, scale=2.0, level=4, second_moment=rule, state_dtype=kind)
         for t in range(4):
-            before = whole(p).detach().clone()
+            before = full_tensor(p).detach().clone()
             grad = torch.randn(9, 32)
             grad[:, 3] = 0.0
             grad[:4] *= t in (0, 3)
             grad[7, 8] *= 1e5 if t == 2 else 1.0
             p.grad = distribute_tensor(grad, mesh, [Shard(0)])
             optimizer.step()
-            moved = (whole(p) - before).abs().max().item() / 2e-3
+            moved = (full_tensor(p) - before).abs().max().item() / 2e-3
             case = f"largest step in units of lr * scale, {rule}"
             assert moved <= TOLERANCES[case].allowed * (1 + 1e-5), (case, kind, kernel, moved)
             optimizer.state[p]["step"] += 1000 if t == 0 else 0  # late, where a square hardly counts in its own moment
-        assert rule == "block" or not whole(p)[:, 3].any()
+        assert rule == "block" or not full_tensor(p)[:, 3].any()
     os.environ.pop("FOAM_HF_KERNEL")
 
 
 def places(world: int) -> None:
-    """Where torch says that shards begin, strided ones too."""
+    """A piece's place is where torch says that the shard begins, for strided shards too."""
     mesh = init_device_mesh("cpu", (world // 2, 2)) if world > 2 else init_device_mesh("cpu", (1, 2))
     for shape, placements in (
         ((16, 8), (_StridedShard(0, split_factor=2), Shard(0))),

@@ -1,7 +1,7 @@
 """Tiny models and data sets with random weights, for tests; nothing is downloaded.
 
-Every builder seeds torch first, so two calls give equal weights. transformers and peft are imported when a builder
-needs them, so that this module can be imported anywhere.
+Every builder seeds torch first, so two calls give equal weights. Builders import transformers and peft, so that this
+module can be imported where they are missing.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def tiny_mixtral(seed: int = 0, **config: Any) -> nn.Module:
 
 
 def tiny_t5(seed: int = 0, **config: Any) -> nn.Module:
-    """T5 with an untied LM head, which lies inside what transformers calls its base model."""
+    """T5 with an untied LM head, which is part of transformers' `base_model`."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(seed)
@@ -133,7 +133,7 @@ def tiny_lora_llama(seed: int = 0, **lora: Any) -> nn.Module:
 
 
 def tiny_mlp(seed: int = 0) -> nn.Module:
-    """A plain nn.Module, nothing of transformers: embedding, two linear layers, norm, a free 2-D parameter."""
+    """An nn.Module without transformers: embedding, two linear layers, norm, and a 2-D parameter in no layer."""
 
     class TinyMLP(nn.Module):
         def __init__(self) -> None:
@@ -192,7 +192,7 @@ def language_data(size: int = 32, seed: int = 0) -> Dataset:
     return _Examples({"input_ids": input_ids, "attention_mask": attention_mask, "labels": input_ids.clone()})
 
 
-# Every builder by name: tests that must hold for all kinds of models are parametrized over this.
+# Every builder by name, for tests that run over all kinds of models.
 BUILDERS = {
     "roberta": tiny_roberta,
     "qwen2": tiny_qwen2,

@@ -1,4 +1,4 @@
-"""Every tolerance of the tests, each beside the worst case that was measured for it on a CPU.
+"""The table of tolerances of all tests, each beside the worst error that was measured on a CPU.
 
 ``error`` of two tensors is max|a - b| / max(|b|), so a tolerance is relative to the largest element.
 """
@@ -20,17 +20,17 @@ TOLERANCES = {
     "level 0 against torch AdamW, 200 steps, float32": Tolerance(3.5e-7, 1.1e-7),
     "one step against float64, float32 weights": Tolerance(1.5e-6, 4.2e-7),
     "five steps against float64, float32 weights": Tolerance(1e-6, 3.4e-7),
-    # Equal in what was measured, but an update in the middle of two half values may fall either way: one spacing.
+    # All were equal when measured, but an update midway between two values may round either way: one spacing.
     "five steps against float64, bfloat16 weights to nearest": Tolerance(2.0**-7, 0.0),
     "five steps against float64, float16 weights to nearest": Tolerance(2.0**-10, 2.9e-4),
     "five steps against float64, bfloat16 state": Tolerance(7e-3, 2.3e-3),
-    # Equal in what was measured: one spacing of bfloat16, where the state is that.
+    # All were equal when measured: one spacing of bfloat16, for state of that dtype.
     "kernel state against the plain path's": Tolerance(2.0**-7, 0.0),
-    # Means of a block that nearly cancel, after a spike.
+    # The worst case is a block whose mean nearly cancels, after a spike.
     "kernel steps against the plain path's": Tolerance(6e-5, 2.2e-5),
     "level 0 against Adam-mini, 20 steps, float32": Tolerance(8e-7, 2.6e-7),
     "four steps of Muon against float64, change of the weights": Tolerance(5e-2, 1.6e-2),
-    # Stated bounds: Adam's, 7.4 at the default betas, and LARGEST_STEP, to which its own hold the other rules.
+    # These are the bounds that the rules state: Adam's, 7.4 at the default betas, and LARGEST_STEP for the others.
     "largest step in units of lr * scale, block": Tolerance(7.5, 2.6),
     "largest step in units of lr * scale, adam": Tolerance(7.5, 6.5),
     "largest step in units of lr * scale, 8bit": Tolerance(16.0, 16.0),
@@ -45,7 +45,7 @@ TOLERANCES = {
     "temporary bytes of an optimizer": Tolerance(0.15, 5e-2),
     "compiled losses against eager ones": Tolerance(1e-6, 0.0),
     "adapters merged into dequantized weights": Tolerance(1e-6, 0.0),
-    # Equal in what was measured; matrix products of another size may round otherwise.
+    # All were equal when measured, but matrix products of another size may round differently.
     "evaluation against one batch, bfloat16 weights": Tolerance(1e-3, 0.0),
     "a candidate without switches against FOAM, 10 steps": Tolerance(2.5e-6, 8e-7),
     "a stack of seeds against separate runs": Tolerance(1e-6, 3e-7),
@@ -53,10 +53,10 @@ TOLERANCES = {
     "two processes against one, 10 steps": Tolerance(1.2e-6, 3.5e-7),
     "FSDP2 against one process, sums over ranks": Tolerance(2e-7, 5.8e-8),
     "FSDP2 against one process, 20 steps, torch.float32": Tolerance(3.5e-7, 1.1e-7),
-    # Gradients add up in bfloat16, in another order: some weights are one spacing (2**-6 of the largest) off, or two.
+    # Gradients are added up in bfloat16 in another order, so some weights are off by one or two spacings, 2**-6 each.
     "FSDP2 against one process, 20 steps, torch.bfloat16": Tolerance(6e-2, 2.1e-2),
     "factored over ranks, 3 steps, float32 state": Tolerance(6e-7, 1.7e-7),
-    # One spacing of bfloat16, where a sum in another order falls on the other side of a random bit.
+    # One spacing of bfloat16, as a sum in another order may round the other way.
     "factored over ranks, 3 steps, bfloat16 state": Tolerance(2.0**-7, 1.2e-4),
 }
 

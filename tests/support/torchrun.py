@@ -1,4 +1,4 @@
-"""torchrun's launcher for processes that need what this one has imported already."""
+"""torchrun's launcher, with processes that are forked from this one and so need not import everything again."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 def launch(world: int, function: Callable[..., None], *args: Any) -> None:
     """``function(*args)`` in `world` processes, as ``torchrun --standalone --nproc_per_node world`` sets them up.
 
-    They are forked from this one, in which no thread of torch's may have started: importing what a Trainer needs takes
-    a process some ten seconds. They end without the interpreter's end, which gloo's threads may abort (pytorch pull
+    They are forked, because importing what a Trainer needs takes about ten seconds. No thread of torch may run in this
+    process before. The children exit without shutting down Python, as gloo's threads may abort that (pytorch pull
     request 179291).
     """
     config = LaunchConfig(

@@ -11,7 +11,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from tests.support.family import Family
-from tests.support.model_families import ADAPTED, COMMAND, FAMILIES, PAGE, cells_of, page, row
+from tests.support.model_families import ADAPTED, COMMAND, FAMILIES, PAGE, cells_of, page, table_row
 
 pytestmark = pytest.mark.long
 
@@ -40,7 +40,7 @@ def rows() -> dict[str, str]:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_a_family_does_what_its_row_says(family: Family, rows: dict[str, str], tmp_path: Path) -> None:
-    found = row(family, cells_of(family, tmp_path))
+    found = table_row(family, cells_of(family, tmp_path))
     assert rows.get(family.name) == found, f"the page says otherwise; to write it anew: {COMMAND}"
 
 
