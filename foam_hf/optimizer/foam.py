@@ -246,9 +246,7 @@ class FOAM(torch.optim.Optimizer):
         groups = [with_dtype(group) for group in state_dict["param_groups"]]
         for mine, group in zip(self.param_groups, groups, strict=True):
             group["nonfinite"] = mine["nonfinite"]
-            if (
-                "param_names" not in mine
-            ):  # only the check needs names, and torch would require them of every later group
+            if "param_names" not in mine:  # torch would require names of every later group
                 group.pop("param_names", None)
         state_dict = {**state_dict, "param_groups": groups}
         replaced = {

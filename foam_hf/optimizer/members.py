@@ -1,4 +1,4 @@
-"""The parameters of an optimizer as its steps see them: their numbers, their state, and the numbers of their step."""
+"""Makes the members of a step, from an optimizer's parameters, and the numbers of the step for each of them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from foam_hf.tensors.places import Piece, is_sharded
 from foam_hf.tensors.step import Hyper, Member
 
 Group = dict[str, Any]
-Numbering = dict[int, tuple[int, int]]  # by a parameter's id: the number of its group, and its own among all
+Numbering = dict[int, tuple[int, int]]  # id of a parameter -> the number of its group, and its number among all
 
 
 class Owned(NamedTuple):
-    """What an optimizer has of its parameters.
+    """The parts of an optimizer that its steps need.
 
     Attributes:
-        groups: its param groups.
-        state: of each parameter, a dict, which is empty before its first step.
+        groups: the param groups.
+        state: a dict for each parameter, which is empty before its first step.
         left_out: what steps have left out.
     """
 
@@ -36,16 +36,17 @@ class Owned(NamedTuple):
     left_out: LeftOutReport
 
     def left_out_at(self, group: Group, device: torch.device) -> Tensor | None:
-        """Where a step writes its number for the parameters of which it leaves out a block."""
+        """The tensor on ``device`` where steps of ``group`` record what they leave out, see ``LeftOutReport``."""
         return self.left_out.left_out_at(group, device, sum(len(each["params"]) for each in self.groups))
 
 
 def parameters_of(groups: list[Group]) -> Iterator[Tensor]:
+    """All parameters, in the order of their groups."""
     return itertools.chain.from_iterable(group["params"] for group in groups)
 
 
 def numbering_of(groups: list[Group]) -> Numbering:
-    """A parameter's number among all is its random stream."""
+    """The numbers of each parameter. Its number among all is its random stream."""
     numbering: Numbering = {}
     for index, group in enumerate(groups):
         for p in group["params"]:
@@ -54,29 +55,30 @@ def numbering_of(groups: list[Group]) -> Numbering:
 
 
 def members_of(owned: Owned) -> list[list[Member]]:
-    """Every parameter with a gradient, by group, with state; of DTensors, the pieces of this rank's shard.
+    """A member for every parameter with a gradient, in a list for each group; for a DTensor, one for each piece.
 
-    Where kernels run also those with state: tables that know them serve when their gradients come again. Not where
-    none has a gradient, as those that were released.
+    Parameters without a gradient are members too if they have state and kernels run, so that the tables of the kernels
+    need not be made anew when they have a gradient again. If no parameter has a gradient, there are no members.
 
     Raises:
         ValueError: a parameter is listed twice, or its state does not fit its group.
         TypeError: a sparse or complex gradient.
     """
     params = list(parameters_of(owned.groups))
-    if len({id(p) for p in params}) < len(params):  # what was swapped behind our back
+    if len({id(p) for p in params}) < len(params):  # a caller has changed the lists of the groups
         raise ValueError("a parameter is listed twice in the param groups; expected each parameter once")
     for i, p in enumerate(params):
         check_gradient(p, i)
         if p.grad is not None and is_sharded(p):
             follow_placements(p)
-    some = any(p.grad is not None for p in params)
-    stream = itertools.count()  # a parameter keeps its random stream, whichever others have gradients
+    any_gradient = any(p.grad is not None for p in params)
+    stream = itertools.count()  # counts all, so that a stream does not depend on which others have gradients
     return [
         [
             member
             for p, i in zip(group["params"], stream, strict=False)
-            if p.grad is not None or (some and owned.state.get(p) and not is_sharded(p) and use_kernels(p.device))
+            if p.grad is not None
+            or (any_gradient and owned.state.get(p) and not is_sharded(p) and use_kernels(p.device))
             for member in _pieces(owned, p, group, i)
         ]
         for group in owned.groups
@@ -84,9 +86,10 @@ def members_of(owned: Owned) -> list[list[Member]]:
 
 
 def _pieces(owned: Owned, p: Tensor, group: Group, stream: int) -> list[Member]:
+    """The members of one parameter: itself, or the pieces of this rank's shard."""
     pieces: list[Piece | None] = [None]
     if is_sharded(p):
-        check_rule(p, group)  # FSDP2 shards what the constructor saw whole
+        check_rule(p, group)  # again, as FSDP2 may have sharded it after the constructor checked it
         pieces = [*pieces_of(p, *rule_of(p, group))]
     if not owned.state[p]:
         owned.left_out.forget(stream, owned.groups)
@@ -95,10 +98,10 @@ def _pieces(owned: Owned, p: Tensor, group: Group, stream: int) -> list[Member]:
 
 
 def member_of(owned: Owned, p: Tensor, group: Group, stream: int) -> Member:
-    """``p``, the parameter number ``stream`` of all, as a step sees it; it has state from now on.
+    """The member for the whole of ``p``, whose number among all parameters is ``stream``. State is made if missing.
 
     Raises:
-        ValueError: the state that it has does not fit ``group``.
+        ValueError: the state of ``p`` does not fit ``group``.
     """
     rule, level = rule_of(p, group)
     state, expected = owned.state[p], rule.state(p, level, group)
@@ -115,9 +118,9 @@ def member_of(owned: Owned, p: Tensor, group: Group, stream: int) -> Member:
 
 
 def hyper_of(group: Group, member: Member) -> Hyper:
-    """The numbers of the step that ``member`` takes; its state counts that step already."""
+    """The numbers of the current step of ``member``, whose state has counted it already."""
     b1, b2 = rule_named(member.rule).betas(group)
-    if not (0 <= b1 < 1 and 0 <= b2 < 1):  # a schedule's, or a user's, since the group was checked
+    if not (0 <= b1 < 1 and 0 <= b2 < 1):  # a schedule or a user has changed them since the last check
         check_options(group)
     t = member.state["step"]
     return Hyper(

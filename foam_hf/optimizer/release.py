@@ -1,8 +1,8 @@
-"""Gradient release: weights are updated inside the backward pass, when their gradients are whole, and those are freed.
+"""Gradient release: weights are updated inside the backward pass, and their gradients are freed at once.
 
-So gradients never exist all at once. A few of them wait for each other, to be one launch: a launch for each of
-hundreds of weights would take the host longer than the GPU. The arithmetic is that of ``FOAM.step``, and so are the
-bits.
+So all gradients never exist at the same time. A few of them are collected in a bucket and share a launch, because a
+launch for each of hundreds of weights would take the host longer than the GPU. The updates have the same bits as those
+of ``FOAM.step``.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from foam_hf.tensors.places import is_sharded
 
 logger = logging.getLogger("foam_hf")
 
-WAITING = 256 * 2**20  # bytes of gradients that wait for each other at most, before the last of them comes
+WAITING = 256 * 2**20  # bytes of gradients at which a bucket is updated at the latest
 
 
 def enable_gradient_release(
     model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None = None
 ) -> GradientRelease:
-    """Let ``loss.backward()`` update the weights of ``model``, once their gradients are whole, and free the gradients.
+    """Let ``loss.backward()`` update the weights of ``model`` and free each gradient after its update.
 
-    The training loop stays as it is, with one ``optimizer.step()`` after each backward pass: it ends the step, and
-    updates what got its gradient in another way. Gradients wait for each other until together they take as many bytes
-    as the largest of them alone (256 MiB at most), so no more than twice that is alive. Without clipping, the weights
-    get the bits that they would get without release. The learning rate that counts is the one during the backward
-    pass. The gradients of weights used in several places (tied embeddings) are whole only after the last of these. A
-    model compiled as a whole returns all gradients at once.
+    The training loop stays as it is, with one ``optimizer.step()`` after each backward pass. That call ends the step,
+    and updates parameters whose gradient no hook has seen. Gradients are collected until together they take as many
+    bytes as the largest of them alone (256 MiB at most), so no more than twice that is alive. Without clipping, the
+    weights have the same bits as without release. The learning rate is the one during the backward pass. A weight that
+    is used in several places (tied embeddings) is updated after the last of its gradients. A model compiled as a whole
+    returns all gradients at once.
 
     Call it when the model is on its device: ``model.to()`` drops the hooks of quantized weights.
 
     Args:
-        model: holds every parameter of ``optimizer``; names them in messages.
+        model: has every parameter of ``optimizer``; messages use its names.
         optimizer: a FOAM, or accelerate's wrapper of one.
-        max_grad_norm: bounds the L2 norm of each gradient on its own, as the norm of all is known too late. ``None``
-            or 0: no clipping.
+        max_grad_norm: the largest L2 norm of each single gradient, as the norm of all is known too late. ``None`` or 0
+            turns clipping off.
 
     Returns:
-        a handle: ``remove()`` restores the ordinary backward pass, ``grad_norm`` is the norm of all gradients of the
-        last backward pass.
+        a handle. ``remove()`` restores the ordinary backward pass, and ``grad_norm`` is the norm of all gradients of
+        the last backward pass.
 
     Raises:
         TypeError: the optimizer is not FOAM, or ``max_grad_norm`` is not a number.
@@ -70,9 +70,9 @@ def enable_gradient_release(
 
 
 def refuse_distributed(model: nn.Module) -> None:
-    """Raise ValueError if gradients have to meet those of other devices before an update."""
+    """Raise ValueError if gradients must be averaged with those of other devices before an update."""
     wrapper = type(model).__name__
-    # By name: torch.distributed may be missing.
+    # Compared by name, because torch.distributed may be missing.
     found = wrapper if wrapper in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel") else None
     if any(is_sharded(p) for p in model.parameters()):
         found = "weights sharded into DTensors"
@@ -104,12 +104,12 @@ class GradientRelease:
         self._optimizer = optimizer
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._check(optimizer)
-        self._numbering: Numbering = {}  # of the step under way: groups may change between steps
+        self._numbering: Numbering = {}  # of the current step, as groups may change between steps
         self._limit = waiting_limit(p for p in parameters_of(optimizer.param_groups) if p.requires_grad)
         self._buckets: dict[tuple[torch.device, int], Bucket] = {}  # by device and stream
         self._prepared: dict[int, PreparedStep] = {}  # by the first parameter of a bucket
-        self._used: dict[int, PreparedStep] = {}  # those of this step: the others may hold state that is no more
-        self._updated: set[int] = set()  # parameters that this step has updated, or that wait for it
+        self._used: dict[int, PreparedStep] = {}  # those of this step; older ones may hold state that was deleted
+        self._updated: set[int] = set()  # ids of parameters that this step has updated or put into a bucket
         self._norms: list[Tensor] = []
         self._warned = False
         self._handles: list[RemovableHandle] = [
@@ -122,7 +122,7 @@ class GradientRelease:
         active.add(self)
 
     def remove(self) -> None:
-        """Restore the ordinary backward pass. What the last one has updated stays updated."""
+        """Restore the ordinary backward pass. Weights that the last one has updated stay updated."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -135,7 +135,7 @@ class GradientRelease:
     def grad_norm(self) -> Tensor | None:
         """The L2 norm of all gradients since the last ``optimizer.step()``, before clipping, float32 of one element.
 
-        None if there were none, or without ``max_grad_norm``: measuring costs a pass over each gradient.
+        None if there were none, or without ``max_grad_norm``, because the norm costs a pass over each gradient.
         """
         norms = self._norms
         return torch.linalg.vector_norm(torch.cat([norm.to(norms[0].device) for norm in norms])) if norms else None
@@ -161,14 +161,14 @@ class GradientRelease:
             )
 
     def _collect(self, p: Tensor) -> None:
-        """The hook: let ``p`` wait for its update, or update all that wait with it."""
+        """The hook of each parameter: put ``p`` into a bucket, and update the bucket if it is full."""
         (grad,) = _grads([p])
         if grad is None:
-            return  # another hook took it
+            return  # another hook has removed it
         if not self._updated:  # the first of a step
             self._numbering = numbering_of(self._optimizer.param_groups)
         if id(p) not in self._numbering:
-            return  # taken out of the optimizer since: nobody updates it
+            return  # it was removed from the optimizer
         if id(p) in self._updated:
             raise RuntimeError(
                 f"{self._names.get(id(p), 'a parameter')} got a second gradient before optimizer.step(), and gradient "
@@ -177,15 +177,15 @@ class GradientRelease:
                 "use_reentrant=False where gradient checkpointing meets a weight that several layers share"
             )
         self._take_up(p)
-        # Streams run side by side: what one of them has computed must not be read by a launch of another.
+        # A launch must not read a gradient that another CUDA stream may still compute, so each stream has a bucket.
         key = grad.device, torch.cuda.current_stream(grad.device).cuda_stream if grad.is_cuda else 0
         bucket = self._buckets.setdefault(key, Bucket(self._limit))
-        if not bucket.params:  # what still waits when the backward pass ends is updated there
+        if not bucket.params:  # the end of the backward pass updates what is left in the bucket
             torch.autograd.Variable._execution_engine.queue_callback(self._update_waiting)
         self._update(bucket.add(p, grad))
 
     def _take_up(self, p: Tensor) -> None:
-        """Note that this step updates ``p``."""
+        """Record that this step updates ``p``."""
         check_gradient(p, self._numbering[id(p)][1])
         self._updated.add(id(p))
 
@@ -197,7 +197,7 @@ class GradientRelease:
     def _update(self, params: list[Tensor]) -> None:
         """Update ``params`` in one launch, and free their gradients."""
         found = _grads(params)
-        params = [p for p, grad in zip(params, found, strict=True) if grad is not None]  # somebody may have taken one
+        params = [p for p, grad in zip(params, found, strict=True) if grad is not None]  # a hook may have removed one
         if not params:
             return
         scale = self._clipping([grad for grad in found if grad is not None]) if self.max_grad_norm else None
@@ -209,14 +209,14 @@ class GradientRelease:
                 p.grad = None
 
     def _clipping(self, grads: list[Any]) -> Tensor:
-        """What to divide each of ``grads`` by; nothing is read back from the device."""
+        """What to divide each of ``grads`` by, as a tensor on the device, so that the host need not wait."""
         norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
         self._norms.append(norms)
         scales = norms.add(1e-6).div_(self.max_grad_norm).clamp_min_(1.0)  # 1e-6 as in torch's clip_grad_norm_
-        return scales.add_(norms, alpha=0.0)  # NaN where the norm is infinite: no zeros in place of finite elements
+        return scales.add_(norms, alpha=0.0)  # NaN for an infinite norm, which would make finite elements zero
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if hasattr(optimizer, "grad_scale"):  # which a GradScaler sets for the time of the step
+        if hasattr(optimizer, "grad_scale"):  # a GradScaler sets it during the step
             raise RuntimeError(
                 "gradient release cannot be combined with a GradScaler: the weights were updated with gradients of "
                 "the scaled loss; expected bfloat16 or float32 without a scaler, or training without gradient release"
@@ -238,7 +238,7 @@ class GradientRelease:
         return (args[0], evaluate), {}
 
     def _end(self) -> None:
-        """Update what is left, and be ready for another backward pass, whatever becomes of the rest of this step."""
+        """Update what is left. The next backward pass can begin a new step even if this raises an error."""
         try:
             self._update_rest()
         finally:
@@ -246,15 +246,15 @@ class GradientRelease:
             self._forget()
 
     def _forget(self) -> None:
-        """Let another backward pass begin a step."""
+        """Forget the current step, so that the next backward pass begins a new one."""
         for bucket in self._buckets.values():
             bucket.take()
         self._updated.clear()
         self._norms.clear()
 
     def _update_rest(self) -> None:
-        """Update what has a gradient that no hook has seen."""
-        self._update_waiting()  # of a backward pass that failed
+        """Update parameters whose gradient no hook has seen."""
+        self._update_waiting()  # a backward pass that failed leaves gradients in buckets
         rest = [p for p in parameters_of(self._optimizer.param_groups) if p.grad is not None]
         if rest:
             self._numbering = numbering_of(self._optimizer.param_groups)
@@ -273,28 +273,29 @@ class GradientRelease:
 
 
 class Bucket:
-    """Parameters whose gradients wait for each other."""
+    """Parameters whose gradients are collected for one launch."""
 
     def __init__(self, limit: int) -> None:
         self.params: list[Tensor] = []
         self._limit, self._held = limit, 0
 
     def add(self, p: Tensor, grad: Tensor) -> list[Tensor]:
-        """All that wait, if with ``p`` their gradients have ``limit`` bytes or more; else none."""
+        """Add ``p``. If the gradients now have ``limit`` bytes or more, return all parameters and empty the bucket."""
         self.params.append(p)
         self._held += grad.nbytes
         return self.take() if self._held >= self._limit else []
 
     def take(self) -> list[Tensor]:
+        """Return all parameters and empty the bucket."""
         params, self.params, self._held = self.params, [], 0
         return params
 
 
 def _grads(params: list[Tensor]) -> list[Any]:
-    with torch._C.DisableTorchFunctionSubclass():  # INT8 weights would answer in Python
+    with torch._C.DisableTorchFunctionSubclass():  # or INT8 weights would run Python code
         return [p.grad for p in params]
 
 
 def waiting_limit(params: Iterable[Tensor]) -> int:
-    """How many bytes of gradients of ``params`` wait for each other: the memory that the largest one needs anyway."""
+    """Bytes at which a bucket is full: those of the largest gradient, which must fit anyway, at most ``WAITING``."""
     return min(WAITING, max((p.numel() * p.element_size() for p in params), default=0))

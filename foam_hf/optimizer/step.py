@@ -1,4 +1,4 @@
-"""How a step updates the parameters of a group: by kernels where their rule has them, else by the rule in torch."""
+"""``PreparedStep``: updates members by launches of kernels, and by the rule in torch where no kernel takes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from foam_hf.optimizer.sharding import add_over_ranks
 from foam_hf.optimizer.watched import Watched, WatchedGradients, gradients_of, unique
 from foam_hf.rules.all import rule_named
 from foam_hf.rules.rule import Launch, Unfinished
-from foam_hf.tensors.finite import leaving_out_whole
+from foam_hf.tensors.finite import undo_if_nonfinite
 from foam_hf.tensors.places import local
 from foam_hf.tensors.rows import PLAIN, kernels_of, kind_of, weight_rows
 from foam_hf.tensors.step import Hyper, Member, State
@@ -33,12 +33,12 @@ class PreparedLaunch:
 
     Attributes:
         group: the param group of all of them.
-        launch: of kernels.
-        members: of the launch, in its order.
-        numbers: their places among the parameters of the step.
-        in_order: it updates all parameters of the step, in their order.
-        lead: a member with a gradient in this step, if there is one: its numbers are those of all.
-        index: ``numbers`` on the device, once needed.
+        launch: the launch of a kernel.
+        members: the members that it updates, in its order.
+        numbers: the index of each member's parameter among those of the step.
+        in_order: whether it updates all parameters of the step, in their order.
+        lead: a member with a gradient in this step, or None. All members have the same ``Hyper`` but for the stream.
+        index: ``numbers`` as a tensor on the device, made when it is needed.
     """
 
     group: dict[str, Any]
@@ -50,14 +50,14 @@ class PreparedLaunch:
     index: Tensor | None = None
 
     def leave_out(self, missing: numpy.ndarray) -> None:
-        """Run nothing of parameters that are ``missing`` a gradient, bool, one for each of the step's."""
+        """Let the launch skip the parameters without a gradient: ``missing``, bool, one for each of the step."""
         here = ~missing[self.numbers]
         self.launch.leave_out(here)
         first = int(here.argmax())
         self.lead = self.members[first] if here[first] else None
 
     def scales(self, grad_scale: Tensor | None) -> Tensor | None:
-        """``grad_scale`` of one element, or of those that it has for the step's parameters the launch's, in order."""
+        """The elements of ``grad_scale`` for the members of the launch, in order; one element is for all members."""
         if grad_scale is None or grad_scale.numel() == 1 or self.in_order:
             return grad_scale
         if self.index is None:
@@ -66,7 +66,7 @@ class PreparedLaunch:
 
 
 class PlainUpdate(NamedTuple):
-    """A member that no kernel takes, its param group, and its parameter's place among those of the step."""
+    """A member that no kernel takes, its param group, and the index of its parameter among those of the step."""
 
     group: dict[str, Any]
     member: Member
@@ -74,13 +74,13 @@ class PlainUpdate(NamedTuple):
 
 
 class PreparedStep:
-    """What a step of some parameters does. It serves again as long as it ``holds``, so tables are built only once.
+    """The launches and updates of a step, for some parameters of an optimizer.
 
-    It keeps no gradient alive, and is valid only for the very tensors of state it was made with.
+    It is used again as long as it ``holds``, so that kernels' tables are made only once. It keeps no gradient alive.
 
     Attributes:
-        launches: what kernels update.
-        plain: what is updated without.
+        launches: launches of kernels.
+        plain: members that are updated without kernels.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class PreparedStep:
         states: list[State],
         members: list[list[Member]],
     ) -> None:
-        """``holds`` compares ``params`` and ``states``; ``members`` are those with a gradient or state, by group."""
+        """``members`` has a list for each group. ``holds`` compares ``params`` and ``states`` with later ones."""
         self.launches: list[PreparedLaunch] = []
         self.plain: list[PlainUpdate] = []
         self._numbers = {id(p): i for i, p in enumerate(params)}
@@ -99,7 +99,7 @@ class PreparedStep:
         self._members = [member for mine in members for member in mine]
         self._follow_missing(numpy.array([p.grad is None for p in params]))
         self._watched: Watched | None = None
-        if self.launches:  # without tables there is nothing to keep
+        if self.launches:  # without tables a new PreparedStep costs nothing
             self._watched = Watched(groups, params, states, self._members)
             self._gradients = WatchedGradients(params, self._members, self._watched.sharded)
 
@@ -108,7 +108,7 @@ class PreparedStep:
         for member in members:
             by_kernels.setdefault(_kernels(member) or "", []).append(member)
         unfit = by_kernels.pop("", [])
-        by_stream = {member.stream: member for member in members}  # pieces share what counts of it
+        by_stream = {member.stream: member for member in members}  # pieces of a parameter share its state
         everything = numpy.arange(len(self._numbers))
         for module, some in by_kernels.items():
             launches, more = importlib.import_module(module).make_launches(some)
@@ -121,7 +121,7 @@ class PreparedStep:
         self.plain += [PlainUpdate(group, member, self._numbers[id(member.p)]) for member in unfit]
 
     def holds(self, groups: list[dict[str, Any]], params: list[Tensor], states: list[State]) -> bool:
-        """Whether the step still serves: nothing has moved but gradients, come or gone, which it then follows."""
+        """Whether the step is still valid. If only gradients have moved, appeared or vanished, it adapts to them."""
         if self._watched is None or not self._watched.unchanged(groups, params, states):
             return False
         found, last = gradients_of(params, self._watched.sharded), self._gradients.last
@@ -137,17 +137,19 @@ class PreparedStep:
         return True
 
     def _follow_missing(self, missing: numpy.ndarray) -> None:
-        """Leave out what has no gradient in this step."""
+        """Skip parameters without a gradient in this step."""
         present = [member for member in self._members if not missing[self._numbers[id(member.p)]]]
         self._stepping, self._changing = (unique(map(get, present)) for get in (_STATE, _PARAMETER))
         for each in self.launches:
             each.leave_out(missing)
 
     def run(self, grad_scale: Tensor | None, left_out_at: LeftOutAt) -> None:
-        """Update everything; gradients are those of a loss times ``grad_scale``.
+        """Update all members.
 
-        ``grad_scale`` has one element, or one for each of ``params``. ``left_out_at`` gives, for a group and a
-        device, where to write in which step a block was last left out, one element a parameter; or None.
+        Args:
+            grad_scale: what to divide gradients by, with one element, or one for each of the step's parameters.
+            left_out_at: from a group and a device, the tensor with an element for each parameter where the step
+                records what it leaves out, or None.
         """
         for state in self._stepping:
             state["step"] += 1
@@ -172,14 +174,14 @@ class PreparedStep:
             left = _update_plainly(member, h, scale, where)
             if left is not None:
                 unfinished.append((left, h, where))
-        # autograd sees neither what a kernel writes nor INT8 codes, and a backward pass under way may still need them.
+        # autograd does not see what kernels write, but a backward pass that needs the old values must raise an error.
         torch.autograd.graph.increment_version(self._changing)
         if unfinished:
             _finish(unfinished)
 
 
 def _kernels(member: Member) -> str | None:
-    """The module of the kernels that may take ``member``; None if there are none."""
+    """The name of the module whose kernels may take ``member``, or None."""
     if not use_kernels(local(member.p).device):
         return None
     if kind_of(member.weight) == PLAIN:
@@ -195,13 +197,13 @@ def _update_plainly(
     weight = weight_rows(member.weight, member.place)
     if rule.unit == "block":
         return rule.update(weight, grad, state, member.level, h, left_out_at)
-    with leaving_out_whole(grad, [*weight.tensors, *state.values()], left_out_at, h.step) as wanted:
+    with undo_if_nonfinite(grad, [*weight.tensors, *state.values()], left_out_at, h.step) as wanted:
         return rule.update(weight, grad, state, member.level, h) if wanted else None
 
 
 def _finish(unfinished: list[tuple[Unfinished, Hyper, Tensor | None]]) -> None:
-    """What the factored rule has left to do when the ranks of a shard know each other's sums."""
-    # By parameter and piece, as which of them share a launch may differ from rank to rank.
+    """Add up the sums of ``unfinished`` updates over ranks, and complete the updates."""
+    # All ranks must use the same order, so it is that of parameters and pieces: launches may differ between ranks.
     parts = sorted((part for one, _, _ in unfinished for part in one.sums), key=operator.itemgetter(0))
     add_over_ranks([(groups, tensor) for _, groups, tensor in parts])
     for one, h, left_out_at in unfinished:

@@ -1,6 +1,6 @@
-"""What a prepared step is valid for: the parameters, state and options that it was made with, and their gradients.
+"""Checks whether a prepared step is still valid: the same groups, parameters, state and kinds of gradients.
 
-It is all looked at in every step, over hundreds of small tensors, hence the passes without a line of Python for each.
+The checks run in every step over hundreds of small tensors. For speed they use ``map`` with functions in C, not loops.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from foam_hf.tensors.places import is_sharded, local
 from foam_hf.tensors.step import Member, State
 
 _GRAD, _DTYPE, _STEP = operator.attrgetter("grad"), operator.attrgetter("dtype"), operator.itemgetter("step")
-# The fields of a group that a step, once prepared, reads no more.
+# The fields of a group that are read only when a step is prepared.
 _PREPARED_FOR = operator.itemgetter(*names_of(lambda each: each.field and not each.may_change))
 
 
 class StatesAlike(NamedTuple):
-    """States with tensors of the same names; each of ``tensors`` gives that of one name."""
+    """States whose tensors have the same names. Each function in ``tensors`` gets the tensor of one name."""
 
     tensors: list[Callable[[State], Tensor]]
     states: list[State]
 
 
 class Watched:
-    """Groups, parameters and state as they were; ``unchanged`` says whether they still are."""
+    """The groups, parameters and state of a prepared step; ``unchanged`` compares them with the present ones."""
 
     def __init__(
         self, groups: list[dict[str, Any]], params: list[Tensor], states: list[State], members: list[Member]
     ) -> None:
-        """``params`` and ``states`` are of a whole step, ``members`` what is updated in it."""
+        """``params`` and ``states`` are all of the step's, ``members`` those that it may update."""
         self._groups, self._params, self._states = list(groups), params, states
         self._fields = _fields(groups)
         self._weights = unique(member.p for member in members)
@@ -45,11 +45,11 @@ class Watched:
         self._steps, self._addresses = self._steps_and_addresses()
 
     def follow_steps(self) -> None:
-        """Know the step counts that this step has given."""
+        """Remember the step counts after this step, which has increased them."""
         self._steps = list(map(_STEP, self._updated))
 
     def unchanged(self, groups: list[dict[str, Any]], params: list[Tensor], states: list[State]) -> bool:
-        """Whether all is as it was, but for gradients and for options that a step reads anew."""
+        """Whether all is the same, without regard to gradients and to options that every step reads anew."""
         return (
             _same(groups, self._groups)
             and _same(params, self._params)
@@ -61,7 +61,7 @@ class Watched:
     def _holds_its_state(self) -> bool:
         try:
             return self._steps_and_addresses() == (self._steps, self._addresses)
-        except (KeyError, TypeError):  # somebody has taken state away
+        except (KeyError, TypeError):  # a caller has removed state
             return False
 
     def _steps_and_addresses(self) -> tuple[list[int], list[int]]:
@@ -69,19 +69,19 @@ class Watched:
         for alike in self._alike:
             for tensor in alike.tensors:
                 held += map(tensor, alike.states)
-        # What a kernel has the address of must still be there when it runs again.
+        # The kernels' tables hold these addresses.
         addresses = list(map(Tensor.data_ptr, map(local, held) if self.sharded else held))
         return list(map(_STEP, self._updated)), addresses
 
 
 class Gradients(NamedTuple):
-    """What there is to know of the gradients of a step's parameters, in their order.
+    """The gradients of a step's parameters, as far as a prepared step depends on them.
 
     Attributes:
-        missing: bool, the parameters without one.
-        kinds: what a launch is compiled for, lists with a place for each parameter, None for a missing gradient; of
-            shards, all that must stay as it is.
-        addresses: int64, 0 for a missing or sparse one.
+        missing: bool, True for a parameter without a gradient.
+        kinds: lists of what kernels are compiled for, dtype and contiguity, with an element for each parameter, None
+            for a missing gradient. For DTensors all that must not change: also which are missing, and placements.
+        addresses: int64, 0 for a missing or sparse gradient.
     """
 
     missing: numpy.ndarray
@@ -90,12 +90,12 @@ class Gradients(NamedTuple):
 
 
 class WatchedGradients:
-    """The gradients that tables were made for, and those of the last step; such as differ in no more than address."""
+    """The kinds of gradients that the kernels' tables were made for, and the gradients of the last step."""
 
     def __init__(self, params: list[Tensor], members: list[Member], sharded: bool) -> None:
         self._sharded = sharded
         self.last = gradients_of(params, sharded)
-        # What a launch is compiled for, of gradients that are missing too: as their weights are.
+        # A missing gradient is expected in the dtype of its weight, and contiguous.
         number = {id(p): i for i, p in enumerate(params)}
         self._kinds = {number[id(member.p)]: (member.p.dtype, True) for member in members}
         if not sharded:
@@ -104,19 +104,19 @@ class WatchedGradients:
         self._alignments = self.last.addresses % 16
 
     def fit(self, found: Gradients, moved: bool) -> bool:
-        """Whether the tables serve for gradients that were ``found``; ``moved`` says that addresses differ."""
+        """Whether the tables can be used for the gradients ``found``. ``moved`` says whether addresses differ."""
         if found.kinds != self.last.kinds and (self._sharded or not self._know(found.kinds)):
             return False
-        # The kernels were compiled for an alignment.
+        # The kernels were compiled for the alignment of these addresses.
         return not moved or not ((found.addresses % 16 != self._alignments) & ~found.missing).any()
 
     def _know(self, kinds: list[Any]) -> bool:
-        """Whether every gradient that is there is of the kind that the tables were made for."""
+        """Whether every gradient that is not missing is of the kind that the tables were made for."""
         return all(kind[0] is None or kind == self._kinds.get(i) for i, kind in enumerate(zip(*kinds, strict=True)))
 
 
 def unique(values: Iterable[Any]) -> list[Any]:
-    """The objects of ``values``, each once."""
+    """The objects in ``values``, each once, compared by identity."""
     return list({id(value): value for value in values}.values())
 
 
@@ -137,8 +137,8 @@ def _fields(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 def gradients_of(params: list[Tensor], sharded: bool) -> Gradients:
-    """The gradients of ``params`` as they are now."""
-    with torch._C.DisableTorchFunctionSubclass():  # INT8 weights would answer in Python
+    """The present gradients of ``params``."""
+    with torch._C.DisableTorchFunctionSubclass():  # or INT8 weights would run Python code
         grads = list(map(_GRAD, params))
     if not sharded:
         try:
@@ -163,9 +163,9 @@ def gradients_of(params: list[Tensor], sharded: bool) -> Gradients:
 
 
 def _spread(values: list[Any], missing: numpy.ndarray) -> list[Any]:
-    """``values`` of what is there, in the places of all."""
+    """``values``, one for each gradient, as a list with an element for each parameter: None if ``missing``."""
     found = iter(values)
-    return [None if gone else next(found) for gone in missing]
+    return [None if is_missing else next(found) for is_missing in missing]
 
 
 def _int64(values: list[int]) -> numpy.ndarray:

@@ -50,8 +50,8 @@ class KeptBlocks:
 
 
 @contextmanager
-def leaving_out_whole(grad: Tensor, held: Sequence[Tensor], left_out_at: Tensor | None, step: int) -> Iterator[bool]:
-    """Undo the update of the tensors ``held`` in the ``with`` block if ``grad`` is not finite.
+def undo_if_nonfinite(grad: Tensor, held: Sequence[Tensor], left_out_at: Tensor | None, step: int) -> Iterator[bool]:
+    """Undo the changes of the tensors ``held`` in the ``with`` block if ``grad`` is not finite.
 
     This is for rules that leave out whole tensors, not blocks. On a CPU ``grad`` is checked first, and the value of
     the context is False if the update must not run. On a GPU the check would make the host wait, so the value is True,
