@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import Trainer, TrainingArguments
 
 import foam_hf.rules.all
@@ -213,6 +217,105 @@ def test_the_plan_has_its_temporary_bytes() -> None:
     largest = max(p.numel() for p in model.parameters() if p.dim() > 1)
     assert optimizer_temporary_bytes(model, "foam", "second_moment=sign") == 20 * largest
     assert optimizer_temporary_bytes(model, "foam", "second_moment=block") == 0
+
+
+def in_two_processes(function: Callable[..., dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """What ``function(rank)`` gives in each of two processes over gloo, forked from this one, which know the rule."""
+    context = torch.multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_as_rank, args=(function, folder, rank)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def _as_rank(function: Callable[..., dict[str, Any]], folder: Path, rank: int) -> None:
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    torch.save(function(rank), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+SPLIT = {  # shorter last blocks, and a rank without rows
+    "rows": ((7, 13), Shard(0)),
+    "few rows": ((1, 13), Shard(0)),
+    "columns": ((3, 15), Shard(1)),
+    "three dimensions": ((2, 3, 16), Shard(2)),
+}
+
+
+def sharded(rank: int) -> dict[str, Any]:
+    """Weight and state of each case of `SPLIT` and dtype, all of it, and the same in one process."""
+    mesh = init_device_mesh("cpu", (2,))
+    found = {}
+    for (case, (shape, placement)), dtype in itertools.product(SPLIT.items(), (torch.float32, torch.bfloat16)):
+        p = nn.Parameter(torch.randn(shape).to(dtype))
+        q = nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [placement]))
+        alone, together = (FOAM([each], **{**OPTIONS, "state_dtype": dtype}) for each in (p, q))
+        for grad in torch.randn(3, *shape).to(dtype):
+            take_steps(alone, [[grad]])
+            q.grad = distribute_tensor(grad, mesh, [placement])
+            together.step()
+        momentum = together.state[q]["folded_momentum"]
+        assert isinstance(momentum, DTensor) and momentum.placements == (placement,)
+        whole = [q.detach().full_tensor(), momentum.full_tensor()]
+        found[f"{case} {dtype}"] = whole, [p.detach(), alone.state[p]["folded_momentum"]]
+    return found
+
+
+def test_shards_have_the_bits_of_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FOAM_HF_KERNEL", "reference")
+    for found in in_two_processes(sharded, tmp_path):
+        assert len(found) == 2 * len(SPLIT)
+        for case, (together, alone) in found.items():
+            assert all(map(torch.equal, together, alone)), case
+
+
+def under_ddp(rank: int) -> dict[str, Any]:
+    """Each rank has its half of a batch, and one process all of it."""
+    layer = nn.Linear(32, 8)
+    alone = copy.deepcopy(layer)
+    parallel = nn.parallel.DistributedDataParallel(layer)
+    optimizers = [FOAM(each.parameters(), **OPTIONS) for each in (layer, alone)]
+    for halves in torch.randint(-3, 4, (3, 2, 4, 32)).float():  # sums of integers are exact in any order
+        for each, x, optimizer in zip(
+            (parallel, alone), (halves[rank], halves.flatten(0, 1)), optimizers, strict=True
+        ):
+            optimizer.zero_grad()
+            each(x).mean().backward()
+            optimizer.step()
+    return {"together": layer.state_dict(), "alone": alone.state_dict()}
+
+
+def test_ddp_has_the_bits_of_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FOAM_HF_KERNEL", "reference")
+    for found in in_two_processes(under_ddp, tmp_path):
+        for name, weight in found["alone"].items():
+            assert torch.equal(found["together"][name], weight), name
+
+
+def refused(rank: int) -> dict[str, Any]:
+    """What FOAM says of a weight whose rows or columns are split, if the rule needs them whole."""
+    mesh = init_device_mesh("cpu", (2,))
+    words = {}
+    p = nn.Parameter(distribute_tensor(torch.randn(4, 8), mesh, [Shard(0)]))
+    for shards in ("nothing", "rows or columns"):
+        foam_hf.rules.all.RULES = (dataclasses.replace(TOY, shards=shards), *foam_hf.rules.all.RULES[1:])
+        try:
+            FOAM([p], **OPTIONS)
+            words[shards] = "taken"
+        except ValueError as error:
+            words[shards] = str(error)
+    return words
+
+
+def test_shards_of_a_rule_that_needs_whole_weights_are_refused(tmp_path: Path) -> None:
+    for words in in_two_processes(refused, tmp_path):
+        assert "second_moment='sign' needs whole weights: got a DTensor of shape (4, 8)" in words["nothing"]
+        assert words["rows or columns"] == "taken"
 
 
 def test_fsdp_takes_it_as_it_needs_no_whole_weights() -> None:
