@@ -263,7 +263,7 @@ def test_a_backward_pass_that_needs_the_weight_before_the_step_fails(monkeypatch
         loss.backward()
 
 
-@pytest.mark.parametrize("options", [{}, {"level": 0}, {"second_moment": "factored"}], ids=str)
+@pytest.mark.parametrize("options", [*({"second_moment": rule} for rule in FUSED), {"level": 0}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_that_missed_steps_share_a_launch(monkeypatch, dtype, options):
     """Experts and skipped layers: each has a step, bias corrections and random bits of its own."""
@@ -283,7 +283,7 @@ def test_weights_that_missed_steps_share_a_launch(monkeypatch, dtype, options):
         assert_within(p.float(), q.float(), case)
 
 
-@pytest.mark.parametrize("options", [{}, {"second_moment": "factored"}, {"level": 0, "lr": 0.3}], ids=str)
+@pytest.mark.parametrize("options", [*({"second_moment": rule} for rule in FUSED), {"level": 0, "lr": 0.3}], ids=str)
 def test_tables_serve_while_gradients_come_and_go(monkeypatch, options):
     """Uneven routing: which experts have a gradient changes in every step, and tables are made for new ones alone."""
     monkeypatch.setenv("FOAM_HF_KERNEL", "triton")

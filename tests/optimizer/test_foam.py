@@ -15,7 +15,7 @@ import torch
 
 from foam_hf.optimizer import FOAM
 from foam_hf.optimizer.state import expected_state
-from tests.support.rules import FOLDING
+from tests.support.rules import FOLDING, OPTIONS
 from tests.support.tolerances import assert_within
 
 
@@ -49,13 +49,10 @@ def kinds(state):
 
 
 SETTINGS = [
-    {"level": 2},
+    *({"level": 3, **options} for options in OPTIONS.values()),
     {"level": "row"},
-    {"level": 0},
-    {"level": 3, "second_moment": "factored"},
-    {"level": 3, "state_dtype": torch.bfloat16},
+    {"level": 2, "state_dtype": torch.bfloat16},
     {"level": 2, "second_moment": "muon", "momentum": 0.9},
-    {"level": 2, "second_moment": "adam_mini"},
 ]
 
 

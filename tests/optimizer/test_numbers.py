@@ -13,7 +13,7 @@ from torch import nn
 from foam_hf import FOAM
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.tensors.step import Member
-from tests.support.rules import FOLDING, FUSED
+from tests.support.rules import FOLDING, FUSED, OPTIONS
 from tests.support.tolerances import assert_within
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,7 +36,9 @@ def train(gradients: list[torch.Tensor], int8: bool = False, **options: Any) -> 
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.0), (0.0, 0.0), (0.0, 0.999), (0.4, 0.3), (0.9, 0.9999999)])
-@pytest.mark.parametrize("options", [{"level": 0}, {}, {"second_moment": "factored"}, {"int8": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [*({"second_moment": rule} for rule in FUSED), {"level": 0}, {"int8": True}], ids=str
+)
 def test_kernels_follow_the_plain_path_at_any_betas(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], betas: tuple[float, float]
 ) -> None:
@@ -52,14 +54,14 @@ def test_kernels_follow_the_plain_path_at_any_betas(
         assert_within(found[1] - weight(False), found[0] - weight(False), "kernel steps against the plain path's")
 
 
-@pytest.mark.parametrize("options", [{}, {"level": 0}, {"second_moment": "muon"}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=str)
 def test_a_beta_of_one_that_somebody_sets_later_is_refused(options: dict[str, Any]) -> None:
     p = nn.Parameter(torch.zeros(4, 32))
     optimizer = FOAM([p], **options)
     p.grad = torch.ones_like(p)
     optimizer.step()
     before = p.detach().clone()
-    name = "momentum" if "second_moment" in options else "betas"
+    name = "momentum" if options.get("second_moment") == "muon" else "betas"
     optimizer.param_groups[0][name] = 1.0 if name == "momentum" else (0.9, 1.0)
     with pytest.raises(
         ValueError, match=r"(momentum|betas) is out of range: got .*1\.0\)?; expected .* from 0 to below 1"

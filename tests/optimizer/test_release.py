@@ -20,6 +20,7 @@ from torch.utils.data import default_collate
 from foam_hf import FOAM, enable_gradient_release, foam_param_groups
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.optimizer import release as gradient_release
+from tests.support.rules import FUSED
 from tests.support.rules import OPTIONS as RULES
 from tests.support.tiny_models import (
     BUILDERS,
@@ -395,9 +396,7 @@ def test_clipping_bounds_each_gradient_on_its_own(monkeypatch: pytest.MonkeyPatc
         assert_within(p.detach(), q.detach(), "clipping in the hook against clipping before the step, 4 steps")
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"second_moment": "factored"}, {"int8": True}], ids=["block", "factored", "INT8"]
-)
+@pytest.mark.parametrize("options", [*({"second_moment": rule} for rule in FUSED), {"int8": True}], ids=str)
 @pytest.mark.parametrize("kernel", ["reference", "triton"])
 def test_gradients_clipped_in_one_launch_give_the_bits_of_one_by_one(
     monkeypatch: pytest.MonkeyPatch, kernel: str, options: dict[str, Any]

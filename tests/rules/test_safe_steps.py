@@ -15,7 +15,7 @@ import foam_hf.rules.factored
 from foam_hf import FOAM
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.rules.all import rule_named
-from tests.support.rules import OPTIONS
+from tests.support.rules import FOLDING, OPTIONS
 from tests.support.tolerances import TOLERANCES, assert_within
 
 LR, SCALE = 1e-3, 2.0
@@ -233,7 +233,7 @@ def test_a_first_moment_of_8_bits_that_cannot_shrink_moves_nothing_far() -> None
 
 
 @pytest.mark.parametrize("level", [3, 5, "row"])
-@pytest.mark.parametrize("rule", ["factored", "adam_mini"])
+@pytest.mark.parametrize("rule", FOLDING)
 @pytest.mark.parametrize("pattern", [dense, correlated])
 def test_dense_gradients_are_not_limited(
     monkeypatch: pytest.MonkeyPatch, pattern: Callable[[], Iterator[Tensor]], rule: str, level: Any
