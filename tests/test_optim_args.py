@@ -102,7 +102,8 @@ def test_error_names_the_key_the_value_and_what_is_legal(given_args: Any, fragme
     assert message.startswith("optim_args")
     for fragment in fragments:
         assert fragment in message
-    assert caught.value.__cause__ is None and caught.value.__suppress_context__ or caught.value.__context__ is None
+    error = caught.value
+    assert error.__cause__ is None and (error.__suppress_context__ or error.__context__ is None)
 
 
 def test_names_stand_for_options_and_refuse_others() -> None:

@@ -147,7 +147,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"{options.model}: {about['architecture']}, {about['size']}")
         print(f"The peak of a training step of {about['step']}:\n")
         print_table(rows, gpu=options.gpu)
-        print("\n" + "\n".join(_notes(rows, options, foam_only)))
+        print("\n" + "\n".join(_notes(rows, foam_only)))
     if options.gpu is None or any(row.fits for row in rows):
         return 0
     if not options.json:
@@ -265,7 +265,7 @@ def _describe_workload(planner: Planner, options: Any) -> dict[str, str]:
     return {"architecture": planner.architecture, "size": size, "step": ", ".join(step)}
 
 
-def _notes(rows: list[Row], options: Any, foam_only: list[str]) -> list[str]:
+def _notes(rows: list[Row], foam_only: list[str]) -> list[str]:
     """The lines below the table: what is counted, what is estimated, and how well."""
     notes = [
         "Weights, gradients and state are counted to the byte. Activations are what the peak holds on top of them",

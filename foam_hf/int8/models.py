@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,6 +16,8 @@ from foam_hf.int8.weight import Int8Weight
 from foam_hf.optimizer.groups import layer_names
 
 logger = logging.getLogger(__name__)
+
+Initializer = Callable[[nn.Module], Any]  # initializes the parameters of a module
 
 
 @dataclass(frozen=True)
@@ -168,32 +170,43 @@ def accept_codes(module: nn.Linear) -> None:
 
 
 @torch.no_grad()
-def materialize_(model: Any, plan: Int8Plan, device: torch.device) -> None:
+def materialize_(
+    model: Any, plan: Int8Plan, device: torch.device, initializer_of: Callable[[nn.Module], Initializer | None]
+) -> None:
     """Allocate the parameters on the meta device and initialize them by the model's own rule, one module at a time.
 
     Each weight in `plan` becomes INT8 before the next module is allocated, so that little memory is needed.
+
+    Args:
+        model: a transformers model, changed in place.
+        plan: which weights become INT8.
+        device: of the new parameters.
+        initializer_of: gives what initializes a module and its submodules, or None where the outer module's does.
     """
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    for name, module, owner in _modules(model, "", model):
+    for name, module, initialize in _with_initializers(model, "", initializer_of):
         prefix = f"{name}." if name else ""
         own = {key: p for key, p in module.named_parameters(recurse=False) if p.is_meta and prefix + key not in tied}
         if not own:
             continue
         for key, p in own.items():
             setattr(module, key, nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad))
-        owner._init_weights(module)
+        initialize(module)
         block = plan.blocks.get(prefix + "weight")
         if block is not None:
             convert_(cast(nn.Linear, module), block)
     model.tie_weights()
 
 
-def _modules(module: nn.Module, name: str, owner: Any) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Yield every module with its name, and the transformers model whose `_init_weights` initializes it."""
-    owner = module if hasattr(module, "_init_weights") else owner
-    yield name, module, owner
+def _with_initializers(
+    module: nn.Module, name: str, initializer_of: Callable[[nn.Module], Initializer | None], outer: Any = None
+) -> Iterator[tuple[str, nn.Module, Initializer]]:
+    """Yield every module with its name and its initializer, which may be that of an outer module."""
+    initializer = initializer_of(module) or outer
+    yield name, module, initializer
     for child_name, child in module.named_children():
-        yield from _modules(child, f"{name}.{child_name}" if name else child_name, owner)
+        path = f"{name}.{child_name}" if name else child_name
+        yield from _with_initializers(child, path, initializer_of, initializer)
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> int:

@@ -2,8 +2,8 @@
 
 This file relies on these names of transformers 5.6 to 5.x: `register_quantization_config` and `register_quantizer`,
 which are public, the hooks of `HfQuantizer` that it overrides, and `AutoHfQuantizer.merge_quantization_configs`. The
-last one is wrapped, because it ignores `dequantize=True` for a checkpoint that is quantized already. `int8/models.py`
-calls `PreTrainedModel._init_weights`, which initializes the weights of a module. All other names that this package
+last one is wrapped, because it ignores `dequantize=True` for a checkpoint that is quantized already.
+`PreTrainedModel._init_weights` is called: it initializes the weights of a module. All other names that this package
 relies on are in `foam_hf/trainer/patches.py`.
 """
 
@@ -271,7 +271,8 @@ def quantize_model_(model: Any, config: Int8Config | None = None, *, device: tor
     quantizer = Int8Quantizer(config, pre_quantized=False)
     quantizer.preprocess_model(model)
     if any(p.is_meta for p in model.parameters()):
-        materialize_(model, quantizer.plan, torch.device("cpu" if device is None else device))
+        place = torch.device("cpu" if device is None else device)
+        materialize_(model, quantizer.plan, place, lambda module: getattr(module, "_init_weights", None))
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)
     return model

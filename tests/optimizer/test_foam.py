@@ -304,7 +304,8 @@ def test_bad_hyperparameters_are_refused_in_constructor_and_group(options, messa
 
 
 def test_numpy_integers_are_levels():
-    FOAM([torch.nn.Parameter(torch.zeros(2, 2))], level=numpy.int64(3))
+    optimizer = FOAM([torch.nn.Parameter(torch.zeros(2, 2))], level=numpy.int64(3))
+    assert optimizer.param_groups[0]["level"] == 3
 
 
 def test_bad_parameters_are_refused():

@@ -109,10 +109,11 @@ def _rewrapped(name: str, original: Any) -> Any:
 
 
 @pytest.mark.parametrize("config", [[], "text", {"quantization_config": "awq"}, {"quantization_config": [1]}, None])
-def test_a_checkpoint_with_an_odd_config_is_transformers_business(tmp_path: Path, config: Any) -> None:
+def test_a_checkpoint_with_an_odd_config_is_transformers_business(tmp_path: Path, caplog: Any, config: Any) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
     refuse_other_weights(object(), str(tmp_path))
+    assert not caplog.records
 
 
 def test_importing_changes_no_bit_of_a_run(tmp_path: Path) -> None:

@@ -114,11 +114,6 @@ def chat_table() -> str:
 TABLES = {"swap": table, "swap of chat models": chat_table}
 
 
-def marked(name: str) -> str:
-    """The table of this name between its marks, as the page has it."""
-    return "\n".join([MARKS[0].format(name), TABLES[name](), MARKS[1].format(name)])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--page", type=Path, help="renew the tables between their marks in this file")
