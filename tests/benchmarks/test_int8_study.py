@@ -59,7 +59,7 @@ def test_glue_is_measured_with_and_without_int8_weights() -> None:
     (words,) = commands("study")
     options = quality.parse(words[1:])
     fp32, int8 = (
-        quality.Job(options, "result", "cola", arm, 1e-4, options.seeds[0]).told for arm in options.plan["arms"]
+        quality.Job(options, "result", "cola", arm, 1e-4, options.seeds[0]).request for arm in options.plan["arms"]
     )
     assert int8["settings"].pop("int8_weights") is True
     assert fp32 == int8

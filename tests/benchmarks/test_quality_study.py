@@ -112,10 +112,10 @@ def test_every_committed_plan_holds_what_the_recipes_know(path: Path, tmp_path: 
             if arm["optim"] == "candidate":
                 parameter = torch.nn.Parameter(torch.zeros(2, 2))
                 Candidate([parameter], **{"total_steps": 9, **arm["optim_args"]})
-            if job.told["runner"] == "pydoc":
-                assert job.told["settings"].keys() <= quality_run.tiny_language.DEFAULTS.keys()
+            if job.request["runner"] == "pydoc":
+                assert job.request["settings"].keys() <= quality_run.tiny_language.DEFAULTS.keys()
                 continue
-            recipe, training, *_ = arguments.parse(quality_run.words_of({**job.told, "folder": str(tmp_path)}))
+            recipe, training, *_ = arguments.parse(quality_run.words_of({**job.request, "folder": str(tmp_path)}))
             assert recipe.task_name == [task]
             training.pop("bf16", None)  # torch refuses it where there is no GPU
             args = arguments.build_training_arguments({**training, "use_cpu": True}, tmp_path, 1)

@@ -8,6 +8,7 @@ at its import. Where that does not work out, `warm` returns None and runs are st
 import contextlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from recipes.benchmarks.common.folders import ROOT, load_script
 
+LOG = "log.txt"  # in the folder of each run
 CONTEXT = 0.01  # of the GPU's memory, for each process beside its tensors
 NO_MEMORY = ("out of memory", "ALLOC_FAILED", "mha_graph")  # the last is cuDNN's way to say so
 
@@ -127,6 +129,18 @@ def _train(train, words: list[str], threads: int, share: float) -> None:
     logging.getLogger("foam_hf").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast in every layer of every step
     train.main(words)
+
+
+def read_log(folder: Path) -> str:
+    """What the run of this folder printed."""
+    return (folder / LOG).read_text(encoding="utf-8", errors="replace")
+
+
+def remove_all_but(folder: Path, *names: str) -> None:
+    """Remove what a run wrote into its folder, but these files: saved models fill a disk."""
+    for path in folder.iterdir():
+        if path.name not in names:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class Queue:

@@ -1,5 +1,6 @@
 """What both speed benchmarks share: a fresh process for every case, results that survive a killed run, timing."""
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -12,7 +13,7 @@ import subprocess
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -81,7 +82,7 @@ class Results:
     def has(self, key: dict) -> bool:
         return any(_is(row, key) and row["status"] in ("ok", "does not fit") for row in self.content["rows"])
 
-    def put(self, key: dict, row: dict) -> None:
+    def record(self, key: dict, row: dict) -> None:
         others = [old for old in self.content["rows"] if not _is(old, key)]
         self.content["rows"] = [*others, {**key, **row, "date": self.content["machine"]["date"]}]
         write_json(self.path, self.content)
@@ -103,7 +104,7 @@ def run_cases(results: Results, cases: list[dict], measure: Callable[[dict], dic
             )
             break
         row = measure(case)
-        results.put(case, row)
+        results.record(case, row)
         said = row.get("reason") or ("done" if row["ms"] is None else f"{row['ms']:.3f} ms")
         print(
             f"{time.monotonic() - started:6.0f} s  {' '.join(map(str, case.values()))}: {row['status']}, {said}",
@@ -119,6 +120,24 @@ def add_options(parser) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help=help)
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="start no case after so many seconds")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the JSON already has")
+
+
+def names_of(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, kind: str, known: Collection[str]
+) -> list[str]:
+    """The names that an option lists with commas; the parser's error if one is not among those that are known."""
+    names = getattr(options, kind).split(",")
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"--{kind}: unknown {', '.join(unknown)}; expected some of {', '.join(known)}")
+    return names
+
+
+def machine_of(device: str) -> dict:
+    """What `probe` finds, in a process of its own; SystemExit if there is no such device."""
+    machine = run_alone(probe, device)
+    if machine.pop("status") != "ok":
+        raise SystemExit(f"no {device} device to measure on: {machine['reason']}")
+    return machine
 
 
 def probe(device: str) -> dict:

@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> dict:
             print("--budget-s is over; add --resume to go on")
             break
         row = measure(CASES[name], options.device, options.tiny)
-        results.put(key, row)
+        results.record(key, row)
         said = (
             row.get("reason")
             or f"{format_bytes(row['measured']['total'])}, predicted {format_bytes(row['predicted']['total'])}"

@@ -20,7 +20,15 @@ from typing import Any
 
 import torch
 
-from recipes.benchmarks.common.harness import Results, add_options, probe, run_alone, run_cases, synchronize
+from recipes.benchmarks.common.harness import (
+    Results,
+    add_options,
+    machine_of,
+    names_of,
+    run_alone,
+    run_cases,
+    synchronize,
+)
 from recipes.benchmarks.speed.training_speed import MODELS as LLAMAS
 
 LLAMAS = LLAMAS | {
@@ -256,13 +264,8 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--tiny", action="store_true", help="tiny models and 16 tokens in place of the true shapes")
     add_options(parser)
     options = parser.parse_args(argv)
-    names = options.cases.split(",")
-    unknown = [name for name in names if name not in CASES]
-    if unknown:
-        parser.error(f"--cases: unknown {', '.join(unknown)}; expected some of {', '.join(CASES)}")
-    machine = run_alone(probe, options.device)
-    if machine.pop("status") != "ok":
-        raise SystemExit(f"no {options.device} device to measure on: {machine['reason']}")
+    names = names_of(parser, options, "cases", CASES)
+    machine = machine_of(options.device)
     print(machine["name"], flush=True)
     results = Results(options.results, "memory_peak", machine)
 

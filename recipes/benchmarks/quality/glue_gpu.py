@@ -11,7 +11,6 @@ a run cut off by --budget-s or from outside loses nothing; recipes/glue/table.py
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from foam_hf.recipe_kit import write_json
 from recipes.benchmarks.common.folders import RECIPES
+from recipes.benchmarks.common.forked import LOG, read_log, remove_all_but
 from recipes.glue.data import TASKS
 
 GLUE = RECIPES / "glue"
@@ -98,7 +98,7 @@ class Job:
     def start(self, threads: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        with open(self.folder / "log.txt", "w", encoding="utf-8") as log:
+        with open(self.folder / LOG, "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
     def result(self) -> dict | None:
@@ -111,14 +111,12 @@ class Job:
         return found
 
     def failure(self) -> dict:
-        log = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
-        return {"run": str(self.folder.name), "of": list(self.key), "stage": self.stage, "log": log[-1500:]}
+        log = read_log(self.folder)[-1500:]
+        return {"run": str(self.folder.name), "of": list(self.key), "stage": self.stage, "log": log}
 
     def tidy(self) -> None:
         """Keep results and log only: a grid of saved models fills a disk."""
-        for path in self.folder.iterdir():
-            if path.name not in ("results.json", "log.txt"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove_all_but(self.folder, "results.json", LOG)
 
 
 def best_rate(jobs: list[Job]) -> str | None:
@@ -170,7 +168,7 @@ def main(argv: list[str] | None = None) -> dict:
                 finished.append(job)
                 job.tidy()
                 result = job.result()
-                score = f"{100 * result['main_score']:.2f}" if result else f"FAILED, see {job.folder / 'log.txt'}"
+                score = f"{100 * result['main_score']:.2f}" if result else f"FAILED, see {job.folder / LOG}"
                 left = len(waiting) + len(running)
                 where = job.folder.relative_to(options.out)
                 print(f"{time.monotonic() - started:6.0f} s  {where}  {score}  ({left} left)", flush=True)

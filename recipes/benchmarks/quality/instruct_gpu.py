@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from foam_hf.recipe_kit import write_json
-from recipes.benchmarks.common.forked import CONTEXT, Queue, Run, warm
+from recipes.benchmarks.common.forked import CONTEXT, LOG, Queue, Run, read_log, remove_all_but, warm
 from recipes.benchmarks.quality.before import as_before
 
 HERE = Path(__file__).resolve().parent
@@ -139,7 +139,7 @@ class Job:
         self.began, self.tries = time.monotonic(), self.tries + 1
         share = memory if self.part == "alone" or self.tries > 1 else memory / jobs - CONTEXT
         threads = max(1, (os.cpu_count() or 1) // jobs)
-        self.run = Run(train, self.words, self.folder / "log.txt", threads, share, RUNNER)
+        self.run = Run(train, self.words, self.folder / LOG, threads, share, RUNNER)
 
     def finish(self) -> None:
         """Take the record from results.json, if there is one, and leave only the log: saved models fill a disk."""
@@ -154,13 +154,11 @@ class Job:
             if self.part == "alone":  # among other runs it would say nothing
                 record["tokens_per_second"] = found["tokens_per_second"]
             self.record = record | {"seconds": round(time.monotonic() - self.began, 1)}
-        for path in self.folder.iterdir():
-            if path.name != "log.txt":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove_all_but(self.folder, LOG)
 
     @property
     def log(self) -> str:
-        return (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-1500:]
+        return read_log(self.folder)[-1500:]
 
     def failure(self) -> dict:
         return {"part": self.part, "dataset": self.dataset, "arm": self.arm, "rate": self.rate, "log": self.log}
@@ -243,7 +241,7 @@ class Study(Queue):
         print(f"{self.elapsed():6.0f} s  out of memory, put off: {job.folder}", flush=True)
 
     def ended(self, job: Job) -> str:
-        said = f"FAILED, see {job.folder / 'log.txt'}"
+        said = f"FAILED, see {job.folder / LOG}"
         if job.record:
             with open(self.lines, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"key": job.key, "record": job.record}) + "\n")

@@ -14,7 +14,6 @@ runs that it has are kept. recipes/benchmarks/quality/pretrain_report.py makes t
 import argparse
 import json
 import os
-import shutil
 import statistics
 import sys
 import time
@@ -24,7 +23,7 @@ import yaml
 
 from foam_hf.recipe_kit import write_json
 from recipes.benchmarks.common.folders import RECIPES
-from recipes.benchmarks.common.forked import CONTEXT, Queue, Run, warm
+from recipes.benchmarks.common.forked import CONTEXT, LOG, Queue, Run, read_log, remove_all_but, warm
 from recipes.benchmarks.quality.plan import next_rate
 
 HERE = Path(__file__).resolve().parent
@@ -138,7 +137,7 @@ class Job:
         self.began, self.tries = time.monotonic(), self.tries + 1
         share = 1.0 if self.tries > 1 else 1 / jobs - CONTEXT
         threads = max(1, (os.cpu_count() or 1) // jobs)
-        self.run = Run(train, self.words, self.folder / "log.txt", threads, share, SCRIPT)
+        self.run = Run(train, self.words, self.folder / LOG, threads, share, SCRIPT)
 
     def finish(self) -> None:
         """Take the record from results.json, if there is one, and leave only the log: saved models fill a disk."""
@@ -148,13 +147,11 @@ class Job:
             wall = round(time.monotonic() - self.began, 1)
             self.record = {**self.identity, **{name: found[name] for name in KEPT}, "wall_seconds": wall}
             self.record["key"] = self.key
-        for path in self.folder.iterdir():
-            if path.name != "log.txt":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove_all_but(self.folder, LOG)
 
     @property
     def log(self) -> str:
-        return (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-1500:]
+        return read_log(self.folder)[-1500:]
 
 
 def plan(options: argparse.Namespace, rest: list[str]) -> list[Job]:
@@ -220,7 +217,7 @@ class Study(Queue):
     def ended(self, job: Job) -> str:
         self.widen(job.model, job.arm)
         if job.record is None:
-            return f"FAILED, see {job.folder / 'log.txt'}"
+            return f"FAILED, see {job.folder / LOG}"
         return f"perplexity {job.record['perplexity'] or 'diverged'}"
 
     def fits(self, job: Job) -> bool:

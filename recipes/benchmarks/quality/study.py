@@ -20,9 +20,11 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from recipes.benchmarks.common.forked import CONTEXT, Queue, Run, warm
+from recipes.benchmarks.common.forked import CONTEXT, LOG, Queue, Run, read_log, warm
 from recipes.benchmarks.quality import table as quality_table
 from recipes.benchmarks.quality.plan import next_rate, read_plan
 
@@ -66,7 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Job:
-    """One run: what it is told, its place in the queue, its record once it is finished."""
+    """One run: its request to the script, its place in the queue, its record once it is finished."""
 
     def __init__(self, options: argparse.Namespace, part: str, task: str, arm: dict, rate: float, seed: int):
         plan = options.plan
@@ -76,7 +78,7 @@ class Job:
         settings = {**plan["settings"], **spec["settings"], **arm["settings"]}
         if part == "tuning":
             settings |= spec["tuning"]
-        self.told = {
+        self.request = {
             "runner": spec["runner"],
             "task": task,
             "rate": rate,
@@ -84,10 +86,10 @@ class Job:
             "settings": settings,
             "arm": {name: arm[name] for name in ("optim", "optim_args", "lora")},
         }
-        # What makes a run another: all it is told, but not the machine's folders.
-        text = json.dumps([plan["model"], part, self.told], sort_keys=True)
+        # What makes a run another: all of its request but the machine's folders.
+        text = json.dumps([plan["model"], part, self.request], sort_keys=True)
         self.key = hashlib.sha1(text.encode()).hexdigest()[:12]
-        self.told |= {"model": options.model, "data": options.data}
+        self.request |= {"model": options.model, "data": options.data}
         arms, tasks = [one["name"] for one in plan["arms"]], list(plan["tasks"])
         turn = plan["tuning_seeds"].index(seed) if part == "tuning" else plan["seeds"].index(seed)
         tried = arm["rates"][task].index(rate) if part == "tuning" else 0
@@ -101,14 +103,14 @@ class Job:
         self.folder = folder / f"{self.key}-{self.tries}"
         self.folder.mkdir(parents=True)
         words = self.folder / "job.json"
-        words.write_text(json.dumps({**self.told, "folder": str(self.folder)}), encoding="utf-8")
+        words.write_text(json.dumps({**self.request, "folder": str(self.folder)}), encoding="utf-8")
         share = 1.0 if self.tries > 1 or jobs == 1 else 1 / jobs - CONTEXT
-        self.run = Run(module, [str(words)], self.folder / "log.txt", threads, share, SCRIPT)
+        self.run = Run(module, [str(words)], self.folder / LOG, threads, share, SCRIPT)
 
     def finish(self) -> None:
         """Take the record, if there is one, and remove the folder."""
         file = self.folder / "results.json"
-        self.log = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+        self.log = read_log(self.folder)
         if file.is_file():
             found = json.loads(file.read_text(encoding="utf-8"))
             named = {"part": self.part, "task": self.task, "arm": self.arm["name"], "rate": self.rate}
@@ -213,6 +215,14 @@ def mend(runs: Path) -> None:
         runs.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
+def print_end(study: Any, markdown: Callable[[dict, list[dict]], str], what: str) -> None:
+    """Print the table that `markdown` makes of the plan and the records, and how many jobs there were."""
+    records = [job.record for job in study.finished if job.record]
+    failed = len(study.finished) - len(records)
+    print(markdown(study.options.plan, records))
+    print(f"\n{len(records)} {what}, {failed} failed, {study.left()} not run: {study.options.runs}")
+
+
 def count(options: argparse.Namespace) -> dict[str, int]:
     """How many runs of each part a plan has, before any search goes on beyond an end."""
     pairs = [(arm, task) for arm in options.arms for task in options.tasks if task in arm["tasks"]]
@@ -242,9 +252,7 @@ def main(argv: list[str] | None = None) -> Study | None:
         print(f"{study.left()} runs wait; they are {kind}; {platform.node()}, {now}", flush=True)
     with tempfile.TemporaryDirectory(prefix="quality-") as folder:
         study.run(lambda job: job.start(module, Path(folder), options.jobs, threads))
-    failed = sum(not job.record for job in study.finished)
-    print(quality_table.markdown(options.plan, [job.record for job in study.finished if job.record]))
-    print(f"\n{len(study.finished) - failed} runs, {failed} failed, {study.left()} not run: {options.runs}")
+    print_end(study, quality_table.markdown, "runs")
     return study
 
 

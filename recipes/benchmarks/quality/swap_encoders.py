@@ -3,7 +3,7 @@
 A job trains all seeds of one model, task, arm and learning rate at once (stacked.py). swap_encoders.yaml is the plan:
 the base arm's rates are tried on the tuning seeds, arms with `times` run at the rate that it chose, arms with `rates`
 are tuned as it is, last of all. A finished job is a line of --runs, and the same command goes on from there; one that
-fails is told in RUNS.failed, and the others go on. swap_table.py makes the tables.
+fails is a line of RUNS.failed, and the others go on. swap_table.py makes the tables.
 
     python -m recipes.benchmarks.quality.swap_encoders --prepare glue --data tokens --model minilm=MiniLM \\
         --model mpnet=MPNet
@@ -26,10 +26,10 @@ from pathlib import Path
 
 import yaml
 
-from recipes.benchmarks.common.forked import Queue, Run, warm
+from recipes.benchmarks.common.forked import LOG, Queue, Run, read_log, warm
 from recipes.benchmarks.quality import swap_table
 from recipes.benchmarks.quality.plan import next_rate
-from recipes.benchmarks.quality.study import mend
+from recipes.benchmarks.quality.study import mend, print_end
 from recipes.benchmarks.quality.table import best_rate, read_runs
 
 HERE = Path(__file__).resolve().parent
@@ -123,14 +123,14 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 class Job:
-    """All seeds of one part, model, task, arm and rate: what it is told, its place in the queue, its record."""
+    """All seeds of one part, model, task, arm and rate: its request, its place in the queue, its record."""
 
     def __init__(self, options: argparse.Namespace, part: str, model: str, task: str, arm: dict, rate: float):
         plan = options.plan
         self.part, self.model, self.task, self.arm, self.rate = part, model, task, arm, rate
         self.what = f"{part} {model} {task} | {arm['name']} | lr {rate:g}"
         self.seeds = plan["tuning_seeds" if part == "tuning" else "seeds"]
-        self.told = {
+        self.request = {
             "model": plan["models"][model]["name"],
             "task": task,
             "seeds": self.seeds,
@@ -138,9 +138,9 @@ class Job:
             "settings": {**plan["settings"], **(plan["tasks"][task] or {})},
             "arm": {name: arm[name] for name in ("optim", "optim_args", "lora") if arm.get(name)},
         }
-        text = json.dumps([part, arm["name"], self.told], sort_keys=True)
+        text = json.dumps([part, arm["name"], self.request], sort_keys=True)
         self.key = hashlib.sha1(text.encode()).hexdigest()[:12]
-        self.told |= {"model": options.model[model], "data": str(options.data / f"{model}.npz")}
+        self.request |= {"model": options.model[model], "data": str(options.data / f"{model}.npz")}
         self.gib = plan["models"][model]["gib"] * len(self.seeds) / 8
         arms = [one["name"] for one in plan["arms"]].index(arm["name"])
         models, tasks = list(plan["models"]).index(model), list(plan["tasks"]).index(task)
@@ -157,12 +157,12 @@ class Job:
         self.folder.mkdir(parents=True)
         device = "cpu" if gpu is None else f"cuda:{gpu}"
         words = self.folder / "job.json"
-        words.write_text(json.dumps({**self.told, "device": device, "folder": str(self.folder)}), encoding="utf-8")
-        self.run = Run(module, [str(words)], self.folder / "log.txt", 1, 1.0, SCRIPT)
+        words.write_text(json.dumps({**self.request, "device": device, "folder": str(self.folder)}), encoding="utf-8")
+        self.run = Run(module, [str(words)], self.folder / LOG, 1, 1.0, SCRIPT)
 
     def finish(self) -> None:
         file = self.folder / "results.json"
-        self.log = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+        self.log = read_log(self.folder)
         if file.is_file():
             found = json.loads(file.read_text(encoding="utf-8"))
             named = {"part": self.part, "model": self.model, "task": self.task, "arm": self.arm["name"]}
@@ -279,9 +279,7 @@ def main(argv: list[str] | None = None) -> Study | None:
     print(f"{study.left()} jobs wait; {'forks' if module else 'fresh processes'} on {gpus}", flush=True)
     with tempfile.TemporaryDirectory(prefix="swap-") as folder:
         study.run(lambda job: job.start(module, Path(folder), job.gpu))
-    failed = sum(not job.record for job in study.finished)
-    print(swap_table.markdown(options.plan, [job.record for job in study.finished if job.record]))
-    print(f"\n{len(study.finished) - failed} jobs, {failed} failed, {study.left()} not run: {options.runs}")
+    print_end(study, swap_table.markdown, "jobs")
     return study
 
 

@@ -112,8 +112,8 @@ def judge(found: dict, expected: str) -> str:
     if "weights" in found:
         return EXACT if found["weights"] == expected else SILENT
     ours = ("cannot be resumed from", "is complete", "could not be saved", "the checkpoint", "parameter ")
-    told = found["error"] in ("ValueError", "OSError") and any(words in found["message"] for words in ours)
-    return REFUSED if told else OTHER
+    refused = found["error"] in ("ValueError", "OSError") and any(words in found["message"] for words in ours)
+    return REFUSED if refused else OTHER
 
 
 def unfinished(output: Path) -> bool:

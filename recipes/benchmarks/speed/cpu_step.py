@@ -17,7 +17,7 @@ import torch
 
 from recipes.benchmarks.common.cases import CASES, SHAPES, make_weights
 from recipes.benchmarks.common.folders import RESULTS
-from recipes.benchmarks.common.harness import Results, probe
+from recipes.benchmarks.common.harness import Results, names_of, probe
 
 DEFAULT = "foam,foam-factored,foam-2,adamw-foreach,adamw-fused"
 
@@ -45,9 +45,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
     options = parser.parse_args(argv)
-    names = options.optimizers.split(",")
-    if unknown := [name for name in names if name not in CASES]:
-        parser.error(f"--optimizers: unknown {', '.join(unknown)}; expected some of {', '.join(CASES)}")
+    names = names_of(parser, options, "optimizers", CASES)
     if options.rounds < 1 or options.threads < 1:
         parser.error(f"--rounds {options.rounds} --threads {options.threads}: expected at least 1 of each")
     torch.set_num_threads(options.threads)
@@ -56,7 +54,7 @@ def main(argv: list[str] | None = None) -> dict:
     for name, times in measure(options.shapes, names, options.rounds).items():
         row = {"label": CASES[name].label, "status": "ok", "ms_least": min(times), "ms": statistics.median(times)}
         row |= {"rounds": len(times), "load_before": load}
-        results.put({"shapes": options.shapes, "optimizer": name}, row)
+        results.record({"shapes": options.shapes, "optimizer": name}, row)
         print(f"{row['label']:24} least {row['ms_least']:7.1f} ms, median {row['ms']:7.1f} ms", flush=True)
     print(f"Results: {results.path}")
     return results.content

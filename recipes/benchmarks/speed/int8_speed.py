@@ -15,7 +15,16 @@ import torch
 from torch import nn
 
 from recipes.benchmarks.common.cases import SHAPES, make_weights
-from recipes.benchmarks.common.harness import Results, add_options, probe, run_alone, run_cases, synchronize, times
+from recipes.benchmarks.common.harness import (
+    Results,
+    add_options,
+    machine_of,
+    names_of,
+    run_alone,
+    run_cases,
+    synchronize,
+    times,
+)
 from recipes.benchmarks.common.report_parts import int8_table
 from recipes.benchmarks.speed.step_speed import host_ms, move_gradients, temporary_bytes
 
@@ -145,13 +154,9 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--sweep", action="store_true", help="time the update of level 8 with other tile sizes")
     add_options(parser)
     options = parser.parse_args(argv)
-    device, shapes, chosen = options.device, options.shapes, options.cases.split(",")
-    unknown = set(chosen) - {"update", "dequantize", "linear"}
-    if unknown:
-        parser.error(f"--cases: unknown {', '.join(sorted(unknown))}; expected some of update, dequantize, linear")
-    machine = run_alone(probe, device)
-    if machine.pop("status") != "ok":
-        raise SystemExit(f"no {device} device to measure on: {machine['reason']}")
+    device, shapes = options.device, options.shapes
+    chosen = names_of(parser, options, "cases", ("update", "dequantize", "linear"))
+    machine = machine_of(device)
     print(f"{machine['name']}: a copy moves {machine['copy_GBps']:.0f} GB/s, read and written", flush=True)
     results = Results(options.results, "int8_speed", machine)
     matrices = sorted({size for size in SHAPES[shapes][1].values() if len(size) == 2})

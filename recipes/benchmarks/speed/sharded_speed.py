@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from recipes.benchmarks.common.folders import RESULTS
-from recipes.benchmarks.common.harness import Results, elapsed, now, probe, synchronize
+from recipes.benchmarks.common.harness import Results, elapsed, names_of, now, probe, synchronize
 from recipes.benchmarks.common.report_parts import sharded_table
 from recipes.benchmarks.speed.training_speed import MODELS
 
@@ -117,9 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     options = parser.parse_args(argv)
-    chosen = options.optimizers.split(",")
-    if unknown := [name for name in chosen if name not in OPTIMIZERS]:
-        parser.error(f"--optimizers: unknown {', '.join(unknown)}; expected some of {', '.join(OPTIMIZERS)}")
+    chosen = names_of(parser, options, "optimizers", OPTIMIZERS)
     if "LOCAL_RANK" not in os.environ:
         parser.error("not started by torchrun; expected torchrun --standalone --nproc_per_node GPUS sharded_speed.py")
     if options.device == "cuda":
@@ -139,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         row = measure(key, options.steps, options.device)
         if results is not None:
-            results.put(key, row)
+            results.record(key, row)
             print(f"{name}: {row['optimizer_ms']:.3f} ms the optimizer, {row['ms']:.3f} ms a step", flush=True)
         gc.collect()
         if options.device == "cuda":

@@ -18,7 +18,16 @@ import time
 import torch
 
 from recipes.benchmarks.common.cases import CASES, GAP, SHAPES, Weights, make_weights, skip_first_projection
-from recipes.benchmarks.common.harness import Results, add_options, probe, run_alone, run_cases, synchronize, times
+from recipes.benchmarks.common.harness import (
+    Results,
+    add_options,
+    machine_of,
+    names_of,
+    run_alone,
+    run_cases,
+    synchronize,
+    times,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -147,16 +156,10 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--optimizers", default=",".join(CASES), help="of the default, all")
     add_options(parser)
     options = parser.parse_args(argv)
-    chosen = {}
-    for kind, known in {"shapes": SHAPES, "dtypes": DTYPES, "optimizers": CASES}.items():
-        chosen[kind] = getattr(options, kind).split(",")
-        unknown = [name for name in chosen[kind] if name not in known]
-        if unknown:
-            parser.error(f"--{kind}: unknown {', '.join(unknown)}; expected some of {', '.join(known)}")
+    known = {"shapes": SHAPES, "dtypes": DTYPES, "optimizers": CASES}
+    chosen = {kind: names_of(parser, options, kind, names) for kind, names in known.items()}
     device = options.device
-    machine = run_alone(probe, device)
-    if machine.pop("status") != "ok":
-        raise SystemExit(f"no {device} device to measure on: {machine['reason']}")
+    machine = machine_of(device)
     print(f"{machine['name']}: a copy moves {machine['copy_GBps']:.0f} GB/s, read and written", flush=True)
     results = Results(options.results, "step_speed", machine)
 

@@ -20,8 +20,9 @@ from recipes.benchmarks.common.harness import (
     Results,
     add_options,
     elapsed,
+    machine_of,
+    names_of,
     now,
-    probe,
     run_alone,
     run_cases,
     synchronize,
@@ -160,15 +161,9 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--steps", type=int, default=8, help=f"timed, after {WARM_UP} that are not")
     add_options(parser)
     options = parser.parse_args(argv)
-    chosen = {}
-    for kind, known in {"models": MODELS, "optimizers": CASES}.items():
-        chosen[kind] = getattr(options, kind).split(",")
-        unknown = [name for name in chosen[kind] if name not in known]
-        if unknown:
-            parser.error(f"--{kind}: unknown {', '.join(unknown)}; expected some of {', '.join(known)}")
-    machine = run_alone(probe, options.device)
-    if machine.pop("status") != "ok":
-        raise SystemExit(f"no {options.device} device to measure on: {machine['reason']}")
+    known = {"models": MODELS, "optimizers": CASES}
+    chosen = {kind: names_of(parser, options, kind, names) for kind, names in known.items()}
+    machine = machine_of(options.device)
     print(machine["name"], flush=True)
     results = Results(options.results, "training_speed", machine)
 
