@@ -112,10 +112,10 @@ def test_run_learns(tmp_path: Path, settings: dict[str, Any]) -> None:
     rate = {"foam_muon": 1e-2, "foam_mini": 6e-3}.get(
         settings.get("optim", ""), 2e-3
     )  # Adam's rules have a scale of 6
-    trainer = make_trainer(tmp_path, max_steps=40, learning_rate=rate, **settings)
+    trainer = make_trainer(tmp_path, max_steps=60, learning_rate=rate, **settings)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 40 and sum(losses[-8:]) < 0.7 * sum(losses[:8])
+    assert len(losses) == 60 and sum(losses[-8:]) < 0.7 * sum(losses[:8])
     assert {group["level"] for group in optimizer_of(trainer).param_groups} > {0}
 
 
