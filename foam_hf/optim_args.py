@@ -245,7 +245,7 @@ def refuse_unread(given: Mapping[str, Any], rules: Collection[str], optim: str |
     """Raise ValueError for a key in `given` that no rule of `rules` reads; `optim` as in `refuse_excluded`."""
     for each in OPTIONS:
         if each.key and each.rule is not None and each.name in given and each.rule not in rules:
-            owner = {"muon": "Muon", "adam_mini": "Adam-mini"}.get(each.rule, each.rule)
+            owner = each.rule.capitalize().replace("_", "-")  # adam_mini is Adam-mini
             name = next(name for name, fixed in FOAM_NAMES.items() if fixed.get("second_moment") == each.rule)
             others, right = f"optim={optim!r} has {each.elsewhere[0]}", f"optim={name!r}, or no {each.name}"
             if optim is None:

@@ -74,9 +74,12 @@ def check_rule(p: Tensor, group: dict[str, Any]) -> None:
     for rule in asked_rules(group):
         if rule.shards == "nothing" and is_sharded(p):
             field, value = rule.asked
+            right = " with ".join(
+                f"{name}={' or '.join(map(repr, legal))}" for name, legal in shardable_options().items()
+            )
             raise ValueError(
                 f"{field}={value!r} needs whole weights: got a DTensor of shape {tuple(p.shape)}; expected one "
-                "process, DDP, or second_moment='block' with plain_state='full'"
+                f"process, DDP, or {right}"
             )
         rule.check(p, group)
 

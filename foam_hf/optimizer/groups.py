@@ -15,9 +15,6 @@ from foam_hf.rules.all import folding_rule
 
 logger = logging.getLogger(__name__)
 
-# Fields of embeddings and LM heads if layers have Muon: tables of vectors are no matrices to orthogonalise.
-TABLE_OPTIONS = {"second_moment": "factored", "scale": 1.0}
-
 # Names of parameters that transformers' Trainer keeps out of weight decay; searched in lower-cased names.
 _NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 _PEFT_EMBEDDINGS = ("lora_embedding_", "trainable_tokens_")
@@ -93,8 +90,12 @@ def foam_param_groups(
     option("weight_decay").check(weight_decay)
     _check_folded_options(folded_options)
     parameters = dict(model.named_parameters())
-    kinds = {"folded": folded_options, "table": {**folded_options, **TABLE_OPTIONS}, "plain": plain_options()}
     rule, config = folding_rule(folded_options.get("second_moment")), getattr(_unwrap(model), "config", None)
+    kinds = {
+        "folded": folded_options,
+        "table": {**folded_options, **(rule.table_fields or {})},
+        "plain": plain_options(),
+    }
     groups = []
     for group, members in names.items():
         kind, decay = group.split("/")
@@ -144,7 +145,7 @@ def foam_parameter_names(
         folded = _select_targets(model, folded, asked, target_modules)
     folded |= asked
     tables, unfit = set(), set()
-    if folding_rule(second_moment).matrices_only:
+    if folding_rule(second_moment).table_fields is not None:
         tables, unfit = embeddings | heads, _convolutions(model)
     decay = set(_decay_parameter_names(model) if decay_parameter_names is None else decay_parameter_names)
     groups: dict[str, list[str]] = {

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from foam_hf.rules.all import shardable_options
 from foam_hf.rules.rule import Rule, StateTensor
 from foam_hf.tensors.folding import Level, block_width, num_blocks
 from foam_hf.tensors.places import Group, Piece, is_sharded, local, whole_place
@@ -64,9 +65,10 @@ def pieces_of(p: Any, rule: Rule, level: Level) -> list[Piece]:
     groups = [tuple(mesh.get_group(cut.mesh_dim) for cut in some) for some in cuts]
     row_groups = groups[-2] if p.dim() > 1 else ()
     if rule.shards != "rows and columns" and row_groups and groups[-1]:
+        right = " or ".join(map(repr, shardable_options(("rows and columns",))["second_moment"]))
         raise ValueError(
             f"second_moment={rule.name!r} needs the means of a matrix's rows or of its columns on one rank: got shape "
-            f"{tuple(p.shape)} with placements {p.placements}, which split both; expected second_moment='block'"
+            f"{tuple(p.shape)} with placements {p.placements}, which split both; expected second_moment={right}"
         )
     rows = p.shape[:-1]
     strides = [math.prod(rows[dim + 1 :]) for dim in range(len(rows))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
@@ -45,9 +46,9 @@ def folding_rule(second_moment: Any) -> Rule:
     return next((rule for rule in RULES if rule.asked == ("second_moment", second_moment)), BLOCK)
 
 
-def shardable_options() -> dict[str, list[str]]:
-    """Field of a param group -> those of its values that work with sharded weights."""
+def shardable_options(shards: Collection[str] = ("rows and columns", "rows or columns")) -> dict[str, list[str]]:
+    """Field of a param group -> those of its values whose rules have one of ``shards``: by default any shards."""
     found: dict[str, list[str]] = {}
-    for field, value in (rule.asked for rule in RULES if rule.shards != "nothing"):
+    for field, value in (rule.asked for rule in RULES if rule.shards in shards):
         found.setdefault(field, []).append(value)
     return found

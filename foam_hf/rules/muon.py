@@ -131,6 +131,6 @@ MUON = Rule(
     unit="tensor",
     shards="nothing",
     betas=lambda group: (group["momentum"], group["betas"][1]),
-    matrices_only=True,
+    table_fields={"second_moment": "factored", "scale": 1.0},  # a table of vectors is no matrix to orthogonalise
     temporary=_temporary_bytes,
 )

@@ -7,7 +7,7 @@ the rule for weights that fold. Parameters that this rule does not take, as vect
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy
@@ -144,8 +144,8 @@ class Rule:
         check: raises ValueError for a parameter that does not fit the fields of its group.
         require: raises ImportError if a package that the rule needs is missing.
         groups: splits the weights of a param group, from the model, their names, the group's fields and the config.
-        matrices_only: the rule is no good for convolutions, which then stay plain, nor for embeddings and LM heads,
-            which then get the factored rule.
+        table_fields: of the groups of embeddings and LM heads, if the rule is for the matrices of layers alone;
+            convolutions then stay plain. None if the rule takes them all.
         temporary: bytes that a step of a parameter allocates and frees again on a GPU.
         together: whether a step holds these bytes for all parameters at once.
     """
@@ -166,7 +166,7 @@ class Rule:
     check: Callable[[Tensor, Group], None] = nothing_to_check
     require: Callable[[], None] = nothing_required
     groups: Callable[[nn.Module, list[str], Group, Any], Iterator[tuple[list[str], dict[str, Any]]]] = one_group
-    matrices_only: bool = False
+    table_fields: Group | None = field(default=None, hash=False)
     temporary: Callable[[Tensor, Level], int] = no_temporary_bytes
     together: bool = False
 

@@ -315,6 +315,7 @@ def refused(rank: int) -> dict[str, Any]:
 def test_shards_of_a_rule_that_needs_whole_weights_are_refused(tmp_path: Path) -> None:
     for words in in_two_processes(refused, tmp_path):
         assert "second_moment='sign' needs whole weights: got a DTensor of shape (4, 8)" in words["nothing"]
+        assert words["nothing"].endswith("DDP, or second_moment='block' or 'factored' with plain_state='full'")
         assert words["rows or columns"] == "taken"
 
 
