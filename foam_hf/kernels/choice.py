@@ -1,4 +1,4 @@
-"""Which devices the fused kernels serve; elsewhere the rules in torch do, and ``int8.codes``."""
+"""Which devices the fused kernels serve; on all others, the same updates run in torch operations."""
 
 from __future__ import annotations
 

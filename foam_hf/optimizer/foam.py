@@ -52,8 +52,9 @@ class FOAM(torch.optim.Optimizer):
             :mod:`foam_hf.rules.muon`. ``"adam_mini"`` keeps one value for each of Adam-mini's blocks of rows, see
             :mod:`foam_hf.rules.adam_mini`.
         residual_scale: weight of the residual, which is the gradient minus the mean over its block; >= 0.
-        stochastic_rounding: ``"auto"`` rounds stochastically when bfloat16 or INT8 is written. ``False`` never does,
-            and INT8 weights then hardly learn. ``True`` is ``"auto"`` with an error if no weight is of these types.
+        stochastic_rounding: ``"auto"`` rounds stochastically when bfloat16 or quantized weights, such as INT8, are
+            written. ``False`` never does, and INT8 weights then hardly learn. ``True`` is ``"auto"`` with an error if
+            no weight is of these types.
         state_dtype: ``torch.float32`` or ``torch.bfloat16``.
         nonfinite: what to do if a gradient is NaN or infinite. With ``"error"`` and ``"skip"`` its block (of
             parameters that do not fold: the element) keeps its weights and moments, and all other blocks are updated.
@@ -128,8 +129,9 @@ class FOAM(torch.optim.Optimizer):
         asked = [p for group in self.param_groups if group["stochastic_rounding"] is True for p in group["params"]]
         if asked and not any(p.dtype == torch.bfloat16 or kind_of(p) != PLAIN for p in asked):
             raise ValueError(
-                "stochastic_rounding=True is for bfloat16 and INT8 weights, and no parameter is bfloat16 or INT8: "
-                f"got {sorted({str(p.dtype) for p in asked})}; expected a bfloat16 or INT8 model, or 'auto'"
+                "stochastic_rounding=True is for bfloat16 and quantized weights, and no parameter is bfloat16 or "
+                f"quantized: got {sorted({f'{kind_of(p)} {p.dtype}' for p in asked})}; expected a bfloat16 or "
+                "quantized model, or 'auto'"
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

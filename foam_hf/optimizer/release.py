@@ -292,7 +292,7 @@ class Bucket:
 
 
 def _grads(params: list[Tensor]) -> list[Any]:
-    with torch._C.DisableTorchFunctionSubclass():  # or INT8 weights would run Python code
+    with torch._C.DisableTorchFunctionSubclass():  # or tensor subclasses would run Python code
         return [p.grad for p in params]
 
 

@@ -138,7 +138,7 @@ def _fields(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 def gradients_of(params: list[Tensor], sharded: bool) -> Gradients:
     """The present gradients of ``params``."""
-    with torch._C.DisableTorchFunctionSubclass():  # or INT8 weights would run Python code
+    with torch._C.DisableTorchFunctionSubclass():  # or tensor subclasses would run Python code
         grads = list(map(_GRAD, params))
     if not sharded:
         try:

@@ -96,7 +96,7 @@ def weight_rows(p: Tensor, place: Place | None = None) -> Rows:
 
 
 def kind_of(p: Tensor) -> str:
-    """The name of the kind of weight that ``p`` is, "plain" or "int8"."""
+    """The name of the kind of weight that ``p`` is: ``PLAIN``, or what the class of its rows says."""
     return _rows_class(p).kind
 
 
