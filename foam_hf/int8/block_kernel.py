@@ -197,7 +197,7 @@ def _update_kernel(
     peak = tl.where(low < -_MAX, _MAX + 1, tl.maximum(peak, -low))  # the least int32 has no negative
     leaves = s_mask & ((peak > _MAX) | (peak < 64))
     if tl.max(tl.ravel(leaves.to(tl.int32)), 0) > 0:
-        # All again, loads included, and twice: what is needed here alone must not fill the registers there.
+        # Few blocks come here. Values are loaded and computed again, twice, so that none occupies registers before.
         q, g = codes_and_gradient(Q, G, mask, grad_scale, number, SCALED)
         d = change_in_codes(
             q, g, mean, m, v, per_code, rho_1, rho_2, eps, decay, 0.0, R, C, F, B, DECAYS, CHECKED, NVIDIA
@@ -260,7 +260,7 @@ class Int8Launch(AddressTable):
             "ALIGNED": geometry.aligned,
             "NVIDIA": self.nvidia,
         }
-        # A limit that only NVIDIA's backend knows; what has wide segments or much state needs more than it.
+        # Only NVIDIA's backend knows this limit. Wide segments, and the much state of level 0, need more registers.
         light = geometry.width > 1 and geometry.aligned and geometry.columns <= TILE
         limit = {"maxnreg": REGISTERS} if self.nvidia and light and geometry.state == torch.float32 else {}
         warps = max(1, min(MAX_WARPS, geometry.columns * segments // WARP))

@@ -65,7 +65,7 @@ def dequantize_into(out: Tensor, codes: Tensor, scales: Tensor) -> bool:
     key = device, *constants
     with device_of(device):
         if whole and key in _compiled:
-            _compiled[key][grid](*places, numel, *constants)  # of a tensor it would ask the driver where that is
+            _compiled[key][grid](*places, numel, *constants)  # addresses: for tensors it would ask the driver
             return True
         compiled = _dequantize_kernel[grid](codes, scales, out, numel, *constants, num_warps=8)
     if DIRECT_LAUNCH and whole and compiled is not None:  # None from Triton's interpreter

@@ -62,7 +62,7 @@ def unfold(x, R: tl.constexpr, C: tl.constexpr, F: tl.constexpr):
 
 @triton.jit
 def ratio(x, y, NVIDIA: tl.constexpr):
-    """``x / y`` for positive normal ``y``; without what a division does for others, which costs most of it."""
+    """``x / y`` for positive normal ``y``. A division spends most of its time on the cases that are left out here."""
     if NVIDIA:
         inverse = tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
@@ -74,7 +74,7 @@ def ratio(x, y, NVIDIA: tl.constexpr):
 
 @triton.jit
 def root(x, NVIDIA: tl.constexpr):
-    """The square root; of what is no normal number, below 1.2e-38, zero on NVIDIA's, where it is one instruction."""
+    """The square root. On NVIDIA's GPUs it is one instruction, which gives 0 for numbers below 1.2e-38."""
     if NVIDIA:
         return tl.inline_asm_elementwise(
             "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -177,7 +177,7 @@ def block_moments(g, m, v, share, b1, a1, b2, a2, R: tl.constexpr, C: tl.constex
     if F == 1:
         mean, square = g, g * g
         m = lerp(m, g, a1, b1)
-        v = tl.fma(v, b2, a2 * g * g)  # said so: else each variant of the kernel is fused in its own way
+        v = tl.fma(v, b2, a2 * g * g)  # explicit: else the compiler may fuse each variant in another way
     else:
         if F == C:
             mean, square = tl.sum(g, 1) * share, tl.sum(g * g, 1) * share
