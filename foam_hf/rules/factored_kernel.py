@@ -184,6 +184,15 @@ def _update_kernel(
     tl.store(column_sums + tl.load(entry + COLUMN_SUMS) + (matrix * stripes + stripe) * n + column, total, mask=mask)
 
 
+class Passes(NamedTuple):
+    """A value for each pass of a step, in the order in which a launch keeps them."""
+
+    old_means: Any  # of the row means, which the update reads
+    update: Any
+    new_means: Any
+    column_sums: Any  # over stripes, for sums over ranks
+
+
 class Extent(NamedTuple):
     """The matrices of a tensor, and how the big pass cuts them."""
 
@@ -195,10 +204,15 @@ class Extent(NamedTuple):
     parts: int  # of a stripe, each of a program
 
     @property
-    def programs(self) -> tuple[int, int, int, int]:
-        """Those of the passes: the means of before, the update, the new means, the sums of columns."""
+    def programs(self) -> Passes:
+        """How many programs each pass has for the tensor."""
         rows, columns = (-(-self.matrices * count // LANES.value) for count in (self.rows, self.columns))
-        return self.matrices, self.matrices * self.stripes * self.parts, rows + columns, columns
+        return Passes(
+            old_means=self.matrices,
+            update=self.matrices * self.stripes * self.parts,
+            new_means=rows + columns,
+            column_sums=columns,
+        )
 
     def elements(self, shared: bool) -> dict[str, int]:
         """How many of each buffer of the launch are the tensor's."""
@@ -233,7 +247,9 @@ class FactoredLaunch(AddressTable):
             "whole_rows": [entry.place.rows for entry in entries],
             "all_rows": [entry.place.all_rows for entry in entries],
         }
-        super().__init__(geometry, entries, ROW, own, [*zip(*(extent.programs for extent in extents), strict=True)])
+        super().__init__(
+            geometry, entries, ROW, own, Passes(*zip(*(extent.programs for extent in extents), strict=True))
+        )
         # Elements, so that each begins on 16 bytes.
         self.sizes = {name: -(-int(count.sum()) // 4) * 4 for name, count in counts.items()}
         self.buffers: dict[str, Tensor] = {}  # of a step under way alone: no memory is held between steps
@@ -288,16 +304,18 @@ class FactoredLaunch(AddressTable):
         memory = torch.empty(sum(sizes), dtype=torch.float32, device=self.device)
         self.buffers = dict(zip(self.sizes, memory.split(sizes), strict=True))
         row_sums, column_sums, means, shared_sums = self.buffers.values()
-        before, update, _, sums = self.owners
+        owners = Passes(*self.owners)
         with device_of(self.device):
-            self._mean(len(before), {"table": self.table, "owner": before, "means": means}, {})
-            if len(update):  # a rank may have no rows
+            arguments = {"table": self.table, "owner": owners.old_means, "means": means}
+            self._mean(len(owners.old_means), arguments, {})
+            if len(owners.update):  # a rank may have no rows
                 changing, constants = self.of_step(h, grad_scale, left_out_at)
-                arguments = {"table": self.table, "owner": update, "row_sums": row_sums, "column_sums": column_sums}
-                self._update(len(update), {**arguments, "means": means, **changing}, constants)
+                arguments = {"table": self.table, "owner": owners.update, "row_sums": row_sums}
+                arguments |= {"column_sums": column_sums, "means": means}
+                self._update(len(owners.update), {**arguments, **changing}, constants)
             if self.shared:
-                arguments = {"table": self.table, "owner": sums, "column_sums": column_sums}
-                self._sums(len(sums), {**arguments, "shared_sums": shared_sums}, {})
+                arguments = {"table": self.table, "owner": owners.column_sums, "column_sums": column_sums}
+                self._sums(len(owners.column_sums), {**arguments, "shared_sums": shared_sums}, {})
                 return self
         self.store(h, left_out_at)
         return None
@@ -305,7 +323,7 @@ class FactoredLaunch(AddressTable):
     def store(self, h: Hyper, left_out_at: Tensor | None = None) -> None:
         """Turn sums of squares into this step's means, and free them."""
         buffers, self.buffers = self.buffers, {}
-        owner = self.owners[2]
+        owner = Passes(*self.owners).new_means
         arguments = {
             "table": self.table,
             "owner": owner,
