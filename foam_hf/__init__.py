@@ -49,8 +49,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("foam_hf.memory")
     if name not in _LAZY_MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "FOAM":  # registers Int8Weight for `torch.load(weights_only=True)`
-        importlib.import_module("foam_hf.int8.weight")
     value = getattr(importlib.import_module(_LAZY_MODULES[name]), name)
     globals()[name] = value  # the next access skips this function
     return value
@@ -77,7 +75,12 @@ def _register_int8(module: types.ModuleType) -> None:
     importlib.import_module("foam_hf.int8.quantizer")  # registers itself when it is imported
 
 
+def _register_int8_weight(module: types.ModuleType) -> None:
+    importlib.import_module("foam_hf.int8.weight")  # registers Int8Weight for `torch.load(weights_only=True)`
+
+
 on_import("transformers.training_args", _register_names)
 on_import("transformers.trainer", _patch)
 on_import("transformers.modelcard", _patch)
 on_import("transformers.quantizers.auto", _register_int8)
+on_import("foam_hf.optimizer", _register_int8_weight)

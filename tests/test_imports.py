@@ -29,8 +29,12 @@ ROOT_FILES = {
     "axolotl_plugin": ("optim_args", "__init__"),
     "recipe_kit": ("optim_args", "optimizer"),
     "trainer_plugin": ("trainer",),
+    "callback": ("trainer",),
+    "int8_models": ("int8",),
+    "int8_quantizer": ("int8",),
     "int8_weights": ("int8",),
     "nonfinite": ("optimizer",),
+    "plan": ("planner",),
 }
 
 

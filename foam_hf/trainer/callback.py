@@ -108,6 +108,10 @@ class OptimizerMemoryCallback(TrainerCallback):
         # Neither a weak proxy nor the hooks of a model in training can be pickled.
         return {**self.__dict__, "trainer": None, "_watch": None, "_recorder": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A pickle of another version may lack attributes.
+        self.__dict__.update({**OptimizerMemoryCallback().__dict__, **state})
+
     @_event
     def on_train_begin(self, event: _EventArguments) -> None:
         """Start afresh; warn if training resumes from a checkpoint that has no optimizer."""
