@@ -117,7 +117,8 @@ def test_loraplus_gives_adapters_its_rates_and_they_fold(tmp_path: Path) -> None
 
 def test_an_optimizer_made_before_a_trainer_is_there_is_refused_for_its_reader(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, LlamaFactory)
-    with pytest.raises(ValueError, match="no model was given.* outside of Trainer.train, as LLaMA-Factory's PPO does. Expected"):
+    told = "no model was given.* outside of Trainer.train, as LLaMA-Factory's PPO does. Expected"
+    with pytest.raises(ValueError, match=told):
         trainer.create_optimizer()
 
 
