@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 # Before any library starts its threads or looks for a network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +23,16 @@ if not torch.cuda.is_available():  # read by Triton when it is imported
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def forget_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One process runs many Trainers, and accelerate would keep the first bf16=True for the others."""
+    from accelerate.state import AcceleratorState  # imported late, as few tests need it
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -88,8 +88,8 @@ def test_unknown_names_are_errors_that_list_the_known() -> None:
     ]:
         done = run(script, f"--{option}", "llama-8b", check=False)
         assert done.returncode != 0 and "unknown llama-8b" in done.stderr and known in done.stderr
-    told = refused("speed.step_speed", "--shapes", "llama-8b")  # which runs as a command above
-    assert "unknown llama-8b" in told and "llama-7b" in told
+    message = refused("speed.step_speed", "--shapes", "llama-8b")  # which runs as a command above
+    assert "unknown llama-8b" in message and "llama-7b" in message
 
 
 def out_of_memory() -> dict:

@@ -171,9 +171,9 @@ def test_interpreter_without_foam_hf_runs_silently_or_says_one_line(tmp_path: Pa
     assert (silent.returncode, silent.stderr) == (0, "")
     (tmp_path / "site" / "transformers").mkdir(parents=True)
     (tmp_path / "site" / "transformers" / "__init__.py").touch()
-    told = start([hook, str(tmp_path / "site")])
-    assert told.returncode == 0
-    assert told.stderr.count("\n") == 1 and "has transformers but not foam_hf" in told.stderr
+    warned = start([hook, str(tmp_path / "site")])
+    assert warned.returncode == 0
+    assert warned.stderr.count("\n") == 1 and "has transformers but not foam_hf" in warned.stderr
 
 
 def test_failing_sitecustomize_of_the_user_does_not_keep_foam_hf_out(tmp_path: Path) -> None:
@@ -225,15 +225,15 @@ def test_wrong_use_says_what_is_right(
     bundled: Path,
 ) -> None:
     assert cli.main(arguments) == code
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for fragment in fragments:
-        assert fragment in told
+        assert fragment in printed
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
-    told = capsys.readouterr().out
-    assert "run" in told and "recipes" in told
+    printed = capsys.readouterr().out
+    assert "run" in printed and "recipes" in printed
     with pytest.raises(SystemExit) as stopped:
         cli.main(["--version"])
     assert stopped.value.code == 0 and capsys.readouterr().out.strip() == f"foam-hf {foam_hf.__version__}"
@@ -262,8 +262,8 @@ def test_recipes_are_listed_with_one_line_each(
     bundled: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     assert cli.main(arguments) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert told[:2] == ["demo  The demo", "glue  Fine-tune on GLUE"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == ["demo  The demo", "glue  Fine-tune on GLUE"]
 
 
 @pytest.mark.parametrize("dest", [None, "deep/er/mine"])

@@ -6,13 +6,11 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -33,17 +31,9 @@ from tests.support.tiny_models import language_data, tiny_llama
 from tests.support.tolerances import assert_within
 from tests.support.torchrun import launch
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("forget_mixed_precision")]
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _forget_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One process runs many Trainers here, and accelerate would keep the first bf16=True for the others."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

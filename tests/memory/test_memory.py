@@ -25,14 +25,7 @@ from foam_hf.memory import (
 )
 from tests.support import tiny_models
 from tests.support.rules import FOLDING
-
-
-def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """One optimizer step on random gradients; they stay in place."""
-    for p in model.parameters():
-        if p.requires_grad:
-            p.grad = torch.randn_like(p) * 0.01
-    optimizer.step()
+from tests.support.tiny_models import take_step
 
 
 def projected_groups(model: nn.Module, **options) -> list[dict]:
@@ -292,8 +285,8 @@ def test_dtensor_counts_its_local_shard(holder, tmp_path):
         p = nn.Parameter(DTensor.from_local(torch.zeros(4, 6), mesh, [Shard(0)], run_check=False, **shape))
         assert adamw_state_bytes([p]) == 2 * 4 * 6 * 4 + 4
         p = nn.Parameter(distribute_tensor(torch.zeros(4, 6), mesh, [Shard(0)]))
-        told = headline(SimpleNamespace(param_groups=[{"params": [p], "level": 0}]))
-        assert told == (
+        line = headline(SimpleNamespace(param_groups=[{"params": [p], "level": 0}]))
+        assert line == (
             "FOAM: 192 B of optimizer state, 98% of AdamW's 196 B, for 24 trained parameters, this process's share"
         )
     finally:

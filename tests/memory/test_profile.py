@@ -291,8 +291,8 @@ def test_run_without_a_gpu_says_that_there_is_nothing_to_draw(tmp_path):
 def test_wrong_use_says_what_is_right(arguments, fragments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["run", *arguments]) == 2
-    told = capsys.readouterr().err
-    assert all(fragment in told for fragment in fragments), told
+    printed = capsys.readouterr().err
+    assert all(fragment in printed for fragment in fragments), printed
 
 
 def test_run_without_matplotlib_says_what_to_install(capsys, tmp_path, monkeypatch):
@@ -302,15 +302,15 @@ def test_run_without_matplotlib_says_what_to_install(capsys, tmp_path, monkeypat
     assert "drawing step.png needs matplotlib; expected: pip install matplotlib" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("given", "told"), [([], "1"), (["step.png"], "step.png"), (["a/step.SVG"], "a/step.SVG")])
-def test_command_learns_the_picture(given, told, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("given", "value"), [([], "1"), (["step.png"], "step.png"), (["a/step.SVG"], "a/step.SVG")])
+def test_command_learns_the_picture(given, value, tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     monkeypatch.chdir(tmp_path)
     seen: dict[str, str] = {}
     monkeypatch.setattr("os.execvpe", lambda file, args, env: seen.update(env) or sys.exit(0))
     with pytest.raises(SystemExit):
         cli.main(["run", "--report-memory", *given, "--", "x"])
-    assert seen["FOAM_HF_REPORT_MEMORY"] == (told if told == "1" else str(tmp_path / told))
+    assert seen["FOAM_HF_REPORT_MEMORY"] == (value if value == "1" else str(tmp_path / value))
 
 
 @pytest.mark.parametrize("already_there", [False, True])

@@ -109,7 +109,7 @@ def test_an_error_says_which_parameter_and_step_and_is_the_default():
             optimizer.step()
     assert isinstance(NonfiniteGradientError("", []), FloatingPointError)
     assert bool(bad.isfinite().all()) and optimizer.state[fine]["step"] == 2
-    optimizer.state_dict()  # told once
+    optimizer.state_dict()  # reported once
 
 
 def test_skip_warns_ever_more_rarely_and_ignore_is_adamws_behaviour(caplog):
@@ -194,7 +194,7 @@ def test_on_a_gpu_a_step_does_not_wait_and_a_state_dict_tells():
     with pytest.raises(NonfiniteGradientError):
         optimizer.step()
         optimizer.state_dict()
-    optimizer.state_dict()  # told once
+    optimizer.state_dict()  # reported once
 
 
 def test_gradient_release_leaves_out_the_same(caplog):

@@ -572,7 +572,7 @@ def test_a_step_that_raised_ends_the_step() -> None:
     model = nn.Linear(8, 8).to(DEVICE)
     optimizer = FOAM(model.parameters(), lr=1e-2, level=1)
     enable_gradient_release(model, optimizer, max_grad_norm=1.0)
-    told = 0
+    raised = 0
     for step in range(4):
         x = torch.full((2, 8), float("nan") if step == 1 else 1.0, device=DEVICE)
         model(x).square().sum().backward()
@@ -580,8 +580,8 @@ def test_a_step_that_raised_ends_the_step() -> None:
             optimizer.step()
             optimizer.check_gradients()
         except FloatingPointError:
-            told += 1
-    assert told == 1 and optimizer.state[model.weight]["step"] == 4
+            raised += 1
+    assert raised == 1 and optimizer.state[model.weight]["step"] == 4
 
     def closure() -> Tensor:
         loss = model(torch.ones(2, 8, device=DEVICE)).square().sum()

@@ -14,6 +14,7 @@ from foam_hf.memory import breakdown, state_bytes
 from foam_hf.planner.counting import Counted, count_bytes
 from foam_hf.planner.meta_models import on_meta
 from tests.support import tiny_models
+from tests.support.tiny_models import take_step
 
 pytestmark = pytest.mark.compat
 
@@ -44,13 +45,6 @@ def _bitsandbytes_forgets():
     yield
     if "bitsandbytes" in sys.modules:
         sys.modules["bitsandbytes"].optim.GlobalOptimManager.get_instance().initialize()
-
-
-def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    for p in model.parameters():
-        if p.requires_grad:
-            p.grad = torch.randn_like(p) * 0.01
-    optimizer.step()
 
 
 def trained(model: nn.Module, folder, optim: str, use_cpu: bool = True, **arguments) -> torch.optim.Optimizer:

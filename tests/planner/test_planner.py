@@ -18,6 +18,7 @@ from foam_hf.planner.activations import activation_bytes, optimizer_temporary_by
 from foam_hf.planner.meta_models import on_meta
 from foam_hf.planner.model_configs import BUILTIN, ModelError
 from tests.support import tiny_models
+from tests.support.tiny_models import take_step
 
 pytestmark = [pytest.mark.long, pytest.mark.compat]
 
@@ -25,12 +26,9 @@ SIZE = {"batch": 2, "sequence": 16}
 WIDE = {"hidden_size": 128, "intermediate_size": 160}
 
 
-def take_step(model: nn.Module, **options) -> FOAM:
+def foam_after_a_step(model: nn.Module, **options) -> FOAM:
     optimizer = FOAM(foam_param_groups(model), **options)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.grad = torch.randn(p.shape, dtype=p.dtype) * 0.01
-    optimizer.step()
+    take_step(model, optimizer)
     return optimizer
 
 
@@ -53,7 +51,7 @@ def test_a_config_a_folder_and_a_model_give_the_plan_of_the_real_model(dtype, tm
     loaded = type(model).from_pretrained(tmp_path, dtype=dtype)
     plans.append(estimate_memory(loaded, **SIZE))
     assert all(plan == plans[0] for plan in plans)
-    measured = breakdown(loaded, take_step(loaded))
+    measured = breakdown(loaded, foam_after_a_step(loaded))
     assert counts(plans[0]) == (measured.weights, measured.gradients, measured.state)
     assert plans[0].trainable == plans[0].parameters == measured.parameters
     assert plans[0].total == sum(counts(plans[0])) + plans[0].activations
@@ -69,7 +67,7 @@ def test_int8_weights_are_those_of_a_quantized_model(builder):
     plain = estimate_memory(model, **SIZE)
     for name, block in plan_int8(model).blocks.items():
         convert_(module_of(model, name), block)
-    measured = breakdown(model, take_step(model))
+    measured = breakdown(model, foam_after_a_step(model))
     assert counts(plan) == (measured.weights, measured.gradients, measured.state)
     assert plan.weights < plain.weights and counts(plan)[1:] == counts(plain)[1:]
     assert plan.int8_weights and plan.label == "foam (INT8 weights)"
@@ -80,7 +78,7 @@ def test_lora_counts_adapters_as_peft_makes_them():
 
     plan = estimate_memory(tiny_models.tiny_llama().bfloat16(), lora_rank=4, **SIZE)
     model = get_peft_model(tiny_models.tiny_llama().bfloat16(), LoraConfig(r=4, target_modules="all-linear"))
-    measured = breakdown(model, take_step(model))
+    measured = breakdown(model, foam_after_a_step(model))
     assert counts(plan) == (measured.weights, measured.gradients, measured.state)
     assert plan.trainable == measured.parameters < plan.parameters
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from transformers import BertConfig, RobertaConfig, XLNetConfig
 import foam_hf
 from foam_hf import recipe_kit
 from foam_hf.recipe_kit import put_between, write_json
+from tests.support.recipe_errors import exit_message
 
 pytestmark = pytest.mark.long
 
@@ -141,12 +143,7 @@ def flags(tiny_model: Path, glue: Path, tmp_path: Path) -> list[str]:
     return [*where, *QUICK]
 
 
-def error_of(argv: list[str]) -> str:
-    with pytest.raises(SystemExit) as caught:
-        train.main(argv)
-    assert isinstance(caught.value.code, str), "a message, not a bare exit status"
-    assert "\n" not in caught.value.code
-    return caught.value.code
+error_of = functools.partial(exit_message, train.main)
 
 
 # ---- metrics, against values worked out by hand ----

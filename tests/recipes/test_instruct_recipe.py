@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from tests.support.instruct_runs import (
     sums,
     write_jsonl,
 )
+from tests.support.recipe_errors import exit_message
 
 pytestmark = pytest.mark.long
 
@@ -53,12 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "sums.jsonl", sums())
 
 
-def error_of(argv: list[str]) -> str:
-    with pytest.raises(SystemExit) as caught:
-        train.main(argv)
-    assert isinstance(caught.value.code, str), "a message, not a bare exit status"
-    assert "\n" not in caught.value.code
-    return caught.value.code
+error_of = functools.partial(exit_message, train.main)
 
 
 # ---- whole runs ----

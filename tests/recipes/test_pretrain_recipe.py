@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from foam_hf import recipe_kit
 from foam_hf.planner.model_configs import BUILTIN
 from tests.support.pretrain_runs import QUICK, RECIPE, ROOT, SHAPES, TINY, VOCAB, load_script, text, write_jsonl
+from tests.support.recipe_errors import exit_message
 from tests.support.tolerances import assert_within
 
 train = load_script()
@@ -88,12 +90,7 @@ def run(tmp_path: Path, data: Path | None, *more: str, out: str = "out") -> dict
     return train.main([*where, "--output_dir", str(tmp_path / out), *QUICK.split(), *more])
 
 
-def error_of(argv: list[str]) -> str:
-    with pytest.raises(SystemExit) as caught:
-        train.main(argv)
-    assert isinstance(caught.value.code, str), "a message, not a bare exit status"
-    assert "\n" not in caught.value.code
-    return caught.value.code
+error_of = functools.partial(exit_message, train.main)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -145,14 +145,14 @@ def test_a_changed_file_is_refused_by_name(run: Path, name: str) -> None:
 def test_without_a_manifest_what_can_be_checked_is(whole, run: Path) -> None:
     folder = run / "checkpoint-4"
     (folder / MANIFEST).unlink()
-    for name, told in (
+    for name, message in (
         ("optimizer.pt", "optimizer.pt is"),
         ("scheduler.pt", "scheduler.pt is"),
         ("model.safetensors", "its header says"),
     ):
         before = (folder / name).read_bytes()
         (folder / name).write_bytes(before[:-300])
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             resume(run)
         (folder / name).write_bytes(before)
     (folder / "scheduler.pt").rename(run / "elsewhere")
@@ -198,7 +198,7 @@ def reshape(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (flip, "model.safetensors has other contents than were saved"),
         (Path.unlink, "model.safetensors is missing, without which nothing"),
@@ -207,7 +207,7 @@ def reshape(path: Path) -> None:
     ],
 )
 def test_a_bad_best_model_does_not_lose_a_finished_training(
-    monkeypatch, tmp_path: Path, caplog, damage: Any, told: str
+    monkeypatch, tmp_path: Path, caplog, damage: Any, message: str
 ) -> None:
     original = Trainer._load_best_model
     trained: dict[str, Any] = {}
@@ -223,7 +223,7 @@ def test_a_bad_best_model_does_not_lose_a_finished_training(
     trainer = make_trainer(tmp_path, compute_metrics=lambda _: {"score": next(worse)}, **settings)
     trainer.train()
     assert_same_bits(weights(trainer), trained)
-    assert told in caplog.text and "Trainer.save_model() saves it" in caplog.text
+    assert message in caplog.text and "Trainer.save_model() saves it" in caplog.text
     assert (tmp_path / "checkpoint-6").is_dir()  # Trainer deletes all but the best one, where there is one
 
 
@@ -316,7 +316,7 @@ def test_what_resuming_does_not_read_is_not_checked(whole, run: Path) -> None:
     torch.save({}, folder / "value_head.pt", _use_new_zipfile_serialization=False)
     content = json.loads((folder / MANIFEST).read_text())
     sums = checkpoint_manifest.checksums([folder / name for name in content["files"]], 1000)  # of another version
-    files = {path.name: told for path, told in sums.items()}
+    files = {path.name: checksum for path, checksum in sums.items()}
     (folder / MANIFEST).write_text(json.dumps({**content, "piece": 1000, "files": files}))
     flip(folder / "training_args.bin", 0)
     assert_same_bits(resume(run), whole[1])

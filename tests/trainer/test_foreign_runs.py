@@ -134,14 +134,14 @@ def test_importing_changes_no_bit_of_a_run(tmp_path: Path) -> None:
         "    print(hashlib.sha256(bits).hexdigest())\n"
         "import os; print(sorted(os.listdir(sys.argv[2] + '/checkpoint-2')))\n"
     )
-    told = []
+    printed = []
     for kind in ("with", "without"):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "error"}
         command = [sys.executable, "-c", code, kind, str(tmp_path / kind)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
-        told.append(done.stdout.splitlines()[-3:])
-    assert told[0] == told[1] and told[0][0] == told[0][1]
+        printed.append(done.stdout.splitlines()[-3:])
+    assert printed[0] == printed[1] and printed[0][0] == printed[0][1]
 
 
 def test_arguments_of_other_optimizers_are_nobodys_to_judge(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Trainers with a `train` of their own, callbacks that are shown other things: what was asked for is there or told."""
+"""Trainers with a `train` of their own and callbacks that get other things: what was asked for works or is refused."""
 
 from __future__ import annotations
 
@@ -157,9 +157,9 @@ def test_weights_of_a_loss_are_counted(tmp_path: Path, capsys: Any) -> None:
     )
     run.train()
     (line,) = [entry for entry in run.state.log_history if "optim/state_bytes" in entry]
-    told = capsys.readouterr().out
-    assert "Optimizer memory: FOAM, 19,371 trainable parameters" in told  # 9 of them in the loss
-    measured, predicted = next(row for row in told.splitlines() if "optimizer state" in row).split()[2::2][:2]
+    printed = capsys.readouterr().out
+    assert "Optimizer memory: FOAM, 19,371 trainable parameters" in printed  # 9 of them in the loss
+    measured, predicted = next(row for row in printed.splitlines() if "optimizer state" in row).split()[2::2][:2]
     assert measured == predicted and line["optim/state_bytes"] > 0
 
 

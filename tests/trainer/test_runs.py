@@ -6,13 +6,11 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -22,17 +20,9 @@ from tests.support.tiny_models import classification_data, language_data, tiny_l
 from tests.support.tolerances import assert_within
 from tests.support.torchrun import launch
 
-pytestmark = [pytest.mark.long, pytest.mark.compat]
+pytestmark = [pytest.mark.long, pytest.mark.compat, pytest.mark.usefixtures("forget_mixed_precision")]
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _forget_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One process runs many Trainers here, and accelerate would keep the first bf16=True for the others."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make_trainer(
@@ -173,7 +163,7 @@ class CountSteps(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    ("saved_with", "told"),
+    ("saved_with", "message"),
     [
         ({"optim": "adamw_torch", "optim_args": None}, "another optimizer"),
         ({"optim_args": "level=2"}, "level=2"),
@@ -184,12 +174,12 @@ class CountSteps(TrainerCallback):
     ids=["adamw", "level", "rule", "muon", "embeddings"],
 )
 def test_checkpoint_of_another_optimizer_is_refused_before_the_first_step(
-    tmp_path: Path, saved_with: dict[str, Any], told: str
+    tmp_path: Path, saved_with: dict[str, Any], message: str
 ) -> None:
     make_trainer(tmp_path / "saved", **saved_with, max_steps=2, save_strategy="steps", save_steps=2).train()
     count = CountSteps()
     trainer = make_trainer(tmp_path / "resumed", callbacks=[count])
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=str(tmp_path / "saved" / "checkpoint-2"))
     assert count.steps == 0
 

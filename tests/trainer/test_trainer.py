@@ -478,7 +478,7 @@ def test_launcher_that_shards_is_refused_at_the_arguments(
 
 
 @pytest.mark.parametrize(
-    ("told", "options", "plugin"),
+    ("message", "options", "plugin"),
     [
         ("gradient_release=true updates each weight inside", {"optim_args": "gradient_release=true"}, {}),
         ("second_moment=muon needs whole weights", {"optim": OptimizerNames.FOAM_MUON}, {}),
@@ -487,11 +487,11 @@ def test_launcher_that_shards_is_refused_at_the_arguments(
     ],
 )
 def test_what_fsdp2_cannot_be_combined_with_is_refused(
-    told: str, options: dict[str, Any], plugin: dict[str, Any]
+    message: str, options: dict[str, Any], plugin: dict[str, Any]
 ) -> None:
     args = types.SimpleNamespace(**{"optim": OptimizerNames.FOAM, "optim_args": None, **options})
     refuse_sharding(types.SimpleNamespace(optim=OptimizerNames.FOAM, optim_args=None), None, FSDP2)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         refuse_sharding(args, None, with_fsdp(fsdp_version=2, **plugin))
 
 

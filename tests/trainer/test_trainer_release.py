@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,7 @@ from tests.support.tiny_models import (
     tiny_roberta,
 )
 
-pytestmark = pytest.mark.compat
-
-
-@pytest.fixture(autouse=True)
-def _forget_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One process runs many Trainers here, and accelerate would keep the first bf16=True for the others."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = [pytest.mark.compat, pytest.mark.usefixtures("forget_mixed_precision")]
 
 
 def make(folder: Path, release: bool = True, trainer_class: type[Trainer] = Trainer, **settings: Any) -> Trainer:
@@ -225,21 +216,21 @@ def test_the_model_card_names_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "message"),
     [
         ({"gradient_accumulation_steps": 4}, "got gradient_accumulation_steps=4; expected 1, with a larger"),
         ({"fp16": True}, "got fp16=True; expected bf16=True or float32"),
     ],
 )
 def test_arguments_that_need_the_gradients_are_refused_at_once(
-    tmp_path: Path, setting: dict[str, Any], told: str
+    tmp_path: Path, setting: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         make(tmp_path, **setting)
     trainer = make(tmp_path)
     for name, value in setting.items():  # as a script might do later
         setattr(trainer.args, name, value)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0 and not hasattr(trainer.optimizer, "state")
     assert TrainingArguments(str(tmp_path), optim="foam", use_cpu=True, gradient_accumulation_steps=4)
