@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,3 +127,9 @@ def test_only_int8_and_what_is_above_it_names_int8() -> None:
 def test_folders_are_all_listed() -> None:
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert folders == set(MAY_IMPORT)
+
+
+def test_every_message_is_logged_under_the_name_of_the_package() -> None:
+    for name, path in _files().items():
+        loggers = re.findall(r"getLogger\((.*?)\)", path.read_text(encoding="utf-8"))
+        assert set(loggers) <= {'"foam_hf"'}, f"{name} logs under {loggers}; users set the level of foam_hf alone"

@@ -15,7 +15,7 @@ from foam_hf.int8.files import CODES, SCALES, TensorFiles, int8_block, pair_prob
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.optimizer.groups import layer_names
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("foam_hf")
 
 Initializer = Callable[[nn.Module], Any]  # initializes the parameters of a module
 

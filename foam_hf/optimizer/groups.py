@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from foam_hf.optim_args import names_of, option
 from foam_hf.rules.all import folding_rule
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("foam_hf")
 
 # Names of parameters that transformers' Trainer keeps out of weight decay; searched in lower-cased names.
 _NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")

@@ -38,7 +38,7 @@ from foam_hf.tensors.folding import Level, block_width, num_blocks
 from foam_hf.tensors.rows import CHUNK_GPU, Rows, as_rows, chunks, load, store
 from foam_hf.tensors.step import Hyper
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("foam_hf")
 
 # The last part of the names of query and key modules in transformers' models; rows of their weights are heads.
 _QUERIES_AND_KEYS = frozenset(

@@ -20,7 +20,7 @@ from foam_hf.memory.measured import MemoryBreakdown, breakdown, state_bytes
 from foam_hf.memory.profile import StepRecorder, draw
 from foam_hf.trainer.run_report import BatchWatch, Predicted, format_table, measured_row, predict
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("foam_hf")
 
 _ENDINGS = ", ".join(PICTURES)
 

@@ -209,14 +209,14 @@ def test_trainer_draws_its_second_step_and_tells_the_prediction(tmp_path, preten
     measured, predicted = table_rows(printed)["activations, at the peak"]
     assert measured == "30.00 kB" and predicted.endswith("MB")  # the workspace of cuBLAS is predicted too
     assert "predicted for 4 x 12 tokens, the largest batch seen; activations " in printed
-    assert not [record for record in caplog.records if record.name == "foam_hf.trainer.callback"]
+    assert not [record for record in caplog.records if record.module == "callback"]
     model = trainer.model
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_trainer_tells_that_one_step_is_not_enough(tmp_path, pretended_gpu, caplog):
     trainer = make_trainer(tmp_path, OptimizerMemoryCallback(plot=tmp_path / "step.png"), max_steps=1)
-    with caplog.at_level(logging.WARNING, logger="foam_hf.trainer.callback"), pretended_gpu:
+    with caplog.at_level(logging.WARNING, logger="foam_hf"), pretended_gpu:
         trainer.train()
     assert "step.png is not drawn: training had no second step" in caplog.text
     assert not (tmp_path / "step.png").exists()
@@ -225,7 +225,7 @@ def test_trainer_tells_that_one_step_is_not_enough(tmp_path, pretended_gpu, capl
 def test_a_picture_that_fails_does_not_stop_training(tmp_path, pretended_gpu, caplog):
     (tmp_path / "file").touch()
     trainer = make_trainer(tmp_path, OptimizerMemoryCallback(plot=tmp_path / "file" / "step.png"))
-    with caplog.at_level(logging.WARNING, logger="foam_hf.trainer.callback"), pretended_gpu:
+    with caplog.at_level(logging.WARNING, logger="foam_hf"), pretended_gpu:
         assert trainer.train().global_step == 3
     assert "training goes on" in caplog.text
 
@@ -238,7 +238,7 @@ def test_without_matplotlib_it_is_said_before_training(tmp_path, pretended_gpu, 
         def on_step_begin(self, args, state, control, **kwargs):
             said_at.append("pip install matplotlib" in caplog.text)
 
-    with caplog.at_level(logging.WARNING, logger="foam_hf.trainer.callback"), pretended_gpu:
+    with caplog.at_level(logging.WARNING, logger="foam_hf"), pretended_gpu:
         make_trainer(tmp_path, Listening(plot=tmp_path / "step.png")).train()
     assert said_at[0]
 

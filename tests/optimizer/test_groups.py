@@ -417,7 +417,7 @@ def test_no_match_lists_names_that_exist():
 
 
 def test_a_list_entry_without_a_match_is_warned_about(caplog):
-    with caplog.at_level(logging.WARNING, logger="foam_hf.optimizer.groups"):
+    with caplog.at_level(logging.WARNING, logger="foam_hf"):
         foam_param_groups(tiny_models.tiny_llama(), target_modules=["q_proj", "upproj"])
     assert "'upproj' matches no weight that folds" in caplog.text
     assert "model.layers.0.mlp.up_proj" in caplog.text

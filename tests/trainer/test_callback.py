@@ -241,10 +241,10 @@ def test_a_state_that_cannot_be_walked(tmp_path, caplog, capsys):
 
     model = tiny_models.tiny_roberta()
     optimizer = Odd(model.parameters(), lr=0.1)
-    with caplog.at_level(logging.WARNING, logger="foam_hf.trainer.callback"):
+    with caplog.at_level(logging.WARNING, logger="foam_hf"):
         trainer = make_trainer(tmp_path, model=model, optimizers=(optimizer, None))
         assert trainer.train().global_step == 3
-    warnings = [record.getMessage() for record in caplog.records if record.name == "foam_hf.trainer.callback"]
+    warnings = [record.getMessage() for record in caplog.records if record.module == "callback"]
     assert warnings == ["the report on optimizer memory fails (RuntimeError: nobody looks in here); training goes on"]
     assert not reports(trainer.state.log_history)
     assert "Optimizer memory" not in capsys.readouterr().out
@@ -257,7 +257,7 @@ def test_a_log_that_fails(tmp_path, caplog):
                 raise OSError("disk full")
             super().log(logs, *args, **kwargs)
 
-    with caplog.at_level(logging.WARNING, logger="foam_hf.trainer.callback"):
+    with caplog.at_level(logging.WARNING, logger="foam_hf"):
         trainer = make_trainer(tmp_path, trainer_class=Failing, optim="foam", logging_steps=1)
         assert trainer.train().global_step == 3
     assert "OSError: disk full" in caplog.text
@@ -278,7 +278,7 @@ def test_without_the_plugin_the_numbers_stay_in_the_state(tmp_path, caplog):
     class Unbound(OptimizerMemoryCallback):
         trainer = property(lambda self: None, lambda self, trainer: None)
 
-    with caplog.at_level(logging.WARNING, logger="foam_hf.trainer.callback"):
+    with caplog.at_level(logging.WARNING, logger="foam_hf"):
         trainer = make_trainer(tmp_path, Unbound(), optim="adamw_torch")
         trainer.train()
         trainer.train()
@@ -297,8 +297,8 @@ def test_a_class_instead_of_an_instance_and_pickling(tmp_path):
     assert pickle.loads(pickle.dumps(bound)).trainer is None
 
 
-def test_events_without_model_or_optimizer():
-    args, state, control = TrainingArguments(output_dir="unused", report_to="none"), TrainerState(), None
+def test_events_without_model_or_optimizer(tmp_path):
+    args, state, control = TrainingArguments(output_dir=str(tmp_path), report_to="none"), TrainerState(), None
     report = OptimizerMemoryCallback()
     for event in ("on_train_begin", "on_optimizer_step", "on_step_end", "on_train_end"):
         getattr(report, event)(args, state, control)
@@ -331,12 +331,12 @@ def checkpoint(tmp_path) -> Path:
 
 def resume_warnings(caplog, folder: Path, path, **arguments) -> list[str]:
     caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="foam_hf.trainer.callback"):
+    with caplog.at_level(logging.WARNING, logger="foam_hf"):
         trainer = make_trainer(folder, **{"optim": "foam", "max_steps": 4, **arguments})
         trainer.train(resume_from_checkpoint=path)
     assert trainer.state.global_step == 4
     assert len(reports(trainer.state.log_history)) == 2, "the run before, and this one"
-    return [record.getMessage() for record in caplog.records if record.name == "foam_hf.trainer.callback"]
+    return [record.getMessage() for record in caplog.records if record.module == "callback"]
 
 
 def without_optimizer(checkpoint: Path) -> Path:
@@ -387,7 +387,7 @@ def test_optimizers_saved_under_other_names_count(name, tmp_path, caplog):
         (folder / name).touch()
     args, state = TrainingArguments(output_dir=str(tmp_path), report_to="none"), TrainerState(global_step=2)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))])
-    with caplog.at_level(logging.WARNING, logger="foam_hf.trainer.callback"):
+    with caplog.at_level(logging.WARNING, logger="foam_hf"):
         OptimizerMemoryCallback().on_train_begin(args, state, None, optimizer=optimizer)
     assert ("which has no optimizer.pt" in caplog.text) == (name is None)
 
