@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ def loaded(name: str, value: Any) -> None:
 
 
 @EVERY
-def test_an_illegal_text_is_refused_with_it_and_with_what_is_legal(option: Option) -> None:
+def test_an_illegal_text_is_refused_with_it_and_with_what_is_legal(option: Option, tmp_path: Path) -> None:
     text, _ = ILLEGAL[option.name]
     assert (text is not None) == option.key
     if text is None:
@@ -72,7 +73,7 @@ def test_an_illegal_text_is_refused_with_it_and_with_what_is_legal(option: Optio
     expected = f"optim_args: {option.name} must be {option.legal.describe(written)}, got {text!r}."
     assert refusal(lambda: parse_optim_args(f"{option.name}={text}")) == expected
     assert refusal(lambda: parse_optim_args({option.name: text})) == expected
-    given = {"output_dir": "unused", "use_cpu": True, "optim": "foam", "optim_args": f"{option.name}={text}"}
+    given = {"output_dir": str(tmp_path), "use_cpu": True, "optim": "foam", "optim_args": f"{option.name}={text}"}
     assert refusal(lambda: TrainingArguments(**given)) == expected
 
 

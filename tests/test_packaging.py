@@ -58,7 +58,8 @@ def test_the_wheel_holds_the_package_its_types_and_the_recipes_and_nothing_else(
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert wheel.name == f"foam_hf-{__version__}-py3-none-any.whl"
-    for source in [*(REPO / "foam_hf").rglob("*.py"), REPO / "foam_hf" / "py.typed"]:
+    data = [REPO / "foam_hf" / "py.typed", REPO / "foam_hf" / "planner" / "accuracy.json"]
+    for source in [*(REPO / "foam_hf").rglob("*.py"), *data]:
         assert source.relative_to(REPO).as_posix() in names
     for source in (REPO / "recipes").rglob("*"):
         name = source.relative_to(REPO).as_posix()

@@ -232,7 +232,7 @@ def test_an_arm_that_takes_the_rates_of_one_left_out_is_an_error(tmp_path: Path,
     assert "--memory: got 0.5" in capsys.readouterr().err
 
 
-def test_gefen_gets_names_rates_and_decay_from_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gefen_gets_names_rates_and_decay_from_the_trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import torch
     from transformers import Trainer, TrainingArguments
 
@@ -242,7 +242,7 @@ def test_gefen_gets_names_rates_and_decay_from_the_trainer(monkeypatch: pytest.M
     fake = ModuleType("gefen")
     fake.Gefen = lambda groups, **options: built.update(groups=groups, **options)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "gefen", fake)
-    args = TrainingArguments("unused", learning_rate=3e-4, weight_decay=0.1, use_cpu=True, report_to="none")
+    args = TrainingArguments(str(tmp_path), learning_rate=3e-4, weight_decay=0.1, use_cpu=True, report_to="none")
     model = tiny_llama()
     instruct_run.gefen_x(Trainer(model, args), "deterministic=true")
     assert (built["lr"], built["fused"], built["deterministic"]) == (3e-4, False, True)
