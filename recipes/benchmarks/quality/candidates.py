@@ -1,6 +1,6 @@
 """Variants of FOAM's rules that are studied before any of them may enter the product: one readable class, float32.
 
-`study.py` trains with them beside the product; README.md says what was found. With no switch thrown, `Candidate`
+`study.py` trains with them beside the product; README.md says what was found. With all switches off, `Candidate`
 is `foam_hf.FOAM` (a test holds the two together). Matrices only; plain parameters get AdamW. Parameters of one shape
 are updated together, as (count, rows, columns): many small operations are what a small model would wait for.
 
