@@ -27,7 +27,7 @@ from tests.int8.test_quantizer import (
     rewrite,
     split_codes_from_scales,
 )
-from tests.support.tiny_models import language_data, tiny_llama
+from tests.support.tiny_models import SHORT_RUN, language_data, tiny_llama
 from tests.support.tolerances import assert_within
 from tests.support.torchrun import launch
 
@@ -48,23 +48,9 @@ def int8_model(plain: Path, dtype: torch.dtype = torch.float32, **config: Any) -
 
 
 def make_trainer(folder: Path, model: Any, optimizers: Any = (None, None), **settings: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "output_dir": str(folder),
-        "optim": "foam",
-        "optim_args": "level=3",
-        "learning_rate": 5e-3,
-        "max_steps": 10,
-        "per_device_train_batch_size": 4,
-        "weight_decay": 0.1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
     return Trainer(
         model=model,
-        args=TrainingArguments(**{**defaults, **settings}),
+        args=TrainingArguments(**{"output_dir": str(folder), **SHORT_RUN, **settings}),
         train_dataset=language_data(32),
         eval_dataset=language_data(16, seed=1),
         optimizers=optimizers,

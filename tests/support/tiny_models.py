@@ -17,6 +17,20 @@ HIDDEN = 32
 LAYERS = 2
 SEQUENCE = 12
 
+SHORT_RUN: dict[str, Any] = {  # arguments of a Trainer that trains a tiny model for ten steps
+    "optim": "foam",
+    "optim_args": "level=3",
+    "learning_rate": 5e-3,
+    "max_steps": 10,
+    "per_device_train_batch_size": 4,
+    "weight_decay": 0.1,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
 
 def tiny_roberta(num_labels: int = 2, seed: int = 0, **config: Any) -> nn.Module:
     """RoBERTa with a classification head: biases and LayerNorms everywhere, absolute positions."""
@@ -205,7 +219,7 @@ BUILDERS = {
 }
 
 
-def take_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """One optimizer step on random gradients; they stay in place."""
     for p in model.parameters():
         if p.requires_grad:

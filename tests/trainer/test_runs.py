@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import foam_hf
-from tests.support.tiny_models import classification_data, language_data, tiny_llama, tiny_roberta
+from tests.support.tiny_models import SHORT_RUN, classification_data, language_data, tiny_llama, tiny_roberta
 from tests.support.tolerances import assert_within
 from tests.support.torchrun import launch
 
@@ -28,27 +28,13 @@ ROOT = Path(__file__).resolve().parents[2]
 def make_trainer(
     folder: Path, dtype: torch.dtype = torch.float32, trainer_class: type[Trainer] = Trainer, **settings: Any
 ) -> Trainer:
-    defaults: dict[str, Any] = {
-        "output_dir": str(folder),
-        "optim": "foam",
-        "optim_args": "level=3",
-        "learning_rate": 5e-3,
-        "max_steps": 10,
-        "per_device_train_batch_size": 4,
-        "weight_decay": 0.1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
     given = {
         name: settings.pop(name)
         for name in ("model", "train_dataset", "compute_metrics", "callbacks")
         if name in settings
     }
     return trainer_class(
-        args=TrainingArguments(**{**defaults, **settings}),
+        args=TrainingArguments(**{"output_dir": str(folder), **SHORT_RUN, **settings}),
         **{
             "model": tiny_roberta().to(dtype),
             "train_dataset": classification_data(32),
