@@ -14,6 +14,8 @@ import pytest
 
 from tests.trainer.test_trainer import python
 
+pytestmark = pytest.mark.long
+
 DATA = Path(__file__).resolve().parent / "data"
 
 ARGUMENTS = """

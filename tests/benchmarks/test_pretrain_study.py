@@ -18,6 +18,8 @@ from recipes.benchmarks.quality import pretrain_gpu, pretrain_report
 from tests.support.pretrain_runs import QUICK, RECIPE, ROOT, SHAPES, VOCAB, load_script, write_jsonl
 from tests.support.pretrain_runs import text as document
 
+pytestmark = pytest.mark.long
+
 train = load_script()
 
 import pretrain_arguments  # noqa: E402

@@ -28,6 +28,8 @@ from recipes.benchmarks.quality.candidates import Candidate
 from tests.support.tiny_models import tiny_llama
 from tests.support.tolerances import assert_within
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "recipes" / "benchmarks"
 QUALITY = BENCHMARKS / "quality"

@@ -21,6 +21,8 @@ from foam_hf.rules.adam_mini import rows_of_blocks
 from recipes.benchmarks.quality import stacked, stacked_models, stacked_optim, swap_encoders, swap_table
 from tests.support.tolerances import assert_within
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[2]
 QUALITY = ROOT / "recipes" / "benchmarks" / "quality"
 KINDS = ("bert", "mpnet")

@@ -21,6 +21,8 @@ from foam_hf.cli import command as cli
 from foam_hf.optim_args import foam_options
 from foam_hf.trainer.refusals import refuse_kept_gradients, refuse_sharding
 
+pytestmark = pytest.mark.long
+
 REPO = Path(__file__).resolve().parents[2]
 PAGE = (REPO / "docs" / "mistakes.md").read_text(encoding="utf-8")
 

@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Whole segments, a tail of whole blocks, three dimensions, a vector.
 SHAPES = [(3, 512), (5, 384), (2, 2, 128), (256,)]
 
-pytestmark = [pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")]
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")]
 if DEVICE == "cuda":
     pytestmark.append(pytest.mark.gpu)
 

@@ -21,6 +21,8 @@ from foam_hf.memory.storages import storages, total, without
 from foam_hf.tensors.step import Hyper
 from tests.support.rules import BY_BLOCK
 
+pytestmark = pytest.mark.long
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

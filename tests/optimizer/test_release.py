@@ -34,7 +34,7 @@ from tests.support.tiny_models import (
 from tests.support.tolerances import assert_within
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [pytest.mark.long, pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = [pytest.mark.long, *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -16,7 +16,7 @@ from foam_hf.planner.meta_models import on_meta
 from tests.support import tiny_models
 from tests.support.tiny_models import take_step
 
-pytestmark = pytest.mark.compat
+pytestmark = [pytest.mark.long, pytest.mark.compat]
 
 # Wide enough for 8-bit states, which begin at 4096 elements, and not a multiple of their blocks of 256.
 WIDE = {"hidden_size": 96, "intermediate_size": 148}

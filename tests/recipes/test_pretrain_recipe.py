@@ -23,6 +23,8 @@ from tests.support.pretrain_runs import QUICK, RECIPE, ROOT, SHAPES, TINY, VOCAB
 from tests.support.recipe_errors import exit_message
 from tests.support.tolerances import assert_within
 
+pytestmark = pytest.mark.long
+
 train = load_script()
 
 import debian_text  # noqa: E402

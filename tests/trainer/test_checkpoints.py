@@ -24,6 +24,8 @@ from foam_hf.trainer import weights as trainer_weights
 from tests.support.tiny_models import tiny_qwen2, tiny_roberta
 from tests.trainer.test_runs import assert_same_bits, make_trainer, weights
 
+pytestmark = pytest.mark.long
+
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
 

@@ -20,6 +20,8 @@ from foam_hf.trainer.checkpoints import refuse_other_weights
 from tests.support.tiny_models import classification_data, tiny_roberta
 from tests.trainer.test_trainer import ROOT, make_args
 
+pytestmark = pytest.mark.long
+
 
 class OddSGD(torch.optim.Optimizer):
     """No defaults, and an attribute that wrappers are known by."""

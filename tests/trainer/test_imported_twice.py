@@ -8,6 +8,8 @@ import pytest
 
 from tests.trainer.test_trainer import python
 
+pytestmark = pytest.mark.long
+
 AGAIN = {
     "purged": "for name in ours(): del sys.modules[name]\nimport foam_hf",
     "reloaded": "for name in ours(): importlib.reload(sys.modules[name])",

@@ -32,7 +32,7 @@ from foam_hf.trainer.callback import OptimizerMemoryCallback
 from foam_hf.trainer.refusals import refuse_sharding
 from tests.support.tiny_models import classification_data, tiny_llama, tiny_roberta
 
-pytestmark = pytest.mark.compat
+pytestmark = [pytest.mark.long, pytest.mark.compat]
 
 ROOT = Path(__file__).resolve().parents[2]
 

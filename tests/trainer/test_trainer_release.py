@@ -23,7 +23,7 @@ from tests.support.tiny_models import (
     tiny_roberta,
 )
 
-pytestmark = [pytest.mark.compat, pytest.mark.usefixtures("forget_mixed_precision")]
+pytestmark = [pytest.mark.long, pytest.mark.compat, pytest.mark.usefixtures("forget_mixed_precision")]
 
 
 def make(folder: Path, release: bool = True, trainer_class: type[Trainer] = Trainer, **settings: Any) -> Trainer:

@@ -10,8 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+pytestmark = pytest.mark.long
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *["the", "a", "cat", "dog", "sits", "runs", "on", "mat", "grass"]]
 ROOT = Path(__file__).resolve().parents[2]
