@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 
 # Before any library starts its threads or looks for a network.
@@ -23,6 +24,15 @@ if not torch.cuda.is_available():  # read by Triton when it is imported
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _default_log_level() -> None:
+    """A Trainer with a log level of its own sets it for the whole process, and FOAM's first line depends on it."""
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.set_verbosity_warning()
 
 
 @pytest.fixture
