@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from tests.support.recipe_scripts import load_train
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "instruct"
@@ -31,15 +31,7 @@ TEMPLATES = {"qwen2.5": "qwen2_5", "qwen2.5-instruct": "qwen2_5", "qwen3": "qwen
 
 
 def load_script() -> ModuleType:
-    """Import train.py as `instruct_train`, because the GLUE recipe's train.py may be imported as `train`."""
-    if "instruct_train" not in sys.modules:
-        sys.path.insert(0, str(RECIPE))
-        spec = importlib.util.spec_from_file_location("instruct_train", RECIPE / "train.py")
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["instruct_train"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["instruct_train"]
+    return load_train(RECIPE, "instruct_train")
 
 
 def chat_template(family: str) -> str:

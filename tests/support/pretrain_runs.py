@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
+
+from tests.support.recipe_scripts import load_train
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "pretrain"
 
 
 def load_script() -> ModuleType:
-    """Import train.py as `pretrain_train`, because the GLUE recipe's train.py may be imported as `train`."""
-    if "pretrain_train" not in sys.modules:
-        sys.path.insert(0, str(RECIPE))
-        spec = importlib.util.spec_from_file_location("pretrain_train", RECIPE / "train.py")
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["pretrain_train"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["pretrain_train"]
+    return load_train(RECIPE, "pretrain_train")
 
 
 WORDS = ["the", "cat", "saw", "a", "dog", "and", "then", "it", "ran", "home", "to", "eat", "some", "fish", "again"]
