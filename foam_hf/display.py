@@ -6,7 +6,14 @@ UNAVAILABLE = "unavailable"
 PICTURES = (".png", ".pdf", ".svg")  # file formats of pictures
 INK = "#202124"
 # They differ in brightness too, for grey print, and blue and orange differ for color-blind readers.
-KIND_COLORS = {"weights": "#3d4450", "gradients": "#a3aab4", "state": "#e08a1e", "activations": "#7db4e0"}
+KIND_COLORS = {
+    "weights": "#3d4450",
+    "masters": "#6d7584",
+    "gradients": "#a3aab4",
+    "state": "#e08a1e",
+    "buffers": "#d6dae0",
+    "activations": "#7db4e0",
+}
 
 
 def format_bytes(n: int | None) -> str:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from foam_hf._version import __version__
-from foam_hf.cli import estimate, export, recipes, run
+from foam_hf.cli import estimate, estimate_options, export, recipes, run
 from foam_hf.cli.errors import CommandError
 
 
@@ -50,6 +50,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"foam-hf {__version__}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="{run,estimate,recipes,export}")
-    for each in (run, estimate, recipes, export):
+    for each in (run, estimate_options, recipes, export):
         each.add_parser(commands)
     return parser

@@ -54,15 +54,15 @@ def find_way_out(
     Args:
         planner: of the model and the workload that did not fit.
         gpu: bytes of the card.
-        asked: name -> whether the user asked for it: `SWITCHES`, and "lora_rank" and "gradient_accumulation", which
-            exclude some of them.
+        asked: name -> whether the user asked for it: `SWITCHES`, and "lora_rank", "gradient_accumulation" and "zero",
+            which exclude some of them.
         choices: (name, options) of the planned optimizers; the first FOAM among them is used.
     """
     optim, options = next(((n, o) for n, o in choices if n in FOAM_NAMES), ("foam", {}))
     excluded = {
-        "gradient_release": asked["lora_rank"] or asked["gradient_accumulation"],
+        "gradient_release": asked["lora_rank"] or asked["gradient_accumulation"] or asked["zero"],
         "gradient_checkpointing": False,
-        "int8_weights": asked["lora_rank"],
+        "int8_weights": asked["lora_rank"] or asked["zero"],
     }
     missing = [name for name in SWITCHES if not asked[name] and not excluded[name]]
     last = None

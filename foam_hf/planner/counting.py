@@ -89,7 +89,7 @@ def count_state(
         raise ValueError(f"unknown optimizer {optim!r}; {hint}expected one of {', '.join(OPTIMIZERS)}")
     if optim in FOAM_NAMES:
         return expected_state_bytes(foam_groups(model, optim, optim_args, target_modules))
-    return BY_NAME[optim].state_bytes(model, _peer_options(optim, optim_args), target_modules)
+    return BY_NAME[optim].state_bytes(model, peer_options(optim, optim_args), target_modules)
 
 
 def foam_groups(
@@ -108,7 +108,7 @@ def foam_groups(
     return FOAM(groups, **options).param_groups
 
 
-def _peer_options(optim: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
+def peer_options(optim: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
     """Check every key of `optim_args`, and return those that change the bytes, converted to their types."""
     legal = BY_NAME[optim].options
     options: dict[str, Any] = {}

@@ -42,6 +42,7 @@ class Peer:
         targets: (model, `optim_target_modules`) -> names of the weights that the optimizer does not update as AdamW.
         options: key that Trainer reads from `optim_args` -> its legal words, or None for a number.
         temporary: trained tensors -> the most bytes that a step allocates and frees again.
+        flat: whether the optimizer needs no shapes, so that it updates the flat vectors of DeepSpeed's ZeRO too.
     """
 
     names: tuple[str, ...]
@@ -49,6 +50,7 @@ class Peer:
     targets: Callable[[nn.Module, str | list[str] | None], set[str]] | None = None
     options: Mapping[str, tuple[str, ...] | None] = field(default_factory=dict)
     temporary: Callable[[Sequence[Tensor]], int] = no_temporary_bytes
+    flat: bool = False
 
     def state_bytes(
         self, model: nn.Module, options: Mapping[str, Any], target_modules: str | list[str] | None = None
@@ -267,12 +269,12 @@ _APOLLO: dict[str, tuple[str, ...] | None] = {
     "proj_type": _SIDES,
 }
 PEERS = (
-    Peer(("adamw_torch",), adamw, temporary=_second_moments),
-    Peer(("adamw_torch_fused",), adamw),
-    Peer(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), adamw_8bit),
-    Peer(("paged_adamw_32bit",), adamw_32bit),
-    Peer(("adafactor",), adafactor, temporary=_float32_copies),
-    Peer(("sgd",), sgd),
+    Peer(("adamw_torch",), adamw, temporary=_second_moments, flat=True),
+    Peer(("adamw_torch_fused",), adamw, flat=True),
+    Peer(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), adamw_8bit, flat=True),
+    Peer(("paged_adamw_32bit",), adamw_32bit, flat=True),
+    Peer(("adafactor",), adafactor, temporary=_float32_copies, flat=True),
+    Peer(("sgd",), sgd, flat=True),
     Peer(("galore_adamw",), galore, projected_targets, _GALORE, _full_updates),
     Peer(("apollo_adamw",), apollo, projected_targets, _APOLLO, _full_updates),
     # Trainer has no name for torch.optim.Muon and for Adam-mini (of the adam-mini package); these are ours.

@@ -22,7 +22,8 @@ class Estimate:
 class Plan:
     """The bytes that training one model with one optimizer takes on one device, at the peak of a step.
 
-    Weights, gradients and state are counted to the byte; activations are an estimate.
+    Weights, gradients and state are counted to the byte; activations are an estimate. Under DeepSpeed's ZeRO the
+    device is the one of several GPUs that holds most.
 
     Attributes:
         optim: the optimizer's name in Trainer's `optim`.
@@ -36,8 +37,15 @@ class Plan:
         gradients: bytes of all gradients; with gradient release, of the largest one.
         state: bytes of optimizer state after the first step.
         activations: the rest of the peak: activations, logits, temporary memory. If some gradients do not exist yet
-            at the peak, their bytes are subtracted here, so that the four kinds add up to the peak.
+            at the peak, their bytes are subtracted here, so that all kinds add up to the peak.
         activations_note: how good the estimate of `activations` is.
+        zero: DeepSpeed's ZeRO as it is planned, or "".
+        gpus: how many share the model.
+        masters: bytes of the float32 copies of weights that ZeRO updates.
+        buffers: bytes of DeepSpeed: gradients on their way, and the weights that stage 3 gathers.
+        step: bytes beside weights, masters and state while ZeRO's optimizer steps; what it has beyond gradients and
+            buffers counts as activations if it is more than those.
+        host: bytes in host memory, of each process, if the optimizer is offloaded.
     """
 
     optim: str
@@ -53,6 +61,12 @@ class Plan:
     state: int
     activations: int
     activations_note: str
+    zero: str = ""
+    gpus: int = 1
+    masters: int = 0
+    buffers: int = 0
+    step: int = 0
+    host: int = 0
 
     @property
     def label(self) -> str:
@@ -64,5 +78,5 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes at the peak of a step: the sum of the four kinds."""
-        return self.weights + self.gradients + self.state + self.activations
+        """Bytes at the peak of a step on the device: the sum of all kinds."""
+        return self.weights + self.masters + self.gradients + self.state + self.buffers + self.activations

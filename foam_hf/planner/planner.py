@@ -18,6 +18,8 @@ from foam_hf.planner.counting import count_bytes
 from foam_hf.planner.meta_models import meta_model, on_meta, positions, with_adapters
 from foam_hf.planner.model_configs import ModelError, load_config
 from foam_hf.planner.plan import Estimate, Plan
+from foam_hf.planner.zero import Zero, zero_settings
+from foam_hf.planner.zero_bytes import count_zero
 
 _MAX_BATCH = 1 << 20  # sequences; only a toy model fits more, and no user needs that number
 
@@ -77,6 +79,10 @@ class Planner:
         lora_rank: train LoRA adapters (peft) of this rank on all linear layers, instead of the weights.
         architecture: the class of transformers to build, as "BertForSequenceClassification"; default: the config's.
         trust_remote_code: run the code that comes with a model.
+        zero: a stage of DeepSpeed's ZeRO, or a DeepSpeed config as a .json file or a dict. The plan is then that of
+            one GPU. With `autocast` the weights have its dtype, as DeepSpeed casts the model.
+        gpus: how many share the model under ZeRO; batch is each GPU's own.
+        offload: ZeRO's optimizer is in host memory, as by a config's `offload_optimizer`.
 
     Attributes:
         model: on the meta device, as it is trained.
@@ -84,6 +90,7 @@ class Planner:
         parameters: how many the model has without adapters; tied ones count once.
         dtype: of most parameters.
         batch, sequence: as given, or the defaults.
+        zero: the settings of ZeRO, or None.
     """
 
     def __init__(
@@ -100,14 +107,26 @@ class Planner:
         lora_rank: int | None = None,
         architecture: str | None = None,
         trust_remote_code: bool = False,
+        zero: Any = None,
+        gpus: int | None = None,
+        offload: bool = False,
     ) -> None:
         for name, size in (("batch", batch), ("sequence", sequence), ("lora_rank", lora_rank)):
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
                 raise ValueError(f"{name} is not a size, got {size!r}; expected an integer of 1 or more")
+        if zero is None and (gpus is not None or offload):
+            raise ValueError(
+                f"gpus and offload are ZeRO's, got gpus={gpus} and offload={offload} without zero; expected zero=1, 2 "
+                "or 3. DDP takes on each GPU what one takes, and a copy of the gradients"
+            )
+        if zero is not None and gpus is None:
+            raise ValueError(f"zero={zero!r} needs the number of GPUs, got none; expected gpus=2 or more")
+        computing = None if zero is None or autocast is None else getattr(torch, autocast)
         if not isinstance(model, nn.Module):
             config = model
             if isinstance(model, str | os.PathLike):
                 config = load_config(os.fspath(model), trust_remote_code=trust_remote_code)
+            dtype = computing or dtype
             model = meta_model(config, dtype=dtype, architecture=architecture, trust_remote_code=trust_remote_code)
         elif dtype is not None or architecture is not None:
             raise ValueError(
@@ -124,9 +143,14 @@ class Planner:
             sizes[p.dtype] += p.numel()
         self.dtype = max(sizes, key=lambda dtype: sizes[dtype])
         self.model = on_meta(model) if lora_rank is None else with_adapters(on_meta(model), lora_rank)
+        self.zero: Zero | None = None
+        if zero is not None and gpus is not None:
+            self.zero = zero_settings(zero, gpus, offload, _hidden_size(model))
+            self.dtype = computing or self.dtype
+            self.model = copy.deepcopy(self.model).to(self.dtype)  # DeepSpeed casts everything
         self.batch, self.sequence = batch, sequence or min(512, most or 512)
         self._step: dict[str, Any] = {
-            "autocast": autocast,
+            "autocast": autocast if self.zero is None else None,
             "gradient_checkpointing": gradient_checkpointing,
             "accumulation": accumulation,
             "attention": attention,
@@ -154,6 +178,11 @@ class Planner:
                 raise ValueError("gradient_release updates in each backward pass; expected it without accumulation")
         elif int8_weights:
             raise ValueError(f"int8_weights are FOAM's, got them with optim={optim!r}; expected {one_of_ours()}")
+        if self.zero is not None and (gradient_release or int8_weights):
+            what = "gradient_release" if gradient_release else "int8_weights"
+            raise ValueError(
+                f"{what} does not run under DeepSpeed's ZeRO: got zero={self.zero.stage}; expected one of them"
+            )
         counted = count_bytes(
             self._model_with(int8_weights),
             optim,
@@ -161,7 +190,7 @@ class Planner:
             target_modules=target_modules,
             gradient_release=gradient_release,
         )
-        return Plan(
+        plan = Plan(
             optim=optim,
             options=",".join(f"{key}={value}" for key, value in split_optim_args(optim_args)),
             gradient_release=gradient_release,
@@ -172,6 +201,16 @@ class Planner:
             activations=0,
             activations_note="",
         )
+        return plan if self.zero is None else self._shared(plan, optim_args, target_modules)
+
+    def _shared(self, plan: Plan, optim_args: Any, target_modules: str | list[str] | None) -> Plan:
+        """A plan without activations, for one of the GPUs that share the model."""
+        assert self.zero is not None
+        accumulation = self._step["accumulation"]
+        found = count_zero(
+            self.model, self.zero, plan.optim, optim_args, accumulation=accumulation, target_modules=target_modules
+        )
+        return replace(plan, zero=self.zero.words, gpus=self.zero.gpus, **asdict(found))
 
     def variant(self, *, batch: int, gradient_checkpointing: bool) -> Planner:
         """A planner of the same model and workload but for these two settings."""
@@ -182,17 +221,23 @@ class Planner:
 
     def with_batch(self, plan: Plan, batch: int) -> Plan:
         """A plan of this planner, for `batch` sequences instead of its own."""
-        key = (plan.gradient_release, plan.int8_weights)
+        # Stages 2 and 3 free a gradient once it is on its way, as gradient release does.
+        released = plan.gradient_release or (self.zero is not None and self.zero.stage > 1)
+        key = (released, plan.int8_weights)
         if key not in self._curves:
             self._curves[key] = activation_curve(
                 self._model_with(plan.int8_weights),
                 self.sequence,
-                gradient_release=plan.gradient_release,
+                gradient_release=released,
                 **self._step,
             )
         estimate = self._curves[key](batch)
         # The peak is either in forward and backward or in the optimizer's step.
-        activations = max(estimate.bytes, optimizer_temporary_bytes(self.model, plan.optim, plan.options))
+        if self.zero is None:
+            step = optimizer_temporary_bytes(self.model, plan.optim, plan.options)
+        else:
+            step = plan.step - plan.gradients - plan.buffers
+        activations = max(estimate.bytes, step)
         return replace(plan, batch=batch, activations=activations, activations_note=estimate.note)
 
     def largest_batch(self, plan: Plan, limit: int) -> int:
@@ -215,3 +260,13 @@ class Planner:
                 convert_(module_of(quantized, name), block)
             self._models[True] = quantized
         return self._models[int8_weights]
+
+
+def _hidden_size(model: nn.Module) -> int | None:
+    """The size from which transformers and accelerate fill in what is "auto" in a DeepSpeed config."""
+    config: Any = getattr(model, "config", None)
+    for each in (config, getattr(config, "text_config", None)):
+        for name in ("hidden_size", "hidden_sizes"):
+            if size := getattr(each, name, None):
+                return int(size if isinstance(size, int) else max(size))
+    return None

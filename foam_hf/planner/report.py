@@ -12,7 +12,8 @@ from typing import Any
 from foam_hf.display import INK, KIND_COLORS, format_bytes
 from foam_hf.planner.plan import Plan
 
-KINDS = ("weights", "gradients", "state", "activations")
+_KINDS = ("weights", "masters", "gradients", "state", "buffers", "activations")
+_ONLY_WITH_ZERO = ("masters", "buffers")
 _RED = "#c5221f"
 
 
@@ -31,6 +32,11 @@ class Row:
     largest_batch: int | None = None
 
 
+def kinds_of(rows: Sequence[Row]) -> list[str]:
+    """The kinds of memory that a table of `rows` shows."""
+    return [kind for kind in _KINDS if kind not in _ONLY_WITH_ZERO or any(row.plan.zero for row in rows)]
+
+
 def print_table(rows: Sequence[Row], *, gpu: int | None = None) -> None:
     """Print `rows` as a table, in their order and at full width."""
     from rich import box
@@ -39,14 +45,16 @@ def print_table(rows: Sequence[Row], *, gpu: int | None = None) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("optimizer", no_wrap=True)
-    for kind in (*KINDS, "total"):
-        table.add_column(kind, justify="right", no_wrap=True)
+    kinds, host = kinds_of(rows), any(row.plan.host for row in rows)
+    for column in (*kinds, "total", *(["host memory"] if host else [])):
+        table.add_column(column, justify="right", no_wrap=True)
     if gpu is not None:
         table.add_column(f"fits\n{_short(gpu)}", justify="right", no_wrap=True)
         table.add_column("largest\nbatch", justify="right", no_wrap=True)
     for row in rows:
-        cells = [row.plan.label, *(format_bytes(getattr(row.plan, kind)) for kind in KINDS)]
+        cells = [row.plan.label, *(format_bytes(getattr(row.plan, kind)) for kind in kinds)]
         cells.append(f"[bold]{format_bytes(row.plan.total)}[/bold]")
+        cells += [format_bytes(row.plan.host)] if host else []
         if gpu is not None:
             cells += ["[green]yes[/green]" if row.fits else "[red]no[/red]", str(row.largest_batch or "none")]
         table.add_row(*cells)
@@ -83,7 +91,7 @@ def draw(rows: Sequence[Row], path: Path, *, title: str, subtitle: str, gpu: int
         figure, axes = plt.subplots(figsize=(3.5, 1.25 + 0.32 * len(rows)), facecolor="white", layout="constrained")
         for y, row in enumerate(rows):
             left = 0.0
-            for kind in KINDS:
+            for kind in kinds_of(rows):
                 width = getattr(row.plan, kind) / unit
                 axes.barh(y, width, left=left, height=0.44, color=KIND_COLORS[kind], label=kind if y == 0 else None)
                 left += width
@@ -103,7 +111,13 @@ def draw(rows: Sequence[Row], path: Path, *, title: str, subtitle: str, gpu: int
         figure.suptitle(
             "\n".join(textwrap.fill(line, 56) for line in (title, subtitle)), x=0.02, ha="left", fontsize=8
         )
-        figure.legend(loc="outside lower center", ncols=4, frameon=False, handlelength=1, columnspacing=1.5)
+        figure.legend(
+            loc="outside lower center",
+            ncols=min(4, len(kinds_of(rows))),
+            frameon=False,
+            handlelength=1,
+            columnspacing=1.5,
+        )
         figure.savefig(path, dpi=300)
         plt.close(figure)
 

@@ -13,7 +13,7 @@ import pytest
 
 from foam_hf import estimate_memory
 from foam_hf.cli import main
-from foam_hf.cli.estimate import COMPARED, chosen_optimizers, size_in_bytes
+from foam_hf.cli.estimate_options import COMPARED, COMPARED_WITH_ZERO, chosen_optimizers, size_in_bytes
 from foam_hf.memory import format_bytes
 from foam_hf.planner.counting import OPTIMIZERS
 from tests.support import tiny_models
@@ -138,6 +138,59 @@ def test_adapters_instead_of_weights(estimate, model):
     plan = estimate_memory(model, lora_rank=4, batch=2, sequence=16)
     assert plans(out)[0]["state"] == plan.state and plans(out)[0]["trainable"] == plan.trainable
     assert "LoRA of rank 4 on all linear layers" in estimate(model, *SMALL, "--lora-rank", "4")[1]
+
+
+# --- Several GPUs under DeepSpeed's ZeRO ---
+
+
+def test_zero_is_planned_for_each_gpu_and_its_parts_are_columns(estimate, model):
+    code, out, err = estimate(model, *SMALL, "--zero", 2, "--gpus", 4)
+    assert (code, err) == (0, "")
+    assert "a training step of 2 x 16 tokens, ZeRO-2 on 4 GPUs, on each GPU:" in out
+    kinds = ["weights", "masters", "gradients", "state", "buffers", "activations", "total"]
+    assert ["optimizer", *kinds] in [line.split() for line in out.splitlines()]
+    assert {row[0] for row in cells(out)} == set(COMPARED_WITH_ZERO.split(", "))
+    plan = estimate_memory(model, batch=2, sequence=16, zero=2, gpus=4)
+    row = next(row for row in cells(out) if row[0] == "foam")
+    assert row[1:] == [format_bytes(getattr(plan, kind)) for kind in kinds]
+    assert "buckets of 500,000,000 elements" in out
+
+
+def test_a_deepspeed_config_with_offload_names_host_memory_and_what_is_not_planned(estimate, model, tmp_path):
+    path = tmp_path / "ds_z3_offload_config.json"
+    section = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    path.write_text(json.dumps({"zero_optimization": section}))
+    code, out, _ = estimate(model, *SMALL, "--zero", path, "--gpus", 2, "--optim", "foam", "--bf16")
+    assert code == 0
+    assert "ZeRO-3 on 2 GPUs, optimizer in host memory" in out and "autocast" not in out
+    assert "host memory" in out.splitlines()[out.splitlines().index("") + 1]
+    assert "Not in the plan, though it changes the memory: offload_param of the config." in out
+    assert "parameters in bfloat16" in out, "DeepSpeed casts the model"
+    _, out, _ = estimate(model, *SMALL, "--zero", 3, "--offload", "--gpus", 2, "--optim", "foam", "--json")
+    assert plans(out)[0]["host"] > 0 and plans(out)[0]["zero"] == "ZeRO-3 on 2 GPUs, optimizer in host memory"
+
+
+def test_nothing_fits_under_zero_and_only_what_runs_there_is_tried(estimate):
+    code, out, _ = estimate("llama-60m", "--seq", 8, "--gpu", "10MB", "--optim", "foam", "--zero", 3, "--gpus", 2)
+    assert code == 1
+    assert "foam with --gradient-checkpointing and a batch of 1 would still take" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "4"], "--gpus is for ZeRO; expected --zero 1, 2 or 3 with it."),
+        (["--offload"], "--offload is for ZeRO"),
+        (["--zero", "2"], "their number is not given: --gpus 2"),
+        (["--zero", "5", "--gpus", "2"], "zero is no stage, got '5'"),
+        (["--zero", "2", "--gpus", "two"], "--gpus: not a count, 'two'"),
+        (["--zero", "2", "--gpus", "2", "--gradient-release"], "--gradient-release does not run under --zero 2"),
+        (["--zero", "2", "--gpus", "2", "--optim", "apollo_adamw"], "needs whole matrices, which ZeRO flattens"),
+    ],
+)
+def test_what_zero_lacks_or_excludes_is_one_line(estimate, model, arguments, message):
+    code, out, err = estimate(model, *SMALL, *arguments)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
 # --- Does it fit? ---
@@ -319,8 +372,8 @@ def test_each_optimizer_gets_the_options_that_it_has():
         ("foam_mini", {"scale": "0.5", "state_dtype": "bfloat16"}),
         ("apollo_adamw", {"rank": "4", "scale": "0.5"}),
     ]
-    assert [name for name, _ in chosen_optimizers(None, None, "level=2")] == COMPARED.split(", ")
-    assert dict(chosen_optimizers(None, None, "level=2"))["foam_mini"] == {}
+    assert [name for name, _ in chosen_optimizers([COMPARED], None, "level=2")] == COMPARED.split(", ")
+    assert dict(chosen_optimizers([COMPARED], None, "level=2"))["foam_mini"] == {}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
