@@ -33,18 +33,46 @@ def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
         dtype = weight.dtype
     if not torch.is_grad_enabled():  # for example in the first pass of a checkpointed layer
         return torch.nn.functional.linear(x, dequantize(weight.codes, weight.scales, dtype), bias)
-    return _Linear.apply(x, weight, bias, dtype)
+    if _in_backward() and weight.requires_grad and not torch.compiler.is_compiling():
+        return _Linear.apply(_Kept.apply(x, weight), weight, bias, dtype, True)
+    return _Linear.apply(x, weight, bias, dtype, False)
+
+
+def _in_backward() -> bool:
+    """Whether this thread runs a backward pass: a forward pass is then the second one of a checkpointed layer."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+class _Kept(torch.autograd.Function):
+    """Saves the input of a linear layer for the gradient of its weight, and returns it.
+
+    Checkpointing ends the second forward pass of a layer when the last tensor is saved that the backward pass needs. A
+    Function saves tensors after its ``forward``, so the last linear layer would have computed a product in vain.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Int8Weight) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class _Linear(torch.autograd.Function):
     """Keeps the weight as an attribute of ``ctx``: as a saved tensor, checkpointing would detach it and inspect it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None, dtype: torch.dtype, kept: bool
+    ) -> Tensor:
         if torch.compiler.is_compiling():
             ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         else:
-            ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
+            ctx.keeper = x.grad_fn if kept else None  # not ctx itself: a cycle would keep its tensors alive
+            if not kept:
+                ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
             ctx.weight = weight
             with torch._C.DisableTorchFunctionSubclass():
                 ctx.outer, ctx.version = weight.dtype, _version(weight)
@@ -64,12 +92,12 @@ class _Linear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 of_x = grad @ dequantize_in_backward(weight.codes, weight.scales, grad)
         else:
-            (x,), outer = ctx.saved_tensors, ctx.outer
+            (x,), outer = (ctx.keeper or ctx).saved_tensors, ctx.outer
             if ctx.needs_input_grad[0]:
                 of_x = grad @ _unchanged(ctx, grad.dtype)
         rows = grad.reshape(-1, grad.shape[-1])
         of_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(outer) if ctx.needs_input_grad[1] else None
-        return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None, None
+        return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None
 
 
 def _version(weight: Tensor) -> int:

@@ -174,6 +174,24 @@ def test_checkpointed_activations_give_the_same_gradients(reentrant: bool) -> No
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
 
 
+@pytest.mark.parametrize("of_input", [True, False], ids=["input trains", "input does not"])
+def test_checkpointing_does_not_repeat_the_last_product_of_a_layer(of_input, monkeypatch) -> None:
+    """As for ordinary weights: nobody reads the last output of the second forward pass."""
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = small(torch.bfloat16), torch.randn(4, 64, dtype=torch.bfloat16, requires_grad=of_input)
+    linears = sum(isinstance(p, Int8Weight) for p in model.parameters())
+    made = []
+    dequantize = int8_linear.dequantize
+    monkeypatch.setattr(int8_linear, "dequantize", lambda *parts: made.append(0) or dequantize(*parts))
+    model(x).square().sum().backward()
+    plain, expected = len(made), [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    assert len(made) - plain == plain + linears - 1
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+
+
 def test_what_autograd_saves_can_be_offloaded() -> None:
     model, x = small(), torch.randn(4, 64, requires_grad=True)
     with torch.autograd.graph.save_on_cpu():
