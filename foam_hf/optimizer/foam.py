@@ -16,7 +16,7 @@ from torch import Tensor
 from foam_hf.optim_args import names_of, option, refuse_unread
 from foam_hf.optimizer.checks import check_field_names, check_options, check_parameter, check_rule, fill_scale
 from foam_hf.optimizer.decided import Decided
-from foam_hf.optimizer.members import Numbering, Owned, member_of, members_of, parameters_of
+from foam_hf.optimizer.members import Numbering, Owned, members_of, members_of_one, parameters_of
 from foam_hf.optimizer.nonfinite import LeftOutReport
 from foam_hf.optimizer.releases import expect_release, is_released
 from foam_hf.optimizer.sharding import as_state_of, pieces_of
@@ -315,7 +315,7 @@ def step_some(
         members: list[list[Member]] = [[] for _ in owned.groups]
         for p in params:
             index, stream = numbering[id(p)]
-            members[index].append(member_of(owned, p, owned.groups[index], stream))
+            members[index] += members_of_one(owned, p, owned.groups[index], stream)
         prepared = PreparedStep(owned.groups, params, states, members)
     prepared.run(grad_scale, owned.left_out_at)
     return prepared

@@ -86,13 +86,21 @@ def members_of(owned: Owned) -> list[list[Member]]:
 
 
 def _pieces(owned: Owned, p: Tensor, group: Group, stream: int) -> list[Member]:
-    """The members of one parameter: itself, or the pieces of this rank's shard."""
+    if not owned.state[p]:
+        owned.left_out.forget(stream, owned.groups)
+    return members_of_one(owned, p, group, stream)
+
+
+def members_of_one(owned: Owned, p: Tensor, group: Group, stream: int) -> list[Member]:
+    """The members of one parameter: itself, or the pieces of this rank's shard. State is made if missing.
+
+    Raises:
+        ValueError: the state of ``p`` does not fit ``group``, or its shard cannot be updated.
+    """
     pieces: list[Piece | None] = [None]
     if is_sharded(p):
         check_rule(p, group)  # again, as FSDP2 may have sharded it after the constructor checked it
         pieces = [*pieces_of(p, *rule_of(p, group))]
-    if not owned.state[p]:
-        owned.left_out.forget(stream, owned.groups)
     member = member_of(owned, p, group, stream)
     return [member._replace(piece=piece) for piece in pieces]
 

@@ -20,9 +20,11 @@ from torch.utils.hooks import RemovableHandle
 from foam_hf.optimizer.checks import check_gradient
 from foam_hf.optimizer.foam import FOAM, step_some
 from foam_hf.optimizer.members import Numbering, numbering_of, parameters_of
+from foam_hf.optimizer.processes import refuse_unreduced
 from foam_hf.optimizer.releases import active
+from foam_hf.optimizer.sharding import follow_placements, largest_share, norms_of
 from foam_hf.optimizer.step import PreparedStep
-from foam_hf.tensors.places import is_sharded
+from foam_hf.tensors.places import is_sharded, local
 
 logger = logging.getLogger("foam_hf")
 
@@ -55,8 +57,8 @@ def enable_gradient_release(
 
     Raises:
         TypeError: the optimizer is not FOAM, or ``max_grad_norm`` is not a number.
-        ValueError: several processes or GPUs share the gradients, weights are sharded, a parameter of the optimizer is
-            not the model's, or ``max_grad_norm`` is negative.
+        ValueError: several processes or GPUs share the gradients otherwise than by FSDP2, a parameter of the optimizer
+            is not the model's, or ``max_grad_norm`` is negative.
         RuntimeError: release is enabled for one of these parameters already.
     """
     inner: Any = optimizer
@@ -64,27 +66,8 @@ def enable_gradient_release(
         inner = inner.optimizer
     if not isinstance(inner, FOAM):
         raise TypeError(f"gradient release updates by FOAM's rule: got {type(inner).__name__}; expected foam_hf.FOAM")
-    refuse_distributed(model)
     _check_norm(max_grad_norm)
     return GradientRelease(model, inner, max_grad_norm or 0.0)
-
-
-def refuse_distributed(model: nn.Module) -> None:
-    """Raise ValueError if gradients must be averaged with those of other devices before an update."""
-    wrapper = type(model).__name__
-    # Compared by name, because torch.distributed may be missing.
-    found = wrapper if wrapper in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel") else None
-    if any(is_sharded(p) for p in model.parameters()):
-        found = "weights sharded into DTensors"
-    distributed = torch.distributed
-    if found is None and distributed.is_available() and distributed.is_initialized():
-        size = distributed.get_world_size()
-        found = f"{size} processes" if size > 1 else None
-    if found is not None:
-        raise ValueError(
-            "gradient release updates a weight before its gradient could be averaged with those of other devices: "
-            f"got {found}; expected one process with one GPU, or training without gradient release"
-        )
 
 
 def _check_norm(value: Any) -> None:
@@ -104,9 +87,10 @@ class GradientRelease:
         self._optimizer = optimizer
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._check(optimizer)
+        refuse_unreduced(model, list(parameters_of(optimizer.param_groups)))
         self._numbering: Numbering = {}  # of the current step, as groups may change between steps
         self._limit = waiting_limit(p for p in parameters_of(optimizer.param_groups) if p.requires_grad)
-        self._buckets: dict[tuple[torch.device, int], Bucket] = {}  # by device and stream
+        self._buckets: dict[tuple[torch.device, Any], Bucket] = {}  # by device and stream
         self._prepared: dict[int, PreparedStep] = {}  # by the first parameter of a bucket
         self._used: dict[int, PreparedStep] = {}  # those of this step; older ones may hold state that was deleted
         self._updated: set[int] = set()  # ids of parameters that this step has updated or put into a bucket
@@ -178,8 +162,8 @@ class GradientRelease:
             )
         self._take_up(p)
         # A launch must not read a gradient that another CUDA stream may still compute, so each stream has a bucket.
-        key = grad.device, torch.cuda.current_stream(grad.device).cuda_stream if grad.is_cuda else 0
-        bucket = self._buckets.setdefault(key, Bucket(self._limit))
+        stream = stream_of(grad)
+        bucket = self._buckets.setdefault((grad.device, stream), Bucket(self._limit, stream))
         if not bucket.params:  # the end of the backward pass updates what is left in the bucket
             torch.autograd.Variable._execution_engine.queue_callback(self._update_waiting)
         self._update(bucket.add(p, grad))
@@ -187,11 +171,13 @@ class GradientRelease:
     def _take_up(self, p: Tensor) -> None:
         """Record that this step updates ``p``."""
         check_gradient(p, self._numbering[id(p)][1])
+        if is_sharded(p):
+            follow_placements(p)
         self._updated.add(id(p))
 
     def _update_waiting(self) -> None:
         for bucket in self._buckets.values():
-            self._update(bucket.take())
+            self._update(bucket.wait())
 
     @torch.no_grad()
     def _update(self, params: list[Tensor]) -> None:
@@ -210,7 +196,7 @@ class GradientRelease:
 
     def _clipping(self, grads: list[Any]) -> Tensor:
         """What to divide each of ``grads`` by, as a tensor on the device, so that the host need not wait."""
-        norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
+        norms = norms_of(grads)
         self._norms.append(norms)
         scales = norms.add(1e-6).div_(self.max_grad_norm).clamp_min_(1.0)  # 1e-6 as in torch's clip_grad_norm_
         return scales.add_(norms, alpha=0.0)  # NaN for an infinite norm, which would make finite elements zero
@@ -262,7 +248,8 @@ class GradientRelease:
             self._take_up(p)
         for device in {p.device for p in rest}:
             self._update([p for p in rest if p.device == device])
-        if rest and not self._warned:
+        moves = any(float(group["lr"]) for group in self._optimizer.param_groups)
+        if rest and moves and not self._warned:  # torch.distributed.checkpoint makes a step at a rate of 0
             self._warned = True
             logger.warning(
                 f"gradient release: {len(rest)} gradients were kept until optimizer.step(), the first of them "
@@ -275,20 +262,37 @@ class GradientRelease:
 class Bucket:
     """Parameters whose gradients are collected for one launch."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, stream: Any = None) -> None:
         self.params: list[Tensor] = []
-        self._limit, self._held = limit, 0
+        self._limit, self._held, self._stream = limit, 0, stream
 
     def add(self, p: Tensor, grad: Tensor) -> list[Tensor]:
         """Add ``p``. If the gradients now have ``limit`` bytes or more, return all parameters and empty the bucket."""
         self.params.append(p)
-        self._held += grad.nbytes
+        self._held += largest_share(grad)  # all ranks must update the same weights together, as some add up sums
         return self.take() if self._held >= self._limit else []
 
     def take(self) -> list[Tensor]:
         """Return all parameters and empty the bucket."""
         params, self.params, self._held = self.params, [], 0
         return params
+
+    def wait(self) -> list[Tensor]:
+        """As ``take``; the current CUDA stream waits for the bucket's, in which the gradients are computed."""
+        if self.params and self._stream is not None:
+            current = torch.cuda.current_stream(self._stream.device)
+            if current != self._stream:
+                current.wait_stream(self._stream)
+                for grad in _grads(self.params):
+                    if grad is not None:
+                        local(grad).record_stream(current)
+        return self.take()
+
+
+def stream_of(grad: Any) -> torch.cuda.Stream | None:
+    """The current CUDA stream, in which ``grad`` was computed, or None on a CPU."""
+    device = local(grad).device
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def _grads(params: list[Tensor]) -> list[Any]:
@@ -298,4 +302,4 @@ def _grads(params: list[Tensor]) -> list[Any]:
 
 def waiting_limit(params: Iterable[Tensor]) -> int:
     """Bytes at which a bucket is full: those of the largest gradient, which must fit anyway, at most ``WAITING``."""
-    return min(WAITING, max((p.numel() * p.element_size() for p in params), default=0))
+    return min(WAITING, max(map(largest_share, params), default=0))

@@ -223,14 +223,59 @@ def follow_placements(p: Any) -> None:
 
 
 def add_over_ranks(parts: Sequence[tuple[tuple[Group, ...], Tensor]]) -> None:
-    """Add up float32 tensors over the ranks of their process groups, in place, by one all-reduce for each group.
+    """Add up float32 tensors over the ranks of their process groups, in place.
 
-    Every rank must pass the same shapes in the same order.
+    Every rank must pass the same shapes in the same order. Which tensors are passed together changes no bit, so that
+    gradient release, which passes a few at a time, computes what a whole step does.
     """
     for group in dict.fromkeys(group for groups, _ in parts for group in groups):
         mine = [tensor for groups, tensor in parts if group in groups and tensor.numel()]
         if mine:
-            flat = torch.cat([tensor.reshape(-1) for tensor in mine])
-            torch.distributed.all_reduce(flat, group=group)
+            flat = _sum_in_order(torch.cat([tensor.reshape(-1) for tensor in mine]), group)
             split = flat.split([tensor.numel() for tensor in mine])
             torch._foreach_copy_(mine, [part.view_as(tensor) for part, tensor in zip(split, mine, strict=True)])
+
+
+def _sum_in_order(flat: Tensor, group: Group) -> Tensor:
+    """The sum of ``flat``, one-dimensional, over ``group``, each element in the order of ranks.
+
+    An all-reduce adds up in an order that depends on where an element stands. This one has its traffic: each rank
+    gets its part of all ranks, adds up, and sends the result to all.
+    """
+    ranks, size = group.size(), flat.numel()
+    part = -(-size // ranks)
+    flat = torch.nn.functional.pad(flat, (0, part * ranks - size))
+    received = torch.empty_like(flat)
+    torch.distributed.all_to_all_single(received, flat, group=group)
+    total, *others = received.view(ranks, part).unbind()
+    for other in others:
+        total += other
+    # torch 2.13 has a new name for this function, and warns of the old one.
+    gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
+    gather(flat, total, group=group)
+    return flat[:size]
+
+
+def norms_of(grads: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of each gradient, float32 (len(grads),); for DTensors the norm of the whole, the same on all ranks.
+
+    Every rank must pass the gradients of the same parameters in the same order.
+    """
+    norms = torch.stack(torch._foreach_norm([*map(local, grads)], 2, dtype=torch.float32))
+    groups = [_groups_that_cut(grad) if is_sharded(grad) else () for grad in grads]
+    if any(groups):
+        norms.square_()
+        add_over_ranks([*zip(groups, norms.split(1), strict=True)])
+        norms.sqrt_()
+    return norms
+
+
+def _groups_that_cut(x: Any) -> tuple[Group, ...]:
+    """The process groups over which a DTensor is cut."""
+    return tuple(x.device_mesh.get_group(cut.mesh_dim) for dim in range(x.dim()) for cut in _cuts(x, dim))
+
+
+def largest_share(x: Any) -> int:
+    """Bytes of the largest share of ``x`` that a rank holds, the same number on all ranks; of a plain tensor, all."""
+    cuts = [cut.parts for dim in range(x.dim()) for cut in _cuts(x, dim)] if is_sharded(x) else []
+    return -(-x.numel() * x.element_size() // math.prod(cuts))

@@ -126,11 +126,6 @@ def _refuse_with_fsdp(model: Any, trainer: Any, options: Mapping[str, Any]) -> N
         )
     if problem := whole_weights_problem(options):
         raise ValueError(problem)
-    if options.get("gradient_release"):
-        raise ValueError(
-            "gradient_release=true updates each weight inside the backward pass, before FSDP2 has added up its "
-            "gradient over the processes; expected gradient_release=false, or one process without FSDP"
-        )
     if model is None:
         return
     names = [name for name, p in model.named_parameters() if kind_of(p) == "int8"]
@@ -194,11 +189,7 @@ def refuse_kept_gradients(args: Any) -> None:
 
 def refuse_kept_gradients_of(trainer: Any) -> None:
     """Raise ValueError for a trainer that needs gradients after the backward pass, or that trains on several GPUs."""
-    from foam_hf.optimizer.release import refuse_distributed
-
     refuse_kept_gradients(trainer.args)
-    if trainer.model is not None:  # a hyperparameter search has no model between its trials
-        refuse_distributed(trainer.model)
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"gradient_release=true trains on one GPU: got {trainer.args.n_gpu}, which DataParallel would share; "

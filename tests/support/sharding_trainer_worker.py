@@ -160,6 +160,7 @@ FEATURES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "checkpointing": ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}),
     "lora": ({}, {"model": lora}),
     "factored": ({}, {"optim_args": "level=3,second_moment=factored"}),
+    "gradient release": ({}, {"optim_args": "level=3,gradient_release=true", "max_grad_norm": 1e9}),
 }
 
 

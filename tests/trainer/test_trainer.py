@@ -480,7 +480,6 @@ def test_launcher_that_shards_is_refused_at_the_arguments(
 @pytest.mark.parametrize(
     ("message", "options", "plugin"),
     [
-        ("gradient_release=true updates each weight inside", {"optim_args": "gradient_release=true"}, {}),
         ("second_moment=muon needs whole weights", {"optim": OptimizerNames.FOAM_MUON}, {}),
         ("plain_state=8bit needs whole weights", {"optim_args": "plain_state=8bit"}, {}),
         ("got fsdp_offload_params: true", {}, {"cpu_offload": CPUOffloadPolicy(pin_memory=False)}),

@@ -1,0 +1,31 @@
+"""Gradient release in several real processes, over gloo: the bits of training without release."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tests.support.release_worker as worker
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [pytest.mark.long, pytest.mark.slow]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_release_under_fsdp2_has_the_bits_of_fsdp2_without_it(tmp_path: Path, processes: int) -> None:
+    """Every rank compares, see the worker; it also counts gradients, resumes, clips, and provokes what is refused."""
+    done = subprocess.run(
+        [sys.executable, worker.__file__, str(tmp_path), str(processes)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "USE_TF": "0"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    assert len([*tmp_path.glob(f"done {processes} *")]) == processes
