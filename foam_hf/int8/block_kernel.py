@@ -51,8 +51,10 @@ if TYPE_CHECKING:
 
 # Elements of a program and of a warp of it, and registers of a thread.
 TILE, WARP, REGISTERS = 4096, 1024, 128
-ROW = row_of("exp_avg_sq", "rows", "scales")  # all rows of a tensor; its weight is the codes
+# ``rows`` are all rows of a tensor, whose weight is the codes; a shard begins at ``first_row`` of a whole one.
+ROW = row_of("exp_avg_sq", "rows", "scales", "first_row")
 EXP_AVG_SQ, ROWS, SCALES = number_of(ROW, "exp_avg_sq"), number_of(ROW, "rows"), number_of(ROW, "scales")
+FIRST_ROW = number_of(ROW, "first_row")
 _MAX = tl.constexpr(MAX_CODE)
 _MIN_SCALE = tl.constexpr(MIN_SCALE)
 _MAGIC_BITS = tl.constexpr(0x4B400000)  # of the float32 1.5 * 2**23: a smaller number added to it loses its fraction
@@ -167,7 +169,8 @@ def _update_kernel(
     segment, offset, mask = segments_of(tile, rows, n, R, C, EVEN, ALIGNED)
     m_offset, m_mask, share = blocks_of(segment, rows, n, C, F, EVEN)
     s_offset, s_mask, _ = blocks_of(segment, rows, n, C, B, EVEN)
-    draw = draws_of(segment, n, 0, 0, n, C, EVEN)
+    first_row = tl.load(entry + FIRST_ROW) if STOCHASTIC else 0  # random bits belong to places in the whole tensor
+    draw = draws_of(segment, n, first_row, 0, n, C, EVEN)
     Q, G, M, V, S = Q + offset, G + offset, M + m_offset, V + m_offset, S + s_offset
     if ALIGNED:
         # The compiler cannot see through a table of addresses that sixteen columns are one access.
@@ -183,7 +186,7 @@ def _update_kernel(
     if CHECKED:
         finite = kept_finite(square, left_out_at + stream, step, m_mask)
         m, v = tl.where(finite, m, old_m), tl.where(finite, v, old_v)
-    store_moments(M, V, m, v, m_offset, m_mask, seed, step, stream, n, 0, 0, n, F, S_DTYPE, STOCHASTIC)
+    store_moments(M, V, m, v, m_offset, m_mask, seed, step, stream, n, first_row, 0, n, F, S_DTYPE, STOCHASTIC)
 
     per_code = -step_size / s
     m, v = m * inv_c1, v * inv_c2
@@ -246,6 +249,7 @@ class Int8Launch(AddressTable):
             "exp_avg_sq": [entry.moments[1].data_ptr() for entry in entries],
             "rows": [entry.weight.numel() // entry.columns for entry in entries],
             "scales": [_int8(entry).scales.data_ptr() for entry in entries],
+            "first_row": [entry.place.first_row for entry in entries],
         }
         super().__init__(geometry, entries, ROW, own, [tiles_of(geometry, entries, segments)])
         constants = {

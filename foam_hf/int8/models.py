@@ -1,4 +1,4 @@
-"""Chooses the weights of a model that become INT8, converts them in place, and loads state dicts into them."""
+"""Chooses the weights of a model that become INT8, and converts them in place."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from foam_hf.int8.files import CODES, SCALES, TensorFiles, int8_block, pair_problem, shape_and_dtype
+from foam_hf.int8.files import CODES, SCALES, TensorFiles, int8_block
+from foam_hf.int8.layers import Int8Layer, install_, int8_of
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.optimizer.groups import layer_names
+from foam_hf.tensors.places import is_sharded
 
 logger = logging.getLogger("foam_hf")
 
@@ -149,24 +151,10 @@ def module_of(model: nn.Module, name: str) -> nn.Linear:
     return cast(nn.Linear, model.get_submodule(name.rpartition(".")[0]))
 
 
-def install_(module: nn.Linear, weight: Int8Weight, requires_grad: bool = True) -> None:
-    """Make `weight` the parameter of `module`."""
-    module.weight = nn.Parameter(weight, requires_grad=requires_grad)
-    accept_codes(module)
-
-
 def convert_(module: nn.Linear, block: int) -> None:
     """Make the floating point weight of `module` an INT8 one, on its device."""
     old = module.weight
     install_(module, Int8Weight.from_float(old.detach(), block_size=block), old.requires_grad)
-
-
-def accept_codes(module: nn.Linear) -> None:
-    """Let `state_dict` and `load_state_dict` of `module` hold its INT8 weight as codes and scales."""
-    if "_int8_waiting" not in module.__dict__:
-        module.__dict__["_int8_waiting"] = {}
-        module.register_state_dict_post_hook(_save_codes)
-        module.register_load_state_dict_pre_hook(_load_codes)
 
 
 @torch.no_grad()
@@ -215,12 +203,22 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     Args:
         model: changed in place.
         dtype: of the new weights; by default each weight's own `dtype`.
+
+    Raises:
+        ValueError: the weights are sharded.
     """
     count = 0
     for module in model.modules():
         weight: Any = module._parameters.get("weight")  # `module.weight` of an adapter is that of its base layer
+        if is_sharded(weight) and int8_of(weight) is not None:
+            raise ValueError(
+                "cannot dequantize INT8 weights that FSDP2 has sharded; expected this before fully_shard, or "
+                "from_pretrained of the saved model with Int8Config(dequantize=True)"
+            )
         if isinstance(weight, Int8Weight):
             module.weight = nn.Parameter(weight.dequantize(dtype), requires_grad=weight.requires_grad)
+            if type(module) in Int8Layer.__subclasses__():
+                module.__class__ = cast(Any, module).plain
             count += 1
     return count
 
@@ -248,53 +246,3 @@ def _ends(name: str) -> list[str]:
     """The name without up to two of its first parts: models with and without a head have other prefixes."""
     parts = name.split(".")
     return [".".join(parts[cut:]) for cut in range(min(3, len(parts) - 1))]
-
-
-def _save_codes(module: nn.Linear, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    """Replace an INT8 weight in a new state dict by two plain tensors, which any file format can hold."""
-    weight = state_dict.get(prefix + "weight")
-    if isinstance(weight, Int8Weight):
-        del state_dict[prefix + "weight"]
-        state_dict[prefix + CODES], state_dict[prefix + SCALES] = weight.codes, weight.scales
-
-
-def _load_codes(
-    module: nn.Linear,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: dict[str, Any],
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> None:
-    """Make an INT8 weight of the codes and scales in a state dict, before `load_state_dict` reads `module`.
-
-    Two files of a sharded checkpoint give them in two calls; then the first is kept until the second comes.
-    """
-    waiting: dict[str, Tensor] = module.__dict__["_int8_waiting"]
-    waiting |= {part: state_dict.pop(prefix + part) for part in (CODES, SCALES) if prefix + part in state_dict}
-    weight = module.weight
-    if not waiting or not isinstance(weight, Int8Weight):
-        return
-    refusal = module.__dict__.pop("_int8_refusal", None)
-    if refusal is not None:
-        refusal.remove()
-    if len(waiting) < 2:
-        module.__dict__["_int8_refusal"] = module.register_forward_pre_hook(_refuse_incomplete_weight)
-        return
-    codes, scales = waiting.pop(CODES), waiting.pop(SCALES)
-    problem = pair_problem(shape_and_dtype(codes), shape_and_dtype(scales), weight.block_size)
-    if problem:
-        error_msgs.append(f"INT8 weight {prefix}weight: {problem}")
-    else:
-        state_dict[prefix + "weight"] = Int8Weight(codes, scales, dtype=weight.dtype)
-
-
-def _refuse_incomplete_weight(module: nn.Linear, args: Any) -> None:
-    """Raise RuntimeError before a forward pass if a checkpoint had codes without scales, or scales without codes."""
-    (held,) = module.__dict__["_int8_waiting"]
-    raise RuntimeError(
-        f"an INT8 weight of shape {tuple(module.weight.shape)} was loaded from a checkpoint that has its {held} "
-        f"without its {SCALES if held == CODES else CODES}; expected both"
-    )

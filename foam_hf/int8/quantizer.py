@@ -1,8 +1,9 @@
 """`Int8Config` and its quantizer, for `from_pretrained(..., quantization_config=foam_hf.Int8Config())`.
 
 This file relies on these names of transformers 5.6 to 5.x: `register_quantization_config` and `register_quantizer`,
-which are public, the hooks of `HfQuantizer` that it overrides, and `AutoHfQuantizer.merge_quantization_configs`. The
-last one is wrapped, because it ignores `dequantize=True` for a checkpoint that is quantized already.
+which are public, the hooks of `HfQuantizer` that it overrides, `AutoHfQuantizer.merge_quantization_configs` and
+`PreTrainedModel.save_pretrained`. The last two are wrapped, because the one ignores `dequantize=True` for a checkpoint
+that is quantized already, and the other `state_dict=...` for a quantized model.
 `PreTrainedModel._init_weights` is called: it initializes the weights of a module. All other names that this package
 relies on are in `foam_hf/trainer/patches.py`.
 """
@@ -13,6 +14,8 @@ import difflib
 import functools
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,19 +25,20 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from foam_hf._import_hook import on_import
 from foam_hf.int8.files import CODES, METHOD, SCALES, SMALLEST_BLOCK
+from foam_hf.int8.layers import accept_codes, install_
 from foam_hf.int8.models import (
     Int8Plan,
-    accept_codes,
     check_files,
     convert_,
     dequantize_,
-    install_,
     materialize_,
     module_of,
     plan_int8,
 )
 from foam_hf.int8.weight import Int8Weight
+from foam_hf.tensors.places import is_sharded
 from foam_hf.wrapping import wrap
 
 logger = logging.getLogger("foam_hf")
@@ -206,6 +210,20 @@ class Int8Quantizer(HfQuantizer):
     def get_quantize_ops(self) -> Any:
         return _quantize_operation()(self.plan)
 
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """The state dict that `save_pretrained` was given, or None: it then makes one of the model.
+
+        Raises:
+            ValueError: none was given, and FSDP2 has sharded the model.
+        """
+        given = _given_state.get()
+        if given is None and any(map(is_sharded, model.parameters())):
+            raise ValueError(
+                f"save_pretrained of a {type(model).__name__} that is sharded got no state_dict; expected "
+                "Trainer.save_model(), or save_pretrained(folder, state_dict=accelerator.get_state_dict(model))"
+            )
+        return given, {}
+
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Make the INT8 weights of a model plain, for `model.dequantize()`.
 
@@ -303,6 +321,29 @@ def _wrap_merge_configs(original: Callable[..., Any]) -> Any:
     return staticmethod(merge_quantization_configs)
 
 
+_given_state: ContextVar[dict[str, Any] | None] = ContextVar("foam_hf_given_state", default=None)
+
+
+def _wrap_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `PreTrainedModel.save_pretrained`: INT8 models are saved from the state dict that it is given."""
+
+    @functools.wraps(original)
+    def save_pretrained(
+        model: Any, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
+    ) -> Any:
+        token = _given_state.set(state_dict)
+        try:
+            return original(model, save_directory, is_main_process, state_dict, **kwargs)
+        finally:
+            _given_state.reset(token)
+
+    return save_pretrained
+
+
+def _wrap_saving(module: ModuleType) -> None:
+    wrap(module.PreTrainedModel, "save_pretrained", _wrap_save_pretrained)
+
+
 def _register() -> None:
     """Register `foam_int8` with transformers, with the classes of this import of foam_hf. Idempotent."""
     for mapping in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
@@ -310,6 +351,7 @@ def _register() -> None:
     auto.register_quantization_config(METHOD)(Int8Config)
     auto.register_quantizer(METHOD)(Int8Quantizer)
     wrap(auto.AutoHfQuantizer, "merge_quantization_configs", lambda merge: staticmethod(_wrap_merge_configs(merge)))
+    on_import("transformers.modeling_utils", _wrap_saving)
 
 
 _register()

@@ -43,8 +43,8 @@ SMALL_CODE = 63  # a block whose codes are at most this can be multiplied by two
 class Int8Rows:
     """The rows of an INT8 weight, see ``foam_hf.tensors.rows.Rows``.
 
-    ``load`` gives a change of the weight instead of its values, and ``store`` adds the change to the codes. The weight
-    is whole, as INT8 weights cannot be sharded.
+    ``load`` gives a change of the weight instead of its values, and ``store`` adds the change to the codes. A shard has
+    whole rows, so that each block of it has its scale.
     """
 
     kind: ClassVar[str] = "int8"
@@ -78,7 +78,9 @@ class Int8Rows:
     def store(self, rows: range, delta: Tensor, h: Hyper) -> None:
         """Add ``delta``, float32 (rows, n), to ``rows``."""
         codes, scales = self.codes[rows.start : rows.stop], self.scales[rows.start : rows.stop]
-        u = uniform(rows, delta.shape[-1], h, delta.device).view(codes.shape) if h.stochastic else 0.5
+        first = self.place.first_row
+        whole_rows = range(first + rows.start, first + rows.stop)
+        u = uniform(whole_rows, delta.shape[-1], h, delta.device).view(codes.shape) if h.stochastic else 0.5
         new, new_scales = add_to_codes(codes, scales, delta.view(codes.shape), u)
         codes.copy_(new)
         scales.copy_(new_scales)

@@ -5,10 +5,13 @@ this dtype only. Inside it holds ``codes`` (int8) and ``scales``, a float32 for 
 element is ``code * scale``. Quantizing gives the largest element of a block the code 127 or -127.
 
 ``torch.nn.functional.linear`` dequantizes the weight, multiplies, and frees the copy; between forward and backward
-only the input and the codes are alive. Every other operation reads a dequantized copy. Views are copies too, and
-writing to a view raises an error. ``copy_``, ``zero_``, ``normal_`` and the like replace all values. Arithmetic in
-place raises an error, because rounding to int8 would lose it. Only ``foam_hf.FOAM`` trains such weights: see
-``foam_hf/int8/rows.py``.
+only the input and the codes are alive. Every other operation reads a dequantized copy. Views of whole rows share
+codes and scales. Other views are copies, and writing to them raises an error. ``copy_``, ``zero_``, ``normal_`` and
+the like replace all values. Arithmetic in place raises an error, because rounding to int8 would lose it. Only
+``foam_hf.FOAM`` trains such weights: see ``foam_hf/int8/rows.py``.
+
+FSDP2 (``torch.distributed.fsdp.fully_shard``) splits such a weight by rows. Its all-gather carries codes and scales,
+and the weight that a layer computes with is made of these without a copy.
 
 DDP's first broadcast sends dequantized values. Ranks with the same weights keep their codes exactly. A rank with other
 weights gets those of rank 0, rounded to the nearest codes. So let every rank load the same checkpoint.
@@ -23,9 +26,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from foam_hf._version import __version__
-from foam_hf.int8.codes import BLOCK_SIZE, dequantize, quantize, row_chunks
+from foam_hf.int8.codes import BLOCK_SIZE, MIN_SCALE, dequantize, quantize, row_chunks
 from foam_hf.int8.linear import linear
 from foam_hf.int8.rows import Int8Rows
+from foam_hf.int8.views import read_only, shared_views
 
 _aten = torch.ops.aten
 _SAME = (_aten.detach.default, _aten.alias.default)
@@ -68,6 +72,7 @@ class Int8Weight(Tensor):
     codes: Tensor
     scales: Tensor
     foam_rows = Int8Rows  # how FOAM updates it, see foam_hf.tensors.rows
+    _whole: Int8Weight | None  # of a view of a weight's first rows: that weight, which FSDP2 has padded
 
     @staticmethod
     def __new__(cls, codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Int8Weight:
@@ -75,7 +80,7 @@ class Int8Weight(Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
 
     def __init__(self, codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.codes, self.scales = codes, scales
+        self.codes, self.scales, self._whole = codes, scales, None
 
     @classmethod
     def from_float(cls, weight: Tensor, block_size: int = BLOCK_SIZE) -> Int8Weight:
@@ -107,6 +112,11 @@ class Int8Weight(Tensor):
         """``codes * scales`` as a plain tensor of ``dtype`` (default: the outer dtype), without a gradient."""
         return dequantize(self.codes, self.scales, self.dtype if dtype is None else dtype)
 
+    def _view_of(self, codes: Tensor, scales: Tensor, whole: Int8Weight | None = None) -> Int8Weight:
+        view = Int8Weight(codes, scales, self.dtype)
+        view._whole = whole
+        return view
+
     def _set_data(self, data: Tensor) -> None:
         """Take over the codes and scales of ``data``, for ``weight.data = data``: torch does not set attributes."""
         if not isinstance(data, Int8Weight):
@@ -114,7 +124,7 @@ class Int8Weight(Tensor):
                 f"cannot make a {type(data).__name__} the data of an INT8 weight; expected weight.copy_(new), which "
                 "quantizes it, or module.weight = torch.nn.Parameter(new)"
             )
-        self.codes, self.scales = data.codes, data.scales
+        self.codes, self.scales, self._whole = data.codes, data.scales, data._whole
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape, dtype = tuple(self.shape), str(self.dtype).removeprefix("torch.")
@@ -144,8 +154,27 @@ class Int8Weight(Tensor):
         return self.codes.is_shared() and self.scales.is_shared()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        hidden = {key: value for key, value in self.__dict__.items() if key not in ("codes", "scales")}
+        hidden = {key: value for key, value in self.__dict__.items() if key not in ("codes", "scales", "_whole")}
         return _rebuild, (self.codes, self.scales, self.dtype, self.requires_grad, hidden)
+
+    # FSDP2 calls the next two. With a signature of more arguments it would require each input to have the shape of the
+    # codes where rows do not divide evenly.
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, Tensor], None]:
+        """What this rank adds to the all-gather: codes and scales, with the rows that pad them."""
+        padded = self if self._whole is None else self._whole
+        return (padded.codes, padded.scales), None
+
+    def fsdp_post_all_gather(
+        self, gathered: tuple[Tensor, ...], metadata: None, dtype: torch.dtype, *, out: Int8Weight | None = None
+    ) -> tuple[Int8Weight, tuple[()]] | None:
+        """The weight of all ranks' codes and scales; ``out``, if given, is one that has their memory already."""
+        codes, *rest = gathered
+        scales = rest[0] if rest else self.scales  # of one rank FSDP2 copies the first input alone
+        if out is None:
+            return Int8Weight(codes, scales, dtype), ()
+        if not rest:
+            out.scales = scales
+        return None
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -164,15 +193,21 @@ class Int8Weight(Tensor):
             if func == _SET_DATA:
                 args[0]._set_data(args[1])
             result = func(*args, **(kwargs or {}))
-            return result if torch.compiler.is_compiling() else _read_only(result)
+            return result if torch.compiler.is_compiling() else read_only(result)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         self = args[0] if args else None
         if isinstance(self, Int8Weight):
-            if func in _SAME or (func is _aten.view.default and list(args[1]) == list(self.shape)):
-                return cls(self.codes, self.scales, self.dtype)
+            if func in _SAME:
+                return self._view_of(self.codes, self.scales, self._whole)
+            views = shared_views(func, self.codes, self.scales, args[1:])
+            if isinstance(views, list):
+                return [self._view_of(*parts) for parts in views]
+            if views is not None:
+                begins = views[0].storage_offset() == self.codes.storage_offset()
+                return self._view_of(*views, self if begins else None)
             if func is _aten.clone.default:
                 return cls(self.codes.clone(), self.scales.clone(), self.dtype)
             if func is _aten._to_copy.default and kwargs.get("dtype", self.dtype) in _DTYPES:
@@ -180,6 +215,8 @@ class Int8Weight(Tensor):
                 kwargs.pop("memory_format", None)
                 parts = [func(part, *args[1:], **kwargs) for part in (self.codes, self.scales)]
                 return Int8Weight(parts[0], parts[1], self.dtype if dtype is None else dtype)
+            if func is _aten.new_zeros.default and _is_as_wide(self, args[1], kwargs):
+                return _zeros(self, args[1], kwargs.get("device"))
             if func in _MADE_LIKE:  # they use shape, dtype and device only
                 return func(
                     torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape), *args[1:], **kwargs
@@ -223,6 +260,19 @@ def _quantize_into(weight: Int8Weight, source: Tensor, keep: bool = True) -> Non
         scales.copy_(new_scales)
 
 
+def _is_as_wide(weight: Int8Weight, size: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether ``new_zeros`` of ``size`` makes rows for ``weight``, as FSDP2 makes those of a shard."""
+    same_dtype = kwargs.get("dtype") in (None, weight.dtype)
+    return same_dtype and len(size) == weight.dim() > 1 and size[-1] == weight.shape[-1]
+
+
+def _zeros(weight: Int8Weight, size: Any, device: Any) -> Int8Weight:
+    """Zeros in the blocks and dtype of ``weight``."""
+    blocks = (*size[:-1], weight.scales.shape[-1])
+    codes, scales = weight.codes.new_zeros(size, device=device), weight.scales.new_full(blocks, MIN_SCALE, device=device)
+    return Int8Weight(codes, scales, weight.dtype)
+
+
 def _copy_into(weight: Int8Weight, source: Tensor) -> None:
     if not isinstance(source, Int8Weight):
         _quantize_into(weight, source.expand(weight.shape))
@@ -248,36 +298,6 @@ def _refuse_writing(func: Any, args: Any, kwargs: Any) -> None:
                 "train them, a dequantized model to merge adapters into, or weight.copy_(new) to write whole values "
                 "to the nearest codes"
             )
-
-
-class _ReadOnly(Tensor):
-    """A view of an ``Int8Weight``. It is a dequantized copy; writing to it raises an error, as it would be lost."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name.startswith("__i")
-        target = (kwargs or {}).get("out") if not writes else args[0]
-        if (
-            isinstance(target, _ReadOnly)
-            and name != "requires_grad_"
-            and name not in ("__int__", "__index__", "__invert__")
-        ):
-            raise NotImplementedError(
-                f"{name} would write to a copy, as views of INT8 weights are dequantized copies; expected "
-                "weight.copy_(new) for the whole weight"
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            return _read_only(func(*args, **(kwargs or {})))
-
-
-def _read_only(result: Any) -> Any:
-    """``result``, in which views of an ``Int8Weight`` are ``_ReadOnly``."""
-    if isinstance(result, list | tuple):
-        return type(result)(map(_read_only, result)) if type(result) in (list, tuple) else result
-    if type(result) is Tensor and isinstance(result._base, Int8Weight):
-        return result.as_subclass(_ReadOnly)
-    return result
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -34,16 +34,9 @@ def pieces_of(p: Any, rule: Rule, level: Level) -> list[Piece]:
     """The pieces of this rank's shard of ``p``, a DTensor: at least one, which may be empty.
 
     Raises:
-        TypeError: the weight is not plain.
-        ValueError: the shard is not whole rows or whole blocks, the rule needs whole rows or columns and both are
+        ValueError: a quantized weight is not split by rows alone, the shard is not whole rows or whole blocks, the rule needs whole rows or columns and both are
             split, or weights are offloaded to the CPU.
     """
-    if kind_of(local(p)) != PLAIN:
-        kind = kind_of(local(p)).upper()
-        raise TypeError(
-            f"{kind} weights cannot be sharded: got one of shape {tuple(p.shape)} with placements {p.placements}; "
-            f"expected bfloat16 or float32 weights under FSDP2, or {kind} weights with DDP"
-        )
     mesh = p.device_mesh
     if local(p).device.type not in (mesh.device_type, "meta"):
         raise ValueError(
@@ -61,6 +54,11 @@ def pieces_of(p: Any, rule: Rule, level: Level) -> list[Piece]:
     if not p.dim():
         return [Piece(whole_place(p))]
     _check_columns(p, cuts[-1], level)
+    if cuts[-1] and kind_of(p) != PLAIN:
+        raise ValueError(
+            f"{kind_of(p).upper()} weights are sharded by rows alone: got one of shape {tuple(p.shape)} with "
+            f"placements {p.placements}; expected Shard(0) or Replicate"
+        )
     last = max((dim for dim in range(p.dim() - 1) if cuts[dim]), default=0)
     groups = [tuple(mesh.get_group(cut.mesh_dim) for cut in some) for some in cuts]
     row_groups = groups[-2] if p.dim() > 1 else ()

@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from foam_hf.tensors.places import Place, whole_place
+from foam_hf.tensors.places import Place, local, whole_place
 from foam_hf.tensors.rounding import random_bits, stochastic_round_
 from foam_hf.tensors.step import Hyper
 
@@ -96,8 +96,11 @@ def weight_rows(p: Tensor, place: Place | None = None) -> Rows:
 
 
 def kind_of(p: Tensor) -> str:
-    """The name of the kind of weight that ``p`` is: ``PLAIN``, or what the class of its rows says."""
-    return _rows_class(p).kind
+    """The name of the kind of weight that ``p`` is: ``PLAIN``, or what the class of its rows says.
+
+    Of a DTensor: the kind of this rank's shard.
+    """
+    return _rows_class(local(p)).kind
 
 
 def kernels_of(p: Tensor) -> Mapping[str, str]:

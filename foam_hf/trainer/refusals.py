@@ -46,7 +46,7 @@ def refuse_sharding(args: Any, model: Any = None, trainer: Any = None) -> None:
             "with FSDP2 of accelerate 1.6 or newer (fsdp_version: 2), started by torchrun or accelerate launch."
         )
     if _uses_fsdp(args, trainer):
-        _refuse_with_fsdp(model, trainer, requested_options(args))
+        _refuse_with_fsdp(trainer, requested_options(args))
 
 
 def _sharding(args: Any, model: Any, trainer: Any) -> str | None:
@@ -110,11 +110,10 @@ def _unsupported_fsdp(args: Any, trainer: Any) -> str | None:
     return None
 
 
-def _refuse_with_fsdp(model: Any, trainer: Any, options: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option, a CPU offload or a kind of weight that FSDP2 excludes.
+def _refuse_with_fsdp(trainer: Any, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option or a CPU offload that FSDP2 excludes.
 
     Args:
-        model: None if it is not known yet.
         trainer: None if it is not known yet.
         options: FOAM's options that the run gives.
     """
@@ -126,14 +125,6 @@ def _refuse_with_fsdp(model: Any, trainer: Any, options: Mapping[str, Any]) -> N
         )
     if problem := whole_weights_problem(options):
         raise ValueError(problem)
-    if model is None:
-        return
-    names = [name for name, p in model.named_parameters() if kind_of(p) == "int8"]
-    if names:
-        raise ValueError(
-            f"INT8 weights cannot be sharded: {type(model).__name__} has {len(names)}, {names[0]} the first, and runs "
-            "with FSDP; expected DDP, or a bfloat16 model with FSDP2"
-        )
 
 
 # INT8 weights without FOAM

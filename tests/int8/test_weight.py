@@ -202,12 +202,41 @@ def test_what_is_made_like_it_is_plain():
     for like in (
         torch.zeros_like(weight),
         torch.empty_like(weight),
-        weight.new_zeros(24, 256),
+        weight.new_zeros(24, 256, dtype=torch.float32).to(torch.bfloat16),
         torch.ones_like(weight),
     ):
         assert type(like) is torch.Tensor and like.shape == weight.shape and like.dtype == torch.bfloat16
     assert torch.zeros_like(weight, dtype=torch.float32).dtype == torch.float32
     assert torch.zeros_like(weight).is_contiguous() and not bool(torch.zeros_like(weight).any())
+
+
+def test_ranges_of_rows_share_codes_and_scales():
+    """FSDP2 makes shards by these, and they must not hold floating copies."""
+    layer = int8_linear()
+    weight = layer.weight.detach()
+    plain = weight.dequantize()
+    views = {
+        "slice": (weight[2:7], plain[2:7]),
+        "narrow": (weight.narrow(0, 20, 4), plain[20:24]),
+        "chunk": (weight.chunk(5)[4], plain.chunk(5)[4]),
+        "sizes": (weight.split([3, 21])[1], plain[3:]),
+        "flat": (weight.view(-1), plain.view(-1)),
+        "matrices": (weight.view(2, -1, 256), plain.view(2, 12, 256)),
+        "strided": (torch.as_strided(weight, (5, 256), (256, 1)), plain[:5]),
+        "none": (weight.narrow(0, 0, 0), plain[:0]),
+    }
+    for name, (view, expected) in views.items():
+        assert type(view) is Int8Weight and torch.equal(view.dequantize(), expected), name
+        assert view.codes.untyped_storage().data_ptr() == weight.codes.untyped_storage().data_ptr(), name
+        assert view.scales.untyped_storage().data_ptr() == weight.scales.untyped_storage().data_ptr(), name
+    with torch.no_grad():
+        layer.weight[2:4].copy_(torch.ones(2, 256))
+    assert bool((weight.dequantize()[2:4] == 1).all()) and torch.equal(weight.dequantize()[4:], plain[4:])
+    weight.view(-1).zero_()
+    assert not weight.dequantize().any()
+    padded = weight.new_zeros(30, 256)
+    assert type(padded) is Int8Weight and padded.block_size == 128 and not padded.dequantize().any()
+    assert type(weight.new_zeros(30, 128)) is torch.Tensor
 
 
 def test_reading_gives_the_dequantized_values():
@@ -231,7 +260,7 @@ WRITES = {
     "transposed": lambda w: w.t().mul_(2.0),
     "part of a view": lambda w: w.view(-1).__setitem__(0, 1.0),
     "out": lambda w: torch.add(w, 1.0, out=w),
-    "split": lambda w: w.split(8)[1].copy_(torch.zeros(8, 256)),
+    "columns": lambda w: w.split(128, dim=1)[1].copy_(torch.zeros(24, 128)),
 }
 
 

@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import foam_hf  # registers optim="foam"
 from foam_hf.memory import expected_state_bytes, state_bytes
 from foam_hf.tensors.places import local
+from foam_hf.tensors.rows import PLAIN, kind_of
 from tests.support.interpreter import patch_once
 from tests.support.sharding_worker import check_all
 from tests.support.tiny_models import language_data, tiny_llama
@@ -40,7 +41,7 @@ FSDP = {
 BF16 = torch.bfloat16
 
 
-def _allow_fsdp_on_cpus() -> None:
+def allow_fsdp_on_cpus() -> None:
     """Let accelerate use FSDP on CPUs, which only its check of the device prevents."""
     original = AcceleratorState.__init__
 
@@ -56,7 +57,7 @@ def _allow_fsdp_on_cpus() -> None:
 
 
 @contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: dict[str, str]) -> Iterator[None]:
     before = dict(os.environ)
     os.environ.update({"ACCELERATE_MIXED_PRECISION": "no", **values})
     try:
@@ -72,6 +73,12 @@ class InOrder(Trainer):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
 
+def stored(p: Tensor) -> list[Tensor]:
+    """What this rank stores of a weight: one tensor, or codes and scales."""
+    weight: Any = local(p.detach())
+    return [weight] if kind_of(weight) == PLAIN else [weight.codes, weight.scales]
+
+
 class Record(TrainerCallback):
     """Copies this rank's part of all weights after every step."""
 
@@ -80,8 +87,8 @@ class Record(TrainerCallback):
         self.sharded: list[bool] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.sharded = [isinstance(p, DTensor) for p in model.parameters()]
-        self.steps.append([local(p.detach()).clone() for p in model.parameters()])
+        self.sharded = [isinstance(p, DTensor) for p in model.parameters() for _ in stored(p)]
+        self.steps.append([part.clone() for p in model.parameters() for part in stored(p)])
 
     def full_weights(self) -> list[Tensor]:
         """All weights as one vector, for every step, on rank 0. Other ranks get an empty list."""
@@ -121,7 +128,7 @@ def run(
         order = [i for b in range(0, count, BATCH) for _ in range(world) for i in range(b, b + BATCH)]
         data = Subset(data, order)
     record = Record()
-    with _environment({**FSDP, **fsdp} if fsdp is not None else {}):
+    with environment({**FSDP, **fsdp} if fsdp is not None else {}):
         defaults = {
             "output_dir": str(folder),
             "optim": "foam",
@@ -226,7 +233,7 @@ def mixed_precision(folder: Path) -> dict[str, Any]:
 
 def as_one_rank(folder: Path) -> None:
     """The function that every process of the launcher runs."""
-    _allow_fsdp_on_cpus()
+    allow_fsdp_on_cpus()
     world = int(os.environ["WORLD_SIZE"])
     results = main(folder, world)
     if int(os.environ["RANK"]) == 0:
