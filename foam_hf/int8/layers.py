@@ -88,11 +88,11 @@ class Int8Linear(Int8Layer):
 
 
 @functools.cache
-def _int8_class(plain: type[nn.Linear]) -> type[Int8Layer]:
+def _int8_class(plain: Any) -> type[Int8Layer]:
     return Int8Linear if plain is nn.Linear else type(f"Int8{plain.__name__}", (Int8Layer, plain), {"plain": plain})
 
 
-def _new_layer(plain: type[nn.Linear]) -> nn.Linear:
+def _new_layer(plain: Any) -> nn.Linear:
     made = _int8_class(plain)
     return made.__new__(made)
 
@@ -105,8 +105,9 @@ def install_(module: nn.Linear, weight: Int8Weight, requires_grad: bool = True) 
 
 def accept_codes(module: nn.Linear) -> None:
     """Let ``state_dict`` and ``load_state_dict`` of ``module`` hold its INT8 weight as codes and scales."""
-    if not isinstance(module, Int8Layer):
-        module.__class__ = _int8_class(type(module))
+    plain: Any = type(module)
+    if not issubclass(plain, Int8Layer):
+        module.__class__ = _int8_class(plain)
     if "_int8_waiting" not in module.__dict__:
         module.__dict__["_int8_waiting"] = {}
         module.register_state_dict_post_hook(_save_codes)

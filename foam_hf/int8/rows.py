@@ -43,8 +43,8 @@ SMALL_CODE = 63  # a block whose codes are at most this can be multiplied by two
 class Int8Rows:
     """The rows of an INT8 weight, see ``foam_hf.tensors.rows.Rows``.
 
-    ``load`` gives a change of the weight instead of its values, and ``store`` adds the change to the codes. A shard has
-    whole rows, so that each block of it has its scale.
+    ``load`` gives a change of the weight instead of its values, and ``store`` adds the change to the codes. A shard
+    has whole rows, so that each block of it has its scale.
     """
 
     kind: ClassVar[str] = "int8"

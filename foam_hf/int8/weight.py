@@ -268,8 +268,8 @@ def _is_as_wide(weight: Int8Weight, size: Any, kwargs: dict[str, Any]) -> bool:
 
 def _zeros(weight: Int8Weight, size: Any, device: Any) -> Int8Weight:
     """Zeros in the blocks and dtype of ``weight``."""
-    blocks = (*size[:-1], weight.scales.shape[-1])
-    codes, scales = weight.codes.new_zeros(size, device=device), weight.scales.new_full(blocks, MIN_SCALE, device=device)
+    codes = weight.codes.new_zeros(size, device=device)
+    scales = weight.scales.new_full((*size[:-1], weight.scales.shape[-1]), MIN_SCALE, device=device)
     return Int8Weight(codes, scales, weight.dtype)
 
 

@@ -34,8 +34,8 @@ def pieces_of(p: Any, rule: Rule, level: Level) -> list[Piece]:
     """The pieces of this rank's shard of ``p``, a DTensor: at least one, which may be empty.
 
     Raises:
-        ValueError: a quantized weight is not split by rows alone, the shard is not whole rows or whole blocks, the rule needs whole rows or columns and both are
-            split, or weights are offloaded to the CPU.
+        ValueError: the shard is not whole rows or whole blocks, that of a quantized weight not whole rows, the rule
+            needs whole rows or columns and both are split, or weights are offloaded to the CPU.
     """
     mesh = p.device_mesh
     if local(p).device.type not in (mesh.device_type, "meta"):

@@ -1,4 +1,4 @@
-"""INT8 weights under FSDP2, for tests/int8/test_sharding.py: by hand and in the Trainer, in one process or in several."""
+"""INT8 weights under FSDP2, by hand and in the Trainer, in 1 to 4 processes, for tests/int8/test_sharding.py."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-import torch.distributed as dist
+from accelerate.utils import fsdp_utils
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -163,7 +164,8 @@ def state_dicts(world: int) -> None:
 
     whole = net(seed=5)
     model = sharded(net())
-    expected_error(RuntimeError, "set_model_state_dict shards whole tensors", model.load_state_dict, whole.state_dict())
+    words = "set_model_state_dict shards whole tensors"
+    expected_error(RuntimeError, words, model.load_state_dict, whole.state_dict())
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, whole.state_dict(), options=options)  # what one process has saved
     assert_same(model, whole, "whole")
@@ -243,7 +245,10 @@ def feature(folder: Path, name: str, fsdp: bool = False, **more: Any) -> list[Te
     with environment({**FSDP, **variables} if fsdp else {}):  # as `accelerate launch` sets it before the script runs
         made = make(folder)
     settings |= {"fsdp": variables} if fsdp else {}
-    return run(folder, model=made, max_steps=SHORT, **settings)[1]
+    with mock.patch.object(fsdp_utils, "fsdp2_load_full_state_dict", wraps=fsdp_utils.fsdp2_load_full_state_dict) as f:
+        steps = run(folder, model=made, max_steps=SHORT, **settings)[1]
+    assert f.called == (fsdp and name == "read by each rank")
+    return steps
 
 
 def saved(folder: Path, kind: str, steps: int, make: Any = model, **more: Any) -> list[Tensor]:

@@ -25,7 +25,6 @@ from transformers.training_args import OptimizerNames
 
 import foam_hf
 from foam_hf import FOAM
-from foam_hf.int8.weight import Int8Weight
 from foam_hf.optim_args import FOAM_NAMES
 from foam_hf.trainer import build, names, patches
 from foam_hf.trainer.callback import OptimizerMemoryCallback
@@ -492,14 +491,6 @@ def test_what_fsdp2_cannot_be_combined_with_is_refused(
     refuse_sharding(types.SimpleNamespace(optim=OptimizerNames.FOAM, optim_args=None), None, FSDP2)
     with pytest.raises(ValueError, match=message):
         refuse_sharding(args, None, with_fsdp(fsdp_version=2, **plugin))
-
-
-def test_int8_weights_are_refused_with_fsdp2() -> None:
-    model = torch.nn.Linear(32, 4)
-    model.weight = torch.nn.Parameter(Int8Weight.from_float(model.weight.detach(), 32))
-    args = types.SimpleNamespace(optim=OptimizerNames.FOAM, optim_args=None)
-    with pytest.raises(ValueError, match="INT8 weights cannot be sharded: Linear has 1, weight the first"):
-        refuse_sharding(args, model, FSDP2)
 
 
 @pytest.mark.parametrize(
