@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from foam_hf.kernels.choice import use_kernels
 
 BLOCK_SIZE = 128
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that a weight may have outside
 MAX_CODE = 127
 # The scale of a block of zeros. It is so small that the first update leaves the range of codes, and gives the block a
 # new scale.
@@ -69,3 +71,43 @@ def row_chunks(codes: Tensor, scales: Tensor, *others: Tensor) -> Iterator[tuple
     rows = max(1, (CHUNK_CPU if codes.device.type == "cpu" else CHUNK_GPU) // n)
     for i in range(0, flat.shape[0], rows):
         yield (flat[i : i + rows], flat_scales[i : i + rows], *(x[i : i + rows] for x in flat_others))
+
+
+def check_parts(codes: Any, scales: Any, dtype: Any) -> None:
+    """Raise what ``Int8Weight`` says for codes, scales and an outer dtype that do not make a weight."""
+    if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or dtype not in DTYPES:
+        raise TypeError(
+            f"an INT8 weight of codes {getattr(codes, 'dtype', type(codes).__name__)} and dtype {dtype}; expected "
+            f"torch.int8, and one of {', '.join(map(str, DTYPES))}"
+        )
+    if not isinstance(scales, Tensor) or scales.dtype != torch.float32:
+        raise TypeError(
+            f"scales of an INT8 weight are {getattr(scales, 'dtype', type(scales).__name__)}; expected torch.float32"
+        )
+    fits = (
+        codes.dim() > 0
+        and codes.shape[:-1] == scales.shape[:-1]
+        and (codes.shape[-1] % scales.shape[-1] == 0 if scales.shape[-1] else codes.shape[-1] == 0)
+        and codes.device == scales.device
+        and codes.is_contiguous()
+        and scales.is_contiguous()
+    )
+    if not fits:
+        raise ValueError(
+            f"codes {tuple(codes.shape)} on {codes.device} and scales {tuple(scales.shape)} on {scales.device} do not "
+            "make an INT8 weight; expected (..., n) and (..., n / block size), contiguous, on one device"
+        )
+
+
+def check_width(weight: Tensor, block_size: int) -> None:
+    """Raise what ``Int8Weight.from_float`` says if ``weight`` cannot be quantized in blocks of ``block_size``."""
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"cannot quantize {weight.dtype} to INT8; expected one of {', '.join(map(str, DTYPES))}")
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size is out of range: got {block_size!r}; expected a positive integer")
+    if weight.dim() == 0 or weight.shape[-1] % block_size:
+        width = weight.shape[-1] if weight.dim() else None
+        raise ValueError(
+            f"blocks of {block_size} columns do not divide a weight of shape {tuple(weight.shape)}, width {width}; "
+            "expected a block_size that divides the width, or this weight left as it is"
+        )

@@ -26,7 +26,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from foam_hf._version import __version__
-from foam_hf.int8.codes import BLOCK_SIZE, MIN_SCALE, dequantize, quantize, row_chunks
+from foam_hf.int8.codes import (
+    BLOCK_SIZE,
+    DTYPES,
+    MIN_SCALE,
+    check_parts,
+    check_width,
+    dequantize,
+    quantize,
+    row_chunks,
+)
 from foam_hf.int8.linear import linear
 from foam_hf.int8.rows import Int8Rows
 from foam_hf.int8.views import read_only, shared_views
@@ -76,7 +85,7 @@ class Int8Weight(Tensor):
 
     @staticmethod
     def __new__(cls, codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Int8Weight:
-        _check_parts(codes, scales, dtype)
+        check_parts(codes, scales, dtype)
         return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
 
     def __init__(self, codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -94,7 +103,7 @@ class Int8Weight(Tensor):
             TypeError: ``weight`` has another dtype.
             ValueError: ``block_size`` does not divide n.
         """
-        _check_width(weight, block_size)
+        check_width(weight, block_size)
         weight = weight.detach()
         n = weight.shape[-1]
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
@@ -210,17 +219,13 @@ class Int8Weight(Tensor):
                 return self._view_of(*views, self if begins else None)
             if func is _aten.clone.default:
                 return cls(self.codes.clone(), self.scales.clone(), self.dtype)
-            if func is _aten._to_copy.default and kwargs.get("dtype", self.dtype) in _DTYPES:
+            if func is _aten._to_copy.default and kwargs.get("dtype", self.dtype) in DTYPES:
                 dtype = kwargs.pop("dtype", None)
                 kwargs.pop("memory_format", None)
                 parts = [func(part, *args[1:], **kwargs) for part in (self.codes, self.scales)]
                 return Int8Weight(parts[0], parts[1], self.dtype if dtype is None else dtype)
-            if func is _aten.new_zeros.default and _is_as_wide(self, args[1], kwargs):
-                return _zeros(self, args[1], kwargs.get("device"))
-            if func in _MADE_LIKE:  # they use shape, dtype and device only
-                return func(
-                    torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape), *args[1:], **kwargs
-                )
+            if func in _MADE_LIKE:
+                return _made_like(self, func, args[1:], kwargs)
             if func is _aten.copy_.default:
                 _copy_into(self, args[1])
                 return self
@@ -239,7 +244,6 @@ _METADATA = frozenset(
     getattr(Tensor, name).__get__
     for name in ("dtype", "shape", "device", "requires_grad", "grad", "grad_fn", "is_leaf", "ndim", "_version")
 ) | {Tensor.dim, Tensor.numel, Tensor.size, Tensor.element_size, Tensor.is_floating_point, Tensor.is_contiguous}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _quantize_into(weight: Int8Weight, source: Tensor, keep: bool = True) -> None:
@@ -260,17 +264,19 @@ def _quantize_into(weight: Int8Weight, source: Tensor, keep: bool = True) -> Non
         scales.copy_(new_scales)
 
 
-def _is_as_wide(weight: Int8Weight, size: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether ``new_zeros`` of ``size`` makes rows for ``weight``, as FSDP2 makes those of a shard."""
-    same_dtype = kwargs.get("dtype") in (None, weight.dtype)
-    return same_dtype and len(size) == weight.dim() > 1 and size[-1] == weight.shape[-1]
-
-
-def _zeros(weight: Int8Weight, size: Any, device: Any) -> Int8Weight:
-    """Zeros in the blocks and dtype of ``weight``."""
-    codes = weight.codes.new_zeros(size, device=device)
-    scales = weight.scales.new_full((*size[:-1], weight.scales.shape[-1]), MIN_SCALE, device=device)
-    return Int8Weight(codes, scales, weight.dtype)
+def _made_like(weight: Int8Weight, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """A new tensor like ``weight``: plain, but INT8 for the rows of a shard of FSDP2 and for ``Module.to_empty``."""
+    device, dtype = kwargs.get("device"), kwargs.get("dtype", weight.dtype)
+    if func is _aten.new_zeros.default and len(args[0]) == weight.dim() > 1 and dtype in (None, weight.dtype):
+        (size,) = args
+        if size[-1] == weight.shape[-1]:
+            codes = weight.codes.new_zeros(size, device=device)
+            scales = weight.scales.new_full((*size[:-1], weight.scales.shape[-1]), MIN_SCALE, device=device)
+            return Int8Weight(codes, scales, weight.dtype)
+    if func is _aten.empty_like.default and weight.is_meta and device is not None:
+        return Int8Weight(*(torch.empty_like(x, device=device) for x in (weight.codes, weight.scales)), weight.dtype)
+    # They use shape, dtype and device only.
+    return func(torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape), *args, **kwargs)
 
 
 def _copy_into(weight: Int8Weight, source: Tensor) -> None:
@@ -316,41 +322,3 @@ def _rebuild(codes: Tensor, scales: Tensor, dtype: torch.dtype, requires_grad: b
 # With the names of version 0.2 and earlier too: `torch.load(weights_only=True)` compares names.
 _OLD_NAMES = [(known, f"foam_hf.int8_weights.{known.__name__}") for known in (_rebuild, Int8Weight)]
 torch.serialization.add_safe_globals([_rebuild, Int8Weight, *_OLD_NAMES])
-
-
-def _check_parts(codes: Any, scales: Any, dtype: Any) -> None:
-    if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or dtype not in _DTYPES:
-        raise TypeError(
-            f"an INT8 weight of codes {getattr(codes, 'dtype', type(codes).__name__)} and dtype {dtype}; expected "
-            f"torch.int8, and one of {', '.join(map(str, _DTYPES))}"
-        )
-    if not isinstance(scales, Tensor) or scales.dtype != torch.float32:
-        raise TypeError(
-            f"scales of an INT8 weight are {getattr(scales, 'dtype', type(scales).__name__)}; expected torch.float32"
-        )
-    fits = (
-        codes.dim() > 0
-        and codes.shape[:-1] == scales.shape[:-1]
-        and (codes.shape[-1] % scales.shape[-1] == 0 if scales.shape[-1] else codes.shape[-1] == 0)
-        and codes.device == scales.device
-        and codes.is_contiguous()
-        and scales.is_contiguous()
-    )
-    if not fits:
-        raise ValueError(
-            f"codes {tuple(codes.shape)} on {codes.device} and scales {tuple(scales.shape)} on {scales.device} do not "
-            "make an INT8 weight; expected (..., n) and (..., n / block size), contiguous, on one device"
-        )
-
-
-def _check_width(weight: Tensor, block_size: int) -> None:
-    if weight.dtype not in _DTYPES:
-        raise TypeError(f"cannot quantize {weight.dtype} to INT8; expected one of {', '.join(map(str, _DTYPES))}")
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(f"block_size is out of range: got {block_size!r}; expected a positive integer")
-    if weight.dim() == 0 or weight.shape[-1] % block_size:
-        width = weight.shape[-1] if weight.dim() else None
-        raise ValueError(
-            f"blocks of {block_size} columns do not divide a weight of shape {tuple(weight.shape)}, width {width}; "
-            "expected a block_size that divides the width, or this weight left as it is"
-        )

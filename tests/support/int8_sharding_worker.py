@@ -170,6 +170,14 @@ def state_dicts(world: int) -> None:
     set_model_state_dict(model, whole.state_dict(), options=options)  # what one process has saved
     assert_same(model, whole, "whole")
 
+    for empty in (False, True):  # from the meta device, by new tensors or by to_empty
+        with torch.device("meta"):
+            model = sharded(net())
+        model = model.to_empty(device="cpu") if empty else model
+        set_model_state_dict(model, whole.state_dict(), options=StateDictOptions(full_state_dict=True))
+        assert_same(model, whole, "meta")
+        train(model, FOAM(model.parameters()), 1)
+
     model = net()
     model.wide.requires_grad_(False)
     model = sharded(model)
