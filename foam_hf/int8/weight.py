@@ -274,7 +274,8 @@ def _made_like(weight: Int8Weight, func: Any, args: Any, kwargs: dict[str, Any])
             scales = weight.scales.new_full((*size[:-1], weight.scales.shape[-1]), MIN_SCALE, device=device)
             return Int8Weight(codes, scales, weight.dtype)
     if func is _aten.empty_like.default and weight.is_meta and device is not None:
-        return Int8Weight(*(torch.empty_like(x, device=device) for x in (weight.codes, weight.scales)), weight.dtype)
+        codes, scales = (torch.empty_like(part, device=device) for part in (weight.codes, weight.scales))
+        return Int8Weight(codes, scales, weight.dtype)
     # They use shape, dtype and device only.
     return func(torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape), *args, **kwargs)
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from foam_hf import FOAM, Int8Config
+from foam_hf import FOAM, Int8Config, enable_gradient_release
 from foam_hf.int8.layers import Int8Linear, int8_of, parts_of
 from foam_hf.int8.models import convert_, dequantize_
 from foam_hf.int8.quantizer import quantize_model_
@@ -114,15 +114,19 @@ def one_process_and_shards(world: int) -> None:
         cases += [("reference", BF16, {}, mesh)]
     for kernel, dtype, options, mesh in cases:
         os.environ["FOAM_HF_KERNEL"] = kernel
-        one, many = net(dtype), sharded(net(dtype), **({} if mesh is None else {"mesh": mesh}))
+        shard = {} if mesh is None else {"mesh": mesh}
+        one, many, released = net(dtype), sharded(net(dtype), **shard), sharded(net(dtype), **shard)
         options = {"lr": 0.02, "level": 2, "scale": 1.0, "weight_decay": 0.1, **options}
-        optimizers = [FOAM(model.parameters(), **options) for model in (one, many)]
-        losses = [train(model, optimizer, 3) for model, optimizer in zip((one, many), optimizers, strict=True)]
-        assert losses[0] == losses[1], (kernel, dtype, losses)
+        models = (one, many, released)
+        optimizers = [FOAM(model.parameters(), **options) for model in models]
+        enable_gradient_release(released, optimizers[2])
+        losses = [train(model, optimizer, 3) for model, optimizer in zip(models, optimizers, strict=True)]
+        assert losses[0] == losses[1] == losses[2], (kernel, dtype, losses)
         prepared: Any = optimizers[1]._prepared
         assert any("Int8" in type(each.launch).__name__ for each in prepared.launches) == (kernel == "triton")
         assert all(type(p._local_tensor).__name__ == "Int8Weight" for p in many.parameters() if p.dim() > 1)
         assert_same(one, many, (kernel, dtype, options))
+        assert_same(one, released, (kernel, dtype, options, "gradient release"))
     os.environ.pop("FOAM_HF_KERNEL")
 
 
@@ -241,6 +245,7 @@ def loaded(folder: Path) -> Any:
 FEATURES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "accumulation": ({}, {"gradient_accumulation_steps": 2}),
     "checkpointing": ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}),
+    "release": ({}, {"optim_args": "level=3,scale=0.25,gradient_release=true"}),
     "tied": ({"FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen2DecoderLayer"}, {"model": lambda folder: model(tied=True)}),
     "read by each rank": ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {"model": loaded}),
 }
