@@ -271,7 +271,6 @@ class Int8Launch(AddressTable):
         self._update = KernelCall(_update_kernel, constants, num_warps=warps, **limit)
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None, left_out_at: Tensor | None = None) -> None:
-        self.follow_steps(h)
         (owner,) = self.owners
         arguments, constants = self.of_step(h, grad_scale, left_out_at)
         arguments["decay"] = float(h.lr * h.weight_decay)  # what a code loses, not what it keeps

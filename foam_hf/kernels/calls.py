@@ -29,6 +29,7 @@ class KernelCall:
     def __init__(self, kernel: Any, constants: Mapping[str, Any], **options: int) -> None:
         self._kernel, self._options = kernel, options
         self._names, self._constants = tuple(constants), tuple(constants.values())
+        self._integers: list[int] = []  # where they are among the arguments
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, programs: int, arguments: Mapping[str, Any], constants: Mapping[str, Any]) -> None:
@@ -37,14 +38,17 @@ class KernelCall:
         Raises:
             TypeError: at the first call, if these names are not those of the parameters.
         """
-        values, varying = arguments.values(), constants.values()
-        sizes = [x.bit_length() // 32 for x in values if type(x) is int]  # seeds are int32, int64 or uint64
-        key = (*sizes, *varying)
+        values, varying = (*arguments.values(),), (*constants.values(),)
+        sizes = [values[i].bit_length() // 32 for i in self._integers]  # seeds are int32, int64 or uint64
+        key = (*varying, *sizes)
         compiled = self._compiled.get(key)
         if compiled is not None:
             compiled[programs, 1, 1](*values, *self._constants, *varying)
             return
         self._check_names([*arguments, *self._names, *constants])
+        if not self._integers:
+            self._integers = [i for i, x in enumerate(values) if type(x) is int]
+            key += tuple(values[i].bit_length() // 32 for i in self._integers)
         compiled = self._kernel[programs, 1, 1](*values, *self._constants, *varying, **self._options)
         if DIRECT_LAUNCH and compiled is not None:  # None from Triton's interpreter
             self._compiled[key] = compiled

@@ -1,8 +1,8 @@
 """The host's side of the kernels: which tensors they take, tables of addresses on the device, launching.
 
 A table in device memory holds the addresses and sizes of a launch's tensors, see ``columns``; a second one says which
-tensor a program works on. Both are kept between steps: gradients that moved get new addresses in the first, any other
-change gets new tables.
+tensor a program works on. Both are kept between steps: gradients that moved get new addresses in the first, those that
+appear or vanish a new second one, any other change gets new tables. ``uploads`` brings the first to the device.
 """
 
 from __future__ import annotations
@@ -137,48 +137,50 @@ class AddressTable:
             "stream": [entry.stream for entry in entries],
         }
         self._rows = filled(row, {**common, **own})
-        self._host = torch.from_numpy(self._rows.view(numpy.int64).reshape(len(entries), -1))  # the same memory
-        self.table = self._host.to(geometry.device)
+        self.table = torch.empty(0, dtype=torch.int64)  # where ``place`` says
+        self.changed = True  # since the last upload
         self.nvidia = takes_ptx(geometry.device)
-        self._all_owners = [owner_table(count) for count in counts]
-        self.owners = [upload(owner, geometry.device) for owner in self._all_owners]
-        self._whole = True
-        self._states: list[Any] = []
+        self._counts = numpy.array([*map(list, counts)], dtype=numpy.int64)
+        self.owners = self._all_owners = self._owners(numpy.ones(len(entries), dtype=bool))
         self.mixed = False  # parameters that missed steps have step counts and bias corrections of their own
+
+    @property
+    def words(self) -> int:
+        """How many int64 the table has."""
+        return self._rows.nbytes // 8
+
+    def place(self, host: numpy.ndarray, table: Tensor) -> None:
+        """Keep the table at ``host``, int64 (words,), from where it is copied to ``table`` on the device."""
+        rows = host.view(self._rows.dtype)
+        rows[:] = self._rows
+        self._rows, self.table = rows, table
 
     @property
     def device(self) -> torch.device:
         return self.geometry.device
 
-    def know_states(self, states: list[Any]) -> None:
-        """Take the state of each tensor of the table, whose step counts may differ."""
-        self._states = states
+    def leave_out(self, here: numpy.ndarray, steps: numpy.ndarray) -> None:
+        """Run no program of a tensor that is not ``here``, bool; ``steps`` are int64. Both are as ``streams``."""
+        mine = steps[here]
+        self.mixed = len(mine) > 0 and bool((mine != mine[0]).any())
+        self.owners = self._all_owners if here.all() else self._owners(here)
 
-    def leave_out(self, here: numpy.ndarray) -> None:
-        """Run no program of a tensor that is not ``here``, bool, one for each of ``streams``."""
-        self.mixed = len({state["step"] for state, is_here in zip(self._states, here, strict=True) if is_here}) > 1
-        if self._whole and here.all():
-            return
-        self._whole = bool(here.all())
-        owners = [owner[here[owner[:, 0]]] for owner in self._all_owners]
-        self.owners = [torch.from_numpy(owner).to(self.geometry.device, non_blocking=True) for owner in owners]
+    def _owners(self, here: numpy.ndarray) -> list[Tensor]:
+        return [owner_table(count, here, self.device) for count in self._counts]
 
-    def follow_steps(self, h: Hyper) -> None:
-        """Write each tensor's step and corrections to its row, where they differ."""
-        if not self.mixed:
-            return
-        steps = [state["step"] or 1 for state in self._states]  # 0 of one that was never updated, nor is now
-        corrections = {t: (1 / (1 - h.b1**t), 1 / (1 - h.b2**t)) for t in set(steps)}
-        bits = numpy.array([corrections[t] for t in steps], dtype=numpy.float32).view(numpy.int32)
-        self._rows["step"] = steps
+    def follow_steps(self, h: Hyper, steps: numpy.ndarray) -> None:
+        """Write each tensor's step and corrections to its row: for ``mixed`` ones. ``steps`` are as ``streams``."""
+        counts = numpy.maximum(steps, 1).tolist()  # 0 of one that was never updated, nor is now
+        corrections = {t: (1 / (1 - h.b1**t), 1 / (1 - h.b2**t)) for t in set(counts)}
+        bits = numpy.array([corrections[t] for t in counts], dtype=numpy.float32).view(numpy.int32)
+        self._rows["step"] = counts
         self._rows["inv_c1"], self._rows["inv_c2"] = bits[:, 0], bits[:, 1]
-        self.table.copy_(self._host, non_blocking=True)
+        self.changed = True
 
     def move_gradients(self, addresses: numpy.ndarray) -> None:
         """Point to gradients of the same kind elsewhere; ``addresses`` has one for each of ``streams``."""
         self._rows["gradient"] = addresses + self.grad_offsets
-        # The driver has read pageable memory when the call returns: no buffer to keep, and nothing waits for the GPU.
-        self.table.copy_(self._host, non_blocking=True)
+        self.changed = True
 
     def of_step(
         self, h: Hyper, grad_scale: Tensor | None, left_out_at: Tensor | None
@@ -223,10 +225,7 @@ def launches_of(
             continue
         key = geometry, member.p.dim() > 1, bool(entry.place.row_groups)  # vectors have another scale
         buckets.setdefault(key, []).append((member, entry))
-    made = []
-    for (geometry, *_), bucket in buckets.items():
-        made.append(launch(geometry, [entry for _, entry in bucket]))
-        made[-1].know_states([member.state for member, _ in bucket])
+    made = [launch(geometry, [entry for _, entry in bucket]) for (geometry, *_), bucket in buckets.items()]
     return made, unfit
 
 
@@ -246,11 +245,22 @@ def numbers(h: Hyper) -> dict[str, float]:
     }
 
 
-def owner_table(counts: Sequence[int]) -> numpy.ndarray:
-    """For each program: its tensor, and its number among that tensor's programs."""
-    tensor = numpy.repeat(numpy.arange(len(counts), dtype=numpy.int32), counts)
-    number = numpy.concatenate([numpy.arange(count, dtype=numpy.int32) for count in counts])
-    return numpy.stack((tensor, number), axis=1)
+def owner_table(counts: numpy.ndarray, here: numpy.ndarray, device: torch.device) -> Tensor:
+    """For each program on ``device``: its tensor, and its number among that tensor's programs; int32 (programs, 2).
+
+    ``counts`` (int64) says how many programs each tensor has, ``here`` (bool) which tensors have theirs in the table.
+    It is made on the device: a large model has millions of programs, and experts come and go with every step.
+    """
+    tensors = numpy.flatnonzero(here)
+    mine = counts[tensors]
+    total = int(mine.sum())
+    parts = numpy.stack((tensors, mine, numpy.cumsum(mine) - mine)).astype(numpy.int32)
+    tensor, count, first = torch.from_numpy(parts).to(device, non_blocking=True)
+    which = torch.repeat_interleave(count, output_size=total)
+    owners = torch.empty(total, 2, dtype=torch.int32, device=device)
+    owners[:, 0] = tensor.index_select(0, which)
+    owners[:, 1] = torch.arange(total, dtype=torch.int32, device=device).sub_(first.index_select(0, which))
+    return owners
 
 
 def tiles_of(geometry: Geometry, entries: list[Entry], segments: int) -> list[int]:
@@ -260,8 +270,6 @@ def tiles_of(geometry: Geometry, entries: list[Entry], segments: int) -> list[in
 
 
 def device_of(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def upload(x: numpy.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(x).to(device)
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

@@ -193,7 +193,7 @@ class FOAM(torch.optim.Optimizer):
         if self._prepared is None or not self._prepared.holds(self.param_groups, params, states):
             members = members_of(owned)
             self._prepared = PreparedStep(self.param_groups, params, list(self.state.values()), members)
-        self._prepared.run(grad_scale, owned.left_out_at)
+        self._prepared.run(grad_scale, self._left_out, len(params))
         self._left_out.send()
         self._left_out.report(self.param_groups)
         return loss
@@ -317,5 +317,5 @@ def step_some(
             index, stream = numbering[id(p)]
             members[index] += members_of_one(owned, p, owned.groups[index], stream)
         prepared = PreparedStep(owned.groups, params, states, members)
-    prepared.run(grad_scale, owned.left_out_at)
+    prepared.run(grad_scale, owned.left_out, len(numbering))
     return prepared

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator, MutableMapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from foam_hf.kernels.choice import use_kernels
@@ -34,10 +33,6 @@ class Owned(NamedTuple):
     groups: list[Group]
     state: MutableMapping[Tensor, dict[str, Any]]
     left_out: LeftOutReport
-
-    def left_out_at(self, group: Group, device: torch.device) -> Tensor | None:
-        """The tensor on ``device`` where steps of ``group`` record what they leave out, see ``LeftOutReport``."""
-        return self.left_out.left_out_at(group, device, sum(len(each["params"]) for each in self.groups))
 
 
 def parameters_of(groups: list[Group]) -> Iterator[Tensor]:

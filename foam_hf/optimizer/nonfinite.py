@@ -47,7 +47,8 @@ class DeviceRecord:
         self.steps = torch.zeros(size, dtype=torch.int32, device=device)
         self._seen = numpy.zeros(size, dtype=numpy.int32)
         self._host = self.steps if device.type == "cpu" else torch.empty_like(self.steps, device="cpu").pin_memory()
-        self._sent: Any = None  # the event that ends the copy to the host, if one was started
+        self._sent = False  # whether a copy to the host was started
+        self._event: Any = None  # ends it
 
     def resized(self, size: int) -> DeviceRecord:
         """A copy of the record for ``size`` parameters."""
@@ -65,13 +66,14 @@ class DeviceRecord:
     def send(self) -> None:
         """Start a copy to the host, unless one has not ended yet."""
         device = self.steps.device
-        if device.type == "cpu" or self._sent is not None:
+        if device.type == "cpu" or self._sent:
             return
         backend = getattr(torch, device.type)
-        with backend.device(device):
-            self._host.copy_(self.steps, non_blocking=True)
-            self._sent = backend.Event()
-            self._sent.record()
+        self._host.copy_(self.steps, non_blocking=True)
+        if self._event is None:
+            self._event = backend.Event()
+        self._event.record(backend.current_stream(device))
+        self._sent = True
 
     def take_new(self, wait: bool) -> dict[int, int]:
         """Parameter -> step that left out a block of it, for all that the host has learned since the last call.
@@ -81,11 +83,11 @@ class DeviceRecord:
         if self._host is not self.steps:
             if wait:
                 self._host.copy_(self.steps)
-            elif self._sent is None or not self._sent.query():
+            elif not (self._sent and self._event.query()):
                 return {}
-            self._sent = None
+            self._sent = False
         now = self._host.numpy()
-        if numpy.array_equal(now, self._seen):
+        if not (now != self._seen).any():
             return {}
         found = {i: int(now[i]) for i in numpy.flatnonzero(now != self._seen).tolist()}
         self._seen = now.copy()

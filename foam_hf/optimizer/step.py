@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,18 +13,17 @@ import torch
 from torch import Tensor
 
 from foam_hf.kernels.choice import use_kernels
+from foam_hf.kernels.uploads import SharedTables, share_tables
 from foam_hf.optimizer.members import hyper_of
+from foam_hf.optimizer.nonfinite import LeftOutReport
 from foam_hf.optimizer.sharding import add_over_ranks
-from foam_hf.optimizer.watched import Watched, WatchedGradients, gradients_of, unique
+from foam_hf.optimizer.watched import StepCounts, Watched, WatchedGradients, gradients_of, here, unique
 from foam_hf.rules.all import rule_named
 from foam_hf.rules.rule import Launch, Unfinished
 from foam_hf.tensors.finite import undo_if_nonfinite
 from foam_hf.tensors.places import local
 from foam_hf.tensors.rows import PLAIN, kernels_of, kind_of, weight_rows
 from foam_hf.tensors.step import Hyper, Member, State
-
-_PARAMETER, _STATE = operator.attrgetter("p"), operator.attrgetter("state")
-LeftOutAt = Callable[[dict[str, Any], torch.device], Tensor | None]
 
 
 @dataclass(slots=True)
@@ -36,6 +35,7 @@ class PreparedLaunch:
         launch: the launch of a kernel.
         members: the members that it updates, in its order.
         numbers: the index of each member's parameter among those of the step.
+        counted: the index of each member's parameter among those with a member, whose steps are counted.
         in_order: whether it updates all parameters of the step, in their order.
         lead: a member with a gradient in this step, or None. All members have the same ``Hyper`` but for the stream.
         index: ``numbers`` as a tensor on the device, made when it is needed.
@@ -45,16 +45,20 @@ class PreparedLaunch:
     launch: Launch
     members: list[Member]
     numbers: numpy.ndarray
+    counted: numpy.ndarray
     in_order: bool
     lead: Member | None = None
     index: Tensor | None = None
 
-    def leave_out(self, missing: numpy.ndarray) -> None:
-        """Let the launch skip the parameters without a gradient: ``missing``, bool, one for each of the step."""
-        here = ~missing[self.numbers]
-        self.launch.leave_out(here)
-        first = int(here.argmax())
-        self.lead = self.members[first] if here[first] else None
+    def leave_out(self, present: numpy.ndarray, counts: numpy.ndarray) -> None:
+        """Let the launch skip parameters without a gradient.
+
+        ``present`` is bool, one for each parameter of the step; ``counts`` are the steps of those with a member.
+        """
+        mine = present[self.numbers]
+        self.launch.leave_out(mine, counts[self.counted])
+        first = int(mine.argmax())
+        self.lead = self.members[first] if mine[first] else None
 
     def scales(self, grad_scale: Tensor | None) -> Tensor | None:
         """The elements of ``grad_scale`` for the members of the launch, in order; one element is for all members."""
@@ -94,14 +98,22 @@ class PreparedStep:
         self.launches: list[PreparedLaunch] = []
         self.plain: list[PlainUpdate] = []
         self._numbers = {id(p): i for i, p in enumerate(params)}
+        every = [member for mine in members for member in mine]
+        self._changed = unique(member.p for member in every)  # pieces of a parameter share its state
+        self._changed_numbers = numpy.array([self._numbers[id(p)] for p in self._changed], dtype=numpy.int64)
+        self._counted = {id(p): i for i, p in enumerate(self._changed)}
+        self._counts = StepCounts(unique(member.state for member in every))
         for group, mine in zip(groups, members, strict=True):
             self._add(group, mine)
-        self._members = [member for mine in members for member in mine]
-        self._follow_missing(numpy.array([p.grad is None for p in params]))
+        self._tables: list[SharedTables] = []
         self._watched: Watched | None = None
         if self.launches:  # without tables a new PreparedStep costs nothing
-            self._watched = Watched(groups, params, states, self._members)
-            self._gradients = WatchedGradients(params, self._members, self._watched.sharded)
+            self._tables = share_tables([each.launch for each in self.launches])
+            self._watched = Watched(groups, params, states, every)
+            self._gradients = WatchedGradients(params, every, self._watched.sharded)
+            self._follow_missing(here(self._gradients.last))
+        else:
+            self._follow_missing([p.grad is not None for p in params])
 
     def _add(self, group: dict[str, Any], members: list[Member]) -> None:
         by_kernels: dict[str, list[Member]] = {}
@@ -115,58 +127,66 @@ class PreparedStep:
             for launch in launches:
                 mine = [by_stream[stream] for stream in launch.streams.tolist()]
                 numbers = numpy.array([self._numbers[id(member.p)] for member in mine])
+                counted = numpy.array([self._counted[id(member.p)] for member in mine])
                 in_order = numpy.array_equal(numbers, everything)
-                self.launches.append(PreparedLaunch(group, launch, mine, numbers, in_order))
+                self.launches.append(PreparedLaunch(group, launch, mine, numbers, counted, in_order))
             unfit += more
         self.plain += [PlainUpdate(group, member, self._numbers[id(member.p)]) for member in unfit]
 
     def holds(self, groups: list[dict[str, Any]], params: list[Tensor], states: list[State]) -> bool:
         """Whether the step is still valid. If only gradients have moved, appeared or vanished, it adapts to them."""
-        if self._watched is None or not self._watched.unchanged(groups, params, states):
+        watched = self._watched
+        if watched is None or not (self._counts.unchanged() and watched.unchanged(groups, params, states)):
             return False
-        found, last = gradients_of(params, self._watched.sharded), self._gradients.last
-        moved = not numpy.array_equal(found.addresses, last.addresses)
-        if not self._gradients.fit(found, moved):
+        found, last = gradients_of(params, watched.sharded), self._gradients.last
+        if not self._gradients.fit(found):
             return False
         self._gradients.last = found
-        if moved:
+        if found.addresses != last.addresses:
+            addresses = numpy.array(found.addresses, dtype=numpy.int64)
             for each in self.launches:
-                each.launch.move_gradients(found.addresses[each.numbers])
-        if not numpy.array_equal(found.missing, last.missing):
-            self._follow_missing(found.missing)
+                each.launch.move_gradients(addresses[each.numbers])
+        if found.missing != last.missing:
+            self._follow_missing(here(found))
         return True
 
-    def _follow_missing(self, missing: numpy.ndarray) -> None:
-        """Skip parameters without a gradient in this step."""
-        present = [member for member in self._members if not missing[self._numbers[id(member.p)]]]
-        self._stepping, self._changing = (unique(map(get, present)) for get in (_STATE, _PARAMETER))
+    def _follow_missing(self, present: list[bool]) -> None:
+        """Update only the parameters that are ``present``, one value for each of the step's."""
+        flags = numpy.array(present, dtype=bool)
+        mine = flags[self._changed_numbers].tolist()
+        self._counts.count_only(mine)
+        self._changing = list(itertools.compress(self._changed, mine))
+        counts = numpy.array(self._counts.counts, dtype=numpy.int64)
         for each in self.launches:
-            each.leave_out(missing)
+            each.leave_out(flags, counts)
 
-    def run(self, grad_scale: Tensor | None, left_out_at: LeftOutAt) -> None:
+    def run(self, grad_scale: Tensor | None, left_out: LeftOutReport, size: int) -> None:
         """Update all members.
 
         Args:
             grad_scale: what to divide gradients by, with one element, or one for each of the step's parameters.
-            left_out_at: from a group and a device, the tensor with an element for each parameter where the step
-                records what it leaves out, or None.
+            left_out: takes what the step leaves out.
+            size: how many parameters the optimizer has.
         """
-        for state in self._stepping:
-            state["step"] += 1
-        if self._watched is not None:
-            self._watched.follow_steps()
+        self._counts.advance()
         unfinished: list[tuple[Unfinished, Hyper, Tensor | None]] = []
-        for each in self.launches:
-            if each.lead is None:
-                continue
-            h, where = hyper_of(each.group, each.lead), left_out_at(each.group, each.launch.device)
+        running = [(each, hyper_of(each.group, each.lead)) for each in self.launches if each.lead is not None]
+        counts: numpy.ndarray | None = None
+        for each, h in running:
+            if each.launch.mixed:
+                counts = numpy.array(self._counts.counts, dtype=numpy.int64) if counts is None else counts
+                each.launch.follow_steps(h, counts[each.counted])
+        for tables in self._tables:
+            tables.upload()
+        for each, h in running:
+            where = left_out.left_out_at(each.group, each.launch.device, size)
             left = each.launch.run(h, each.scales(grad_scale), where)
             if left is not None:
                 unfinished.append((left, h, where))
         for group, member, number in self.plain:
             if member.p.grad is None:
                 continue
-            h, where = hyper_of(group, member), left_out_at(group, member.weight.device)
+            h, where = hyper_of(group, member), left_out.left_out_at(group, member.weight.device, size)
             where = None if where is None else where[member.stream]
             scale = grad_scale
             if scale is not None and scale.numel() > 1:

@@ -5,8 +5,9 @@ The checks run in every step over hundreds of small tensors. For speed they use 
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy
@@ -22,13 +23,6 @@ _GRAD, _DTYPE, _STEP = operator.attrgetter("grad"), operator.attrgetter("dtype")
 _PREPARED_FOR = operator.itemgetter(*names_of(lambda each: each.field and not each.may_change))
 
 
-class StatesAlike(NamedTuple):
-    """States whose tensors have the same names. Each function in ``tensors`` gets the tensor of one name."""
-
-    tensors: list[Callable[[State], Tensor]]
-    states: list[State]
-
-
 class Watched:
     """The groups, parameters and state of a prepared step; ``unchanged`` compares them with the present ones."""
 
@@ -39,17 +33,12 @@ class Watched:
         self._groups, self._params, self._states = list(groups), params, states
         self._fields = _fields(groups)
         self._weights = unique(member.p for member in members)
-        self._alike = _alike(unique(member.state for member in members))
-        self._updated = [state for alike in self._alike for state in alike.states]
+        self._tensors = _getters(unique(member.state for member in members))
         self.sharded = any(is_sharded(p) for p in self._weights)
-        self._steps, self._addresses = self._steps_and_addresses()
-
-    def follow_steps(self) -> None:
-        """Remember the step counts after this step, which has increased them."""
-        self._steps = list(map(_STEP, self._updated))
+        self._addresses = self._addresses_held()
 
     def unchanged(self, groups: list[dict[str, Any]], params: list[Tensor], states: list[State]) -> bool:
-        """Whether all is the same, without regard to gradients and to options that every step reads anew."""
+        """Whether all is the same, without regard to steps, gradients and options that every step reads anew."""
         return (
             _same(groups, self._groups)
             and _same(params, self._params)
@@ -60,33 +49,71 @@ class Watched:
 
     def _holds_its_state(self) -> bool:
         try:
-            return self._steps_and_addresses() == (self._steps, self._addresses)
+            return self._addresses_held() == self._addresses
         except (KeyError, TypeError):  # a caller has removed state
             return False
 
-    def _steps_and_addresses(self) -> tuple[list[int], list[int]]:
+    def _addresses_held(self) -> list[int]:
         held = [*self._weights]
-        for alike in self._alike:
-            for tensor in alike.tensors:
-                held += map(tensor, alike.states)
+        for get, states in self._tensors:
+            held += map(get, states)
         # The kernels' tables hold these addresses.
-        addresses = list(map(Tensor.data_ptr, map(local, held) if self.sharded else held))
-        return list(map(_STEP, self._updated)), addresses
+        return list(map(Tensor.data_ptr, map(local, held) if self.sharded else held))
+
+
+class StepCounts:
+    """The step counts of some states, as this step has left them there."""
+
+    def __init__(self, states: list[State]) -> None:
+        self._states, self.counts = states, list(map(_STEP, states))
+        self._follow()
+
+    def _follow(self) -> None:
+        self._present: list[bool] | None = None  # which states a step counts; None for all
+        self._even = len(set(self.counts)) == 1
+
+    def unchanged(self) -> bool:
+        """Whether nobody else has written to them."""
+        try:
+            return list(map(_STEP, self._states)) == self.counts
+        except (KeyError, TypeError):
+            return False
+
+    def count_only(self, present: Sequence[bool]) -> None:
+        """From now on, count steps only of the states that are ``present``, one value for each."""
+        self._follow()
+        if not all(present):
+            self._present = list(present)
+
+    def advance(self) -> None:
+        """Count a step."""
+        if self._present is None and self._even and self.counts:
+            count = self.counts[0] + 1
+            self.counts = [count] * len(self.counts)
+            for state in self._states:
+                state["step"] = count
+            return
+        if self._present is None:
+            self.counts = [count + 1 for count in self.counts]
+        else:
+            self.counts = list(map(operator.add, self.counts, self._present))
+        for state, count in zip(self._states, self.counts, strict=True):
+            state["step"] = count
 
 
 class Gradients(NamedTuple):
     """The gradients of a step's parameters, as far as a prepared step depends on them.
 
     Attributes:
-        missing: bool, True for a parameter without a gradient.
-        kinds: lists of what kernels are compiled for, dtype and contiguity, with an element for each parameter, None
-            for a missing gradient. For DTensors all that must not change: also which are missing, and placements.
-        addresses: int64, 0 for a missing or sparse gradient.
+        missing: whether each parameter lacks a gradient; None if none does.
+        kinds: lists of what kernels are compiled for, dtype and contiguity, with an element for each gradient that is
+            not missing. For DTensors also which are missing, and placements.
+        addresses: one for each parameter, 0 for a missing or sparse gradient.
     """
 
-    missing: numpy.ndarray
+    missing: list[bool] | None
     kinds: list[Any]
-    addresses: numpy.ndarray
+    addresses: list[int]
 
 
 class WatchedGradients:
@@ -94,25 +121,39 @@ class WatchedGradients:
 
     def __init__(self, params: list[Tensor], members: list[Member], sharded: bool) -> None:
         self._sharded = sharded
-        self.last = gradients_of(params, sharded)
-        # A missing gradient is expected in the dtype of its weight, and contiguous.
+        self.last = last = gradients_of(params, sharded)
+        # A missing gradient is expected in the dtype of its weight, and contiguous; one of no member has no kind.
         number = {id(p): i for i, p in enumerate(params)}
-        self._kinds = {number[id(member.p)]: (member.p.dtype, True) for member in members}
-        if not sharded:
-            found = zip(*self.last.kinds, strict=True)
-            self._kinds |= {i: kind for i, kind in enumerate(found) if not self.last.missing[i]}
-        self._alignments = self.last.addresses % 16
+        self._kinds: list[list[Any]] = [[None] * len(params), [None] * len(params)]
+        for member in members:
+            i = number[id(member.p)]
+            self._kinds[0][i], self._kinds[1][i] = member.p.dtype, True
+        self._alignments = numpy.array(last.addresses, dtype=numpy.int64) % 16
+        if sharded:
+            self._kinds = last.kinds
+            return
+        present = range(len(params)) if last.missing is None else itertools.compress(range(len(params)), here(last))
+        for j, i in enumerate(present):
+            self._kinds[0][i], self._kinds[1][i] = last.kinds[0][j], last.kinds[1][j]
 
-    def fit(self, found: Gradients, moved: bool) -> bool:
-        """Whether the tables can be used for the gradients ``found``. ``moved`` says whether addresses differ."""
-        if found.kinds != self.last.kinds and (self._sharded or not self._know(found.kinds)):
+    def fit(self, found: Gradients) -> bool:
+        """Whether the tables can be used for the gradients ``found``."""
+        expected = self._kinds
+        if found.missing is not None and not self._sharded:
+            present = here(found)
+            expected = [list(itertools.compress(kinds, present)) for kinds in expected]
+        if found.kinds != expected:
             return False
-        # The kernels were compiled for the alignment of these addresses.
-        return not moved or not ((found.addresses % 16 != self._alignments) & ~found.missing).any()
+        if found.addresses == self.last.addresses:
+            return True
+        # The kernels were compiled for the alignment of these addresses. A missing gradient has none.
+        addresses = numpy.array(found.addresses, dtype=numpy.int64)
+        return not ((addresses % 16 != self._alignments) & (addresses != 0)).any()
 
-    def _know(self, kinds: list[Any]) -> bool:
-        """Whether every gradient that is not missing is of the kind that the tables were made for."""
-        return all(kind[0] is None or kind == self._kinds.get(i) for i, kind in enumerate(zip(*kinds, strict=True)))
+
+def here(gradients: Gradients) -> list[bool]:
+    """Which parameters have a gradient, one value for each."""
+    return [not missing for missing in gradients.missing or [False] * len(gradients.addresses)]
 
 
 def unique(values: Iterable[Any]) -> list[Any]:
@@ -120,12 +161,13 @@ def unique(values: Iterable[Any]) -> list[Any]:
     return list({id(value): value for value in values}.values())
 
 
-def _alike(states: list[State]) -> list[StatesAlike]:
+def _getters(states: list[State]) -> list[tuple[Any, list[State]]]:
+    """Functions that get a tensor of a state, each with the states that have the tensor."""
     by_names: dict[tuple[str, ...], list[State]] = {}
     for state in states:
         names = tuple(sorted(name for name in state if isinstance(state[name], Tensor)))
         by_names.setdefault(names, []).append(state)
-    return [StatesAlike([*map(operator.itemgetter, names)], some) for names, some in by_names.items()]
+    return [(operator.itemgetter(name), some) for names, some in by_names.items() for name in names]
 
 
 def _same(some: list[Any], others: list[Any]) -> bool:
@@ -142,31 +184,25 @@ def gradients_of(params: list[Tensor], sharded: bool) -> Gradients:
         grads = list(map(_GRAD, params))
     if not sharded:
         try:
-            found = list(map(Tensor.data_ptr, grads))
-            kinds = [list(map(_DTYPE, grads)), list(map(Tensor.is_contiguous, grads))]
-            return Gradients(numpy.zeros(len(params), dtype=bool), kinds, _int64(found))
+            addresses = list(map(Tensor.data_ptr, grads))
+            return Gradients(None, _kinds(grads), addresses)
         except (RuntimeError, TypeError):  # a sparse gradient has no address, None is no tensor
             pass
-    missing = numpy.array([grad is None for grad in grads])
+    missing = [grad is None for grad in grads]
     present = [grad for grad in grads if grad is not None]
-    kinds = [list(map(_DTYPE, present))]
+    whole = present
     if sharded:
-        kinds += [missing.tolist(), [getattr(grad, "placements", None) for grad in present]]
         present = list(map(local, present))
-    addresses = _int64([0] * len(params))
     try:
-        kinds.append(list(map(Tensor.is_contiguous, present)))
-        addresses[~missing] = list(map(Tensor.data_ptr, present))
+        found = iter(map(Tensor.data_ptr, present))
+        addresses = [0 if is_missing else next(found) for is_missing in missing]
+        kinds = _kinds(present)
     except RuntimeError:
-        return Gradients(missing, [[grad is None or grad.layout for grad in grads]] * 2, addresses)
-    return Gradients(missing, kinds if sharded else [_spread(values, missing) for values in kinds], addresses)
+        return Gradients(missing, [[grad.layout for grad in whole]] * 2, [0] * len(params))
+    if sharded:
+        kinds += [missing, [getattr(grad, "placements", None) for grad in whole]]
+    return Gradients(missing if any(missing) else None, kinds, addresses)
 
 
-def _spread(values: list[Any], missing: numpy.ndarray) -> list[Any]:
-    """``values``, one for each gradient, as a list with an element for each parameter: None if ``missing``."""
-    found = iter(values)
-    return [None if is_missing else next(found) for is_missing in missing]
-
-
-def _int64(values: list[int]) -> numpy.ndarray:
-    return numpy.array(values, dtype=numpy.int64)
+def _kinds(grads: list[Tensor]) -> list[Any]:
+    return [list(map(_DTYPE, grads)), list(map(Tensor.is_contiguous, grads))]

@@ -299,7 +299,6 @@ class FactoredLaunch(AddressTable):
         self, h: Hyper, grad_scale: Tensor | None = None, left_out_at: Tensor | None = None
     ) -> FactoredLaunch | None:
         """Update the weights; gives itself if the means wait for ``store``, when ``sums`` are those of all ranks."""
-        self.follow_steps(h)
         sizes = [*self.sizes.values()]
         memory = torch.empty(sum(sizes), dtype=torch.float32, device=self.device)
         self.buffers = dict(zip(self.sizes, memory.split(sizes), strict=True))

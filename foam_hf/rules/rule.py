@@ -55,15 +55,30 @@ class Launch(Protocol):
     """
 
     streams: numpy.ndarray  # of its members
+    mixed: bool  # whether those with a gradient have different step counts
+    changed: bool  # whether its table must be copied to the device before ``run``
 
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def words(self) -> int:
+        """How many int64 its table has."""
+
+    def place(self, host: numpy.ndarray, table: Tensor) -> None:
+        """Keep the table at ``host``, int64 (words,), from where it is copied to ``table`` on the device."""
+
     def run(self, h: Hyper, grad_scale: Tensor | None = None, left_out_at: Tensor | None = None) -> Unfinished | None:
         """Update the members; returns what is left to do, if anything is."""
 
-    def leave_out(self, here: numpy.ndarray) -> None:
-        """Let ``run`` skip members whose gradient is missing: ``here``, bool (len(streams),), is False for these."""
+    def leave_out(self, here: numpy.ndarray, steps: numpy.ndarray) -> None:
+        """Let ``run`` skip members whose gradient is missing: ``here``, bool (len(streams),), is False for these.
+
+        ``steps``, int64 (len(streams),), are their step counts.
+        """
+
+    def follow_steps(self, h: Hyper, steps: numpy.ndarray) -> None:
+        """Where they are ``mixed``, take the step count of each member for the next ``run``."""
 
     def move_gradients(self, addresses: numpy.ndarray) -> None:
         """Read gradients of the same dtype and layout from new ``addresses``, one for each of ``streams``."""

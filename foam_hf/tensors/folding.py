@@ -28,6 +28,8 @@ def blocked(x: Tensor, width: int) -> list[Tensor]:
     Nothing is copied; an operation in place on a view writes to ``x``.
     """
     n = x.shape[-1]
+    if n and n % width == 0:
+        return [x.unflatten(1, (n // width, width))]
     full = n - n % width
     views = [x[:, :full].unflatten(1, (full // width, width))] if full else []
     return views + ([x[:, full:].unsqueeze(1)] if full < n else [])
@@ -35,6 +37,8 @@ def blocked(x: Tensor, width: int) -> list[Tensor]:
 
 def split_moment(m: Tensor, width: int, n: int) -> list[Tensor]:
     """Views of a folded moment (rows, ceil(n/width)) as (rows, blocks, 1), in the same parts as :func:`blocked`."""
+    if n and n % width == 0:
+        return [m.unsqueeze(-1)]
     full = n // width
     views = [m[:, :full].unsqueeze(-1)] if full else []
     return views + ([m[:, full:].unsqueeze(-1)] if n % width else [])

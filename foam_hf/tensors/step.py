@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor
@@ -14,8 +13,7 @@ from foam_hf.tensors.places import Piece, Place, whole_place
 State = MutableMapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Hyper:
+class Hyper(NamedTuple):
     """The numbers of one parameter's step, named as in the paper.
 
     ``b1, b2`` are the betas, ``c1, c2`` the bias corrections ``1 - b**step``, and ``rho`` is the residual's scale.

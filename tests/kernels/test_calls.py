@@ -11,6 +11,8 @@ import triton.language as tl
 from foam_hf.int8 import block_kernel as int8_block_kernel
 from foam_hf.kernels.calls import KernelCall
 from foam_hf.kernels.columns import count_of, filled, number_of, row_of
+from foam_hf.kernels.tables import owner_table
+from foam_hf.kernels.uploads import PINNED, share_tables
 from foam_hf.rules import block_kernel, factored_means_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,3 +66,37 @@ def test_every_column_that_a_kernel_reads_is_the_one_of_its_name(module):
     numbers = {name: x.value for name, x in vars(module).items() if name.lower() in module.ROW.names}
     assert len(numbers) >= 5
     assert numbers == {name: module.ROW.names.index(name.lower()) for name in numbers}
+
+
+def test_programs_are_those_of_the_tensors_that_are_here():
+    counts = numpy.array([2, 0, 3, 1])
+    for here in ([True] * 4, [True, True, False, True], [False, False, True, False], [False] * 4):
+        expected = [[i, j] for i, count in enumerate(counts) if here[i] for j in range(count)]
+        found = owner_table(counts, numpy.array(here), torch.device(DEVICE))
+        assert found.dtype == torch.int32 and found.tolist() == expected and found.shape[1] == 2
+
+
+class Table:
+    """A table that only the host writes."""
+
+    def __init__(self, words: int) -> None:
+        self.words, self.device, self.changed = words, torch.zeros(1, device=DEVICE).device, True
+
+    def place(self, host: numpy.ndarray, table: torch.Tensor) -> None:
+        host[:] = numpy.arange(self.words)
+        self.host, self.table = host, table
+
+
+def test_tables_in_one_memory_are_apart_and_follow_the_host():
+    tables = [Table(words) for words in (3, 4, PINNED // 8 + 1, 1)]
+    (memory,) = share_tables(tables)
+    for change in range(3):
+        for i, table in enumerate(tables):
+            if change:
+                table.host[:] += 1000 * change + i
+                table.changed = i == change
+        memory.upload()
+        assert not any(table.changed for table in tables)
+        for table in tables:
+            assert table.table.data_ptr() % 16 == 0  # what kernels are compiled for
+            assert table.table.tolist() == table.host.tolist()
