@@ -26,6 +26,7 @@ from foam_hf.tensors.step import Hyper, Member
 
 MAX_COLUMNS = 32768  # a tile of more columns would not fit the registers of a program
 TILE_ELEMENTS = 2048  # of a program
+VECTOR = 1 << 16  # vectors of no more elements share a launch, whatever their length
 MAX_WARPS = 16 if torch.version.hip else 32  # of a program, 1024 threads: on AMD a warp has 64
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -103,6 +104,8 @@ class Geometry:
         aligned = n % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in entry.tensors)
         dtypes = (entry.weight.dtype, entry.grad.dtype, entry.moments[0].dtype)
         even = n % columns == 0 and (n == entry.place.columns or entry.weight.numel() == n)
+        if entry.weight.dim() < 2 and n <= VECTOR:  # norms and biases: one launch costs more than what is gained
+            columns, even, aligned = 256, False, False
         shifted = entry.place.first_column % 8 != 0 and entry.weight.dtype == torch.bfloat16
         return cls(entry.weight.device, *dtypes, width, columns, even, aligned, shifted)
 
@@ -170,11 +173,13 @@ class AddressTable:
 
     def follow_steps(self, h: Hyper, steps: numpy.ndarray) -> None:
         """Write each tensor's step and corrections to its row: for ``mixed`` ones. ``steps`` are as ``streams``."""
-        counts = numpy.maximum(steps, 1).tolist()  # 0 of one that was never updated, nor is now
-        corrections = {t: (1 / (1 - h.b1**t), 1 / (1 - h.b2**t)) for t in set(counts)}
-        bits = numpy.array([corrections[t] for t in counts], dtype=numpy.float32).view(numpy.int32)
-        self._rows["step"] = counts
-        self._rows["inv_c1"], self._rows["inv_c2"] = bits[:, 0], bits[:, 1]
+        self._rows["step"] = steps
+        counts, which = numpy.unique(steps, return_inverse=True)
+        ts = [max(t, 1) for t in counts.tolist()]  # 0 of one that was never updated, nor is now
+        for name, beta in (("inv_c1", h.b1), ("inv_c2", h.b2)):
+            # Python's powers, as in ``hyper_of``: those of numpy may differ in the last bit.
+            corrections = numpy.array([1 / (1 - beta**t) for t in ts], dtype=numpy.float32)
+            self._rows[name] = corrections.view(numpy.int32)[which]
         self.changed = True
 
     def move_gradients(self, addresses: numpy.ndarray) -> None:

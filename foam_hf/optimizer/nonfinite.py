@@ -47,8 +47,8 @@ class DeviceRecord:
         self.steps = torch.zeros(size, dtype=torch.int32, device=device)
         self._seen = numpy.zeros(size, dtype=numpy.int32)
         self._host = self.steps if device.type == "cpu" else torch.empty_like(self.steps, device="cpu").pin_memory()
-        self._sent = False  # whether a copy to the host was started
-        self._event: Any = None  # ends it
+        self._event: Any = None  # ends the copies to the host, one after the other
+        self._sent: Any = None  # the event, if a copy was started
 
     def resized(self, size: int) -> DeviceRecord:
         """A copy of the record for ``size`` parameters."""
@@ -66,14 +66,14 @@ class DeviceRecord:
     def send(self) -> None:
         """Start a copy to the host, unless one has not ended yet."""
         device = self.steps.device
-        if device.type == "cpu" or self._sent:
+        if device.type == "cpu" or self._sent is not None:
             return
         backend = getattr(torch, device.type)
         self._host.copy_(self.steps, non_blocking=True)
         if self._event is None:
             self._event = backend.Event()
         self._event.record(backend.current_stream(device))
-        self._sent = True
+        self._sent = self._event
 
     def take_new(self, wait: bool) -> dict[int, int]:
         """Parameter -> step that left out a block of it, for all that the host has learned since the last call.
@@ -83,9 +83,9 @@ class DeviceRecord:
         if self._host is not self.steps:
             if wait:
                 self._host.copy_(self.steps)
-            elif not (self._sent and self._event.query()):
+            elif self._sent is None or not self._sent.query():
                 return {}
-            self._sent = False
+            self._sent = None
         now = self._host.numpy()
         if not (now != self._seen).any():
             return {}

@@ -376,6 +376,20 @@ def test_one_group_of_equal_geometry_is_one_launch():
     assert len(launches) == 1 and not unfit
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_vectors_share_a_launch_and_have_the_bits_that_each_has_alone(monkeypatch, dtype):
+    """Norms and biases of any length."""
+    monkeypatch.setattr(kernel_tables, "VECTOR", 1000)
+    lengths = [(2,), (16,), (33,), (512,), (1000,), (1024,)]
+    weights, gradients = drawn(dtype, steps=3, shapes=lengths)
+    together, optimizer = train(monkeypatch, "triton", weights, gradients, state_dtype=dtype)
+    assert [len(each.members) for each in optimizer._prepared.launches] == [5, 1]
+    monkeypatch.setattr(kernel_tables, "VECTOR", 0)
+    apart, optimizer = train(monkeypatch, "triton", weights, gradients, state_dtype=dtype)
+    assert len(optimizer._prepared.launches) > 2
+    assert all(map(torch.equal, together, apart))
+
+
 def test_the_environment_chooses_the_path(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.delenv("FOAM_HF_KERNEL", raising=False)
