@@ -16,11 +16,13 @@ from torch import Tensor
 from foam_hf.optim_args import names_of, option, refuse_unread
 from foam_hf.optimizer.checks import check_field_names, check_options, check_parameter, check_rule, fill_scale
 from foam_hf.optimizer.decided import Decided
+from foam_hf.optimizer.flat import LAYOUT, RECORD, FlatWeights
+from foam_hf.optimizer.flat_step import FlatSteps
 from foam_hf.optimizer.members import Numbering, Owned, members_of, members_of_one, parameters_of
 from foam_hf.optimizer.nonfinite import LeftOutReport
 from foam_hf.optimizer.releases import expect_release, is_released
 from foam_hf.optimizer.sharding import as_state_of, pieces_of
-from foam_hf.optimizer.state import check_checkpoint, expected_state, list_as_tuple, with_dtype
+from foam_hf.optimizer.state import CheckpointMismatchError, check_checkpoint, expected_state, list_as_tuple, with_dtype
 from foam_hf.optimizer.step import PreparedStep, refuse_capture
 from foam_hf.rules.all import asked_rules, rule_of
 from foam_hf.tensors.folding import Level
@@ -116,6 +118,7 @@ class FOAM(torch.optim.Optimizer):
         check_options(defaults)
         self._prepared: PreparedStep | None = None  # holds addresses: never copied, pickled or resumed
         self._left_out = LeftOutReport()
+        self._weights, self._flat_steps = FlatWeights(), FlatSteps()
         super().__init__(params if decided is None else decided.applied_to(params), defaults)
         if decided is not None and decided.released:
             expect_release(self)
@@ -154,6 +157,7 @@ class FOAM(torch.optim.Optimizer):
                 check_rule(p, group)
                 if is_sharded(p):
                     pieces_of(p, *rule_of(p, group))
+            self._weights.add(group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -179,13 +183,18 @@ class FOAM(torch.optim.Optimizer):
             RuntimeError: a CUDA graph is being captured.
         """
         refuse_capture()  # first, as any question to the GPU would break the capture
-        self._left_out.report(self.param_groups)
+        self._report()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         # Set by torch.amp.GradScaler, which leaves unscaling and skipping to an optimizer that can do both.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if self._weights.are_flat(self.param_groups):
+            self._flat_steps.run(self._weights, self.param_groups, self.state, self._left_out, grad_scale)
+            self._left_out.send()
+            self._report()
+            return loss
         if found_inf is not None and bool(found_inf):
             members_of(self._owned)  # as in torch's fused AdamW, state exists after a first step that was skipped
             return loss
@@ -195,8 +204,13 @@ class FOAM(torch.optim.Optimizer):
             self._prepared = PreparedStep(self.param_groups, params, list(self.state.values()), members)
         self._prepared.run(grad_scale, self._left_out, len(params))
         self._left_out.send()
-        self._left_out.report(self.param_groups)
+        self._report()
         return loss
+
+    def _report(self, wait: bool = False) -> None:
+        """Report gradients that were not finite, as ``nonfinite`` says."""
+        groups = self._weights.as_groups() if self._weights.parts else self.param_groups
+        self._left_out.report(groups, wait)
 
     def check_gradients(self) -> None:
         """Report gradients that were NaN or infinite in the steps so far, as ``nonfinite`` says. Waits for the GPU.
@@ -204,16 +218,21 @@ class FOAM(torch.optim.Optimizer):
         Raises:
             FloatingPointError: there was one that was not reported yet, and ``nonfinite`` is ``"error"``.
         """
-        self._left_out.report(self.param_groups, wait=True)
+        self._report(wait=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # torch adds this default, which FOAM does not have. Groups with it would not match those of a checkpoint.
         self.defaults.pop("differentiable", None)
-        self._prepared, self._left_out = None, LeftOutReport()
+        self._prepared, self._left_out, self._flat_steps = None, LeftOutReport(), FlatSteps()
         for group in self.param_groups:  # a checkpoint of an older version lacks newer options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+        if "_weights" not in self.__dict__:  # it was copied or unpickled
+            self._weights = FlatWeights()
+            for group in self.param_groups:
+                self._weights.add(group)
+        self._weights.follow(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, but gradients that were not finite are reported before, so that no checkpoint hides them.
@@ -227,7 +246,7 @@ class FOAM(torch.optim.Optimizer):
         saved = super().state_dict()
         for group in saved["param_groups"]:
             group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
-        return saved
+        return self._weights.saved(saved) if self._weights.are_flat(self.param_groups) else saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint. Hyperparameters come from it, as in torch. State keeps the dtypes it was saved in.
@@ -244,10 +263,15 @@ class FOAM(torch.optim.Optimizer):
         for pre_hook in pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        saved_states = check_checkpoint(state_dict, self.param_groups)
+        flat = self._weights.are_flat(self.param_groups)
+        if problem := self._weights.checkpoint_problem(state_dict, flat):
+            raise CheckpointMismatchError(problem, state_dict)
+        expected = self._weights.spec if flat else expected_state
+        saved_states = check_checkpoint(state_dict, self.param_groups, expected)
         groups = [with_dtype(group) for group in state_dict["param_groups"]]
         for mine, group in zip(self.param_groups, groups, strict=True):
             group["nonfinite"] = mine["nonfinite"]
+            group.pop(RECORD, None)
             if "param_names" not in mine:  # torch would require names of every later group
                 group.pop("param_names", None)
         state_dict = {**state_dict, "param_groups": groups}
@@ -271,10 +295,12 @@ class FOAM(torch.optim.Optimizer):
         # torch has cast state to the dtype of its parameter, which rounds float32 moments of bfloat16 weights.
         members = ((p, group) for group in self.param_groups for p in group["params"])
         for (p, group), saved in zip(members, saved_states, strict=True):
-            for name, tensor in expected_state(p, group).items():
+            for name, tensor in expected(p, group).items():
                 if saved:
                     self.state[p][name] = as_state_of(p, name, tensor, saved[name])
-        self._prepared, self._left_out = None, LeftOutReport()
+            if saved and flat:
+                self.state[p][LAYOUT] = self._weights.parts[id(p)].layout
+        self._prepared, self._left_out, self._flat_steps = None, LeftOutReport(), FlatSteps()
         for post_hook in post_hooks.values():
             post_hook(self)
 

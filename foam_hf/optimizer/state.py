@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,8 +66,15 @@ def list_as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The saved state of each parameter in order, or a ValueError that says why the checkpoint does not fit."""
+def check_checkpoint(
+    state_dict: dict[str, Any],
+    groups: list[dict[str, Any]],
+    expected: Callable[[Tensor, dict[str, Any]], State] = expected_state,
+) -> list[dict[str, Any]]:
+    """The saved state of each parameter in order, or a ValueError that says why the checkpoint does not fit.
+
+    ``expected`` describes the state of a parameter.
+    """
     try:
         saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
     except (KeyError, TypeError):
@@ -112,7 +120,7 @@ def check_checkpoint(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -
         except (TypeError, ValueError) as error:
             raise ValueError(f"param group {i} of the checkpoint is not valid: {error}") from None
         for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
-            state, spec = saved_state.get(key, {}), expected_state(p, group)
+            state, spec = saved_state.get(key, {}), expected(p, group)
             problem = state_problem(state, spec) if state else ""  # a parameter has no state before its first gradient
             if problem:
                 who = f"parameter {key}{_name_of(index, group, saved)}"

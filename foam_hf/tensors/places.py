@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 Group = Any  # a torch.distributed.ProcessGroup, which not every build of torch has
@@ -56,6 +57,14 @@ class Piece(NamedTuple):
 def is_sharded(x: Any) -> bool:
     """Whether ``x`` is a DTensor. torch.distributed is not imported, as it may be missing."""
     return hasattr(x, "device_mesh")
+
+
+def whole(p: Tensor) -> Tensor:
+    """``p``; or of a weight that DeepSpeed's ZeRO 3 has cut up, a meta tensor of the shape that it has as a whole."""
+    shape = getattr(p, "ds_shape", p.shape)
+    if shape == p.shape:
+        return p
+    return torch.empty(shape, dtype=p.dtype, device="meta", requires_grad=p.requires_grad)
 
 
 def local(x: Tensor) -> Tensor:

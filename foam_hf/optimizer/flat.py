@@ -1,0 +1,367 @@
+"""FOAM on flat vectors: which blocks of the model's weights DeepSpeed's ZeRO gave to this process.
+
+``FlatWeights`` remembers the weights that an optimizer was made for, finds where ZeRO has put them, and checks that as
+many weights and blocks fold as were planned. ``flat_step`` updates them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from foam_hf.optimizer.deepspeed import Flat, flats_of, is_partitioned
+from foam_hf.rules.all import rule_of, shardable_options
+from foam_hf.rules.rule import StateTensor
+from foam_hf.tensors.flat import Cut, Rectangle, split
+from foam_hf.tensors.folding import Level, block_width, num_blocks
+from foam_hf.tensors.places import Place, whole
+
+logger = logging.getLogger("foam_hf")
+
+Group = dict[str, Any]
+RECORD = "flat"  # what a param group of a checkpoint says of its flat vectors
+LAYOUT = "layout"  # a number in the state of a flat vector that says which parts of which weights it is of
+
+
+class Weight(NamedTuple):
+    """A weight that an optimizer was made for, and how it was to be updated then."""
+
+    p: ref[Tensor]
+    shape: torch.Size
+    trained: bool
+    rule: str
+    level: Level
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def dims(self) -> int:
+        return len(self.shape)
+
+    @property
+    def width(self) -> int:
+        """Columns of a block; 1 if it does not fold."""
+        return 1 if self.level == 0 else block_width(self.level, self.columns)
+
+    @property
+    def blocks(self) -> int:
+        return math.prod(self.shape[:-1]) * num_blocks(self.level, self.columns)
+
+    def place(self, first_row: int, first_column: int) -> Place:
+        """The place of a part that begins there."""
+        rows = math.prod(self.shape[:-1])
+        return Place(first_row, first_column, rows, self.shape[-2] if self.dims > 1 else 1, self.columns)
+
+
+class Part(NamedTuple):
+    """A part of a weight whose blocks are whole: a rectangle of a flat vector, or a block that several vectors share.
+
+    Attributes:
+        weight: its number among all.
+        shape: of the part.
+        place: where it lies in its weight.
+        at: where it begins in the vector, or in the buffer of shared blocks.
+        state: by name, shape and dtype of each tensor of state, and where it begins in the vector's tensor of state.
+    """
+
+    weight: int
+    shape: tuple[int, ...]
+    place: Place
+    at: int
+    state: dict[str, tuple[int, StateTensor]]
+    rule: str
+    level: Level
+
+
+class FlatParts:
+    """The parts of weights in a flat vector, the shared blocks at their ends, and the shapes of its state."""
+
+    def __init__(self, flat: Flat, weights: list[Weight], group: Group) -> None:
+        self.flat = flat
+        self.sizes: dict[str, tuple[int, torch.dtype]] = {}
+        self.rectangles, self.cuts = self._split(flat.rank, weights)
+        self.parts: list[Part] = []
+        for rectangle in self.rectangles:
+            weight = weights[rectangle.weight]
+            shape = (rectangle.rows, rectangle.columns) if weight.dims > 1 else (rectangle.columns,)
+            place = weight.place(rectangle.first_row, rectangle.first_column)
+            self.parts.append(self._part(rectangle.weight, shape, place, rectangle.at, group))
+        self.shared: list[Part] = []
+        at = 0
+        for cut in self.cuts:
+            weight = weights[cut.weight]
+            place = weight.place(*divmod(cut.first, weight.columns))
+            self.shared.append(self._part(cut.weight, (1, cut.count), place, at, group))
+            at += cut.count
+        self.shared_elements = at
+        described = [(tuple(w.shape), w.rule, w.level) for w in weights], flat.group, flat.rank, flat.spans
+        self.layout = zlib.crc32(repr(described).encode())
+        self.counted = self._count(weights, group)
+
+    def _split(self, rank: int, weights: list[Weight]) -> tuple[list[Rectangle], list[Cut]]:
+        rectangles, cuts = [], []
+        for span in self.flat.spans[rank]:
+            weight = weights[span.weight]
+            some, at_ends = split(span, max(1, weight.columns), weight.width)
+            rectangles += some
+            cuts += at_ends
+        return rectangles, cuts
+
+    def _part(self, number: int, shape: tuple[int, ...], place: Place, at: int, group: Group) -> Part:
+        like = torch.empty(shape, device="meta")
+        rule, level = rule_of(like, group)
+        state = {}
+        for name, tensor in rule.state(like, level, group).items():
+            begin, _ = self.sizes.get(name, (0, tensor.dtype))
+            state[name] = begin, tensor
+            self.sizes[name] = begin + tensor.shape.numel(), tensor.dtype
+        return Part(number, shape, place, at, state, rule.name, level)
+
+    def _count(self, weights: list[Weight], group: Group) -> tuple[int, int, int]:
+        """How many weights fold that begin here, how many blocks of them, and how many elements lie here in all."""
+        folded = [part for part in (*self.parts, *self.shared) if part.level != 0]
+        here = {part.weight for part in folded}
+        begun = {span.weight for span in self.flat.spans[self.flat.rank] if span.first == 0 and span.weight in here}
+        blocks = sum(math.prod(part.shape[:-1]) * num_blocks(part.level, part.shape[-1]) for part in folded)
+        blocks -= sum(cut.mine.first > cut.first for cut in self.cuts)  # counted where it begins
+        return len(begun), blocks, sum(span.count for span in self.flat.spans[self.flat.rank])
+
+    @property
+    def spec(self) -> dict[str, StateTensor]:
+        """Shape and dtype of each tensor of state of the vector."""
+        return {name: StateTensor(torch.Size((size,)), dtype) for name, (size, dtype) in self.sizes.items()}
+
+    def exchange(self, weights: list[Weight]) -> tuple[list[int], list[int], list[int], int]:
+        """How gradients of shared blocks travel.
+
+        Returns:
+            positions in the vector of the elements to send; their positions in the buffer of shared blocks; for each
+            element of that buffer, its position in what all processes sent; and how many elements a process sends.
+        """
+        sent: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # block -> offset, first element, count
+        most = 0
+        for rank in range(len(self.flat.spans)):
+            _, cuts = self._split(rank, weights)
+            offset = 0
+            for cut in cuts:
+                sent.setdefault((cut.weight, cut.first), []).append((rank, offset, cut.mine.first, cut.mine.count))
+                offset += cut.mine.count
+            most = max(most, offset)
+        send, own, take = [], [], []
+        for cut in self.cuts:
+            own_begin = len(take) + cut.mine.first - cut.first
+            send += range(cut.mine.at, cut.mine.at + cut.mine.count)
+            own += range(own_begin, own_begin + cut.mine.count)
+            parts = sorted(sent[cut.weight, cut.first], key=lambda part: part[2])
+            for rank, offset, _, count in parts:
+                take += range(rank * most + offset, rank * most + offset + count)
+        return send, own, take, most
+
+
+class FlatWeights:
+    """The weights that an optimizer was made for, and the flat vectors that ZeRO has made of them, if it has."""
+
+    def __init__(self) -> None:
+        self._groups: list[tuple[Group, list[int]]] = []
+        self.weights: list[Weight] = []
+        self.parts: dict[int, FlatParts] = {}  # id of a flat vector -> its parts; empty without ZeRO
+        self.names: dict[int, str] = {}  # id of a weight -> its name, while a checkpoint is written or read
+
+    def add(self, group: Group) -> None:
+        """Remember the weights of a new param group."""
+        numbers = []
+        for p in group["params"]:
+            like = whole(p)
+            rule, level = rule_of(like, group)
+            numbers.append(len(self.weights))
+            self.weights.append(Weight(ref(p), like.shape, p.requires_grad, rule.name, level))
+        self._groups.append((group, numbers))
+
+    def follow(self, groups: list[Group]) -> None:
+        """Take ``groups`` for those that were added: a checkpoint replaces the dicts."""
+        if len(groups) == len(self._groups):
+            self._groups = [(group, numbers) for group, (_, numbers) in zip(groups, self._groups, strict=True)]
+
+    def are_flat(self, groups: list[Group]) -> bool:
+        """Whether ``groups`` hold flat vectors of ZeRO instead of weights. Finds out where all weights lie, if so.
+
+        Raises:
+            ValueError: a rule needs whole matrices, or another number of weights or blocks fold than was planned.
+            ImportError: this version of DeepSpeed is not known.
+        """
+        if self.parts:
+            return True
+        if not self.looks_flat(groups):
+            return False
+        self._find(groups)
+        return True
+
+    def looks_flat(self, groups: list[Group]) -> bool:
+        """Whether ZeRO holds the weights."""
+        if self.parts:
+            return True
+        for group in groups:
+            if group["params"]:
+                numbers = next((numbers for known, numbers in self._groups if known is group), None)
+                weight = self.weights[numbers[0]].p() if numbers else None
+                if weight is group["params"][0] or weight is None:
+                    return False
+                return any(is_partitioned(self.weights[i].p()) for i in numbers or [])
+        return False
+
+    def _find(self, groups: list[Group]) -> None:
+        known = {id(group) for group, _ in self._groups}
+        if strangers := [group for group in groups if id(group) not in known]:
+            raise ValueError(
+                f"{len(strangers)} of {len(groups)} param groups are not those that FOAM was made with, so it cannot "
+                "tell which weights lie in their flat vectors; expected the dicts of FOAM.param_groups"
+            )
+        self._groups = [(group, numbers) for group, numbers in self._groups if numbers]
+        for group, numbers in self._groups:
+            refuse_whole_weights_rules(group, "DeepSpeed's ZeRO")
+            if any(self.weights[i].p() is None for i in numbers):
+                raise ValueError("weights that FOAM was made for are gone; expected the model that DeepSpeed trains")
+        alive = [[(i, self._alive(i)) for i in numbers] for _, numbers in self._groups]
+        flats = flats_of([group for group, _ in self._groups], alive)
+        found = [FlatParts(flat, self.weights, self._groups[flat.group][0]) for flat in flats]
+        self._compare_with_plan(found)
+        self.parts = {id(each.flat.tensor): each for each in found}
+
+    def _alive(self, number: int) -> Tensor:
+        p = self.weights[number].p()
+        assert p is not None
+        return p
+
+    def _compare_with_plan(self, found: list[FlatParts]) -> None:
+        """Raise ValueError if over all processes another number of weights, blocks or elements is found than planned.
+
+        ``found`` has the rule of each part by the fields that its group has now.
+        """
+        trained = [w for w in self.weights if w.trained and w.shape.numel()]
+        folded = [w for w in trained if w.level != 0]
+        planned = [len(folded), sum(w.blocks for w in folded), sum(w.shape.numel() for w in trained)]
+        mine = [sum(counts) for counts in zip(*(each.counted for each in found), strict=True)] or [0, 0, 0]
+        groups = list(dict.fromkeys(each.flat.process_group for each in found))
+        if len(groups) > 1:
+            raise ValueError(
+                f"param groups are shared by {len(groups)} different groups of processes, as with expert parallelism; "
+                "expected one group of processes for all weights"
+            )
+        device = found[0].flat.device if found else torch.device("cpu")
+        total = torch.tensor(mine, dtype=torch.int64, device=device)
+        torch.distributed.all_reduce(total, group=groups[0] if groups else None)
+        counted = total.tolist()
+        if counted != planned:
+            raise ValueError(
+                f"DeepSpeed's ZeRO holds {_counts(counted)}, and FOAM was made for {_counts(planned)}; expected the "
+                "same: weights frozen or unfrozen, or fields of param groups changed, after FOAM was made?"
+            )
+        if found and found[0].flat.rank == 0:
+            cuts = sum(len(each.cuts) for each in found)
+            logger.info(
+                f"FOAM under DeepSpeed's ZeRO: {_counts(counted)} over {len(found[0].flat.spans)} processes, as "
+                f"planned; process 0 holds {mine[1]:,} blocks and shares {cuts} of them with others"
+            )
+
+    def spec(self, p: Tensor, group: Group) -> dict[str, StateTensor]:
+        """Shape and dtype of each tensor of state of a flat vector, as ``expected_state`` has it of a weight."""
+        return self.parts[id(p)].spec
+
+    def as_groups(self) -> list[Group]:
+        """The param groups with the weights themselves in place of flat vectors, for messages."""
+        return [{**group, "params": [self._alive(i) for i in numbers]} for group, numbers in self._groups]
+
+    @contextmanager
+    def named(self, names: Mapping[int, str]) -> Iterator[None]:
+        """Inside of it, checkpoints hold the names of weights: ``names`` by the id of a weight."""
+        self.names = dict(names)
+        try:
+            yield
+        finally:
+            self.names = {}
+
+    def saved(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """``state_dict`` as a checkpoint holds it: each param group says of which vectors its state is."""
+        states = {
+            key: {name: x for name, x in state.items() if name != LAYOUT} for key, state in state_dict["state"].items()
+        }
+        groups = [{**group, RECORD: self._record(i)} for i, group in enumerate(state_dict["param_groups"])]
+        return {**state_dict, "state": states, "param_groups": groups}
+
+    def checkpoint_problem(self, state_dict: Any, flat: bool) -> str:
+        """Why the state in a checkpoint is not that of the present vectors, or of weights if not ``flat``; or nothing.
+
+        What is no checkpoint of an optimizer is left to other checks.
+        """
+        groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
+        for number, group in enumerate(groups if isinstance(groups, list) else []):
+            if not isinstance(group, dict):
+                continue
+            record = group.get(RECORD)
+            if not flat and record is not None:
+                return (
+                    f"the checkpoint holds the state of flat vectors of DeepSpeed's ZeRO over {record['processes']} "
+                    "processes, and here no ZeRO holds the weights; expected the engine and the number of processes "
+                    "that wrote it, or training from the weights alone"
+                )
+            if flat and number < len(self._groups) and (problem := self._record_problem(number, record)):
+                return problem
+        return ""
+
+    def _record(self, number: int) -> dict[str, Any]:
+        found = [each for each in self.parts.values() if each.flat.group == number]
+        numbers = self._groups[number][1]
+        return {
+            "processes": len(found[0].flat.spans) if found else 0,
+            "process": found[0].flat.rank if found else 0,
+            LAYOUT: [each.layout for each in found],
+            "names": [self.names.get(id(self._alive(i)), "") for i in numbers] if self.names else [],
+        }
+
+    def _record_problem(self, number: int, saved: Any) -> str:
+        here = self._record(number)
+        if not isinstance(saved, dict):
+            return (
+                "the checkpoint holds the state of whole weights, and here DeepSpeed's ZeRO holds them; expected a "
+                "checkpoint that ZeRO wrote, or training from the weights alone"
+            )
+        for name in ("processes", "process"):
+            if saved.get(name) != here[name]:
+                return (
+                    f"the checkpoint's flat vectors are those of {name}={saved.get(name)}, and here {name}="
+                    f"{here[name]}, so they are cut elsewhere; expected as many processes as wrote it"
+                )
+        for own, other in zip(here["names"], saved.get("names") or [], strict=False):
+            if own != other and own and other:
+                return f"the checkpoint holds the state of {other} where this model has {own}; expected the same model"
+        if saved.get(LAYOUT) != here[LAYOUT]:
+            return (
+                "the checkpoint's flat vectors hold other weights, or are cut elsewhere; expected the same model, "
+                "the same choice of folded weights, ZeRO stage and DeepSpeed config"
+            )
+        return ""
+
+
+def _counts(numbers: list[int]) -> str:
+    weights, blocks, elements = numbers
+    return f"{weights:,} weights that fold in {blocks:,} blocks, {elements:,} elements in all"
+
+
+def refuse_whole_weights_rules(options: Mapping[str, Any], by: str) -> None:
+    """Raise ValueError if ``options`` ask for a rule that needs whole rows, columns or tensors, which ``by`` cuts."""
+    for field, legal in shardable_options(("rows and columns",)).items():
+        if options.get(field, legal[0]) not in legal:
+            raise ValueError(
+                f"{field}={options[field]!r} needs whole matrices, and {by} cuts them anywhere; expected "
+                f"{field}={' or '.join(map(repr, legal))}, or DDP" + (" or FSDP2" if options[field] == "factored" else "")
+            )
