@@ -82,5 +82,6 @@ def _register_int8_weight(module: types.ModuleType) -> None:
 on_import("transformers.training_args", _register_names)
 on_import("transformers.trainer", _patch)
 on_import("transformers.modelcard", _patch)
+on_import("accelerate.accelerator", _patch)
 on_import("transformers.quantizers.auto", _register_int8)
 on_import("foam_hf.optimizer", _register_int8_weight)

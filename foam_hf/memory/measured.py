@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from foam_hf.display import UNAVAILABLE, format_bytes
 from foam_hf.memory.storages import state_storages, storages, total, without
 from foam_hf.optimizer.checks import check_options, fill_scale
+from foam_hf.optimizer.flat import FlatParts
 from foam_hf.optimizer.foam import FOAM
 from foam_hf.optimizer.sharding import local_shape
 from foam_hf.optimizer.state import expected_state
 from foam_hf.rules.all import rule_of
-from foam_hf.tensors.places import is_sharded, local
+from foam_hf.tensors.places import is_sharded, local, whole
 from foam_hf.tensors.rows import PLAIN, kind_of
 
 
@@ -75,12 +76,17 @@ def state_bytes(optimizer: Any) -> int:
 def breakdown(model: nn.Module, optimizer: Any) -> MemoryBreakdown:
     """Measure the bytes of weights, gradients and state in this process, and read the counters of CUDA.
 
-    A storage that several kinds share counts once, as the first of weights, gradients and state.
+    A storage that several kinds share counts once, as the first of weights, gradients and state. Under DeepSpeed's ZeRO
+    weights are what this process holds of them, with FOAM's float32 copies; ``parameters`` and ``adamw`` are for the
+    elements that it updates.
 
     Raises:
         TypeError: `optimizer` has no state and param_groups.
     """
-    weights = storages([*model.parameters(), *model.buffers()])
+    params = list(model.parameters())
+    parts = [getattr(p, "ds_tensor", None) for p in params]  # ZeRO 3 keeps them outside of the weights
+    flats = _flats_of(optimizer)
+    weights = storages([*params, *model.buffers(), *parts, *(each.flat.tensor for each in flats)])
     gradients = without(storages([p.grad for p in model.parameters()]), weights)
     state = without(without(state_storages(optimizer), weights), gradients)
     allocated = peak = shares = None
@@ -92,10 +98,11 @@ def breakdown(model: nn.Module, optimizer: Any) -> MemoryBreakdown:
         on_device = {name: total(part, devices) for name, part in parts.items()}
         on_device["rest"] = peak - sum(on_device.values())
         shares = {name: size / peak for name, size in on_device.items()} if peak else None
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in params if p.requires_grad]
+    elements = sum(each.elements for each in flats)
     return MemoryBreakdown(
-        parameters=sum(local(p).numel() for p in trainable),
-        adamw=adamw_state_bytes(trainable),
+        parameters=elements if flats else sum(local(whole(p)).numel() for p in trainable),
+        adamw=sum(8 * each.elements + 4 for each in flats) if flats else adamw_state_bytes(trainable),
         weights=total(weights),
         gradients=total(gradients),
         state=total(state),
@@ -105,12 +112,21 @@ def breakdown(model: nn.Module, optimizer: Any) -> MemoryBreakdown:
     )
 
 
+def _flats_of(optimizer: Any) -> list[FlatParts]:
+    """What DeepSpeed's ZeRO has made of the weights of a FOAM, perhaps inside of wrappers; or nothing."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer.flat_parts if isinstance(optimizer, FOAM) else []
+
+
 def expected_state_bytes(param_groups: Iterable[Mapping[str, Any]]) -> int:
     """The bytes of state that FOAM will hold in this process for `param_groups`; nothing is allocated.
 
     Args:
         param_groups: of a FOAM optimizer, or from `foam_param_groups`; FOAM's defaults fill in missing fields.
-            Parameters may be on the meta device; those without `requires_grad` get no state.
+            Parameters may be on the meta device; those without `requires_grad` get no state. DeepSpeed's ZeRO replaces
+            the parameters of an optimizer, so ask before, or with new groups of the model: then it is the sum over
+            processes, in which each block that two of them share counts once.
 
     Raises:
         ValueError, TypeError: a field that FOAM's constructor would refuse.
@@ -126,7 +142,7 @@ def adamw_state_bytes(params: Iterable[Tensor]) -> int:
         params: tensors of any dtype. Each counts once, a DTensor with its local shard. Tensors without
             `requires_grad` do not count.
     """
-    unique = {id(p): p for p in params if p.requires_grad}
+    unique = {id(p): whole(p) for p in params if p.requires_grad}
     return sum(2 * mine.numel() * mine.element_size() + 4 for mine in map(local, unique.values()))
 
 
@@ -139,7 +155,7 @@ def headline(optimizer: Any) -> str:
         if p.requires_grad
     }
     total, adamw = _total_bytes([*trained.values()]), adamw_state_bytes(p for p, _ in trained.values())
-    count = sum(local(p).numel() for p, _ in trained.values())
+    count = sum(local(whole(p)).numel() for p, _ in trained.values())
     share = ", this process's share" if any(is_sharded(p) for p, _ in trained.values()) else ""
     return (
         f"FOAM: {format_bytes(total)} of optimizer state, {_percent(total, adamw)} of AdamW's {format_bytes(adamw)}, "
@@ -153,7 +169,7 @@ def summarize(optimizer: Any) -> str:
     plain: dict[str, list[tuple[Tensor, int]]] = {}
     rounding: set[str] = set()
     for group in _with_defaults(optimizer.param_groups):
-        for p in group["params"]:
+        for p in map(whole, group["params"]):
             if not p.requires_grad:
                 continue
             rule, level = rule_of(p, group)
@@ -210,5 +226,6 @@ def _with_defaults(param_groups: Iterable[Mapping[str, Any]]) -> Iterator[dict[s
 
 
 def _expected_bytes(p: Tensor, group: dict[str, Any]) -> int:
+    p = whole(p)
     tensors = expected_state(p, group).values()
     return sum(local_shape(p, tensor).numel() * tensor.dtype.itemsize for tensor in tensors)

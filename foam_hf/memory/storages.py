@@ -59,8 +59,10 @@ def state_storages(optimizer: Any) -> Storages:
     for inner in optimizers:
         found |= storages([getattr(inner, "state", None)])
         # Some optimizers keep state in attributes (AdaLomo). Objects there are managers that all optimizers share.
-        attributes = [value for name, value in _attributes(inner) if name not in _NOT_STATE]
-        found |= storages(attributes, objects=False)
+        # DeepSpeed's wrappers keep weights and buffers there.
+        if not type(inner).__module__.startswith("deepspeed."):
+            attributes = [value for name, value in _attributes(inner) if name not in _NOT_STATE]
+            found |= storages(attributes, objects=False)
         params = [p for group in getattr(inner, "param_groups", ()) for p in group["params"]]
         own |= storages([*params, *(getattr(p, "grad", None) for p in params)])
     return without(found, own)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -134,7 +133,12 @@ class FlatParts:
         begun = {span.weight for span in self.flat.spans[self.flat.rank] if span.first == 0 and span.weight in here}
         blocks = sum(math.prod(part.shape[:-1]) * num_blocks(part.level, part.shape[-1]) for part in folded)
         blocks -= sum(cut.mine.first > cut.first for cut in self.cuts)  # counted where it begins
-        return len(begun), blocks, sum(span.count for span in self.flat.spans[self.flat.rank])
+        return len(begun), blocks, self.elements
+
+    @property
+    def elements(self) -> int:
+        """How many elements of weights the vector holds, without padding."""
+        return sum(span.count for span in self.flat.spans[self.flat.rank])
 
     @property
     def spec(self) -> dict[str, StateTensor]:
@@ -175,7 +179,7 @@ class FlatWeights:
         self._groups: list[tuple[Group, list[int]]] = []
         self.weights: list[Weight] = []
         self.parts: dict[int, FlatParts] = {}  # id of a flat vector -> its parts; empty without ZeRO
-        self.names: dict[int, str] = {}  # id of a weight -> its name, while a checkpoint is written or read
+        self.names: dict[int, str] = {}  # id of a weight -> its name, for checkpoints; empty if it is not known
 
     def add(self, group: Group) -> None:
         """Remember the weights of a new param group."""
@@ -233,6 +237,8 @@ class FlatWeights:
                 raise ValueError("weights that FOAM was made for are gone; expected the model that DeepSpeed trains")
         alive = [[(i, self._alive(i)) for i in numbers] for _, numbers in self._groups]
         flats = flats_of([group for group, _ in self._groups], alive)
+        for flat in flats:
+            _refuse_lost_rounding(self._groups[flat.group][0], flat.tensor)
         found = [FlatParts(flat, self.weights, self._groups[flat.group][0]) for flat in flats]
         self._compare_with_plan(found)
         self.parts = {id(each.flat.tensor): each for each in found}
@@ -280,15 +286,6 @@ class FlatWeights:
     def as_groups(self) -> list[Group]:
         """The param groups with the weights themselves in place of flat vectors, for messages."""
         return [{**group, "params": [self._alive(i) for i in numbers]} for group, numbers in self._groups]
-
-    @contextmanager
-    def named(self, names: Mapping[int, str]) -> Iterator[None]:
-        """Inside of it, checkpoints hold the names of weights: ``names`` by the id of a weight."""
-        self.names = dict(names)
-        try:
-            yield
-        finally:
-            self.names = {}
 
     def saved(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """``state_dict`` as a checkpoint holds it: each param group says of which vectors its state is."""
@@ -355,6 +352,14 @@ class FlatWeights:
 def _counts(numbers: list[int]) -> str:
     weights, blocks, elements = numbers
     return f"{weights:,} weights that fold in {blocks:,} blocks, {elements:,} elements in all"
+
+
+def _refuse_lost_rounding(group: Group, vector: Tensor) -> None:
+    if group["stochastic_rounding"] is True and vector.dtype != torch.bfloat16:
+        raise ValueError(
+            f"stochastic_rounding=True is for bfloat16 weights, and ZeRO keeps these in {vector.dtype}, from which it "
+            "rounds the model's to nearest; expected 'auto', or bf16_master_weights_and_grads in the DeepSpeed config"
+        )
 
 
 def refuse_whole_weights_rules(options: Mapping[str, Any], by: str) -> None:

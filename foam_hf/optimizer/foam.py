@@ -16,7 +16,7 @@ from torch import Tensor
 from foam_hf.optim_args import names_of, option, refuse_unread
 from foam_hf.optimizer.checks import check_field_names, check_options, check_parameter, check_rule, fill_scale
 from foam_hf.optimizer.decided import Decided
-from foam_hf.optimizer.flat import LAYOUT, RECORD, FlatWeights
+from foam_hf.optimizer.flat import LAYOUT, RECORD, FlatParts, FlatWeights
 from foam_hf.optimizer.flat_step import FlatSteps
 from foam_hf.optimizer.members import Numbering, Owned, members_of, members_of_one, parameters_of
 from foam_hf.optimizer.nonfinite import LeftOutReport
@@ -26,7 +26,7 @@ from foam_hf.optimizer.state import CheckpointMismatchError, check_checkpoint, e
 from foam_hf.optimizer.step import PreparedStep, refuse_capture
 from foam_hf.rules.all import asked_rules, rule_of
 from foam_hf.tensors.folding import Level
-from foam_hf.tensors.places import is_sharded
+from foam_hf.tensors.places import is_sharded, whole
 from foam_hf.tensors.rows import PLAIN, kind_of
 from foam_hf.tensors.step import Member, State
 
@@ -154,7 +154,7 @@ class FOAM(torch.optim.Optimizer):
                 raise ValueError("a parameter is listed twice in one param group; expected each parameter once")
             for p in group["params"]:
                 check_parameter(p)
-                check_rule(p, group)
+                check_rule(whole(p), group)
                 if is_sharded(p):
                     pieces_of(p, *rule_of(p, group))
             self._weights.add(group)
@@ -211,6 +211,10 @@ class FOAM(torch.optim.Optimizer):
         """Report gradients that were not finite, as ``nonfinite`` says."""
         groups = self._weights.as_groups() if self._weights.parts else self.param_groups
         self._left_out.report(groups, wait)
+
+    def name_weights(self, model: torch.nn.Module) -> None:
+        """Let checkpoints of flat vectors, which DeepSpeed's ZeRO makes of the weights, hold the names in ``model``."""
+        self._weights.names = {id(p): name for name, p in model.named_parameters()}
 
     def check_gradients(self) -> None:
         """Report gradients that were NaN or infinite in the steps so far, as ``nonfinite`` says. Waits for the GPU.
@@ -303,6 +307,11 @@ class FOAM(torch.optim.Optimizer):
         self._prepared, self._left_out, self._flat_steps = None, LeftOutReport(), FlatSteps()
         for post_hook in post_hooks.values():
             post_hook(self)
+
+    @property
+    def flat_parts(self) -> list[FlatParts]:
+        """The flat vectors of this process that DeepSpeed's ZeRO has made of the weights; empty without ZeRO."""
+        return [*self._weights.parts.values()]
 
     @property
     def _owned(self) -> Owned:

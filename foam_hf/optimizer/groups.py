@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from foam_hf.optim_args import names_of, option
 from foam_hf.rules.all import folding_rule
+from foam_hf.tensors.places import whole
 
 logger = logging.getLogger("foam_hf")
 
@@ -191,7 +192,7 @@ def _foldable(model: nn.Module, trainable: Mapping[str, Tensor]) -> tuple[set[in
     folded, foldable_embeddings, foldable_heads = set(), set(), set()
     for name, p in trainable.items():
         parts = name.split(".")
-        if p.dim() < 2 or id(p) not in inside or "modules_to_save" in parts:
+        if whole(p).dim() < 2 or id(p) not in inside or "modules_to_save" in parts:
             continue
         # A weight that is both an embedding and an LM head counts as an embedding.
         if id(p) in embeddings or any(part.startswith(_PEFT_EMBEDDINGS) for part in parts):

@@ -12,7 +12,8 @@ from contextvars import ContextVar
 from typing import Any
 
 from foam_hf.optim_args import default_scale, names_of, option
-from foam_hf.trainer.names import name_of, releases_gradients, requested_options, uses_foam
+from foam_hf.trainer.deepspeed import let_foam_update_on_cpu, uses_deepspeed
+from foam_hf.trainer.names import foam_of, name_of, releases_gradients, requested_options, uses_foam
 from foam_hf.trainer.patches import decay_parameter_names
 from foam_hf.trainer.refusals import refuse_other_optimizer, refuse_sharding
 from foam_hf.trainer.report import require_report_events
@@ -65,6 +66,9 @@ def wrap_create_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_optimizer(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         result = with_current_trainer(trainer, original)(trainer, *args, **kwargs)
         require_report_events(trainer)
+        foam = foam_of(trainer)
+        if foam is not None and uses_deepspeed(trainer.args, trainer):  # DeepSpeed loads before Trainer could name them
+            foam.name_weights(trainer.model)
         return result
 
     return create_optimizer
@@ -88,6 +92,7 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
         )
     options = _options(args)
     refuse_sharding(args, model, trainer)
+    let_foam_update_on_cpu(trainer)
     if "state_dtype" in options:
         options["state_dtype"] = getattr(torch, options["state_dtype"])
     groups = foam_param_groups(
@@ -105,7 +110,7 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
     }
     # A throw-away optimizer without state validates every value and predicts the state of the real one.
     preview = FOAM([dict(group) for group in groups], **kwargs)
-    _announce(args, preview)
+    _announce(args, preview, args.world_size if uses_deepspeed(args, trainer) else 1)
     if args.should_log and all("level" in group for group in groups):  # only groups that do not fold have the key
         logger.warning(
             f"optim={name_of(args.optim)!r}: no trainable weight of {type(model).__name__} folds, so this run keeps "
@@ -123,11 +128,11 @@ def _options(args: Any) -> dict[str, Any]:
     return {"seed": args.seed, **options}
 
 
-def _announce(args: Any, optimizer: Any) -> None:
-    """Print and log how much state FOAM takes beside AdamW's."""
+def _announce(args: Any, optimizer: Any, processes: int) -> None:
+    """Print and log how much state FOAM takes beside AdamW's, and by how many processes ZeRO divides it."""
     from foam_hf.memory.measured import headline, summarize
 
-    _print_once(args, headline(optimizer))
+    _print_once(args, headline(optimizer) + (f", divided by {processes} processes" if processes > 1 else ""))
     if not args.should_log:
         return
     logger.info(summarize(optimizer))

@@ -243,6 +243,8 @@ class OptimizerMemoryCallback(TrainerCallback):
             if watch is None:
                 return None
             model, optimizer = event.model, _unwrapped(event.optimizer)
+            if getattr(optimizer, "flat_parts", None):
+                return None  # what ZeRO makes of a model is not predicted from the model alone
             whole, on_gpu = self._with_loss(model), bool(_gpus(model))
             return predict(model, optimizer, event.args, watch, on_gpu=on_gpu, whole=whole)
         except Exception as error:  # the table still has the measured numbers

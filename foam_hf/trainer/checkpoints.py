@@ -118,8 +118,9 @@ def _warn_of_fresh_state(trainer: Any, chosen: str | None) -> None:
     if chosen is None or not trainer.args.should_log or not folder.is_dir():
         return
     names = {path.name for path in folder.iterdir()}
+    others = names - {"optimizer.pt"}
     if not {"optimizer.pt", "scheduler.pt"} <= names and not any(
-        "optimizer" in name for name in names - {"optimizer.pt"}
+        "optimizer" in name or name.startswith("global_step") for name in others
     ):
         logger.warning(f"{folder} has no state of the optimizer: moments and schedule start anew from its weights")
 

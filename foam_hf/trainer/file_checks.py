@@ -15,7 +15,8 @@ from foam_hf.folders import MANIFEST
 _STATE = "trainer_state.json"  # Trainer writes this file last
 _PAIR = ("optimizer.pt", "scheduler.pt")  # Trainer reads both or neither
 _WEIGHTS = ("*.safetensors", "*.index.json", "pytorch_model*.bin", "adapter_model*.bin", "*.distcp", ".metadata")
-_TRAINING = (_STATE, *_PAIR, "optimizer.bin", "scaler.pt", "rng_state*.pth")
+_DEEPSPEED = ("*_optim_states.pt", "*_model_states.pt", "latest")  # the first two in a folder global_stepN
+_TRAINING = (_STATE, *_PAIR, "optimizer.bin", "scaler.pt", "rng_state*.pth", *_DEEPSPEED)
 
 
 class Unfinished(Exception):
@@ -59,7 +60,7 @@ def check_without_manifest(folder: Path, wanted: Callable[[str], bool] = is_read
         except ValueError:
             raise Unfinished(f"{_STATE} is cut off or damaged") from None
     for present, missing in (_PAIR, _PAIR[::-1]) if wanted(_PAIR[0]) else ():
-        if present in names and missing not in names and not any("optimizer" in name for name in names - {present}):
+        if present in names and missing not in names and not any(map(_holds_optimizer, names - {present})):
             raise Damaged(
                 f"it has {present} but no {missing}, and Trainer would leave out both; if that is meant, delete "
                 f"{present} too: moments and schedule then start anew"
@@ -80,6 +81,10 @@ def check_file(path: Path) -> None:
         _read_json_object(path)
     elif path.suffix in (".pt", ".pth", ".bin"):
         _check_zip(path)
+
+
+def _holds_optimizer(name: str) -> bool:
+    return "optimizer" in name or name.startswith("global_step")  # the second is DeepSpeed's
 
 
 def advice_for_missing(name: str) -> str:

@@ -162,6 +162,14 @@ TABLE = (
         without="state is matched by position alone",
     ),
     Row(
+        "accelerate.accelerator",
+        "",
+        "map_pytorch_optim_to_deepspeed",
+        use="of (optimizer): with offload_optimizer accelerate replaces every optimizer by DeepSpeed's CPU Adam",
+        wrapper="deepspeed.wrap_map_to_deepspeed",
+        without="FOAM in an own loop of accelerate is replaced by DeepSpeed's CPU Adam with offload_optimizer",
+    ),
+    Row(
         "transformers.modelcard",
         "",
         "extract_hyperparameters_from_trainer",
@@ -262,10 +270,17 @@ def fsdp_plugin(trainer: Any) -> Any:
     return getattr(getattr(getattr(trainer, "accelerator", None), "state", None), "fsdp_plugin", None)
 
 
+def deepspeed_plugin(trainer: Any) -> Any:
+    """accelerate's settings of DeepSpeed, or None; they hold the config in `hf_ds_config.config`."""
+    return getattr(getattr(getattr(trainer, "accelerator", None), "state", None), "deepspeed_plugin", None)
+
+
 def unwrapped_optimizer(trainer: Any) -> Any:
-    """The trainer's optimizer without accelerate's wrapper, or None."""
+    """The trainer's optimizer without the wrappers of accelerate and DeepSpeed, or None."""
     optimizer = getattr(trainer, "optimizer", None)
-    return getattr(optimizer, "optimizer", optimizer)
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def replace_clipping(accelerator: Any, clip: Callable[..., Any]) -> Callable[[], None]:

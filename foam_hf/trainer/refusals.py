@@ -11,8 +11,9 @@ from foam_hf.optim_args import one_of_ours
 from foam_hf.optimizer.checks import whole_weights_problem
 from foam_hf.tensors.places import is_sharded
 from foam_hf.tensors.rows import kind_of
+from foam_hf.trainer.deepspeed import refuse_with_deepspeed, uses_deepspeed
 from foam_hf.trainer.names import name_of, releases_gradients, requested_options, similar_name, uses_foam
-from foam_hf.trainer.patches import fsdp_plugin, is_deepspeed_enabled, is_fsdp_enabled, unwrapped_optimizer
+from foam_hf.trainer.patches import fsdp_plugin, is_fsdp_enabled, unwrapped_optimizer
 
 _TRUE = ("1", "true", "yes")
 
@@ -38,22 +39,22 @@ def wrap_post_init(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_sharding(args: Any, model: Any = None, trainer: Any = None) -> None:
-    """Raise ValueError if weights are sharded by anything but FSDP2, or if FSDP2 meets an option that it excludes."""
+    """Raise ValueError if weights are sharded by anything but FSDP2 and ZeRO, or if these meet what they exclude."""
     found = _sharding(args, model, trainer)
     if found is not None:
         raise ValueError(
             f"optim={name_of(args.optim)!r} does not run with {found}. What works: one GPU, or several with DDP or "
-            "with FSDP2 of accelerate 1.6 or newer (fsdp_version: 2), started by torchrun or accelerate launch."
+            "with FSDP2 of accelerate 1.6 or newer (fsdp_version: 2) or with DeepSpeed's ZeRO 1, 2 or 3, started by "
+            "torchrun or accelerate launch."
         )
+    if uses_deepspeed(args, trainer):
+        refuse_with_deepspeed(args, model, trainer)
     if _uses_fsdp(args, trainer):
         _refuse_with_fsdp(trainer, requested_options(args))
 
 
 def _sharding(args: Any, model: Any, trainer: Any) -> str | None:
     """What shards the weights in an unsupported way, or None; more is known once there is a model and a trainer."""
-    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in _TRUE
-    if launched or getattr(args, "deepspeed", None) or is_deepspeed_enabled(trainer):
-        return "DeepSpeed, which hands an optimizer flat pieces of many weights, cut anywhere"
     if found := _unsupported_fsdp(args, trainer):
         return found
     from transformers.utils import is_sagemaker_mp_enabled
