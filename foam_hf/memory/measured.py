@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from foam_hf.display import UNAVAILABLE, format_bytes
 from foam_hf.memory.storages import state_storages, storages, total, without
 from foam_hf.optimizer.checks import check_options, fill_scale
-from foam_hf.optimizer.flat import FlatParts
+from foam_hf.optimizer.flat_parts import FlatParts
 from foam_hf.optimizer.foam import FOAM
 from foam_hf.optimizer.sharding import local_shape
 from foam_hf.optimizer.state import expected_state
@@ -76,17 +76,17 @@ def state_bytes(optimizer: Any) -> int:
 def breakdown(model: nn.Module, optimizer: Any) -> MemoryBreakdown:
     """Measure the bytes of weights, gradients and state in this process, and read the counters of CUDA.
 
-    A storage that several kinds share counts once, as the first of weights, gradients and state. Under DeepSpeed's ZeRO
-    weights are what this process holds of them, with FOAM's float32 copies; ``parameters`` and ``adamw`` are for the
-    elements that it updates.
+    A storage that several kinds share counts once, as the first of weights, gradients and state. Under DeepSpeed's
+    ZeRO weights are what this process holds of them, with FOAM's float32 copies; ``parameters`` and ``adamw`` are for
+    the elements that it updates.
 
     Raises:
         TypeError: `optimizer` has no state and param_groups.
     """
     params = list(model.parameters())
-    parts = [getattr(p, "ds_tensor", None) for p in params]  # ZeRO 3 keeps them outside of the weights
+    held = [getattr(p, "ds_tensor", None) for p in params]  # ZeRO 3 keeps its parts outside of the weights
     flats = _flats_of(optimizer)
-    weights = storages([*params, *model.buffers(), *parts, *(each.flat.tensor for each in flats)])
+    weights = storages([*params, *model.buffers(), *held, *(each.flat.tensor for each in flats)])
     gradients = without(storages([p.grad for p in model.parameters()]), weights)
     state = without(without(state_storages(optimizer), weights), gradients)
     allocated = peak = shares = None

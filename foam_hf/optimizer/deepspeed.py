@@ -82,7 +82,7 @@ def _flat_of_group(number: int, group: dict[str, Any], weights: Sequence[tuple[i
     mine = [(i, p) for i, p in weights if is_partitioned(p)]
     if len(group["params"]) != 1:
         raise ValueError(
-            f"ZeRO keeps one flat vector for each param group: got {len(group['params'])} in group {number}; expected 1"
+            f"ZeRO keeps one flat vector for each param group: got {len(group['params'])} in group {number}"
         )
     (tensor,) = group["params"]
     process_group = _read(mine[0][1], "_dp_group")

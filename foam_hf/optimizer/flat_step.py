@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from foam_hf.optim_args import names_of
-from foam_hf.optimizer.flat import LAYOUT, FlatParts, FlatWeights, Part
+from foam_hf.optimizer.flat import LAYOUT, FlatWeights
+from foam_hf.optimizer.flat_parts import FlatParts, Part
 from foam_hf.optimizer.nonfinite import LeftOutReport
 from foam_hf.optimizer.state import state_problem
 from foam_hf.optimizer.step import PreparedStep
@@ -101,9 +102,7 @@ class FlatStep:
     def _run(self, grad_scale: Tensor | None) -> None:
         if self._prepared is None or not self._prepared.holds([self._group], self._views, self._states):
             self._prepared = PreparedStep([self._group], self._views, self._states, [self._members])
-        self._prepared.run(
-            grad_scale, lambda group, device: self._left_out.left_out_at(group, device, self._streams)
-        )
+        self._prepared.run(grad_scale, lambda group, device: self._left_out.left_out_at(group, device, self._streams))
 
     def _exchanged(self, grad: Tensor) -> Tensor:
         """The gradients of the shared blocks, whole. Every process that shares the weights must call it."""
@@ -119,8 +118,8 @@ class FlatStep:
 
 def _all_gather(into: Tensor, mine: Tensor, group: Any) -> None:
     distributed: Any = torch.distributed
-    name = "all_gather_single" if hasattr(distributed, "all_gather_single") else "all_gather_into_tensor"  # before 2.13
-    getattr(distributed, name)(into, mine, group=group)
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # until torch 2.12
+    gather(into, mine, group=group)
 
 
 def _view(x: Tensor, at: int, shape: tuple[int, ...]) -> Tensor:

@@ -16,13 +16,20 @@ from torch import Tensor
 from foam_hf.optim_args import names_of, option, refuse_unread
 from foam_hf.optimizer.checks import check_field_names, check_options, check_parameter, check_rule, fill_scale
 from foam_hf.optimizer.decided import Decided
-from foam_hf.optimizer.flat import LAYOUT, RECORD, FlatParts, FlatWeights
+from foam_hf.optimizer.flat import LAYOUT, RECORD, FlatWeights
+from foam_hf.optimizer.flat_parts import FlatParts
 from foam_hf.optimizer.flat_step import FlatSteps
 from foam_hf.optimizer.members import Numbering, Owned, members_of, members_of_one, parameters_of
 from foam_hf.optimizer.nonfinite import LeftOutReport
 from foam_hf.optimizer.releases import expect_release, is_released
 from foam_hf.optimizer.sharding import as_state_of, pieces_of
-from foam_hf.optimizer.state import CheckpointMismatchError, check_checkpoint, expected_state, list_as_tuple, with_dtype
+from foam_hf.optimizer.state import (
+    CheckpointMismatchError,
+    check_checkpoint,
+    expected_state,
+    list_as_tuple,
+    with_dtype,
+)
 from foam_hf.optimizer.step import PreparedStep, refuse_capture
 from foam_hf.rules.all import asked_rules, rule_of
 from foam_hf.tensors.folding import Level
@@ -213,7 +220,7 @@ class FOAM(torch.optim.Optimizer):
         self._left_out.report(groups, wait)
 
     def name_weights(self, model: torch.nn.Module) -> None:
-        """Let checkpoints of flat vectors, which DeepSpeed's ZeRO makes of the weights, hold the names in ``model``."""
+        """Let checkpoints under DeepSpeed's ZeRO, whose flat vectors have no names, hold the names in ``model``."""
         self._weights.names = {id(p): name for name, p in model.named_parameters()}
 
     def check_gradients(self) -> None:

@@ -1,4 +1,4 @@
-"""Flat vectors that hold parts of many weights, as DeepSpeed's ZeRO makes them: which rows and blocks of them are whole.
+"""Flat vectors that hold parts of many weights, as DeepSpeed's ZeRO makes them: which rows and blocks are whole.
 
 A vector is cut anywhere, so a part of a weight begins and ends inside a row, and perhaps inside a block. All whole
 blocks of a part form at most three rectangles: the end of a row, whole rows, the beginning of a row. The blocks at its
@@ -16,7 +16,7 @@ class Span(NamedTuple):
 
     weight: int  # its number
     first: int  # element of the weight, counted over all its rows
-    count: int
+    size: int
     at: int  # element of the vector
 
 
@@ -36,7 +36,7 @@ class Cut(NamedTuple):
 
     weight: int
     first: int  # element of the weight
-    count: int
+    size: int
     mine: Span
 
 
@@ -61,7 +61,7 @@ def split(span: Span, columns: int, width: int) -> tuple[list[Rectangle], list[C
         columns: of the weight's rows.
         width: of its blocks; the last block of a row may be shorter.
     """
-    begin, end = span.first, span.first + span.count
+    begin, end = span.first, span.first + span.size
     cuts: dict[int, Cut] = {}
     for place in (begin, end):
         row, column = divmod(place, columns)
@@ -70,11 +70,11 @@ def split(span: Span, columns: int, width: int) -> tuple[list[Rectangle], list[C
             last = min(first + width, (row + 1) * columns)
             mine_first, mine_last = max(begin, first), min(end, last)
             mine = Span(span.weight, mine_first, mine_last - mine_first, span.at + mine_first - begin)
-            if mine.count < last - first:
+            if mine.size < last - first:
                 cuts[first] = Cut(span.weight, first, last - first, mine)
     for cut in cuts.values():
         if cut.mine.first == begin:
-            begin = min(end, cut.first + cut.count)
+            begin = min(end, cut.first + cut.size)
         else:
             end = cut.first
     return [*_rectangles(span, begin, end, columns)], [*cuts.values()]

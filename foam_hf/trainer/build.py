@@ -67,7 +67,7 @@ def wrap_create_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
         result = with_current_trainer(trainer, original)(trainer, *args, **kwargs)
         require_report_events(trainer)
         foam = foam_of(trainer)
-        if foam is not None and uses_deepspeed(trainer.args, trainer):  # DeepSpeed loads before Trainer could name them
+        if foam is not None and uses_deepspeed(trainer.args, trainer):  # it loads before a wrapper could name them
             foam.name_weights(trainer.model)
         return result
 

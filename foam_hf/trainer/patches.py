@@ -277,7 +277,7 @@ def deepspeed_plugin(trainer: Any) -> Any:
 
 def unwrapped_optimizer(trainer: Any) -> Any:
     """The trainer's optimizer without the wrappers of accelerate and DeepSpeed, or None."""
-    optimizer = getattr(trainer, "optimizer", None)
+    optimizer: Any = getattr(trainer, "optimizer", None)
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer

@@ -143,9 +143,8 @@ MESSAGES: dict[str, Callable[..., str]] = {
         gradient_accumulation_steps=4
     ),
     "... before a loss scaler could look for overflows in all of them: got fp16=True": release(fp16=True),
-    "... does not run with DeepSpeed, which hands an optimizer flat pieces of many weights": run_of(
-        ACCELERATE_USE_DEEPSPEED="true"
-    ),
+    "... does not run with this DeepSpeed config: ...": source("foam_hf/trainer/deepspeed.py"),
+    "... and accelerate would replace FOAM by DeepSpeed's CPU Adam": source("foam_hf/trainer/deepspeed.py"),
     "... does not run with FSDP version 1": run_of(ACCELERATE_USE_FSDP="true", FSDP_VERSION="1"),
     "FOAM has no amsgrad: got amsgrad=True in a param group": error_of(FOAM, [{"params": [WEIGHT], "amsgrad": True}]),
     "FOAM needs dense real gradients: got torch.sparse_coo": step(WEIGHT, torch.ones(2, 8).to_sparse()),

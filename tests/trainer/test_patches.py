@@ -21,7 +21,12 @@ from tests.trainer.test_trainer import ROOT, python
 
 pytestmark = pytest.mark.compat
 
-AWAITED = ("transformers.training_args", "transformers.trainer", "transformers.modelcard")
+AWAITED = (
+    "transformers.training_args",
+    "transformers.trainer",
+    "transformers.modelcard",
+    "accelerate.accelerator",
+)
 HERE = [row for row in TABLE if row.is_in(transformers.__version__)]
 
 

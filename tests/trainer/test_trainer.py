@@ -417,8 +417,6 @@ def with_fsdp(**plugin: Any) -> types.SimpleNamespace:
 @pytest.mark.parametrize(
     ("found", "args", "model", "run"),
     [
-        ("DeepSpeed", {"deepspeed": {"zero_optimization": {}}}, None, None),
-        ("DeepSpeed", {}, None, types.SimpleNamespace(is_deepspeed_enabled=True)),
         ("FSDP version 1", {"fsdp": True, "fsdp_config": {"version": 1}}, None, None),
         ("FSDP of torch_xla", {"fsdp": True, "fsdp_config": {"xla": True}}, None, None),
         ("FSDP version 1", {}, None, with_fsdp(fsdp_version=1)),
@@ -466,11 +464,8 @@ def test_sharded_training_is_refused_with_what_works(found: str, args: dict[str,
 FSDP2 = with_fsdp(fsdp_version=2)
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_launcher_that_shards_is_refused_at_the_arguments(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
-    monkeypatch.setenv(variable, "true")
+def test_launcher_that_shards_is_refused_at_the_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(ValueError, match="What works: one GPU"):
         make_args(tmp_path)
@@ -493,13 +488,9 @@ def test_what_fsdp2_cannot_be_combined_with_is_refused(
         refuse_sharding(args, None, with_fsdp(fsdp_version=2, **plugin))
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [{"deepspeed": {"zero_optimization": {"stage": 2}}}, {"fsdp": "full_shard", "fsdp_config": {"version": 1}}],
-)
-def test_sharding_arguments_are_refused_at_once(tmp_path: Path, setting: dict[str, Any]) -> None:
+def test_sharding_arguments_are_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="What works: one GPU"):
-        make_args(tmp_path, **setting)
+        make_args(tmp_path, fsdp="full_shard", fsdp_config={"version": 1})
 
 
 def test_sagemaker_model_parallelism_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
