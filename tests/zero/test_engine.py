@@ -1,4 +1,4 @@
-"""FOAM under DeepSpeed's ZeRO in real processes over gloo, without the Trainer; what a process checks is in the worker."""
+"""FOAM under DeepSpeed's ZeRO in real processes over gloo, without the Trainer; the worker has what they check."""
 
 from __future__ import annotations
 
