@@ -130,6 +130,7 @@ class AddressTable:
         counts: Sequence[Sequence[int]],
     ) -> None:
         self.geometry = geometry
+        self.members: list[Member] = []  # of ``entries``, from ``launches_of``
         self.streams = numpy.array([entry.stream for entry in entries])
         self.grad_offsets = numpy.array([entry.grad_offset for entry in entries])
         common = {
@@ -230,7 +231,10 @@ def launches_of(
             continue
         key = geometry, member.p.dim() > 1, bool(entry.place.row_groups)  # vectors have another scale
         buckets.setdefault(key, []).append((member, entry))
-    made = [launch(geometry, [entry for _, entry in bucket]) for (geometry, *_), bucket in buckets.items()]
+    made = []
+    for (geometry, *_), bucket in buckets.items():
+        made.append(launch(geometry, [entry for _, entry in bucket]))
+        made[-1].members = [member for member, _ in bucket]
     return made, unfit
 
 

@@ -102,7 +102,7 @@ class FlatStep:
     def _run(self, grad_scale: Tensor | None) -> None:
         if self._prepared is None or not self._prepared.holds([self._group], self._views, self._states):
             self._prepared = PreparedStep([self._group], self._views, self._states, [self._members])
-        self._prepared.run(grad_scale, lambda group, device: self._left_out.left_out_at(group, device, self._streams))
+        self._prepared.run(grad_scale, self._left_out, self._streams)
 
     def _exchanged(self, grad: Tensor) -> Tensor:
         """The gradients of the shared blocks, whole. Every process that shares the weights must call it."""

@@ -120,12 +120,11 @@ class PreparedStep:
         for member in members:
             by_kernels.setdefault(_kernels(member) or "", []).append(member)
         unfit = by_kernels.pop("", [])
-        by_stream = {member.stream: member for member in members}  # pieces of a parameter share its state
         everything = numpy.arange(len(self._numbers))
         for module, some in by_kernels.items():
             launches, more = importlib.import_module(module).make_launches(some)
             for launch in launches:
-                mine = [by_stream[stream] for stream in launch.streams.tolist()]
+                mine = launch.members
                 numbers = numpy.array([self._numbers[id(member.p)] for member in mine])
                 counted = numpy.array([self._counted[id(member.p)] for member in mine])
                 in_order = numpy.array_equal(numbers, everything)

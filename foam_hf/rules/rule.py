@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from foam_hf.tensors import places
 from foam_hf.tensors.folding import Level
 from foam_hf.tensors.rows import Rows
-from foam_hf.tensors.step import Hyper
+from foam_hf.tensors.step import Hyper, Member
 
 Group = Mapping[str, Any]  # the fields of a param group
 
@@ -54,6 +54,7 @@ class Launch(Protocol):
     can run again while its ``PreparedStep`` holds. ``kernels.tables.AddressTable`` has all of this but ``run``.
     """
 
+    members: list[Member]
     streams: numpy.ndarray  # of its members
     mixed: bool  # whether those with a gradient have different step counts
     changed: bool  # whether its table must be copied to the device before ``run``
