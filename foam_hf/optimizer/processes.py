@@ -1,43 +1,124 @@
-"""Gradient release in several processes: who adds up the gradients over them, and what is refused.
+"""Gradient release in several processes: who averages the gradients over them, and what is refused.
 
-FSDP2 adds up the gradients of a module at the end of its backward pass, and then runs the hooks of its sharded
-parameters, in every torch that this package supports. It runs them on the stream of the reduction. The default stream
-waits for that stream at the end of the backward pass, and the next forward pass reads the shards after it. So an
-update in a hook reads a complete gradient, and is complete before its weight is needed.
+Under FSDP2: FSDP2, which adds up the gradients of a module at the end of its backward pass, and then runs the hooks of
+its sharded parameters, in every torch that this package supports. It runs them on the stream of the reduction. The
+default stream waits for that stream at the end of the backward pass, and the next forward pass reads the shards after
+it. So an update in a hook reads a complete gradient, and is complete before its weight is needed.
+
+Under DDP, and for a process group that the caller names: ``Averaging``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, distributed, nn
 
+from foam_hf.optimizer.averaging import LARGEST_PACK, Averaging, send_from_first, state_of
+from foam_hf.optimizer.ddp import ignored_by, take_over
 from foam_hf.tensors.places import is_sharded
 
 
-def refuse_unreduced(model: nn.Module, params: list[Tensor]) -> None:
-    """Raise ValueError if a hook of ``params`` would see a gradient that was not added up over all processes."""
-    wrapper = type(model).__name__
-    # Compared by name, because torch.distributed may be missing.
-    if wrapper in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+class Processes:
+    """What gradient release does in several processes: nothing, unless it averages the gradients itself.
+
+    Attributes:
+        averaging: None if gradients are whole when a hook sees them: in one process, and under FSDP2.
+    """
+
+    def __init__(self, model: nn.Module, params: Iterable[Tensor], group: Any, broadcast_buffers: bool = True) -> None:
+        """``params`` are all of the optimizer. Other arguments and errors are as in ``enable_gradient_release``."""
+        self.averaging: Averaging | None = None
+        self._give_back: Callable[[], None] | None = None
+        self._buffers: list[Tensor] = []
+        self._ddp: Any = None
+        trained = [p for p in params if p.requires_grad]
+        wrapper = type(model).__name__
+        if wrapper == "DistributedDataParallel":  # by name, because torch.distributed may be missing
+            self._average(model, trained, model.process_group if group is None else group)
+            self._ddp, self._give_back = model, take_over(model)
+        elif group is not None:
+            self._average(model, trained, group)
+            send_from_first(state_of(model), group)
+            self._buffers = list(model.buffers()) if broadcast_buffers else []
+        else:
+            _refuse_unreduced(model, trained, wrapper)
+
+    def _average(self, model: Any, trained: list[Tensor], group: Any) -> None:
+        """Average the gradients of ``trained``, but for those that DDP was told to ignore."""
+        named = dict(model.named_parameters())
+        ignored = {id(p) for p in (ignored_by(model) if hasattr(model, "parameters_to_ignore") else ())}
+        mine = {id(p) for p in trained}
+        sharded = [name for name, p in named.items() if is_sharded(p)]
+        if sharded:
+            raise ValueError(
+                f"weights that are sharded need no process_group: got one, and {len(sharded)} DTensors, "
+                f"{sharded[0]} the first; expected process_group=None"
+            )
+        others = [name for name, p in named.items() if p.requires_grad and id(p) not in mine | ignored]
+        if others:
+            raise ValueError(
+                f"gradient release averages the gradients of its optimizer alone: got {len(others)} more trainable "
+                f"parameters in the model, {others[0]} the first; expected them frozen or in the optimizer"
+            )
+        averaged = [p for p in named.values() if id(p) in mine and id(p) not in ignored]
+        devices = sorted({str(p.device) for p in averaged})
+        if len(devices) > 1:
+            raise ValueError(
+                f"gradients are averaged on one device of each process: got weights on {', '.join(devices)}; expected "
+                "the whole model on one, or training without gradient release"
+            )
+        largest = getattr(model, "bucket_bytes_cap", LARGEST_PACK)
+        self.averaging = Averaging(averaged, group, largest)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether this backward pass averages; DDP's ``no_sync`` says that it must not."""
+        return self._ddp is None or bool(self._ddp.require_backward_grad_sync)
+
+    def refuse_rest(self, rest: list[Tensor], names: dict[int, str]) -> None:
+        """Raise RuntimeError if gradients in ``rest``, which no hook has seen, should have been averaged."""
+        if self.averaging is not None:
+            raise RuntimeError(
+                f"{names.get(id(rest[0]), 'a parameter')} has a gradient that was not averaged over the processes: it "
+                "was unfrozen, or added to the optimizer, after enable_gradient_release; expected it called anew"
+            )
+
+    def send_buffers(self) -> None:
+        """Send the buffers of the first rank to all, after a step. DDP does it itself, before a forward pass."""
+        if self.averaging is not None and self._buffers:
+            send_from_first(self._buffers, self.averaging.group)
+
+    def close(self) -> None:
+        """Let DDP average again, if it did before."""
+        give_back, self._give_back = self._give_back, None
+        if give_back is not None:
+            give_back()
+
+
+def _refuse_unreduced(model: nn.Module, trained: list[Tensor], wrapper: str) -> None:
+    """Raise ValueError if a hook of ``trained`` would see a gradient that was not added up over all processes."""
+    if wrapper in ("DataParallel", "FullyShardedDataParallel"):
         raise ValueError(_refusal(wrapper))
-    world = processes()
-    names = {id(p): name for name, p in model.named_parameters()}
-    whole = [p for p in params if p.requires_grad and not is_sharded(p)]
-    if world > 1 and whole and len(whole) < len(params):
+    world, whole = processes(), [p for p in trained if not is_sharded(p)]
+    if world == 1 or not whole:
+        return
+    if len(whole) < len(trained):
+        names = {id(p): name for name, p in model.named_parameters()}
         raise ValueError(
             f"FSDP2 does not add up the gradient of a weight that it does not shard: got {len(whole)} of the "
-            f"optimizer's {len(params)} parameters, {names.get(id(whole[0]), 'without a name')} the first; expected "
+            f"optimizer's {len(trained)} parameters, {names.get(id(whole[0]), 'without a name')} the first; expected "
             "all in fully_shard, or training without gradient release"
         )
-    if world > 1 and whole:
-        raise ValueError(_refusal(f"{world} processes"))
+    raise ValueError(_refusal(f"{world} processes, and a model that neither DDP nor FSDP2 has wrapped"))
 
 
 def _refusal(found: str) -> str:
     return (
         "gradient release updates a weight before its gradient could be averaged with those of other devices: "
-        f"got {found}; expected one process with one GPU, FSDP2, or training without gradient release"
+        f"got {found}; expected one process with one GPU, DDP, FSDP2, or "
+        "enable_gradient_release(..., process_group=torch.distributed.group.WORLD) without a wrapper"
     )
 
 

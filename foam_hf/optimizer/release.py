@@ -10,29 +10,32 @@ from __future__ import annotations
 import logging
 import math
 import numbers
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from foam_hf.optimizer.buckets import Bucket, gradients, stream_of, waiting_limit
 from foam_hf.optimizer.checks import check_gradient
 from foam_hf.optimizer.foam import FOAM, step_some
 from foam_hf.optimizer.members import Numbering, numbering_of, parameters_of
-from foam_hf.optimizer.processes import refuse_unreduced
+from foam_hf.optimizer.processes import Processes
 from foam_hf.optimizer.releases import active
-from foam_hf.optimizer.sharding import follow_placements, largest_share, norms_of
+from foam_hf.optimizer.sharding import follow_placements, norms_of
 from foam_hf.optimizer.step import PreparedStep
-from foam_hf.tensors.places import is_sharded, local
+from foam_hf.tensors.places import is_sharded
 
 logger = logging.getLogger("foam_hf")
 
-WAITING = 256 * 2**20  # bytes of gradients at which a bucket is updated at the latest
-
 
 def enable_gradient_release(
-    model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    max_grad_norm: float | None = None,
+    process_group: Any = None,
+    broadcast_buffers: bool = True,
 ) -> GradientRelease:
     """Let ``loss.backward()`` update the weights of ``model`` and free each gradient after its update.
 
@@ -43,6 +46,10 @@ def enable_gradient_release(
     is used in several places (tied embeddings) is updated after the last of its gradients. A model compiled as a whole
     returns all gradients at once.
 
+    In several processes gradients are averaged before an update. FSDP2 does that itself. From a
+    ``DistributedDataParallel`` this function takes it over, and frees its buckets, which hold all gradients;
+    ``remove()`` gives it back. They never exist if the model is not wrapped and ``process_group`` is given.
+
     Call it when the model is on its device: ``model.to()`` drops the hooks of quantized weights.
 
     Args:
@@ -50,6 +57,9 @@ def enable_gradient_release(
         optimizer: a FOAM, or accelerate's wrapper of one.
         max_grad_norm: the largest L2 norm of each single gradient, as the norm of all is known too late. ``None`` or 0
             turns clipping off.
+        process_group: average gradients over it, as DDP does, for a model that nothing has wrapped. Weights and
+            buffers are first overwritten by those of its first rank. All ranks must call the function, and ``step``.
+        broadcast_buffers: with ``process_group``: overwrite buffers again after each step, as DDP does.
 
     Returns:
         a handle. ``remove()`` restores the ordinary backward pass, and ``grad_norm`` is the norm of all gradients of
@@ -57,8 +67,8 @@ def enable_gradient_release(
 
     Raises:
         TypeError: the optimizer is not FOAM, or ``max_grad_norm`` is not a number.
-        ValueError: several processes or GPUs share the gradients otherwise than by FSDP2, a parameter of the optimizer
-            is not the model's, or ``max_grad_norm`` is negative.
+        ValueError: nothing averages the gradients of several processes, DDP was told to do more than to average, a
+            parameter of the optimizer is not the model's, or ``max_grad_norm`` is negative.
         RuntimeError: release is enabled for one of these parameters already.
     """
     inner: Any = optimizer
@@ -67,7 +77,7 @@ def enable_gradient_release(
     if not isinstance(inner, FOAM):
         raise TypeError(f"gradient release updates by FOAM's rule: got {type(inner).__name__}; expected foam_hf.FOAM")
     _check_norm(max_grad_norm)
-    return GradientRelease(model, inner, max_grad_norm or 0.0)
+    return GradientRelease(model, inner, max_grad_norm or 0.0, process_group, broadcast_buffers)
 
 
 def _check_norm(value: Any) -> None:
@@ -82,12 +92,20 @@ def _check_norm(value: Any) -> None:
 class GradientRelease:
     """The hooks of a model's parameters; made by :func:`enable_gradient_release`."""
 
-    def __init__(self, model: nn.Module, optimizer: FOAM, max_grad_norm: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: FOAM,
+        max_grad_norm: float,
+        process_group: Any = None,
+        broadcast_buffers: bool = True,
+    ) -> None:
         self.max_grad_norm = max_grad_norm
         self._optimizer = optimizer
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._check(optimizer)
-        refuse_unreduced(model, list(parameters_of(optimizer.param_groups)))
+        params = parameters_of(optimizer.param_groups)
+        self._processes = Processes(model, params, process_group, broadcast_buffers)
         self._numbering: Numbering = {}  # of the current step, as groups may change between steps
         self._limit = waiting_limit(p for p in parameters_of(optimizer.param_groups) if p.requires_grad)
         self._buckets: dict[tuple[torch.device, Any], Bucket] = {}  # by device and stream
@@ -97,7 +115,7 @@ class GradientRelease:
         self._norms: list[Tensor] = []
         self._warned = False
         self._handles: list[RemovableHandle] = [
-            p.register_post_accumulate_grad_hook(self._collect)
+            p.register_post_accumulate_grad_hook(self._average)
             for group in optimizer.param_groups
             for p in group["params"]
             if p.requires_grad
@@ -113,6 +131,9 @@ class GradientRelease:
         self._buckets.clear()
         self._prepared.clear()
         self._used.clear()
+        if self._processes.averaging is not None:
+            self._processes.averaging.forget()
+        self._processes.close()
         active.discard(self)
 
     @property
@@ -129,6 +150,16 @@ class GradientRelease:
         """How many parameters were updated since the last ``optimizer.step()``."""
         return len(self._updated)
 
+    def finish(self) -> None:
+        """End a backward pass before ``optimizer.step()``, which does it otherwise. All ranks must call it.
+
+        It updates weights whose gradient this rank lacks and others have.
+        """
+        averaging = self._processes.averaging
+        if averaging is not None and averaging.unfinished:
+            for params in averaging.finish():
+                self._take_averaged(params)
+
     def _check(self, optimizer: FOAM) -> None:
         params = list(parameters_of(optimizer.param_groups))
         foreign = [tuple(p.shape) for p in params if id(p) not in self._names]
@@ -144,9 +175,48 @@ class GradientRelease:
                 "remove() of the first handle before"
             )
 
+    def _average(self, p: Tensor) -> None:
+        """The hook of each parameter: send its gradient to the other processes, or collect it if it is complete."""
+        averaging = self._processes.averaging
+        if averaging is None or not averaging.averages(p):
+            self._collect(p)
+            return
+        if not self._processes.reduces:
+            raise RuntimeError(
+                "gradient release averages every gradient at once, and frees it: got a backward pass inside of DDP's "
+                "no_sync(); expected it outside, with one optimizer.step() for each backward pass"
+            )
+        if not self._updated and not averaging.began:
+            self._numbering = numbering_of(self._optimizer.param_groups)
+        if id(p) not in self._numbering:
+            return  # it was removed from the optimizer
+        if id(p) in self._updated or averaging.has(p):
+            raise RuntimeError(self._second_gradient(p))
+        check_gradient(p, self._numbering[id(p)][1])
+        if averaging.is_new_task():  # its end waits for what is on the way
+            torch.autograd.Variable._execution_engine.queue_callback(self._update_waiting)
+        for params in averaging.add(p):
+            self._take_averaged(params)
+
+    def _take_averaged(self, params: list[Tensor]) -> None:
+        """Update ``params``, whose gradients have been averaged over processes."""
+        found = gradients(params)
+        params = [p for p, grad in zip(params, found, strict=True) if grad is not None]
+        for p in params:
+            self._take_up(p)
+        self._update(params)
+
+    def _second_gradient(self, p: Tensor) -> str:
+        return (
+            f"{self._names.get(id(p), 'a parameter')} got a second gradient before optimizer.step(), and gradient "
+            "release has updated it with the first: several backward passes cannot add up. Expected one backward "
+            "pass for each optimizer.step(), also after one that failed or whose batch is skipped; and "
+            "use_reentrant=False where gradient checkpointing meets a weight that several layers share"
+        )
+
     def _collect(self, p: Tensor) -> None:
-        """The hook of each parameter: put ``p`` into a bucket, and update the bucket if it is full."""
-        (grad,) = _grads([p])
+        """Put ``p`` into a bucket, and update the bucket if it is full."""
+        (grad,) = gradients([p])
         if grad is None:
             return  # another hook has removed it
         if not self._updated:  # the first of a step
@@ -154,12 +224,7 @@ class GradientRelease:
         if id(p) not in self._numbering:
             return  # it was removed from the optimizer
         if id(p) in self._updated:
-            raise RuntimeError(
-                f"{self._names.get(id(p), 'a parameter')} got a second gradient before optimizer.step(), and gradient "
-                "release has updated it with the first: several backward passes cannot add up. Expected one backward "
-                "pass for each optimizer.step(), also after one that failed or whose batch is skipped; and "
-                "use_reentrant=False where gradient checkpointing meets a weight that several layers share"
-            )
+            raise RuntimeError(self._second_gradient(p))
         self._take_up(p)
         # A launch must not read a gradient that another CUDA stream may still compute, so each stream has a bucket.
         stream = stream_of(grad)
@@ -178,11 +243,14 @@ class GradientRelease:
     def _update_waiting(self) -> None:
         for bucket in self._buckets.values():
             self._update(bucket.wait())
+        if self._processes.averaging is not None:
+            for params in self._processes.averaging.land():
+                self._take_averaged(params)
 
     @torch.no_grad()
     def _update(self, params: list[Tensor]) -> None:
         """Update ``params`` in one launch, and free their gradients."""
-        found = _grads(params)
+        found = gradients(params)
         params = [p for p, grad in zip(params, found, strict=True) if grad is not None]  # a hook may have removed one
         if not params:
             return
@@ -227,6 +295,7 @@ class GradientRelease:
         """Update what is left. The next backward pass can begin a new step even if this raises an error."""
         try:
             self._update_rest()
+            self._processes.send_buffers()
         finally:
             self._prepared, self._used = self._used, {}
             self._forget()
@@ -235,15 +304,21 @@ class GradientRelease:
         """Forget the current step, so that the next backward pass begins a new one."""
         for bucket in self._buckets.values():
             bucket.take()
+        if self._processes.averaging is not None:
+            self._processes.averaging.forget()
         self._updated.clear()
         self._norms.clear()
 
     def _update_rest(self) -> None:
         """Update parameters whose gradient no hook has seen."""
         self._update_waiting()  # a backward pass that failed leaves gradients in buckets
+        if not self._updated:
+            self._numbering = numbering_of(self._optimizer.param_groups)
+        self.finish()
         rest = [p for p in parameters_of(self._optimizer.param_groups) if p.grad is not None]
         if rest:
-            self._numbering = numbering_of(self._optimizer.param_groups)
+            self._processes.refuse_rest(rest, self._names)
+            self._refuse_again(rest)
         for p in rest:
             self._take_up(p)
         for device in {p.device for p in rest}:
@@ -258,48 +333,12 @@ class GradientRelease:
                 "anew; the updates are right, but memory is not saved"
             )
 
-
-class Bucket:
-    """Parameters whose gradients are collected for one launch."""
-
-    def __init__(self, limit: int, stream: Any = None) -> None:
-        self.params: list[Tensor] = []
-        self._limit, self._held, self._stream = limit, 0, stream
-
-    def add(self, p: Tensor, grad: Tensor) -> list[Tensor]:
-        """Add ``p``. If the gradients now have ``limit`` bytes or more, return all parameters and empty the bucket."""
-        self.params.append(p)
-        self._held += largest_share(grad)  # all ranks must update the same weights together, as some add up sums
-        return self.take() if self._held >= self._limit else []
-
-    def take(self) -> list[Tensor]:
-        """Return all parameters and empty the bucket."""
-        params, self.params, self._held = self.params, [], 0
-        return params
-
-    def wait(self) -> list[Tensor]:
-        """As ``take``; the current CUDA stream waits for the bucket's, in which the gradients are computed."""
-        if self.params and self._stream is not None:
-            current = torch.cuda.current_stream(self._stream.device)
-            if current != self._stream:
-                current.wait_stream(self._stream)
-                for grad in _grads(self.params):
-                    if grad is not None:
-                        local(grad).record_stream(current)
-        return self.take()
-
-
-def stream_of(grad: Any) -> torch.cuda.Stream | None:
-    """The current CUDA stream, in which ``grad`` was computed, or None on a CPU."""
-    device = local(grad).device
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-
-def _grads(params: list[Tensor]) -> list[Any]:
-    with torch._C.DisableTorchFunctionSubclass():  # or tensor subclasses would run Python code
-        return [p.grad for p in params]
-
-
-def waiting_limit(params: Iterable[Tensor]) -> int:
-    """Bytes at which a bucket is full: those of the largest gradient, which must fit anyway, at most ``WAITING``."""
-    return min(WAITING, max(map(largest_share, params), default=0))
+    def _refuse_again(self, rest: list[Tensor]) -> None:
+        again = [p for p in rest if id(p) in self._updated]
+        if again:
+            raise RuntimeError(
+                f"{self._names.get(id(again[0]), 'a parameter')} and {len(again) - 1} more have a gradient again "
+                "after their update, as DistributedDataParallel copies its buckets back; expected the DDP wrapper "
+                "itself as the model of enable_gradient_release, or nothing that writes gradients after the backward "
+                "pass"
+            )

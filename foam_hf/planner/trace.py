@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from foam_hf.optimizer.release import Bucket, waiting_limit
+from foam_hf.optimizer.buckets import Bucket, waiting_limit
 from foam_hf.planner.cuda_rules import CudaRules, autocast_on_meta
 
 _ALIGNMENT = 512  # bytes; the caching allocator rounds sizes up to a multiple of it

@@ -297,6 +297,42 @@ def replace_clipping(accelerator: Any, clip: Callable[..., Any]) -> Callable[[],
     return undo
 
 
+def prepare_without_ddp(trainer: Any) -> Callable[[], None]:
+    """Let accelerate prepare the model without DDP, which would hold all gradients in buckets.
+
+    `prepare_model(evaluation_mode=True)` leaves out nothing else.
+
+    Returns:
+        A function that restores the original, and lets a later run of the trainer wrap its model again.
+    """
+    accelerator = trainer.accelerator
+    original = accelerator.prepare_model
+
+    def prepare_model(model: Any, device_placement: Any = None, evaluation_mode: bool = False) -> Any:
+        return original(model, device_placement=device_placement, evaluation_mode=True)
+
+    accelerator.prepare_model = prepare_model
+
+    def undo() -> None:
+        vars(accelerator).pop("prepare_model", None)
+        if accelerator.num_processes > 1:
+            vars(trainer.model).pop("_is_accelerate_prepared", None)
+
+    return undo
+
+
+def ddp_of(trainer: Any) -> Any:
+    """The DDP that the trainer's model is wrapped in, or None."""
+    wrapped = getattr(trainer, "model_wrapped", None)
+    wrapped = getattr(wrapped, "_orig_mod", wrapped)  # of torch.compile
+    return wrapped if type(wrapped).__name__ == "DistributedDataParallel" else None
+
+
+def ddp_settings(trainer: Any) -> Any:
+    """accelerate's arguments of DDP, or None."""
+    return getattr(trainer.accelerator, "ddp_handler", None)
+
+
 # Private names of a model
 
 

@@ -13,7 +13,7 @@ from foam_hf.tensors.places import is_sharded
 from foam_hf.tensors.rows import kind_of
 from foam_hf.trainer.deepspeed import refuse_with_deepspeed, uses_deepspeed
 from foam_hf.trainer.names import name_of, releases_gradients, requested_options, similar_name, uses_foam
-from foam_hf.trainer.patches import fsdp_plugin, is_fsdp_enabled, unwrapped_optimizer
+from foam_hf.trainer.patches import ddp_settings, fsdp_plugin, is_fsdp_enabled, unwrapped_optimizer
 
 _TRUE = ("1", "true", "yes")
 
@@ -182,6 +182,12 @@ def refuse_kept_gradients(args: Any) -> None:
 def refuse_kept_gradients_of(trainer: Any) -> None:
     """Raise ValueError for a trainer that needs gradients after the backward pass, or that trains on several GPUs."""
     refuse_kept_gradients(trainer.args)
+    hook = getattr(ddp_settings(trainer), "comm_hook", None)
+    if hook is not None and getattr(hook, "value", hook) != "no":
+        raise ValueError(
+            f"gradient_release=true averages gradients in place of DDP: got the communication hook {hook}; expected "
+            "none, or gradient_release=false"
+        )
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"gradient_release=true trains on one GPU: got {trainer.args.n_gpu}, which DataParallel would share; "

@@ -11,12 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import TrainerCallback
 
 from foam_hf.optimizer.release import GradientRelease, enable_gradient_release
 from foam_hf.trainer.names import releases_gradients
-from foam_hf.trainer.patches import replace_clipping
+from foam_hf.trainer.patches import (
+    ddp_of,
+    ddp_settings,
+    is_deepspeed_enabled,
+    is_fsdp_enabled,
+    prepare_without_ddp,
+    replace_clipping,
+)
 from foam_hf.trainer.refusals import refuse_kept_gradients_of
 
 logger = logging.getLogger("foam_hf")
@@ -33,11 +40,15 @@ def release_while_training(trainer: Any) -> Iterator[None]:
         refuse_kept_gradients_of(trainer)
     callback = _Release(trainer)
     trainer.add_callback(callback)
+    averages = releases_gradients(trainer.args) and not (is_fsdp_enabled(trainer) or is_deepspeed_enabled(trainer))
+    restore = prepare_without_ddp(trainer) if averages else None
     try:
         yield
     finally:
         trainer.remove_callback(callback)
         callback.remove()
+        if restore is not None:
+            restore()
 
 
 def _warn(args: Any) -> None:
@@ -52,6 +63,11 @@ def _warn(args: Any) -> None:
         logger.warning(
             "gradient_release=true: a model compiled as a whole (torch_compile=True) returns all gradients at once, "
             "so less memory is saved, or none"
+        )
+    if args.should_log and args.world_size > 1 and args.ddp_bucket_cap_mb is not None:
+        logger.warning(
+            f"gradient_release=true: ddp_bucket_cap_mb={args.ddp_bucket_cap_mb} has no effect, as gradients are sent "
+            "in packs of 25 MiB without DDP's buckets"
         )
 
 
@@ -75,13 +91,22 @@ class _Release(TrainerCallback):
             _warn(trainer.args)
         # Not earlier: each trial of a hyperparameter search has an accelerator of its own.
         self._clip_as_before = replace_clipping(trainer.accelerator, self.grad_norm)
+        ddp, settings = ddp_of(trainer), ddp_settings(trainer)
+        averages = trainer.args.world_size > 1 and ddp is None and not is_fsdp_enabled(trainer)
         self._handle = enable_gradient_release(
-            trainer.model, trainer.optimizer, max_grad_norm=trainer.args.max_grad_norm
+            trainer.model if ddp is None else ddp,
+            trainer.optimizer,
+            max_grad_norm=trainer.args.max_grad_norm,
+            process_group=distributed.group.WORLD if averages else None,
+            broadcast_buffers=getattr(settings, "broadcast_buffers", True),
         )
 
     def grad_norm(self, *_: Any, **__: Any) -> Tensor | None:
         """Replaces `accelerator.clip_grad_norm_`: gradients are freed, so it only returns their norm, or None."""
-        return None if self._handle is None else self._handle.grad_norm
+        if self._handle is None:
+            return None
+        self._handle.finish()  # every process comes here, and weights that only others use count too
+        return self._handle.grad_norm
 
     def remove(self) -> None:
         handle, self._handle = self._handle, None

@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 
 from foam_hf import FOAM, enable_gradient_release, foam_param_groups
 from foam_hf.int8.weight import Int8Weight
-from foam_hf.optimizer import release as gradient_release
+from foam_hf.optimizer import buckets
 from tests.support.rules import FUSED
 from tests.support.rules import OPTIONS as RULES
 from tests.support.tiny_models import (
@@ -403,7 +403,7 @@ def test_gradients_clipped_in_one_launch_give_the_bits_of_one_by_one(
     monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
     runs, launches = [], []
     for limit in (0, 2**20):  # with 0, none waits
-        monkeypatch.setattr(gradient_release, "WAITING", limit)
+        monkeypatch.setattr(buckets, "WAITING", limit)
         model, optimizer = make_mlp(**options)
         handle = enable_gradient_release(model, optimizer, max_grad_norm=0.05)
         model(**next(batches(model)))["loss"].backward()

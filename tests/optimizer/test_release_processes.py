@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
+import tests.support.release_ddp_worker as ddp_worker
 import tests.support.release_worker as worker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,8 +21,18 @@ pytestmark = [pytest.mark.long, pytest.mark.slow]
 @pytest.mark.parametrize("processes", [2, 4])
 def test_release_under_fsdp2_has_the_bits_of_fsdp2_without_it(tmp_path: Path, processes: int) -> None:
     """Every rank compares, see the worker; it also counts gradients, resumes, clips, and provokes what is refused."""
+    _run(worker, tmp_path, processes)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_release_that_averages_has_the_bits_of_ddp(tmp_path: Path, processes: int) -> None:
+    """With DDP's wrapper and without it. The worker also counts gradients, and provokes what is refused."""
+    _run(ddp_worker, tmp_path, processes)
+
+
+def _run(module: types.ModuleType, tmp_path: Path, processes: int) -> None:
     done = subprocess.run(
-        [sys.executable, worker.__file__, str(tmp_path), str(processes)],
+        [sys.executable, str(module.__file__), str(tmp_path), str(processes)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "USE_TF": "0"},
         cwd=tmp_path,
         capture_output=True,

@@ -89,9 +89,10 @@ KERNEL_CASES = {
 }
 
 
-def batch(step: int, micro: int = 0) -> dict[str, Tensor]:
+def batch(step: int, micro: int = 0, rank: int | None = None) -> dict[str, Tensor]:
     """Another one for each rank."""
-    generator = torch.Generator().manual_seed(1000 * step + 100 * micro + dist.get_rank())
+    rank = dist.get_rank() if rank is None else rank
+    generator = torch.Generator().manual_seed(1000 * step + 100 * micro + rank)
     ids = torch.randint(3, VOCAB, (2, 8), generator=generator)
     return {"input_ids": ids, "labels": ids}
 

@@ -276,15 +276,16 @@ def test_compiling_the_whole_model_is_warned_about(tmp_path: Path, caplog: pytes
     assert "torch_compile=True" in said
 
 
-def test_two_processes_are_refused(tmp_path: Path) -> None:
+def test_two_processes_have_the_bits_of_ddp(tmp_path: Path) -> None:
+    """Each has batches of its own; the second half of the run, on the same trainer, is without release, under DDP."""
     context = torch.multiprocessing.get_context("fork")  # the children need not import everything again
     ranks = [context.Process(target=_train_as_one_rank, args=(tmp_path, rank)) for rank in (0, 1)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join(300)
     for rank in (0, 1):
-        assert "got 2 processes; expected one process with one GPU" in (tmp_path / f"{rank}.txt").read_text()
+        assert (tmp_path / f"{rank}.txt").read_text() == "the same"
 
 
 def _train_as_one_rank(folder: Path, rank: int) -> None:
@@ -293,11 +294,21 @@ def _train_as_one_rank(folder: Path, rank: int) -> None:
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", **address})
     store = torch.distributed.FileStore(str(folder / "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    trainer = make(folder, ddp_backend="gloo")
-    assert trainer.args.world_size == 2
-    with pytest.raises(ValueError) as caught:
+    trainers = []
+    for release in (False, True):
+        trainer = make(folder, release, ddp_backend="gloo", max_grad_norm=1e9, model=tiny_qwen2())
         trainer.train()
-    (folder / f"{rank}.txt").write_text(str(caught.value))
+        assert trainer.args.world_size == 2
+        assert (trainer.model_wrapped is trainer.model) is release  # without DDP, and so without its buckets
+        trainer.args.optim_args = "level=3"
+        trainer.train()
+        assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+        trainers.append(trainer)
+    plain, released = trainers
+    assert_same(released, plain)
+    assert logged(released, "loss") == logged(plain, "loss")
+    assert logged(released, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-5)
+    (folder / f"{rank}.txt").write_text("the same")
     torch.distributed.destroy_process_group()
 
 

@@ -1,0 +1,233 @@
+"""Averages gradients over processes inside the backward pass, for gradient release: DDP's work without its buckets.
+
+DDP keeps a copy of all gradients. Here each gradient is sent when it is complete, and freed after its update. As in
+DDP, each rank divides its gradients by the number of ranks, and all are added up, so the bits are DDP's.
+
+All ranks must send the same gradients in the same order, so weights are sent in packs whose order is agreed upon: at
+first the reverse of the model's, vectors last, and after one step that of the first rank. A weight without a gradient
+on some ranks counts as zeros there, and holds up the packs behind it until ``finish``. One without a gradient on every
+rank is not updated.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+
+LARGEST_PACK = 25 * 2**20  # bytes, as in DDP: one collective for many small gradients, and time to hide it behind
+_ALIGNMENT = 16  # elements; kernels read aligned addresses faster
+
+
+class _Sent(NamedTuple):
+    """A pack on its way: what to wait for, its parameters, their averaged gradients to be, and its bytes."""
+
+    works: list[Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+    size: int
+
+
+class Averaging:
+    """Sends gradients, and hands out the parameters whose gradients are averaged.
+
+    Args:
+        params: all that get a gradient, of floating dtypes and on one device; the same on all ranks, in this order.
+        group: the process group.
+        largest_pack: bytes.
+    """
+
+    def __init__(self, params: Sequence[Tensor], group: Any, largest_pack: int = LARGEST_PACK) -> None:
+        self.group, self._world = group, distributed.get_world_size(group)
+        self._params, self._numbers = list(params), {id(p): i for i, p in enumerate(params)}
+        self._limit = min(largest_pack, max((_bytes(p) for p in params), default=0))
+        self._agreed = False
+        # Vectors last: a norm that is defined far from where it is used would hold up much, and they are small.
+        self._pack(sorted(range(len(self._params)), key=lambda i: (self._params[i].dim() < 2, -i)))
+        self._sent: deque[_Sent] = deque()
+        self.forget()
+
+    def _pack(self, order: Iterable[int]) -> None:
+        self._packs: list[list[Tensor]] = []
+        held = 0
+        for p in (self._params[i] for i in order):
+            if not self._packs or held + _bytes(p) > self._limit:
+                self._packs.append([])
+                held = 0
+            self._packs[-1].append(p)
+            held += _bytes(p)
+        self._order = [self._numbers[id(p)] for pack in self._packs for p in pack]
+        self._pack_of = {id(p): i for i, pack in enumerate(self._packs) for p in pack}
+
+    def forget(self) -> None:
+        """Forget the gradients of this pass."""
+        for sent in self._sent:
+            for work in sent.works:
+                work.wait()
+        self._sent.clear()
+        self._next, self._task = 0, -1
+        self._came: list[int] = []
+        self._here: set[int] = set()
+        self._lacking = [len(pack) for pack in self._packs]
+
+    def averages(self, p: Tensor) -> bool:
+        """Whether ``p`` is one of its parameters."""
+        return id(p) in self._numbers
+
+    def has(self, p: Tensor) -> bool:
+        """Whether the gradient of ``p`` has come in this pass."""
+        return id(p) in self._here
+
+    def is_new_task(self) -> bool:
+        """Whether this is the first call in a backward pass, or in one nested in it by reentrant checkpointing."""
+        last, self._task = self._task, torch._C._current_graph_task_id()
+        return self._task != last
+
+    @property
+    def began(self) -> bool:
+        """Whether a gradient has come in this pass."""
+        return bool(self._here)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether gradients have come, through ``add`` or without it."""
+        if self._here:
+            return True
+        with torch._C.DisableTorchFunctionSubclass():
+            return any(p.grad is not None for p in self._params)
+
+    @property
+    def bytes_on_the_way(self) -> int:
+        return sum(sent.size for sent in self._sent)
+
+    def add(self, p: Tensor) -> Iterator[list[Tensor]]:
+        """The gradient of ``p`` is complete on this rank. Yields parameters whose gradients are averaged now."""
+        self._here.add(id(p))
+        self._came.append(self._numbers[id(p)])
+        self._lacking[self._pack_of[id(p)]] -= 1
+        while self._next < len(self._packs) and not self._lacking[self._next]:
+            yield from self._send_next()
+
+    def land(self) -> Iterator[list[Tensor]]:
+        """Wait for all that was sent; yields its parameters."""
+        while self._sent:
+            yield self._land_first()
+
+    def finish(self) -> Iterator[list[Tensor]]:
+        """End the pass, with zeros for gradients that this rank lacks. All ranks must call it. Yields parameters."""
+        late: list[Tensor] = []
+        with torch._C.DisableTorchFunctionSubclass():  # a gradient that did not come through ``add`` is sent too
+            self._here |= {id(p) for p in self._params if p.grad is not None}
+
+        def came(params: list[Tensor]) -> list[Tensor]:
+            late.extend(p for p in params if id(p) not in self._here)
+            return [p for p in params if id(p) in self._here]
+
+        while self._next < len(self._packs):
+            yield from map(came, self._send_next())
+        device = self._params[0].device
+        used = torch.tensor([float(id(p) in self._here) for p in self._params], device=device)
+        distributed.all_reduce(used, group=self.group)
+        yield from map(came, self.land())
+        if late:  # only then must the host read what the device has counted
+            counts = used.tolist()
+            with torch._C.DisableTorchFunctionSubclass():
+                for p in late:
+                    if not counts[self._numbers[id(p)]]:
+                        p.grad = None
+            yield late
+        if not self._agreed:
+            self._agree()
+        self.forget()
+
+    def _agree(self) -> None:
+        """Take over the order in which gradients came on rank 0, those that did not come last."""
+        here = set(self._came)
+        order = self._came + [i for i in self._order if i not in here]
+        told = torch.tensor(order, device=self._params[0].device)
+        distributed.broadcast(told, distributed.get_global_rank(self.group, 0), group=self.group)
+        self._pack(told.tolist())
+        self._agreed = True
+
+    def _send_next(self) -> Iterator[list[Tensor]]:
+        """Send the next pack. Yields what must land before, so that no more than two packs are on the way."""
+        pack = self._packs[self._next]
+        self._next += 1
+        size = sum(map(_bytes, pack))
+        while self._sent and self.bytes_on_the_way + size > 2 * self._limit:
+            yield self._land_first()
+        works: list[Any] = []
+        grads: list[Tensor] = []
+        params: list[Tensor] = []
+        for dtype in dict.fromkeys(p.dtype for p in pack):
+            mine = [p for p in pack if p.dtype == dtype]
+            flat, parts = _flat(mine)
+            flat.mul_(1.0 / self._world)
+            works.append(distributed.all_reduce(flat, group=self.group, async_op=True))
+            params += mine
+            grads += parts
+        self._sent.append(_Sent(works, params, grads, size))
+
+    def _land_first(self) -> list[Tensor]:
+        sent = self._sent.popleft()
+        for work in sent.works:
+            work.wait()  # on a GPU the stream waits, not the host
+        with torch._C.DisableTorchFunctionSubclass():
+            for p, grad in zip(sent.params, sent.grads, strict=True):
+                p.grad = grad
+        return sent.params
+
+
+def _bytes(p: Tensor) -> int:
+    return p.numel() * p.element_size()
+
+
+def _flat(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The gradients of ``params``, which lose them, in one tensor of their dtype, and each one's part of it.
+
+    A missing gradient is zeros. The gradient of a single parameter is not copied if it is contiguous.
+    """
+    with torch._C.DisableTorchFunctionSubclass():  # or tensor subclasses would run Python code
+        grads = [p.grad for p in params]
+        for p in params:
+            p.grad = None
+    dtype, device = params[0].dtype, params[0].device
+    if len(params) == 1 and grads[0] is not None and grads[0].dtype == dtype and grads[0].is_contiguous():
+        return grads[0].view(-1), [grads[0]]
+    sizes = [-(-p.numel() // _ALIGNMENT) * _ALIGNMENT for p in params]
+    flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
+    parts = [part[: p.numel()].view(p.shape) for part, p in zip(flat.split(sizes), params, strict=True)]
+    pairs = [(part, grad) for part, grad in zip(parts, grads, strict=True) if grad is not None]
+    if pairs:
+        torch._foreach_copy_([part for part, _ in pairs], [grad for _, grad in pairs])
+    return flat, parts
+
+
+@torch.no_grad()
+def send_from_first(tensors: Iterable[Tensor], group: Any) -> None:
+    """Overwrite ``tensors`` by those of the first rank of ``group``, as DDP does with weights and buffers."""
+    source = distributed.get_global_rank(group, 0)
+    for x in tensors:
+        for part in _inner(x):
+            whole = part.contiguous()
+            distributed.broadcast(whole, source, group=group)
+            if whole is not part:
+                part.copy_(whole)
+
+
+def _inner(x: Tensor) -> list[Tensor]:
+    """The plain tensors that ``x`` consists of: an INT8 weight has codes and scales."""
+    flatten = getattr(x, "__tensor_flatten__", None)
+    if flatten is None:
+        return [x.detach()]
+    names, _ = flatten()
+    return [part for name in names for part in _inner(getattr(x, name))]
+
+
+def state_of(model: nn.Module) -> list[Tensor]:
+    """Weights and buffers of ``model``, each once."""
+    found = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    return list(found.values())
