@@ -117,7 +117,7 @@ class Planner:
         if zero is None and (gpus is not None or offload):
             raise ValueError(
                 f"gpus and offload are ZeRO's, got gpus={gpus} and offload={offload} without zero; expected zero=1, 2 "
-                "or 3. DDP takes on each GPU what one takes, and a copy of the gradients"
+                "or 3. DDP takes on each GPU what one takes, and a copy of the gradients unless they are released"
             )
         if zero is not None and gpus is None:
             raise ValueError(f"zero={zero!r} needs the number of GPUs, got none; expected gpus=2 or more")

@@ -24,7 +24,7 @@ from foam_hf import FOAM, enable_gradient_release, foam_param_groups
 from foam_hf.tensors.places import local
 from tests.support.interpreter import patch_once
 from tests.support.rules import SHARDED
-from tests.support.tiny_models import VOCAB, tiny_llama, tiny_qwen2
+from tests.support.tiny_models import VOCAB, tiny_llama, tiny_lora_llama, tiny_qwen2
 from tests.support.torchrun import launch
 
 BF16 = torch.bfloat16
@@ -74,6 +74,7 @@ FSDP2_CASES = {
     "checkpointing": Case(dtype=BF16, checkpointing=True),
     "a layer that is called twice": Case(build=shared_layer),
     "frozen embeddings": Case(frozen="embed_tokens"),
+    "LoRA": Case(build=tiny_lora_llama),
     "two backward passes, one reduction": Case(micro=2),
 }
 
@@ -101,16 +102,21 @@ def sharded(case: Case, mesh: Any) -> tuple[nn.Module, FOAM]:
     os.environ["FOAM_HF_KERNEL"] = case.kernel
     model = case.build().to(case.dtype)
     for name, p in model.named_parameters():
-        p.requires_grad_(case.frozen not in name)
+        p.requires_grad_(p.requires_grad and case.frozen not in name)
+    layers = layers_of(model)
     if case.checkpointing:
-        apply_activation_checkpointing(model, check_fn=lambda module: module in list(model.model.layers))
-    for layer in set(model.model.layers):
+        apply_activation_checkpointing(model, check_fn=lambda module: module in layers)
+    for layer in layers:
         fully_shard(layer, mesh=mesh, **case.shard)
     fully_shard(model, mesh=mesh, **case.shard)
     groups = foam_param_groups(model, weight_decay=0.1, level=3)
     for group in groups:
         group.update(case.options)
     return model, FOAM(groups, lr=1e-2)
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
 
 
 class LiveGradients:
@@ -159,7 +165,7 @@ def compare_fsdp2(mesh: Any, cases: dict[str, Case]) -> None:
         assert any(not torch.equal(local(p), q) for p, q in zip(released[0].parameters(), before, strict=True))
         assert all(p.grad is None for p in released[0].parameters())
         # FSDP2 hands out a module's gradients in one storage, which lives as long as one of them.
-        layer, largest = _bytes(released[0].model.layers[0]), max(local(p).nbytes for p in released[0].parameters())
+        layer, largest = _bytes(layers_of(released[0])[0]), max(local(p).nbytes for p in released[0].parameters())
         assert 0 < live.most <= 2 * largest + 2 * layer, (name, live.most, largest, layer)
         assert name != "many layers" or live.most < _bytes(released[0]) / 2, (live.most, _bytes(released[0]))
         handle.remove()
