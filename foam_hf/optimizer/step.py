@@ -137,7 +137,8 @@ class PreparedStep:
         watched = self._watched
         if watched is None or not (self._counts.unchanged() and watched.unchanged(groups, params, states)):
             return False
-        found, last = gradients_of(params, watched.sharded), self._gradients.last
+        last = self._gradients.last
+        found = gradients_of(params, watched.sharded, last)
         if not self._gradients.fit(found):
             return False
         self._gradients.last = found

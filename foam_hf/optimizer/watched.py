@@ -5,6 +5,7 @@ The checks run in every step over hundreds of small tensors. For speed they use 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,8 @@ from foam_hf.tensors.places import is_sharded, local
 from foam_hf.tensors.step import Member, State
 
 _GRAD, _DTYPE, _STEP = operator.attrgetter("grad"), operator.attrgetter("dtype"), operator.itemgetter("step")
+# torch's own comparison of many addresses in C++. It is private, and only builds for CUDA have it.
+_ALL_EQUAL = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
 # The fields of a group that are read only when a step is prepared.
 _PREPARED_FOR = operator.itemgetter(*names_of(lambda each: each.field and not each.may_change))
 
@@ -35,7 +38,7 @@ class Watched:
         self._weights = unique(member.p for member in members)
         self._tensors = _getters(unique(member.state for member in members))
         self.sharded = any(is_sharded(p) for p in self._weights)
-        self._addresses = self._addresses_held()
+        self._addresses = list(map(Tensor.data_ptr, self._held()))
 
     def unchanged(self, groups: list[dict[str, Any]], params: list[Tensor], states: list[State]) -> bool:
         """Whether all is the same, without regard to steps, gradients and options that every step reads anew."""
@@ -49,16 +52,16 @@ class Watched:
 
     def _holds_its_state(self) -> bool:
         try:
-            return self._addresses_held() == self._addresses
-        except (KeyError, TypeError):  # a caller has removed state
+            return have_addresses(self._held(), self._addresses)
+        except (KeyError, RuntimeError, TypeError):  # a caller has removed state
             return False
 
-    def _addresses_held(self) -> list[int]:
+    def _held(self) -> list[Tensor]:
+        """All tensors whose addresses the kernels' tables hold, but gradients."""
         held = [*self._weights]
         for get, states in self._tensors:
             held += map(get, states)
-        # The kernels' tables hold these addresses.
-        return list(map(Tensor.data_ptr, map(local, held) if self.sharded else held))
+        return list(map(local, held)) if self.sharded else held
 
 
 class StepCounts:
@@ -156,6 +159,23 @@ def here(gradients: Gradients) -> list[bool]:
     return [not missing for missing in gradients.missing or [False] * len(gradients.addresses)]
 
 
+def have_addresses(tensors: list[Tensor], addresses: list[int]) -> bool:
+    """Whether ``tensors`` are at ``addresses``.
+
+    Raises:
+        TypeError: one is not a tensor.
+        RuntimeError: the same, or one has no address, as sparse ones.
+    """
+    if _ALL_EQUAL is not None and len(tensors) == len(addresses):
+        return bool(_ALL_EQUAL(tensors, addresses, _every(len(addresses))))
+    return list(map(Tensor.data_ptr, tensors)) == addresses
+
+
+@functools.lru_cache(maxsize=8)
+def _every(count: int) -> list[int]:
+    return list(range(count))
+
+
 def unique(values: Iterable[Any]) -> list[Any]:
     """The objects in ``values``, each once, compared by identity."""
     return list({id(value): value for value in values}.values())
@@ -178,12 +198,14 @@ def _fields(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     return [(*_PREPARED_FOR(group), len(group["params"])) for group in groups]
 
 
-def gradients_of(params: list[Tensor], sharded: bool) -> Gradients:
-    """The present gradients of ``params``."""
+def gradients_of(params: list[Tensor], sharded: bool, last: Gradients | None = None) -> Gradients:
+    """The present gradients of ``params``; those of the ``last`` step make it faster."""
     with torch._C.DisableTorchFunctionSubclass():  # or tensor subclasses would run Python code
         grads = list(map(_GRAD, params))
     if not sharded:
         try:
+            if last is not None and _ALL_EQUAL is not None and have_addresses(grads, last.addresses):
+                return Gradients(None, _kinds(grads), last.addresses)
             addresses = list(map(Tensor.data_ptr, grads))
             return Gradients(None, _kinds(grads), addresses)
         except (RuntimeError, TypeError):  # a sparse gradient has no address, None is no tensor

@@ -13,6 +13,7 @@ from foam_hf.kernels.calls import KernelCall
 from foam_hf.kernels.columns import count_of, filled, number_of, row_of
 from foam_hf.kernels.tables import owner_table
 from foam_hf.kernels.uploads import PINNED, share_tables
+from foam_hf.optimizer import watched
 from foam_hf.rules import block_kernel, factored_means_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,3 +101,18 @@ def test_tables_in_one_memory_are_apart_and_follow_the_host():
         for table in tables:
             assert table.table.data_ptr() % 16 == 0  # what kernels are compiled for
             assert table.table.tolist() == table.host.tolist()
+
+
+@pytest.mark.parametrize("bulk", [True, False])
+def test_addresses_are_those_of_before_or_not(monkeypatch, bulk):
+    """By torch's comparison of all at once where it has one, and one by one."""
+    if not bulk:
+        monkeypatch.setattr(watched, "_ALL_EQUAL", None)
+    tensors = [torch.nn.Parameter(torch.zeros(4, device=DEVICE)) for _ in range(5)]
+    addresses = [x.data_ptr() for x in tensors]
+    assert watched.have_addresses(tensors, addresses)
+    assert not watched.have_addresses(tensors[:4], addresses) and not watched.have_addresses(tensors, addresses[:4])
+    tensors[4].data = torch.ones(4, device=DEVICE)
+    assert not watched.have_addresses(tensors, addresses)
+    with pytest.raises((RuntimeError, TypeError)):
+        watched.have_addresses([*tensors[:4], None], addresses)
