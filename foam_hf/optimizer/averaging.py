@@ -23,11 +23,20 @@ _ALIGNMENT = 16  # elements; kernels read aligned addresses faster
 
 
 class _Sent(NamedTuple):
-    """A pack on its way: what to wait for, its parameters, their averaged gradients to be, and its bytes."""
+    """A pack on its way.
+
+    Attributes:
+        works: what to wait for.
+        params: of the pack.
+        grads: what will be their averaged gradients.
+        used: on how many ranks each has a gradient, float32 (len(params),).
+        size: bytes of the gradients.
+    """
 
     works: list[Any]
     params: list[Tensor]
     grads: list[Tensor]
+    used: Tensor
     size: int
 
 
@@ -118,27 +127,11 @@ class Averaging:
 
     def finish(self) -> Iterator[list[Tensor]]:
         """End the pass, with zeros for gradients that this rank lacks. All ranks must call it. Yields parameters."""
-        late: list[Tensor] = []
         with torch._C.DisableTorchFunctionSubclass():  # a gradient that did not come through ``add`` is sent too
             self._here |= {id(p) for p in self._params if p.grad is not None}
-
-        def came(params: list[Tensor]) -> list[Tensor]:
-            late.extend(p for p in params if id(p) not in self._here)
-            return [p for p in params if id(p) in self._here]
-
         while self._next < len(self._packs):
-            yield from map(came, self._send_next())
-        device = self._params[0].device
-        used = torch.tensor([float(id(p) in self._here) for p in self._params], device=device)
-        distributed.all_reduce(used, group=self.group)
-        yield from map(came, self.land())
-        if late:  # only then must the host read what the device has counted
-            counts = used.tolist()
-            with torch._C.DisableTorchFunctionSubclass():
-                for p in late:
-                    if not counts[self._numbers[id(p)]]:
-                        p.grad = None
-            yield late
+            yield from self._send_next()
+        yield from self.land()
         if not self._agreed:
             self._agree()
         self.forget()
@@ -169,16 +162,28 @@ class Averaging:
             works.append(distributed.all_reduce(flat, group=self.group, async_op=True))
             params += mine
             grads += parts
-        self._sent.append(_Sent(works, params, grads, size))
+        used = torch.ones(len(params), device=params[0].device)
+        for i, p in enumerate(params):
+            if id(p) not in self._here:
+                used[i].zero_()  # no copy from the host, which would wait for the GPU
+        works.append(distributed.all_reduce(used, group=self.group, async_op=True))
+        self._sent.append(_Sent(works, params, grads, used, size))
 
     def _land_first(self) -> list[Tensor]:
+        """Wait for the first pack; returns those of its parameters that have a gradient on any rank.
+
+        All ranks get the same packs in the same order, so that clipping finds the same norms on them.
+        """
         sent = self._sent.popleft()
         for work in sent.works:
             work.wait()  # on a GPU the stream waits, not the host
+        lacks = any(id(p) not in self._here for p in sent.params)
+        counts = sent.used.tolist() if lacks else [1.0] * len(sent.params)  # only then must the host wait for a GPU
+        found = [(p, grad) for p, grad, count in zip(sent.params, sent.grads, counts, strict=True) if count]
         with torch._C.DisableTorchFunctionSubclass():
-            for p, grad in zip(sent.params, sent.grads, strict=True):
+            for p, grad in found:
                 p.grad = grad
-        return sent.params
+        return [p for p, _ in found]
 
 
 def _bytes(p: Tensor) -> int:
