@@ -77,7 +77,7 @@ class Averaging:
             for work in sent.works:
                 work.wait()
         self._sent.clear()
-        self._next, self._task = 0, -1
+        self._next, self._task, self._finished = 0, -1, False
         self._came: list[int] = []
         self._here: set[int] = set()
         self._lacking = [len(pack) for pack in self._packs]
@@ -103,8 +103,8 @@ class Averaging:
     @property
     def unfinished(self) -> bool:
         """Whether gradients have come, through ``add`` or without it."""
-        if self._here:
-            return True
+        if self._here or self._finished:
+            return bool(self._here)
         with torch._C.DisableTorchFunctionSubclass():
             return any(p.grad is not None for p in self._params)
 
@@ -114,6 +114,7 @@ class Averaging:
 
     def add(self, p: Tensor) -> Iterator[list[Tensor]]:
         """The gradient of ``p`` is complete on this rank. Yields parameters whose gradients are averaged now."""
+        self._finished = False
         self._here.add(id(p))
         self._came.append(self._numbers[id(p)])
         self._lacking[self._pack_of[id(p)]] -= 1
@@ -135,6 +136,7 @@ class Averaging:
         if not self._agreed:
             self._agree()
         self.forget()
+        self._finished = True  # gradients that are kept until the step are not averaged again
 
     def _agree(self) -> None:
         """Take over the order in which gradients came on rank 0, those that did not come last."""
