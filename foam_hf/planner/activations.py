@@ -85,9 +85,9 @@ def activation_curve(model: nn.Module, sequence: int, **settings: Any) -> Callab
 def optimizer_temporary_bytes(model: nn.Module, optim: str, optim_args: str | None = None) -> int:
     """The most bytes that one step of an optimizer on a GPU allocates and frees again.
 
-    FOAM's kernels allocate nothing, except that those of the factored rule keep sums of squares during the step. Rules
-    without a kernel (Muon, Adam-mini, moments of 8 bits) allocate as on a CPU, in larger chunks. The bytes of other
-    optimizers are in `planner/peers.py`.
+    FOAM's kernels allocate nothing, except that those of the factored rule keep sums of squares during the step, and
+    Muon's a few matrices. Rules without a kernel (Adam-mini, moments of 8 bits) allocate as on a CPU, in larger
+    chunks. The bytes of other optimizers are in `planner/peers.py`.
 
     Args:
         model: its trainable parameters are counted, on any device.

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foam_hf.kernels.calls import KernelCall
-from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STEP, STREAM, WEIGHT, count_of, number_of, row_of
+from foam_hf.kernels.columns import EXP_AVG, GRADIENT, STEP, STREAM, WEIGHT, count_of, number_of, row_of
 from foam_hf.kernels.parts import (
     blocks_of,
     draws_of,
@@ -78,10 +78,7 @@ def _direction(
         mean = tl.sum(tl.reshape(g, (R, C // F, F)), 2) * share
     m = lerp(m, mean, a1, b1)
     ahead = lerp(mean, m, b1, a1)
-    if F == 1:
-        direction = ahead
-    else:
-        direction = unfold(ahead, R, C, F) + rho * (g - unfold(mean, R, C, F))
+    direction = unfold(ahead, R, C, F) + rho * (g - unfold(mean, R, C, F))  # at F = 1 the latter is zero
     direction = tl.where(mask, direction, 0.0)
     return g, m, direction, segment, offset, mask, M, m_offset, m_mask
 

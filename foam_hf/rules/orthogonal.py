@@ -4,20 +4,20 @@
 
     R = X X^T,  Y_k = b_k Y_{k-1} Y_{k-1} + sum_j c_kj Y_j  for k = 1..4 and Y_0 = R,  X <- (a + Y_4) X
 
-which applies the odd polynomial ``x (a + y_4(x^2))`` of degree 33 to the singular values of ``X``. All products but the
-last are symmetric, so that half of each is enough. Five iterations of Muon's polynomial of degree 5 take 15 products
-of ``m x m`` for a square matrix, these take 12, of which 10 are symmetric.
+which applies the odd polynomial ``x (a + y_4(x^2))`` of degree 33 to the singular values of ``X``. All products but
+the last are symmetric, so that half of each is enough. Five iterations of Muon's polynomial of degree 5 take 15
+products of ``m x m`` for a square matrix, these take 12, of which 10 are symmetric.
 
 The first round is for numbers from ``SMALLEST_VALUE`` to 1, the second one for what the first makes of these. The
 coefficients make the largest distance from 1 as small as the form allows, as those of Polar Express do for degree 5
 (arXiv 2505.16932). They are our own: ``recipes/benchmarks/quality/orthogonal_rounds.py`` finds them. Numbers from
-0.0015 to 1 end between 0.8 and 1.2, and smaller ones are multiplied by up to 595. Muon's iteration leaves 0.68 to 1.2 of
-the former, and multiplies by 485.
+0.0015 to 1 end between 0.8 and 1.2, and smaller ones are multiplied by up to 595. Muon's iteration leaves 0.68 to 1.2
+of the former, and multiplies by 485.
 
 What is 1 is an upper bound of the largest singular value. Muon takes the Frobenius norm of ``X``. The root of the
-Frobenius norm of ``R``, which is there anyway, is a closer one: ``(sum of s^4)^(1/4)`` instead of ``(sum of s^2)^(1/2)``.
+Frobenius norm of ``R``, which is there anyway, is closer: ``(sum of s^4)^(1/4)`` instead of ``(sum of s^2)^(1/2)``.
 
-On GPUs matrices are float16, which has eight times finer steps than bfloat16 and is wide enough: everything is scaled.
+On GPUs matrices are float16, which has eight times finer steps than bfloat16 and is wide enough, as all is scaled.
 """
 
 from __future__ import annotations

@@ -84,10 +84,9 @@ def _product_kernel(
     C += matrix.to(tl.int64) * size
     rounded = total.to(C.dtype.element_ty)
     tl.store(C + offset, rounded, mask=mask)
-    if SYMMETRIC:
-        if i > j:
-            mirrored = (column < n)[:, None] & (row < m)[None, :]
-            tl.store(C + column[:, None] * n + row[None, :], tl.trans(rounded), mask=mirrored)
+    if SYMMETRIC and i > j:
+        mirrored = (column < n)[:, None] & (row < m)[None, :]
+        tl.store(C + column[:, None] * n + row[None, :], tl.trans(rounded), mask=mirrored)
 
 
 @triton.jit(do_not_specialize=["count", "matrices"])
@@ -118,8 +117,8 @@ class Orthogonalizer:
         self._by_library = self._m * rows * n > LARGE
         side = -(-self._m // TILE)
         self._lower = side * (side + 1) // 2  # tiles
-        options = {"num_warps": 4, "num_stages": 3} if _holds_three_stages(device) else {"num_warps": 8, "num_stages": 2}
-        self._product = KernelCall(_product_kernel, {"T": TILE, "D": DEPTH}, **options)
+        warps, stages = (4, 3) if _holds_three_stages(device) else (8, 2)
+        self._product = KernelCall(_product_kernel, {"T": TILE, "D": DEPTH}, num_warps=warps, num_stages=stages)
         self._find_scales = KernelCall(_scales_kernel, {}, num_warps=4)
 
     def __call__(self, X: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,12 +163,15 @@ class Orthogonalizer:
         """Y_1 to Y_4 of s R."""
         m = self._m
         strides = {"a_row": m, "a_column": 1, "b_row": 1, "b_column": m, "a_size": m * m, "b_size": m * m}
+        shape = {"m": m, "n": m, "k": m}
         for step, (square, terms) in enumerate(zip(coefficients.squares, coefficients.terms, strict=True)):
             last, target = ladder[step], ladder[(step + 1) % len(ladder)]
             how = {"SYMMETRIC": True, "TERMS": step + 1, "POWER": 0 if step else 2, "SUMS": False}
-            self._run(count, (last, last, target), ladder, numbers, None, square, terms, dict.fromkeys("mnk", m), strides, how)
+            self._run(count, (last, last, target), ladder, numbers, None, square, terms, shape, strides, how)
 
-    def _multiply(self, X: Tensor, out: Tensor, ladder: Tensor, coefficients: Round, scale: float, ones: Tensor) -> None:
+    def _multiply(
+        self, X: Tensor, out: Tensor, ladder: Tensor, coefficients: Round, scale: float, ones: Tensor
+    ) -> None:
         """out = scale (a + Y_4) X, of tall matrices scale X (a + Y_4)."""
         m, linear = self._m, coefficients.linear * scale
         Y = ladder[0, : len(X) * m * m]
@@ -208,7 +210,5 @@ class Orthogonalizer:
 
 
 def _holds_three_stages(device: torch.device) -> bool:
-    """Whether three parts of two tiles fit a program's shared memory."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 3 * 2 * TILE * DEPTH * 2
+    """Whether three parts of two tiles fit a program's shared memory: 96 KiB."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)

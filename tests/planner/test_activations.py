@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from typing import Any
 
@@ -22,6 +23,7 @@ from foam_hf.planner.activations import (
     optimizer_temporary_bytes,
 )
 from foam_hf.planner.trace import trace_step, with_value
+from foam_hf.rules import muon
 from recipes.benchmarks.common.folders import RESULTS
 from recipes.benchmarks.memory import activation_peaks
 from tests.support import tiny_models
@@ -280,8 +282,12 @@ def test_settings_out_of_range(arguments, error):
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_temporary_memory_of_optimizers(optim, dtype):
-    model = nn.Sequential(nn.Linear(512, 256, bias=False), nn.Linear(256, 128, bias=False)).to(dtype)
+def test_temporary_memory_of_optimizers(monkeypatch, optim, dtype):
+    if optim == "foam_muon":  # its kernels' memory is planned, for as many matrices as they take at a time
+        monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
+        monkeypatch.setattr(muon, "BATCH_ELEMENTS", 128 * 96)
+    wide, middle, narrow = (128, 96, 64) if optim == "foam_muon" else (512, 256, 128)
+    model = nn.Sequential(nn.Linear(wide, middle, bias=False), nn.Linear(middle, narrow, bias=False)).to(dtype)
     if optim == "foam of 8 bits":
         model = nn.Embedding(256, 512, dtype=dtype)
     matrices = list(model.parameters())
@@ -298,14 +304,12 @@ def test_temporary_memory_of_optimizers(optim, dtype):
     for _ in range(2):
         for p in matrices:
             p.grad = torch.randn_like(p)
+        gc.collect()  # Triton's interpreter keeps a launch's tensors in cycles
         peak = allocated_peak(optimizer.step)
     name, _, eight_bit = optim.partition(" of ")
     expected = optimizer_temporary_bytes(model, name, "plain_state=8bit,fold_embeddings=false" if eight_bit else None)
     allowed = TOLERANCES["temporary bytes of an optimizer"].allowed
-    if name == "foam_muon":  # whether a product of bfloat16 copies a matrix is the processor's matter
-        assert expected - 2 * matrices[0].numel() - allowed * expected <= peak <= (1 + allowed) * expected
-    else:
-        assert peak == pytest.approx(expected, rel=allowed, abs=1024)
+    assert peak == pytest.approx(expected, rel=allowed, abs=1024)
 
 
 @pytest.mark.parametrize("level", [0, 3, 8, "row"])

@@ -1,4 +1,7 @@
-"""FOAM's rules as slow, readable float64 arithmetic, one row and one block at a time. Shares no code with foam_hf."""
+"""FOAM's rules as slow, readable float64 arithmetic, one row and one block at a time.
+
+It shares no code with foam_hf, only the coefficients of Muon's polynomials.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from foam_hf.rules.orthogonal import ROUNDS, Round
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -89,7 +94,7 @@ class Reference:
 
 
 class MuonReference:
-    """FOAM with Muon, one matrix and one block at a time. The Newton-Schulz iteration is in float64 too."""
+    """FOAM with Muon, one matrix and one block at a time; singular values are replaced by way of a decomposition."""
 
     def __init__(
         self, weight: Tensor, *, lr, weight_decay=0.0, momentum=0.95, level=8, scale=None, residual_scale=1.0
@@ -120,10 +125,22 @@ class MuonReference:
 
     @staticmethod
     def orthogonal(B: Tensor) -> Tensor:
-        X = B / max(B.square().sum().sqrt().item(), 1e-7)
-        for _ in range(5):
-            X = 3.4445 * X - 4.7750 * X @ X.T @ X + 2.0315 * X @ X.T @ X @ X.T @ X
-        return X
+        U, S, Vh = torch.linalg.svd(B / max(B.square().sum().sqrt().item(), 1e-7), full_matrices=False)
+        bound = max((S**4).sum().sqrt().item(), len(S) ** -0.5) * 1.005
+        return U * rounded_values(S / bound**0.5) @ Vh
+
+
+def rounded_values(x: Tensor) -> Tensor:
+    """What the two rounds of ``rules.orthogonal`` make of singular values ``x`` from 0 to 1, float64."""
+    first, second = ROUNDS
+    return _polynomial(second, _polynomial(first, x) / ((1 + first.error) * 1.01))
+
+
+def _polynomial(coefficients: Round, x: Tensor) -> Tensor:
+    y = [x * x]
+    for square, terms in zip(coefficients.squares, coefficients.terms, strict=True):
+        y.append(square * y[-1] ** 2 + sum(c * earlier for c, earlier in zip(terms, y, strict=True)))
+    return x * (coefficients.linear + y[-1])
 
 
 class MiniReference:

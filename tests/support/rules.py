@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from foam_hf.rules.all import RULES
+from foam_hf.rules.all import RULES, rule_named
 
 FOLDING = [rule.name for rule in RULES if not rule.plain]
 BY_BLOCK = [rule.name for rule in RULES if not rule.plain and rule.unit == "block"]  # those that `Reference` has
-FUSED = [rule.name for rule in RULES if not rule.plain and rule.kernel]
+FUSED = [name for name in BY_BLOCK if rule_named(name).kernel]
 SHARDED = [rule.name for rule in RULES if not rule.plain and rule.shards != "nothing"]
 # Rule -> options of FOAM under which a matrix gets this rule.
 OPTIONS = {
