@@ -73,7 +73,7 @@ def update_muon(
     limit, step = element_limit(factor), h.lr * factor * h.scale
     for first in range(0, len(weight), rows):
         parts = [range(first + chunk.start, first + chunk.stop) for chunk in chunks(rows, n, grad.device)]
-        direction = torch.empty(rows, n, device=grad.device)
+        direction = torch.empty(rows, n, dtype=torch.float32, device=grad.device)
         for chunk in parts:
             direction[chunk.start - first : chunk.stop - first] = _direction(gradient, momentum, chunk, width, h)
         direction = orthogonalized(direction)

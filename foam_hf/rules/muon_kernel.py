@@ -44,7 +44,7 @@ from foam_hf.rules.muon import element_limit, matrices_at_a_time, step_factor
 from foam_hf.rules.orthogonal import SMALLEST_NORM
 from foam_hf.rules.products_kernel import LANES, Orthogonalizer
 from foam_hf.tensors.places import whole_place
-from foam_hf.tensors.step import Hyper, Member, State
+from foam_hf.tensors.step import Hyper, Member
 
 WARP_ELEMENTS = 512
 MAX_ELEMENTS = 1 << 31  # of a matrix: kernels count them in int32
@@ -240,15 +240,15 @@ class Launch(AddressTable):
         self._present = numpy.arange(len(matrices))
         self._tensors: Tensor | None = None
 
-    def leave_out(self, here: numpy.ndarray) -> None:
-        super().leave_out(here)
+    def leave_out(self, here: numpy.ndarray, steps: numpy.ndarray) -> None:
+        super().leave_out(here, steps)
         self._present, self._tensors = numpy.flatnonzero(here), None
 
-    def know_states(self, states: list[State]) -> None:
-        super().know_states([s for s, count in zip(states, self._of_entry, strict=True) for _ in range(count)])
+    def repeat_members(self) -> None:
+        """Let ``members`` be those of the matrices, as ``streams`` are."""
+        self.members = [m for m, count in zip(self.members, self._of_entry, strict=True) for _ in range(count)]
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None, left_out_at: Tensor | None = None) -> None:
-        self.follow_steps(h)
         (owner,) = self.owners
         matrices, checked = len(self._present), left_out_at is not None
         of_step, constants = self.of_step(h, grad_scale, left_out_at)
@@ -278,8 +278,8 @@ class Launch(AddressTable):
 
         Negative where a gradient is not finite, in all matrices of its tensor.
         """
-        sums = torch.empty(2, matrices * self._programs, device=self.device)
-        totals = torch.empty(2, matrices, device=self.device)
+        sums = torch.empty(2, matrices * self._programs, dtype=torch.float32, device=self.device)
+        totals = torch.empty(2, matrices, dtype=torch.float32, device=self.device)
         arguments = {**tables, "sums": sums, **self._shape, **momentum}
         self._add_squares(matrices * self._programs, arguments, scaled)
         self._total(2 * matrices, {"sums": sums, "totals": totals, "count": self._programs}, {})
@@ -303,4 +303,7 @@ class Launch(AddressTable):
 
 def make_launches(members: list[Member]) -> tuple[list[Launch], list[Member]]:
     """Launches for ``members``, plain weights of this rule, and the members that no kernel takes."""
-    return launches_of(members, MatrixGeometry.of_matrix, Launch)
+    launches, unfit = launches_of(members, MatrixGeometry.of_matrix, Launch)
+    for launch in launches:
+        launch.repeat_members()
+    return launches, unfit

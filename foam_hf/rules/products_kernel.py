@@ -133,8 +133,9 @@ class Orthogonalizer:
         """
         count, m = len(X), self._m
         padded = -(-count // 4) * 4  # so that all parts of a buffer begin on 16 bytes
-        ones, scales = torch.ones(padded, device=X.device), torch.empty(3, padded, device=X.device)
-        sums = torch.empty(count * self._lower, device=X.device)
+        floats: dict[str, Any] = {"dtype": torch.float32, "device": X.device}
+        ones, scales = torch.ones(padded, **floats), torch.empty(3, padded, **floats)
+        sums = torch.empty(count * self._lower, **floats)
         # R, Y_1, Y_2 and Y_3; Y_4 takes the place of R.
         ladder = torch.empty(len(ROUNDS[0].squares), -(-count * m * m // 16) * 16, dtype=X.dtype, device=X.device)
         other = torch.empty_like(X)

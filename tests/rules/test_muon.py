@@ -98,7 +98,7 @@ def test_a_zero_matrix_stays_zero_and_a_vanishing_one_is_not_blown_up():
 @pytest.mark.parametrize("by_library", [False, True])
 @pytest.mark.parametrize("shape", [(40, 72), (70, 37), (9, 1)], ids=str)
 def test_the_kernels_orthogonalise_as_torch_does_and_each_matrix_by_itself(monkeypatch, shape, by_library):
-    monkeypatch.setattr(products_kernel, "TILE", 32)
+    monkeypatch.setattr(products_kernel, "TILE", 64)
     monkeypatch.setattr(products_kernel, "LARGE", 0 if by_library else 1 << 40)
     B = torch.randn(3, *shape, device=DEVICE)
     norms = B.flatten(1).norm(dim=1)[:, None, None]
@@ -113,7 +113,7 @@ def test_the_kernels_orthogonalise_as_torch_does_and_each_matrix_by_itself(monke
 
 
 def test_the_kernels_symmetric_products_are_symmetric(monkeypatch):
-    monkeypatch.setattr(products_kernel, "TILE", 32)
+    monkeypatch.setattr(products_kernel, "TILE", 64)
     orthogonalizer = Orthogonalizer(80, 112, DEVICE)
     X, ones = torch.randn(2, 80, 112, device=DEVICE).half(), torch.ones(4, device=DEVICE)
     ladder = torch.full((4, 2 * 80 * 80), float("nan"), device=DEVICE).half()
@@ -128,7 +128,7 @@ def test_the_kernels_symmetric_products_are_symmetric(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_kernels_follow_the_plain_path(monkeypatch, dtype):
     """Matrices of three shapes, a stack, one without a gradient at times, and one whose gradient is not finite."""
-    monkeypatch.setattr(products_kernel, "TILE", 32)
+    monkeypatch.setattr(products_kernel, "TILE", 64)
     shapes = [(24, 40), (40, 24), (24, 40), (2, 12, 20)]
     weights = [(torch.randn(shape) / 10).to(DEVICE, dtype) for shape in shapes]
     grads = [[torch.randn_like(weight) for weight in weights] for _ in range(2)]
@@ -156,7 +156,7 @@ def test_the_kernels_follow_the_plain_path(monkeypatch, dtype):
 
 
 def test_a_batch_of_the_kernels_changes_no_bit(monkeypatch):
-    monkeypatch.setattr(products_kernel, "TILE", 32)
+    monkeypatch.setattr(products_kernel, "TILE", 64)
     monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
     weight, grads = torch.randn(3, 24, 40, device=DEVICE), [torch.randn(3, 24, 40, device=DEVICE) for _ in range(2)]
     together, _ = train(weight, grads, level=2)
