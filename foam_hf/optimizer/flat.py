@@ -7,12 +7,13 @@ many weights and blocks fold as were planned. ``flat_step`` updates them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from foam_hf.optimizer.deepspeed import flats_of, is_partitioned
 from foam_hf.optimizer.flat_parts import FlatParts, Group, Weight
@@ -24,6 +25,14 @@ logger = logging.getLogger("foam_hf")
 
 RECORD = "flat"  # what a param group of a checkpoint says of its flat vectors
 LAYOUT = "layout"  # a number in the state of a flat vector that says which parts of which weights it is of
+
+
+def _reference(p: Any) -> Callable[[], Tensor | None]:
+    """What gives ``p`` back as long as it is alive, without keeping it so.
+
+    ZeRO holds no INT8 weights and no DTensors. ``model.to()`` cannot swap those if there is a weak reference to them.
+    """
+    return (lambda: None) if is_traceable_wrapper_subclass(p) else ref(p)
 
 
 class FlatWeights:
@@ -42,7 +51,7 @@ class FlatWeights:
             like = whole(p)
             rule, level = rule_of(like, group)
             numbers.append(len(self.weights))
-            self.weights.append(Weight(ref(p), like.shape, p.requires_grad, rule.name, level))
+            self.weights.append(Weight(_reference(p), like.shape, p.requires_grad, rule.name, level))
         self._groups.append((group, numbers))
 
     def follow(self, groups: list[Group]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ Group = dict[str, Any]
 class Weight(NamedTuple):
     """A weight that an optimizer was made for, and how it was to be updated then."""
 
-    p: ref[Tensor]
+    p: Callable[[], Tensor | None]
     shape: torch.Size
     trained: bool
     rule: str
