@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from foam_hf.cli.errors import CommandError
 from foam_hf.cli.estimate_options import (
     COMPARED,
-    COMPARED_WITH_ZERO,
+    COMPARED_IF_SHARED,
     check_plot,
-    check_zero,
+    check_sharing,
     chosen_optimizers,
     positive_integer,
     size_in_bytes,
@@ -68,8 +68,8 @@ def _run(options: argparse.Namespace) -> int:
     options.gpu_text, options.gpu = options.gpu, None if options.gpu is None else size_in_bytes(options.gpu)
     for name in ("batch", "seq", "lora_rank", "gpus"):
         setattr(options, name, positive_integer(name, getattr(options, name)))
-    check_zero(options)
-    names = options.optim or [COMPARED_WITH_ZERO if options.zero else COMPARED]
+    check_sharing(options)
+    names = options.optim or [COMPARED_IF_SHARED if options.zero or options.fsdp2 else COMPARED]
     choices = chosen_optimizers(names, options.level, options.optim_args)
     foam_only = [flag for flag in ("gradient_release", "int8_weights") if getattr(options, flag)]
     if foam_only and not any(_is_foam(name) for name, _ in choices):
@@ -90,7 +90,7 @@ def _run(options: argparse.Namespace) -> int:
         print(to_json(rows, model=options.model, **about, gpu=options.gpu, way_out=_as_json(found)))
     else:
         print(f"{options.model}: {about['architecture']}, {about['size']}")
-        each = ", on each GPU" if planner.zero else ""
+        each = ", on each GPU" if planner.sharing else ""
         print(f"The peak of a training step of {about['step']}{each}:\n")
         print_table(rows, gpu=options.gpu)
         print("\n" + "\n".join(_notes(rows, foam_only, planner)))
@@ -126,7 +126,7 @@ def _describe_workload(planner: Planner, options: Any) -> dict[str, str]:
     step += [f"{options.attention} attention"] if options.attention else []
     step += ["gradient checkpointing"] if options.gradient_checkpointing else []
     step += ["gradients accumulated"] if options.gradient_accumulation else []
-    step += [planner.zero.words] if planner.zero else []
+    step += [planner.sharing] if planner.sharing else []
     dtype = str(planner.dtype).removeprefix("torch.")
     count = planner.parameters
     size = f"{f'{count / 1e6:,.0f} M' if count >= 1e6 else f'{count:,}'} parameters in {dtype}"
@@ -142,6 +142,10 @@ def _notes(rows: list[Row], foam_only: list[str], planner: Planner) -> list[str]
     if foam_only and not all(_is_foam(row.plan.optim) for row in rows):
         flags = " and ".join(flag.replace("_", " ").replace("int8", "INT8") for flag in foam_only)
         notes.append(f"Only FOAM has {flags}: the other optimizers are planned without.")
+    if planner.fsdp2:
+        notes.append(
+            "Buffers are gathered weights and whole gradients, of the two layers where most are alive at a time."
+        )
     return notes + (_zero_notes(planner.zero) if planner.zero else [])
 
 
@@ -179,7 +183,7 @@ def _command(options: Any, planner: Planner) -> list[str]:
     for name in ("architecture", "dtype", "attention", "lora_rank", "zero", "gpus"):
         if getattr(options, name) is not None:
             command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    for name in ("bf16", "fp16", "gradient_accumulation", "trust_remote_code", "offload"):
+    for name in ("bf16", "fp16", "gradient_accumulation", "trust_remote_code", "fsdp2", "offload"):
         command += [f"--{name.replace('_', '-')}"] if getattr(options, name) else []
     return command
 

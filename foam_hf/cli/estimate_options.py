@@ -11,7 +11,7 @@ from typing import Any
 from foam_hf.optim_args import option, split_optim_args, written
 
 COMPARED = "foam, foam_mini, adamw_torch_fused, adamw_8bit, adafactor, galore_adamw, apollo_adamw"
-COMPARED_WITH_ZERO = "foam, foam_mini, adamw_torch_fused, adamw_8bit, adafactor"  # those that take flat vectors
+COMPARED_IF_SHARED = "foam, foam_mini, adamw_torch_fused, adamw_8bit, adafactor"  # those that may be divided
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "estimate",
         help="say what training a model takes, before anything but its config is read",
-        usage="foam-hf estimate MODEL [--gpu 24GB] [--batch N] [--seq N] [--zero STAGE --gpus N] [option ...]",
+        usage="foam-hf estimate MODEL [--gpu 24GB] [--batch N] [--seq N] [--fsdp2|--zero N] [--gpus N] [option ...]",
         description="What a training step takes at its peak, for several optimizers side by side: weights, gradients "
         "and optimizer state counted to the byte, activations estimated. Nothing but a config is read.",
         epilog="exit codes: 0; 1 if nothing fits on --gpu, whatever the package does; 2 for a model, an option or a "
@@ -47,8 +47,8 @@ def add_parser(commands: Any) -> None:
         "--optim",
         action="append",
         metavar="NAME,...",
-        help=f"optimizers to compare, by Trainer's names, and muon, adam_mini (default: {COMPARED}; with --zero those "
-        "that it can divide)",
+        help=f"optimizers to compare, by Trainer's names, and muon, adam_mini (default: {COMPARED}; with --fsdp2 "
+        "and --zero those that they can divide)",
     )
     parser.add_argument("--level", metavar="N,...", help=f"FOAM's level, {level}; several make several rows")
     parser.add_argument(
@@ -73,12 +73,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--gradient-release", action="store_true", help="update inside the backward pass (FOAM alone)")
     parser.add_argument("--int8-weights", action="store_true", help="train INT8 weights (FOAM alone)")
     parser.add_argument("--lora-rank", metavar="N", help="train LoRA adapters on all linear layers instead")
+    parser.add_argument("--fsdp2", action="store_true", help="FSDP2 divides the model: what one of --gpus takes")
     parser.add_argument(
         "--zero",
         metavar="STAGE",
         help="DeepSpeed's ZeRO 1, 2 or 3, or the .json file of a DeepSpeed config: what one of --gpus takes",
     )
-    parser.add_argument("--gpus", metavar="N", help="GPUs that share the model under --zero; --batch is each one's")
+    parser.add_argument("--gpus", metavar="N", help="GPUs that share the model; --batch is each one's")
     parser.add_argument("--offload", action="store_true", help="with --zero: the optimizer in host memory")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table; sizes in bytes")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the table as stacked bars (extra: plot)")
@@ -162,20 +163,29 @@ def workload(options: argparse.Namespace) -> dict[str, Any]:
         "lora_rank": options.lora_rank,
         "architecture": options.architecture,
         "trust_remote_code": options.trust_remote_code,
+        "fsdp2": options.fsdp2,
         "zero": options.zero,
         "gpus": options.gpus,
         "offload": options.offload,
     }
 
 
-def check_zero(options: Any) -> None:
-    """Raise ValueError for options of ZeRO that lack another, or that exclude each other."""
+def check_sharing(options: Any) -> None:
+    """Raise ValueError for options of FSDP2 and ZeRO that lack another, or that exclude each other."""
+    if options.fsdp2:
+        if options.zero or options.offload:
+            raise ValueError(f"{'--zero' if options.zero else '--offload'} excludes --fsdp2; expected one of them")
+        if options.gpus is None:
+            raise ValueError("--fsdp2 divides a model over GPUs, and their number is not given: --gpus 2")
+        return
     if not options.zero:
-        if flag := "--gpus" if options.gpus else "--offload" if options.offload else "":
+        if options.gpus:
             raise ValueError(
-                f"{flag} is for ZeRO; expected --zero 1, 2 or 3 with it. Under DDP each GPU takes what one takes, and "
-                "a copy of the gradients"
+                "--gpus is for models that are divided; expected --fsdp2, or --zero 1, 2 or 3, with it. Under DDP "
+                "each GPU takes what one takes, and a copy of the gradients"
             )
+        if options.offload:
+            raise ValueError("--offload is for ZeRO; expected --zero 1, 2 or 3 with it")
         return
     if options.gpus is None:
         raise ValueError(f"--zero {options.zero} divides a model over GPUs, and their number is not given: --gpus 2")

@@ -22,8 +22,8 @@ class Estimate:
 class Plan:
     """The bytes that training one model with one optimizer takes on one device, at the peak of a step.
 
-    Weights, gradients and state are counted to the byte; activations are an estimate. Under DeepSpeed's ZeRO the
-    device is the one of several GPUs that holds most.
+    Weights, gradients and state are counted to the byte; activations are an estimate. Under FSDP2 and DeepSpeed's ZeRO
+    the device is the one of several GPUs that holds most.
 
     Attributes:
         optim: the optimizer's name in Trainer's `optim`.
@@ -40,9 +40,10 @@ class Plan:
             at the peak, their bytes are subtracted here, so that all kinds add up to the peak.
         activations_note: how good the estimate of `activations` is.
         zero: DeepSpeed's ZeRO as it is planned, or "".
+        fsdp2: whether FSDP2 divides the model.
         gpus: how many share the model.
         masters: bytes of the float32 copies of weights that ZeRO updates.
-        buffers: bytes of DeepSpeed: gradients on their way, and the weights that stage 3 gathers.
+        buffers: bytes of DeepSpeed or FSDP2: gradients on their way, and gathered weights.
         step: bytes beside weights, masters and state while ZeRO's optimizer steps; what it has beyond gradients and
             buffers counts as activations if it is more than those.
         host: bytes in host memory, of each process, if the optimizer is offloaded.
@@ -62,6 +63,7 @@ class Plan:
     activations: int
     activations_note: str
     zero: str = ""
+    fsdp2: bool = False
     gpus: int = 1
     masters: int = 0
     buffers: int = 0

@@ -15,6 +15,7 @@ from torch import nn
 from foam_hf.optim_args import FOAM_NAMES, foam_options, one_of_ours, split_optim_args
 from foam_hf.planner.activations import activation_curve, optimizer_temporary_bytes
 from foam_hf.planner.counting import count_bytes
+from foam_hf.planner.fsdp2 import buffer_bytes, refuse_whole_weights, shard_of
 from foam_hf.planner.meta_models import meta_model, on_meta, positions, with_adapters
 from foam_hf.planner.model_configs import ModelError, load_config
 from foam_hf.planner.plan import Estimate, Plan
@@ -81,7 +82,8 @@ class Planner:
         trust_remote_code: run the code that comes with a model.
         zero: a stage of DeepSpeed's ZeRO, or a DeepSpeed config as a .json file or a dict. The plan is then that of
             one GPU. With `autocast` the weights have its dtype, as DeepSpeed casts the model.
-        gpus: how many share the model under ZeRO; batch is each GPU's own.
+        fsdp2: FSDP2 divides the model, as accelerate sets it up. The plan is that of one GPU.
+        gpus: how many share the model under FSDP2 or ZeRO; batch is each GPU's own.
         offload: ZeRO's optimizer is in host memory, as by a config's `offload_optimizer`.
 
     Attributes:
@@ -91,6 +93,7 @@ class Planner:
         dtype: of most parameters.
         batch, sequence: as given, or the defaults.
         zero: the settings of ZeRO, or None.
+        fsdp2: how many GPUs share the model under FSDP2, or 0.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Planner:
         lora_rank: int | None = None,
         architecture: str | None = None,
         trust_remote_code: bool = False,
+        fsdp2: bool = False,
         zero: Any = None,
         gpus: int | None = None,
         offload: bool = False,
@@ -114,13 +118,7 @@ class Planner:
         for name, size in (("batch", batch), ("sequence", sequence), ("lora_rank", lora_rank)):
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
                 raise ValueError(f"{name} is not a size, got {size!r}; expected an integer of 1 or more")
-        if zero is None and (gpus is not None or offload):
-            raise ValueError(
-                f"gpus and offload are ZeRO's, got gpus={gpus} and offload={offload} without zero; expected zero=1, 2 "
-                "or 3. DDP takes on each GPU what one takes, and a copy of the gradients unless they are released"
-            )
-        if zero is not None and gpus is None:
-            raise ValueError(f"zero={zero!r} needs the number of GPUs, got none; expected gpus=2 or more")
+        _check_sharing(fsdp2, zero, gpus, offload)
         computing = None if zero is None or autocast is None else getattr(torch, autocast)
         if not isinstance(model, nn.Module):
             config = model
@@ -143,6 +141,7 @@ class Planner:
             sizes[p.dtype] += p.numel()
         self.dtype = max(sizes, key=lambda dtype: sizes[dtype])
         self.model = on_meta(model) if lora_rank is None else with_adapters(on_meta(model), lora_rank)
+        self.fsdp2 = gpus if fsdp2 and gpus else 0
         self.zero: Zero | None = None
         if zero is not None and gpus is not None:
             self.zero = zero_settings(zero, gpus, offload, _hidden_size(model))
@@ -183,8 +182,11 @@ class Planner:
             raise ValueError(
                 f"{what} does not run under DeepSpeed's ZeRO: got zero={self.zero.stage}; expected one of them"
             )
+        model = self._model_with(int8_weights)
+        if self.fsdp2:
+            refuse_whole_weights(optim, optim_args)
         counted = count_bytes(
-            self._model_with(int8_weights),
+            shard_of(model, self.fsdp2) if self.fsdp2 else model,
             optim,
             optim_args,
             target_modules=target_modules,
@@ -201,6 +203,14 @@ class Planner:
             activations=0,
             activations_note="",
         )
+        if self.fsdp2:
+            computing = None if self._step["autocast"] is None else getattr(torch, self._step["autocast"])
+            whole: dict[str, int] = {
+                "buffers": buffer_bytes(model, self.fsdp2, computing),
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            }
+            return replace(plan, fsdp2=True, gpus=self.fsdp2, **whole)
         return plan if self.zero is None else self._shared(plan, optim_args, target_modules)
 
     def _shared(self, plan: Plan, optim_args: Any, target_modules: str | list[str] | None) -> Plan:
@@ -211,6 +221,13 @@ class Planner:
             self.model, self.zero, plan.optim, optim_args, accumulation=accumulation, target_modules=target_modules
         )
         return replace(plan, zero=self.zero.words, gpus=self.zero.gpus, **asdict(found))
+
+    @property
+    def sharing(self) -> str:
+        """How several GPUs share the model, in words, or ""."""
+        if self.fsdp2:
+            return f"FSDP2 on {self.fsdp2} GPU{'s' if self.fsdp2 > 1 else ''}"
+        return self.zero.words if self.zero else ""
 
     def variant(self, *, batch: int, gradient_checkpointing: bool) -> Planner:
         """A planner of the same model and workload but for these two settings."""
@@ -223,22 +240,28 @@ class Planner:
         """A plan of this planner, for `batch` sequences instead of its own."""
         # Stages 2 and 3 free a gradient once it is on its way, as gradient release does.
         released = plan.gradient_release or (self.zero is not None and self.zero.stage > 1)
-        key = (released, plan.int8_weights)
-        if key not in self._curves:
-            self._curves[key] = activation_curve(
-                self._model_with(plan.int8_weights),
-                self.sequence,
-                gradient_release=released,
-                **self._step,
-            )
-        estimate = self._curves[key](batch)
+        estimate = self._activations(plan, batch, released)
+        most = estimate.bytes
+        if self.fsdp2 and not released:
+            # Where activations peak, no gradient is kept yet: FSDP2 keeps parts of them, and frees the whole ones.
+            most = max(most, self._activations(plan, batch, True).bytes - plan.gradients)
         # The peak is either in forward and backward or in the optimizer's step.
-        if self.zero is None:
+        if self.fsdp2:
+            shard = shard_of(self._model_with(plan.int8_weights), self.fsdp2)
+            step = optimizer_temporary_bytes(shard, plan.optim, plan.options) - plan.buffers
+        elif self.zero is None:
             step = optimizer_temporary_bytes(self.model, plan.optim, plan.options)
         else:
             step = plan.step - plan.gradients - plan.buffers
-        activations = max(estimate.bytes, step)
-        return replace(plan, batch=batch, activations=activations, activations_note=estimate.note)
+        return replace(plan, batch=batch, activations=max(most, step), activations_note=estimate.note)
+
+    def _activations(self, plan: Plan, batch: int, released: bool) -> Estimate:
+        """The activations of a step; `released` says whether whole gradients are freed in the backward pass."""
+        key = (released, plan.int8_weights)
+        if key not in self._curves:
+            model = self._model_with(plan.int8_weights)
+            self._curves[key] = activation_curve(model, self.sequence, gradient_release=released, **self._step)
+        return self._curves[key](batch)
 
     def largest_batch(self, plan: Plan, limit: int) -> int:
         """The largest batch with which a plan of this planner stays within `limit` bytes; 0 if even 1 is too large."""
@@ -260,6 +283,22 @@ class Planner:
                 convert_(module_of(quantized, name), block)
             self._models[True] = quantized
         return self._models[int8_weights]
+
+
+def _check_sharing(fsdp2: bool, zero: Any, gpus: int | None, offload: bool) -> None:
+    """Raise ValueError for options on several GPUs that lack another, or that exclude each other."""
+    if fsdp2 and (zero is not None or offload):
+        raise ValueError(f"fsdp2 excludes ZeRO: got zero={zero!r} and offload={offload}; expected one of them")
+    if fsdp2 and (isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1):
+        raise ValueError(f"fsdp2 needs the number of GPUs, got gpus={gpus!r}; expected gpus=2 or more")
+    if not fsdp2 and zero is None and (gpus is not None or offload):
+        raise ValueError(
+            f"gpus and offload are FSDP2's and ZeRO's, got gpus={gpus} and offload={offload} without them; expected "
+            "fsdp2=True, or zero=1, 2 or 3. DDP takes on each GPU what one takes, and a copy of the gradients unless they "
+            "are released"
+        )
+    if zero is not None and gpus is None:
+        raise ValueError(f"zero={zero!r} needs the number of GPUs, got none; expected gpus=2 or more")
 
 
 def _hidden_size(model: nn.Module) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,10 @@ from foam_hf.display import INK, KIND_COLORS, format_bytes
 from foam_hf.planner.plan import Plan
 
 _KINDS = ("weights", "masters", "gradients", "state", "buffers", "activations")
-_ONLY_WITH_ZERO = ("masters", "buffers")
+_ONLY_IF_SHARED: dict[str, Callable[[Plan], Any]] = {
+    "masters": lambda plan: plan.zero,
+    "buffers": lambda plan: plan.zero or plan.fsdp2,
+}
 _RED = "#c5221f"
 
 
@@ -34,7 +37,7 @@ class Row:
 
 def kinds_of(rows: Sequence[Row]) -> list[str]:
     """The kinds of memory that a table of `rows` shows."""
-    return [kind for kind in _KINDS if kind not in _ONLY_WITH_ZERO or any(row.plan.zero for row in rows)]
+    return [kind for kind in _KINDS if any(_ONLY_IF_SHARED.get(kind, bool)(row.plan) for row in rows)]
 
 
 def print_table(rows: Sequence[Row], *, gpu: int | None = None) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from foam_hf import estimate_memory
 from foam_hf.cli import main
-from foam_hf.cli.estimate_options import COMPARED, COMPARED_WITH_ZERO, chosen_optimizers, size_in_bytes
+from foam_hf.cli.estimate_options import COMPARED, COMPARED_IF_SHARED, chosen_optimizers, size_in_bytes
 from foam_hf.memory import format_bytes
 from foam_hf.planner.counting import OPTIMIZERS
 from tests.support import tiny_models
@@ -149,7 +149,7 @@ def test_zero_is_planned_for_each_gpu_and_its_parts_are_columns(estimate, model)
     assert "a training step of 2 x 16 tokens, ZeRO-2 on 4 GPUs, on each GPU:" in out
     kinds = ["weights", "masters", "gradients", "state", "buffers", "activations", "total"]
     assert ["optimizer", *kinds] in [line.split() for line in out.splitlines()]
-    assert {row[0] for row in cells(out)} == set(COMPARED_WITH_ZERO.split(", "))
+    assert {row[0] for row in cells(out)} == set(COMPARED_IF_SHARED.split(", "))
     plan = estimate_memory(model, batch=2, sequence=16, zero=2, gpus=4)
     row = next(row for row in cells(out) if row[0] == "foam")
     assert row[1:] == [format_bytes(getattr(plan, kind)) for kind in kinds]
@@ -179,7 +179,7 @@ def test_nothing_fits_under_zero_and_only_what_runs_there_is_tried(estimate):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus", "4"], "--gpus is for ZeRO; expected --zero 1, 2 or 3 with it."),
+        (["--gpus", "4"], "--gpus is for models that are divided; expected --fsdp2, or --zero 1, 2 or 3, with it."),
         (["--offload"], "--offload is for ZeRO"),
         (["--zero", "2"], "their number is not given: --gpus 2"),
         (["--zero", "5", "--gpus", "2"], "zero is no stage, got '5'"),

@@ -97,8 +97,8 @@ def test_adapters_are_divided_and_frozen_weights_are_not_until_stage_3() -> None
     ("arguments", "message"),
     [
         ({"zero": 2}, "zero=2 needs the number of GPUs"),
-        ({"gpus": 4}, "gpus and offload are ZeRO's, got gpus=4"),
-        ({"offload": True}, "gpus and offload are ZeRO's"),
+        ({"gpus": 4}, "gpus and offload are FSDP2's and ZeRO's, got gpus=4"),
+        ({"offload": True}, "gpus and offload are FSDP2's and ZeRO's"),
         ({"zero": 4, "gpus": 2}, "zero is no stage, got 4; expected 1, 2, 3, or the .json file"),
         ({"zero": 2, "gpus": 0}, "gpus is not a count, got 0"),
         ({"zero": "ds.json", "gpus": 2}, "zero: cannot read ds.json"),

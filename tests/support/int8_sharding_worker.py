@@ -19,10 +19,13 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from foam_hf import FOAM, Int8Config, enable_gradient_release
+from foam_hf import FOAM, Int8Config, enable_gradient_release, estimate_memory, foam_param_groups
 from foam_hf.int8.layers import Int8Linear, int8_of, parts_of
 from foam_hf.int8.models import convert_, dequantize_
 from foam_hf.int8.quantizer import quantize_model_
+from foam_hf.memory import state_bytes
+from foam_hf.memory.storages import storages, total
+from foam_hf.planner.fsdp2 import _gathered
 from tests.support.sharding_trainer_worker import FSDP, allow_fsdp_on_cpus, environment, run
 from tests.support.sharding_worker import full_tensor
 from tests.support.tiny_models import tiny_llama, tiny_qwen2
@@ -213,7 +216,34 @@ def refusals(world: int) -> None:
     expected_error(ValueError, "that FSDP2 has sharded", dequantize_, model)
 
 
+def planned(world: int) -> None:
+    """The planner's bytes are those of a sharded model, its gradients and its state on the first rank."""
+    for int8 in (True, False):
+        made = model() if int8 else tiny_llama(vocab_size=ROWS).to(BF16)
+        plan = estimate_memory(made, "foam", "level=3", fsdp2=True, gpus=world, batch=1, sequence=8)
+        units = [list(unit.parameters()) for unit in made.model.layers]
+        gathered = max(sum(_gathered(p, world, None) for p in unit) for unit in units)
+        for layer in made.model.layers:
+            fully_shard(layer)
+        fully_shard(made)
+        optimizer = FOAM(foam_param_groups(made, level=3))
+        ids = torch.ones(1, 8, dtype=torch.long)
+        made(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        grads = [p.grad._local_tensor for p in made.parameters()]  # type: ignore[union-attr]
+        outputs = [
+            sum(x.numel() * x.element_size() for p in group.fsdp_params for x in p.all_gather_outputs)
+            for group in (layer._get_fsdp_state()._fsdp_param_group for layer in made.model.layers)
+        ]
+        if torch.distributed.get_rank() == 0:
+            assert total(storages([*made.parameters(), *made.buffers()])) == plan.weights
+            assert sum(grad.numel() * grad.element_size() for grad in grads) == plan.gradients
+            assert state_bytes(optimizer) == plan.state
+            assert max(outputs) == gathered < plan.buffers
+
+
 def by_hand(world: int) -> dict[str, int]:
+    planned(world)
     one_process_and_shards(world)
     state_dicts(world)
     refusals(world)
