@@ -77,7 +77,8 @@ def _rows(p: Tensor, gpus: int) -> int:
 
 def _units(model: nn.Module) -> list[list[nn.Parameter]]:
     """The weights that accelerate lets FSDP2 gather at a time, in the order of the forward pass, each once."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole: Any = model
+    base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
     layers = set(getattr(base, "_no_split_modules", None) or ())
     embedding = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
     wholes = [module for module in model.modules() if type(module).__name__ in layers or module is embedding]

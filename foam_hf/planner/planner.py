@@ -205,12 +205,14 @@ class Planner:
         )
         if self.fsdp2:
             computing = None if self._step["autocast"] is None else getattr(torch, self._step["autocast"])
-            whole: dict[str, int] = {
-                "buffers": buffer_bytes(model, self.fsdp2, computing),
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            }
-            return replace(plan, fsdp2=True, gpus=self.fsdp2, **whole)
+            return replace(
+                plan,
+                fsdp2=True,
+                gpus=self.fsdp2,
+                buffers=buffer_bytes(model, self.fsdp2, computing),
+                parameters=sum(p.numel() for p in model.parameters()),
+                trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            )
         return plan if self.zero is None else self._shared(plan, optim_args, target_modules)
 
     def _shared(self, plan: Plan, optim_args: Any, target_modules: str | list[str] | None) -> Plan:
