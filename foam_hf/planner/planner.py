@@ -296,8 +296,8 @@ def _check_sharing(fsdp2: bool, zero: Any, gpus: int | None, offload: bool) -> N
     if not fsdp2 and zero is None and (gpus is not None or offload):
         raise ValueError(
             f"gpus and offload are FSDP2's and ZeRO's, got gpus={gpus} and offload={offload} without them; expected "
-            "fsdp2=True, or zero=1, 2 or 3. DDP takes on each GPU what one takes, and a copy of the gradients unless they "
-            "are released"
+            "fsdp2=True, or zero=1, 2 or 3. DDP takes on each GPU what one takes, and a copy of the gradients "
+            "unless they are released"
         )
     if zero is not None and gpus is None:
         raise ValueError(f"zero={zero!r} needs the number of GPUs, got none; expected gpus=2 or more")
