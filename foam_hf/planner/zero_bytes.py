@@ -73,7 +73,7 @@ def count_zero(
     frozen = [p for p in model.parameters() if not p.requires_grad]
     if zero.stage == 3:
         weights = size * share + sum(p.element_size() * -(-p.numel() // zero.gpus) for p in frozen)
-        masters = 0 if size == FLOAT and not zero.offload else FLOAT * share  # float32 weights are their own masters
+        masters = FLOAT * share
         gathered = size * min(zero.live, whole + sum(p.numel() for p in frozen))
         gradients = size * (largest + (0 if zero.offload else share))
         bucket = size * zero.reduce_bucket

@@ -102,12 +102,15 @@ def test_factored_means_over_ranks_are_within_rounding(runs: Any) -> None:
             assert error <= TOLERANCES[case].allowed, (world, kind, error)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), *((f"zero{stage}", "DEEPSPEED") for stage in (1, 2, 3))],
+)
 def test_accelerate_knows_every_key_of_the_configs(name: str, kind: str) -> None:
     path = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
     config = load_config_from_file(str(path))  # raises for unknown keys
     assert config.distributed_type == kind
     options = {action.dest for action in launch_command_parser()._actions}
-    assert set(config.fsdp_config) <= options
+    assert {*config.fsdp_config, *config.deepspeed_config} <= options
     if kind == "FSDP":
         assert config.fsdp_config["fsdp_version"] == 2 and config.fsdp_config["fsdp_offload_params"] is False
