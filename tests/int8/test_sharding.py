@@ -38,7 +38,7 @@ def runs(folder: Path) -> dict[int, dict[str, Any]]:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-8000:]
     return {world: torch.load(folder / f"results{world}.pt") for world in (2, 4)}
