@@ -6,24 +6,40 @@ import triton
 import triton.language as tl
 
 from foam_hf.kernels.columns import INV_C1, INV_C2, STEP
-from foam_hf.tensors.rounding import PHILOX_ROUNDS
+from foam_hf.tensors.rounding import PHILOX_A, PHILOX_B, PHILOX_KEY_A, PHILOX_KEY_B, PHILOX_ROUNDS
 
 _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
+_A, _B, _KEY_A, _KEY_B = (tl.constexpr(x) for x in (PHILOX_A, PHILOX_B, PHILOX_KEY_A, PHILOX_KEY_B))
 
 
 @triton.jit
 def philox(seed, draw, step, stream):
-    """The four words of each 64-bit ``draw``, as ``rounding.philox_4x32`` gives them."""
-    zero = draw * 0
-    low, high = draw.to(tl.uint32), (draw >> 32).to(tl.uint32)
-    return tl.philox(seed, low, high, (zero + step).to(tl.uint32), (zero + stream).to(tl.uint32), _ROUNDS)
+    """The four words of each 64-bit ``draw``, as ``rounding.philox_4x32`` gives them.
+
+    Both halves of a product come from one instruction, and what all draws share is computed once.
+    """
+    c0, c1 = draw.to(tl.uint32), (draw >> 32).to(tl.uint32)
+    c2, c3 = step.to(tl.uint32), stream.to(tl.uint32)
+    k0, k1 = seed.to(tl.uint32), (seed.to(tl.int64) >> 32).to(tl.uint32)
+    for _ in tl.static_range(_ROUNDS):
+        a, b = c0.to(tl.uint64) * _A, c2.to(tl.uint64) * _B
+        c0, c2 = (b >> 32).to(tl.uint32) ^ c1 ^ k0, (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = b.to(tl.uint32), a.to(tl.uint32)
+        k0, k1 = k0 + _KEY_A, k1 + _KEY_B
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def random_words(seed, step, stream, draw):
+    """The four words of each draw of eight elements, in order: (..., 2, 2)."""
+    a, b, c, d = philox(seed, draw, step, stream)
+    return tl.join(tl.join(a, c), tl.join(b, d))
 
 
 @triton.jit
 def random_bits(seed, step, stream, draw, R: tl.constexpr, C: tl.constexpr):
     """16 random bits for each of (R, C) elements; ``draw`` (R, 1) is the first of each segment."""
-    a, b, c, d = philox(seed, draw + tl.arange(0, C // 8)[None, :], step, stream)
-    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (R, C // 2))
+    words = tl.reshape(random_words(seed, step, stream, draw + tl.arange(0, C // 8)[None, :]), (R, C // 2))
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (R, C))
 
 
@@ -47,6 +63,40 @@ def store(pointer, x, bits, mask, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr)
         tl.store(pointer, high.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
     else:
         tl.store(pointer, x.to(DTYPE), mask=mask)
+
+
+@triton.jit
+def float32_of(x, NVIDIA: tl.constexpr):
+    """float32 of ``x``. Of two bfloat16 in two instructions, where a conversion takes three."""
+    if NVIDIA and x.dtype is tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def store_by_words(pointer, x, words, mask, NVIDIA: tl.constexpr):
+    """Store (..., 8) float32 as bfloat16, rounded by the ``random_words`` of each eight as ``store`` does.
+
+    On NVIDIA's GPUs two elements at a time: a sum with the lower half of a word is one instruction, as is one with the
+    upper half. Where one of two is NaN, the other is cut off instead of rounded.
+    """
+    if NVIDIA:
+        out = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 low, high, word; .reg .pred nan;
+            setp.nan.f32 nan, $1, $2; selp.b32 word, 0, $3, nan;
+            dp2a.lo.u32.u32 low, word, 1, $1; shr.u32 high, word, 16; add.u32 high, high, $2;
+            prmt.b32 $0, low, high, 0x7632;
+            }""",
+            "=r,r,r,r,r", [x, tl.reshape(tl.join(words, words), x.shape)], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+        tl.store(pointer, out, mask=mask)
+    else:
+        bits = tl.reshape(tl.join(words & 0xFFFF, words >> 16), x.shape)
+        store(pointer, x, bits, mask, tl.bfloat16, True)
 
 
 @triton.jit
@@ -84,6 +134,27 @@ def root(x, NVIDIA: tl.constexpr):
 
 
 @triton.jit
+def after_loads(x, y, zero, NVIDIA: tl.constexpr):
+    """``x``, once ``y`` has been loaded too; both (..., V) of 16 bytes. ``zero`` is 0, which the compiler cannot know.
+
+    NVIDIA's assembler puts off loads until their values are needed, to save registers, and then a program waits for
+    memory twice. So x is made to need y: x + 0 * y, an instruction for 16 bytes.
+    """
+    if NVIDIA and x.dtype.primitive_bitwidth == 16 and y.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            "mad.lo.u32 $0, $8, $12, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;",
+            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [x, y, zero], dtype=x.dtype, is_pure=True, pack=8,
+        )  # fmt: skip
+    elif NVIDIA and x.dtype.primitive_bitwidth == 32 and y.dtype.primitive_bitwidth == 32:
+        return tl.inline_asm_elementwise(
+            "mad.lo.u32 $0, $8, $12, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;",
+            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r", [x, y, zero], dtype=x.dtype, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        return x
+
+
+@triton.jit
 def scale_of(grad_scale, number, SCALED: tl.constexpr):
     """What to multiply a gradient by: there is one scale for all tensors of a launch, or with 2 one for each."""
     return 1.0 / tl.load(grad_scale + number if SCALED == 2 else grad_scale)
@@ -94,6 +165,12 @@ def lerp(x, y, weight, rest):
     """From ``x`` to ``y`` by ``weight``, as torch.lerp does; ``rest`` is 1 - weight. As one difference, a weight of 1
     would leave zero of a ``y`` that is small beside ``x``."""
     return tl.where(weight < 0.5, x + weight * (y - x), y - (y - x) * rest)
+
+
+@triton.jit
+def add_pairs(a, b, c, d):
+    """What ``tl.reduce`` adds two tensors up by, together."""
+    return a + c, b + d
 
 
 @triton.jit

@@ -98,9 +98,9 @@ class Geometry:
     @classmethod
     def of(cls, entry: Entry) -> Geometry:
         n = entry.columns
-        width = 1 if entry.level == 0 else _power_of_two(block_width(entry.level, entry.place.columns))
+        width = 1 if entry.level == 0 else power_of_two(block_width(entry.level, entry.place.columns))
         # Narrow blocks share a segment with their neighbours; eight columns are one random draw.
-        columns = max(8, width, min(256, _power_of_two(n)))
+        columns = max(8, width, min(256, power_of_two(n)))
         aligned = n % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in entry.tensors)
         dtypes = (entry.weight.dtype, entry.grad.dtype, entry.moments[0].dtype)
         even = n % columns == 0 and (n == entry.place.columns or entry.weight.numel() == n)
@@ -110,7 +110,8 @@ class Geometry:
         return cls(entry.weight.device, *dtypes, width, columns, even, aligned, shifted)
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The least that is not smaller than ``n``."""
     return 1 << max(0, n - 1).bit_length()
 
 

@@ -1,157 +1,310 @@
-"""The block rule and AdamW as a Triton kernel: many tensors in one launch, one pass over memory, no temporaries.
+"""The block rule as a Triton kernel: many tensors in one launch, one pass over memory, no temporaries.
 
 A launch updates all tensors of a param group that share dtypes and geometry, see ``kernels.tables``. Learning rate,
 step count and bias corrections are plain arguments, so they never recompile; those of weights that missed steps are in
 the table. Nothing is read back from the device.
 
-A program works on a tile of ``R`` segments of ``C`` adjacent columns; ``C`` holds whole blocks of ``F`` columns, so
-every mean is inside a tile. Plain parameters are the block rule at ``F = 1``, where the residual is zero.
+A program works on ``R`` blocks. A block is ``Q`` chunks of ``L`` lanes of ``V`` adjacent columns, and ``Q2`` chunks
+more if it is a whole row, as a tensor's sides are powers of two. A lane reads 16 bytes of each chunk, so that the
+sums of a block are nearly done before lanes exchange anything, and every lane of a block holds its moments. Narrower
+blocks, and AdamW, are in ``narrow_block_kernel``.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from foam_hf.kernels.calls import KernelCall
-from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STREAM, WEIGHT, count_of, number_of, row_of
+from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STREAM, WEIGHT, count_of
 from foam_hf.kernels.parts import (
-    block_moments,
-    blocks_of,
-    draws_of,
+    add_pairs,
+    after_loads,
+    float32_of,
     kept_finite,
+    lerp,
     own_numbers,
     program_of,
-    random_bits,
     random_bits_at,
+    random_words,
     ratio,
     root,
     scale_of,
-    segments_of,
     store,
+    store_by_words,
     store_moments,
-    unfold,
 )
 from foam_hf.kernels.tables import (
-    MAX_WARPS,
-    TILE_ELEMENTS,
     TRITON_DTYPES,
     AddressTable,
     Entry,
     Geometry,
     device_of,
     launches_of,
-    tiles_of,
+    power_of_two,
+)
+from foam_hf.rules.narrow_block_kernel import (
+    EXP_AVG_SQ,
+    FIRST_COLUMN,
+    FIRST_ROW,
+    ROW,
+    ROWS,
+    WHOLE_COLUMNS,
+    NarrowLaunch,
+    own_columns,
 )
 from foam_hf.tensors.step import Hyper, Member
 
-WARP_ELEMENTS = 512
-# ``rows`` are all rows of a tensor; a shard begins at ``first_row`` and ``first_column`` of a whole one, whose rows
-# have ``whole_columns``.
-ROW = row_of("exp_avg_sq", "rows", "first_row", "first_column", "whole_columns")
-EXP_AVG_SQ, ROWS = number_of(ROW, "exp_avg_sq"), number_of(ROW, "rows")
-FIRST_ROW, FIRST_COLUMN = number_of(ROW, "first_row"), number_of(ROW, "first_column")
-WHOLE_COLUMNS = number_of(ROW, "whole_columns")
+NARROWEST = 32  # columns of a block: a lane's 16 bytes twice or more often
+LANES = 128  # of a program, or all of a block if it has more
+MOST_LANES = 512
+CHUNKS = 4  # of a block of many columns
+ROW_CHUNKS = 6  # of a row at most, while there are lanes
+
+
+@triton.jit
+def _in_chunks(x, count: tl.constexpr):
+    """What each of (T,) lanes holds, for ``count`` chunks of it: (count * T, 1)."""
+    return tl.reshape(tl.broadcast_to(x[None, :], (count, x.shape[0])), (count * x.shape[0], 1))
+
+
+@triton.jit
+def _chunks(
+    start, column, inside, n, draw, first: tl.constexpr, count: tl.constexpr, L: tl.constexpr, V: tl.constexpr,
+    EVEN: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Of ``count`` chunks from the ``first`` on: where their elements are, which there are, and their random draws.
+
+    A chunk of all lanes follows another, (count * T, V): with two dimensions the compiler has no choice of layout.
+    """
+    T: tl.constexpr = start.shape[0]
+    chunk = first + tl.arange(0, count * T) // T
+    within = (chunk * (L * V))[:, None] + tl.arange(0, V)[None, :]
+    offset, mask = _in_chunks(start, count) + within, _in_chunks(inside, count)
+    if not EVEN:
+        if ALIGNED:  # in units of 16 columns, so that the compiler sees that a mask never splits an access
+            mask = mask & (_in_chunks(column, count) // 16 + within // 16 < n // 16)
+        else:
+            mask = mask & (_in_chunks(column, count) + within < n)
+    draw = tl.reshape(_in_chunks(draw, count), (count * T,)) + chunk * (L * V // 8)
+    return offset, mask, draw
+
+
+@triton.jit
+def _sums(g, count: tl.constexpr):
+    """Of each lane's elements and of their squares: (T,)."""
+    T: tl.constexpr = g.shape[0] // count
+    return tl.sum(tl.reshape(tl.sum(g, 1), (count, T)), 0), tl.sum(tl.reshape(tl.sum(g * g, 1), (count, T)), 0)
+
+
+@triton.jit
+def _over_block(x, R: tl.constexpr, L: tl.constexpr):
+    return tl.reshape(tl.broadcast_to(x[:, None], (R, L)), (R * L,))
+
+
+@triton.jit
+def _gradient(g, grad_scale, number, SCALED: tl.constexpr, NVIDIA: tl.constexpr):
+    g = float32_of(g, NVIDIA)
+    if SCALED > 0:
+        g = g * scale_of(grad_scale, number, SCALED)
+    return g
+
+
+@triton.jit
+def _update(
+    W, w, g, offset, mask, draw, base, spread, per_residual, direction, per_gradient, eps, decay,
+    seed, step, stream, n, first_row, first_column, whole_n, count: tl.constexpr,
+    W_DTYPE: tl.constexpr, SHIFTED: tl.constexpr, NVIDIA: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """Store the new weights; what is of a block is multiplied by all that its elements share."""
+    residual = tl.fma(g, per_residual, _in_chunks(base, count))
+    denominator = root(tl.fma(residual, residual, _in_chunks(spread, count)), NVIDIA) + eps
+    numerator = tl.fma(g, per_gradient, _in_chunks(direction, count))
+    w = float32_of(w, NVIDIA) * decay - ratio(numerator, denominator, NVIDIA)
+    if STOCHASTIC and W_DTYPE is tl.bfloat16:
+        if SHIFTED:
+            row = offset // n
+            column = offset - row * n + first_column
+            bits = random_bits_at(seed, step, 4 * stream, row + first_row, column, whole_n)
+            store(W, w, bits, mask, W_DTYPE, STOCHASTIC)
+        else:
+            store_by_words(W, w, random_words(seed, step, 4 * stream, draw), mask, NVIDIA)
+    elif NVIDIA:
+        tl.store(W, w.to(W_DTYPE), mask=mask)
+    else:
+        store(W, w, 0, mask, W_DTYPE, False)
 
 
 @triton.jit(do_not_specialize=["step", "seed"])
 def _update_kernel(
     table, owner, step, seed, step_size, decay, b1, a1, b2, a2, inv_c1, inv_c2, eps, rho, grad_scale, left_out_at,
-    FIELDS: tl.constexpr, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr,
-    F: tl.constexpr, R: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr,
-    SHIFTED: tl.constexpr, NVIDIA: tl.constexpr,
+    FIELDS: tl.constexpr, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr, F: tl.constexpr,
+    Q: tl.constexpr, Q2: tl.constexpr, R: tl.constexpr, L: tl.constexpr, V: tl.constexpr, EVEN: tl.constexpr,
+    ALIGNED: tl.constexpr, WHOLE_ROWS: tl.constexpr, SHIFTED: tl.constexpr, NVIDIA: tl.constexpr,
     STOCHASTIC: tl.constexpr, SCALED: tl.constexpr, CHECKED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    number, entry, tile = program_of(table, owner, FIELDS)
+    C: tl.constexpr = (Q + Q2) * L * V
+    number, entry, index = program_of(table, owner, FIELDS)
     step, inv_c1, inv_c2 = own_numbers(entry, step, inv_c1, inv_c2, MIXED)
     W = tl.load(entry + WEIGHT).to(tl.pointer_type(W_DTYPE))
     G = tl.load(entry + GRADIENT).to(tl.pointer_type(G_DTYPE))
     M = tl.load(entry + EXP_AVG).to(tl.pointer_type(S_DTYPE))
-    V = tl.load(entry + EXP_AVG_SQ).to(tl.pointer_type(S_DTYPE))
+    M2 = tl.load(entry + EXP_AVG_SQ).to(tl.pointer_type(S_DTYPE))
     rows, n = tl.load(entry + ROWS).to(tl.int32), tl.load(entry + COLUMNS).to(tl.int32)
     stream = tl.load(entry + STREAM).to(tl.int32)
     whole_n, first_row, first_column = n, 0, 0
     if STOCHASTIC:  # random bits belong to places in the whole tensor
         first_row, first_column = tl.load(entry + FIRST_ROW), tl.load(entry + FIRST_COLUMN)
         whole_n = tl.load(entry + WHOLE_COLUMNS).to(tl.int32)
+    draws = tl.cdiv(whole_n, 8)
+    first_draw = first_row * draws + first_column // 8
 
-    segment, offset, mask = segments_of(tile, rows, n, R, C, EVEN, ALIGNED)
-    m_offset, m_mask, share = blocks_of(segment, rows, n, C, F, EVEN)
-    W, G, M, V = W + offset, G + offset, M + m_offset, V + m_offset
-    if ALIGNED:
-        # The compiler cannot see through a table of addresses that eight columns are one 16-byte access.
-        W, G = tl.multiple_of(W, (1, 16)), tl.multiple_of(G, (1, 16))
-        if EVEN and C // F >= 8:
-            M, V = tl.multiple_of(M, (1, 16)), tl.multiple_of(V, (1, 16))
-
-    w = tl.load(W, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(G, mask=mask, other=0.0).to(tl.float32)
-    old_m = tl.load(M, mask=m_mask, other=0.0).to(tl.float32)
-    old_v = tl.load(V, mask=m_mask, other=0.0).to(tl.float32)
-    if SCALED > 0:
-        g = g * scale_of(grad_scale, number, SCALED)
-    mean, square, m, v = block_moments(g, old_m, old_v, share, b1, a1, b2, a2, R, C, F)
-    unbiased = v * inv_c2
-    if CHECKED:
-        finite = kept_finite(square, left_out_at + stream, step, m_mask)
-        m, v = tl.where(finite, m, old_m), tl.where(finite, v, old_v)
-        if F == C:  # a segment is written or not
-            mask = mask & finite[:, None]
-        else:  # so that each element of a block can see that it is kept
-            unbiased = tl.where(finite, unbiased, float("nan"))
-    if F == 1:
-        numerator, denominator = m * inv_c1, root(unbiased, NVIDIA) + eps
+    lane = tl.arange(0, R * L)  # of all blocks
+    r, in_block = lane // L, lane % L * V
+    if EVEN:  # blocks follow each other without a gap: no row need be known, no division is made
+        first = index.to(tl.int64) * (R * C)
+        W, G = W + first, G + first
+        start = r * C + in_block
+        column, share = in_block, 1.0 / C
+        inside = r < rows * (n // C) - index * R
+        draw = first_draw + first // 8 + start // 8
     else:
-        residual = g - unfold(mean, R, C, F)
-        numerator = unfold(m * inv_c1, R, C, F) + residual * (rho * inv_c1)
-        denominator = root(unfold(unbiased, R, C, F) + residual * residual * (rho * rho * inv_c2), NVIDIA) + eps
-    updated = w * decay - step_size * ratio(numerator, denominator, NVIDIA)
-    w = tl.where(denominator == denominator, updated, w) if CHECKED and F != C else updated
+        first = index.to(tl.int64) * 0
+        block = index * R + r
+        row, column, share = block, in_block, 1.0 / n
+        if not WHOLE_ROWS:
+            per_row = tl.cdiv(n, C)
+            row = block // per_row
+            place = (block - row * per_row) * C
+            column = place + in_block
+            share = 1.0 / tl.maximum(tl.minimum(n - place, C), 1).to(tl.float32)
+        start = row.to(tl.int64) * n + column
+        inside = row < rows
+        draw = first_draw + row.to(tl.int64) * draws + column // 8
+    at = index.to(tl.int64) * R + r
+    M, M2 = M + at, M2 + at  # every lane of a block holds its moments, and one stores them
+    stores = inside & (in_block == 0)
 
-    w_bits = 0
-    if STOCHASTIC and W_DTYPE is tl.bfloat16:
-        if SHIFTED:
-            w_row = offset // n
-            w_column = offset - w_row * n + first_column
-            w_bits = random_bits_at(seed, step, 4 * stream, w_row + first_row, w_column, whole_n)
-        else:
-            draw = draws_of(segment, n, first_row, first_column, whole_n, C, EVEN)
-            w_bits = random_bits(seed, step, 4 * stream, draw, R, C)
-    store(W, w, w_bits, mask, W_DTYPE, STOCHASTIC)
+    offset, mask, draw_1 = _chunks(start, column, inside, n, draw, 0, Q, L, V, EVEN, ALIGNED)
+    W_1, G_1 = W + offset, G + offset
+    if ALIGNED:
+        # The compiler cannot see through a table of addresses that V columns are one 16-byte access.
+        W_1, G_1 = tl.multiple_of(W_1, (1, 16)), tl.multiple_of(G_1, (1, 16))
+    g, w = tl.load(G_1, mask=mask, other=0.0), tl.load(W_1, mask=mask, other=0.0)
+    if Q2 > 0:
+        offset_2, mask_2, draw_2 = _chunks(start, column, inside, n, draw, Q, Q2, L, V, EVEN, ALIGNED)
+        W_2, G_2 = W + offset_2, G + offset_2
+        if ALIGNED:
+            W_2, G_2 = tl.multiple_of(W_2, (1, 16)), tl.multiple_of(G_2, (1, 16))
+        g_2, w_2 = tl.load(G_2, mask=mask_2, other=0.0), tl.load(W_2, mask=mask_2, other=0.0)
+    old_m = tl.load(M, mask=inside, other=0.0).to(tl.float32)
+    old_v = tl.load(M2, mask=inside, other=0.0).to(tl.float32)
+    zero = rows >> 31
+    g = _gradient(after_loads(g, w, zero, NVIDIA), grad_scale, number, SCALED, NVIDIA)
+    mean, square = _sums(g, Q)
+    if Q2 > 0:
+        g_2 = _gradient(after_loads(g_2, w_2, zero, NVIDIA), grad_scale, number, SCALED, NVIDIA)
+        more, more_squares = _sums(g_2, Q2)
+        mean, square = mean + more, square + more_squares
+
+    mean, square = tl.reduce((tl.reshape(mean, (R, L)), tl.reshape(square, (R, L))), 1, add_pairs)
+    mean, square = _over_block(mean, R, L) * share, _over_block(square, R, L) * share
+    m, v = lerp(old_m, mean, a1, b1), lerp(old_v, square, a2, b2)
+    if CHECKED:
+        finite = kept_finite(square, left_out_at + stream, step, stores)
+        m, v = tl.where(finite, m, old_m), tl.where(finite, v, old_v)
+        mask = mask & _in_chunks(finite, Q)
+    per_residual, per_gradient = rho * root(inv_c2, NVIDIA), step_size * inv_c1 * rho
+    base, spread = 0.0 - mean * per_residual, v * inv_c2
+    direction = m * (step_size * inv_c1) - mean * per_gradient
+    _update(
+        W_1, w, g, first + offset, mask, draw_1, base, spread, per_residual, direction, per_gradient, eps, decay,
+        seed, step, stream, n, first_row, first_column, whole_n, Q, W_DTYPE, SHIFTED, NVIDIA, STOCHASTIC,
+    )  # fmt: skip
+    if Q2 > 0:
+        if CHECKED:
+            mask_2 = mask_2 & _in_chunks(finite, Q2)
+        _update(
+            W_2, w_2, g_2, first + offset_2, mask_2, draw_2, base, spread, per_residual, direction, per_gradient, eps,
+            decay, seed, step, stream, n, first_row, first_column, whole_n, Q2, W_DTYPE, SHIFTED, NVIDIA, STOCHASTIC,
+        )  # fmt: skip
     store_moments(
-        M, V, m, v, m_offset, m_mask, seed, step, stream, n, first_row, first_column, whole_n, F, S_DTYPE, STOCHASTIC
+        M, M2, m, v, at, stores, seed, step, stream, n, first_row, first_column, whole_n, F, S_DTYPE, STOCHASTIC
     )
 
 
-class Launch(AddressTable):
-    """The device tables of one launch, and the launch itself."""
+@dataclass(frozen=True)
+class WideGeometry(Geometry):
+    """What a launch for wide blocks is compiled for; of blocks that are whole rows, their length in chunks too."""
 
-    def __init__(self, geometry: Geometry, entries: list[Entry]) -> None:
-        segments = max(1, TILE_ELEMENTS // geometry.columns)  # R
-        own = {
-            "exp_avg_sq": [entry.moments[1].data_ptr() for entry in entries],
-            "rows": [entry.weight.numel() // entry.columns for entry in entries],
-            "first_row": [entry.place.first_row for entry in entries],
-            "first_column": [entry.place.first_column for entry in entries],
-            "whole_columns": [entry.place.columns for entry in entries],
-        }
-        super().__init__(geometry, entries, ROW, own, [tiles_of(geometry, entries, segments)])
+    whole_rows: bool  # a row is one block
+    vector: int  # V
+    lanes: int  # L
+    chunks: int  # Q
+    more_chunks: int  # Q2
+
+    @classmethod
+    def of_wide(cls, entry: Entry) -> WideGeometry | None:
+        """Of an ``entry`` that fits; None if its blocks are too narrow, or too many."""
+        plain, n = Geometry.of(entry), entry.columns
+        vector = 16 // max(2, min(4, entry.weight.element_size()))
+        whole_rows = plain.width >= n
+        if plain.width < NARROWEST:
+            return None
+        if whole_rows:
+            lanes = min(MOST_LANES, max(4, power_of_two(-(-n // (vector * ROW_CHUNKS)))))
+            count = -(-n // (lanes * vector))
+            chunks = power_of_two(count + 1) // 2  # the largest power of two up to it
+            more = power_of_two(count - chunks) if count > chunks else 0
+        else:
+            chunks, more = min(CHUNKS, plain.width // (4 * vector)), 0
+            lanes = plain.width // (chunks * vector)
+            if lanes > MOST_LANES:
+                chunks, lanes = plain.width // (MOST_LANES * vector), MOST_LANES
+        columns = (chunks + more) * lanes * vector
+        if entry.weight.numel() // n * -(-n // columns) + LANES >= 2**31:  # a kernel counts blocks in int32
+            return None
+        even = n % columns == 0 and (n == entry.place.columns or entry.weight.numel() == n)
+        shape = {"whole_rows": whole_rows, "vector": vector, "lanes": lanes, "chunks": chunks, "more_chunks": more}
+        return cls(**{**vars(plain), "columns": columns, "even": even, **shape})
+
+    @property
+    def blocks(self) -> int:
+        """How many a program works on: R."""
+        return max(1, LANES // self.lanes)
+
+
+class BlockLaunch(AddressTable):
+    """The device tables of one launch for wide blocks, and the launch itself."""
+
+    def __init__(self, geometry: WideGeometry, entries: list[Entry]) -> None:
+        g = geometry
+        counts = [
+            -(-(entry.weight.numel() // entry.columns * -(-entry.columns // g.columns)) // g.blocks)
+            for entry in entries
+        ]
+        super().__init__(g, entries, ROW, own_columns(entries), [counts])
         constants = {
             "FIELDS": count_of(ROW),
-            "W_DTYPE": TRITON_DTYPES[geometry.weight],
-            "G_DTYPE": TRITON_DTYPES[geometry.grad],
-            "S_DTYPE": TRITON_DTYPES[geometry.state],
-            "F": geometry.width,
-            "R": segments,
-            "C": geometry.columns,
-            "EVEN": geometry.even,
-            "ALIGNED": geometry.aligned,
-            "SHIFTED": geometry.shifted,
+            "W_DTYPE": TRITON_DTYPES[g.weight],
+            "G_DTYPE": TRITON_DTYPES[g.grad],
+            "S_DTYPE": TRITON_DTYPES[g.state],
+            "F": g.width,
+            "Q": g.chunks,
+            "Q2": g.more_chunks,
+            "R": g.blocks,
+            "L": g.lanes,
+            "V": g.vector,
+            "EVEN": g.even,
+            "ALIGNED": g.aligned,
+            "WHOLE_ROWS": g.whole_rows,
+            "SHIFTED": g.shifted,
             "NVIDIA": self.nvidia,
         }
-        warps = max(1, min(MAX_WARPS, geometry.columns * segments // WARP_ELEMENTS))
-        self._update = KernelCall(_update_kernel, constants, num_warps=warps)
+        self._update = KernelCall(_update_kernel, constants, num_warps=g.blocks * g.lanes // 32)
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None, left_out_at: Tensor | None = None) -> None:
         (owner,) = self.owners
@@ -160,6 +313,16 @@ class Launch(AddressTable):
             self._update(len(owner), {"table": self.table, "owner": owner, **arguments}, constants)
 
 
-def make_launches(members: list[Member]) -> tuple[list[Launch], list[Member]]:
-    """Launches for ``members``, plain weights of this rule, and the members that no kernel takes."""
-    return launches_of(members, lambda entry: Geometry.of(entry) if entry.fits() else None, Launch)
+def make_launches(members: list[Member]) -> tuple[list[BlockLaunch | NarrowLaunch], list[Member]]:
+    """Launches for ``members``, plain weights of this rule or AdamW, and the members that no kernel takes."""
+    return launches_of(members, _geometry_of, _launch)
+
+
+def _geometry_of(entry: Entry) -> Geometry | None:
+    if not entry.fits():
+        return None
+    return WideGeometry.of_wide(entry) or Geometry.of(entry)
+
+
+def _launch(geometry: Geometry, entries: list[Entry]) -> BlockLaunch | NarrowLaunch:
+    return (BlockLaunch if isinstance(geometry, WideGeometry) else NarrowLaunch)(geometry, entries)
