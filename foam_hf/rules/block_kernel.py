@@ -13,6 +13,7 @@ blocks, and AdamW, are in ``narrow_block_kernel``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -268,8 +269,8 @@ class WideGeometry(Geometry):
         if entry.weight.numel() // n * -(-n // columns) + LANES >= 2**31:  # a kernel counts blocks in int32
             return None
         even = n % columns == 0 and (n == entry.place.columns or entry.weight.numel() == n)
-        shape = {"whole_rows": whole_rows, "vector": vector, "lanes": lanes, "chunks": chunks, "more_chunks": more}
-        return cls(**{**vars(plain), "columns": columns, "even": even, **shape})
+        fields: dict[str, Any] = {**vars(plain), "columns": columns, "even": even, "whole_rows": whole_rows}
+        return cls(**fields, vector=vector, lanes=lanes, chunks=chunks, more_chunks=more)
 
     @property
     def blocks(self) -> int:
@@ -325,4 +326,6 @@ def _geometry_of(entry: Entry) -> Geometry | None:
 
 
 def _launch(geometry: Geometry, entries: list[Entry]) -> BlockLaunch | NarrowLaunch:
-    return (BlockLaunch if isinstance(geometry, WideGeometry) else NarrowLaunch)(geometry, entries)
+    if isinstance(geometry, WideGeometry):
+        return BlockLaunch(geometry, entries)
+    return NarrowLaunch(geometry, entries)

@@ -153,7 +153,6 @@ class NarrowLaunch(AddressTable):
         self._update = KernelCall(_update_kernel, constants, num_warps=warps)
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None, left_out_at: Tensor | None = None) -> None:
-        self.follow_steps(h)
         (owner,) = self.owners
         arguments, constants = self.of_step(h, grad_scale, left_out_at)
         with device_of(self.device):

@@ -14,7 +14,7 @@ from foam_hf.kernels.columns import count_of, filled, number_of, row_of
 from foam_hf.kernels.tables import owner_table
 from foam_hf.kernels.uploads import PINNED, share_tables
 from foam_hf.optimizer import watched
-from foam_hf.rules import block_kernel, factored_means_kernel
+from foam_hf.rules import block_kernel, factored_means_kernel, narrow_block_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -62,7 +62,7 @@ def test_a_row_is_filled_by_names_wherever_its_columns_stand():
             filled(row, broken)
 
 
-@pytest.mark.parametrize("module", [block_kernel, int8_block_kernel, factored_means_kernel])
+@pytest.mark.parametrize("module", [block_kernel, narrow_block_kernel, int8_block_kernel, factored_means_kernel])
 def test_every_column_that_a_kernel_reads_is_the_one_of_its_name(module):
     numbers = {name: x.value for name, x in vars(module).items() if name.lower() in module.ROW.names}
     assert len(numbers) >= 5

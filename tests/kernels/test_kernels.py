@@ -12,6 +12,7 @@ from foam_hf.optimizer import FOAM
 from foam_hf.optimizer.members import member_of
 from foam_hf.rules import block_kernel as kernels
 from foam_hf.rules import factored_kernel as factored_kernels
+from foam_hf.tensors.places import Place
 from tests.support.reference import Reference
 from tests.support.rules import FUSED
 from tests.support.tolerances import assert_within
@@ -113,6 +114,61 @@ def test_kernel_writes_all_of_a_tensor_and_nothing_else(monkeypatch, level, seco
         assert bool((inside != 1.0).all()) and bool(inside.isfinite().all())
         assert bool(poisoned[:pad].isnan().all()) and bool(poisoned[-pad:].isnan().all())
         assert all(bool(x.isfinite().all()) for x in optimizer.state[p].values() if isinstance(x, torch.Tensor))
+
+
+# Of level 8 and row: several programs; a row of 4 + 2 chunks and of 2 + 1; a tail of half a block; an odd row.
+WIDE = [(40, 512), (9, 768), (3, 1440), (5, 2432), (18, 296), (3, 1501)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "level"),
+    [(x, level) for x in (torch.float32, torch.bfloat16) for level in (8, "row")]
+    + [(torch.bfloat16, 6), (torch.float32, 10)],
+    ids=str,
+)
+def test_wide_blocks_follow_the_plain_path_and_write_nothing_else(monkeypatch, dtype, level):
+    weights, gradients = drawn(dtype, steps=2, shapes=WIDE)
+    plain, b = train(monkeypatch, "reference", weights, gradients, level=level)
+    monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
+    rooms = [torch.full((w.numel() + 64,), float("nan"), device=DEVICE, dtype=dtype) for w in weights]
+    params = [torch.nn.Parameter(room[32:-32].view_as(w).copy_(w)) for room, w in zip(rooms, weights, strict=True)]
+    a = FOAM(params, lr=0.01, weight_decay=0.1, level=level)
+    for step in gradients:
+        for p, grad in zip(params, step, strict=True):
+            p.grad = grad.clone()
+        a.step()
+    assert not a._prepared.plain
+    case = {torch.float32: "float32 weights", torch.bfloat16: "bfloat16 weights to nearest"}[dtype]
+    for p, q, room in zip(params, plain, rooms, strict=True):
+        assert dtype == torch.float32 or (p != q).float().mean().item() <= 0.02
+        assert_within(p.float(), q.float(), f"five steps against float64, {case}")
+        assert bool(room[:32].isnan().all()) and bool(room[-32:].isnan().all())
+        for name, x in a.state[p].items():
+            if name != "step":
+                assert_within(x.float(), b.state[q][name].float(), "kernel state against the plain path's")
+
+
+def test_a_weight_that_is_nan_stays_so_alone_and_its_neighbours_train(monkeypatch):
+    weights, gradients = drawn(torch.bfloat16, steps=1, shapes=[(6, 512)])
+    weights[0][2, 7] = float("nan")
+    weights[0][4, 300] = float("inf")
+    (p,), _ = train(monkeypatch, "triton", weights, gradients)
+    assert p.isnan().nonzero().tolist() == [[2, 7]] and p.isinf().nonzero().tolist() == [[4, 300]]
+    assert bool(((p != weights[0]) | ~p.isfinite()).float().mean() > 0.9)
+
+
+@pytest.mark.parametrize("level", [8, "row"])
+def test_rows_draw_the_same_bits_wherever_a_launch_begins(monkeypatch, level):
+    """A process that holds some rows alone writes what one with all of them does."""
+    weights, gradients = drawn(torch.bfloat16, steps=1, shapes=[(24, 768)])
+    whole, _ = train(monkeypatch, "triton", weights, gradients, level=level)
+    p = torch.nn.Parameter(weights[0][5:19].clone())
+    p.grad = gradients[0][0][5:19].clone()
+    optimizer = FOAM([p], lr=0.01, weight_decay=0.1, level=level)
+    place = Place(5, 0, 24, 24, 768)
+    monkeypatch.setattr(kernel_tables.Member, "place", property(lambda member: place))
+    optimizer.step()
+    assert torch.equal(p, whole[0][5:19])
 
 
 @pytest.mark.parametrize("second_moment", FUSED)

@@ -1,7 +1,7 @@
 """The weights and the optimizers of step_speed.py. Every package is imported by the case that needs it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -89,6 +89,7 @@ class Case:
     refreshes: bool = False  # a projection is computed anew every GAP steps
     compiles: bool = False  # time the first step with a filled compiler cache as well
     embedding: bool = False  # only where the shapes have an embedding
+    checked: bool = False  # compared with FOAM's plain path before it is timed
 
 
 def _groups(w: Weights, matrices: dict, rest: dict) -> list[dict]:
@@ -161,9 +162,15 @@ def _adafactor(w: Weights) -> list[Optimizer]:
     return [Adafactor(list(w.named.values()), lr=LR, scale_parameter=False, relative_step=False)]
 
 
+def _gefen(w: Weights) -> list[Optimizer]:
+    from gefen import Gefen
+
+    return [Gefen(list(w.named.items()), lr=LR)]
+
+
 nearest = partial(_foam, stochastic_rounding=False)
 BF16 = ("bf16",)
-CASES = {
+_CASES = {
     "foam": Case("FOAM, level 8", _foam, compiles=True),
     "foam-ignore": Case("FOAM, level 8, nonfinite=ignore", partial(_foam, nonfinite="ignore")),
     "foam-nearest": Case("FOAM, level 8, rounding to nearest", nearest, dtypes=BF16),
@@ -179,6 +186,7 @@ CASES = {
     "flash": Case("FlashAdamW, no master weights", partial(_flash, bits=None), compiles=True),
     "flash-24": Case("FlashAdamW, 24-bit master weights", partial(_flash, bits=24), dtypes=BF16),
     "torchao": Case("torchao AdamW8bit", _torchao, compiles=True),
+    "gefen-x": Case("Gefen-X", _gefen, compiles=True),
     "galore": Case("GaLore, rank 128", _galore, refreshes=True),
     "apollo": Case("APOLLO, rank 256", partial(_apollo, rank=256, scale=1, scale_type="channel"), refreshes=True),
     "apollo-mini": Case("APOLLO-Mini", partial(_apollo, rank=1, scale=128, scale_type="tensor"), refreshes=True),
@@ -186,6 +194,11 @@ CASES = {
     "muon": Case("torch Muon, AdamW for the rest", _muon),
     "adafactor": Case("Adafactor of transformers", _adafactor),
     "foam-reference": Case("FOAM, level 8, without its kernel", _foam, env={"FOAM_HF_KERNEL": "reference"}),
+}
+
+
+CASES = {
+    name: replace(case, checked=name.startswith("foam") and name != "foam-reference") for name, case in _CASES.items()
 }
 
 

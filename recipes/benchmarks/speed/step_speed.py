@@ -1,6 +1,7 @@
 """Milliseconds, memory and first-step time of one optimizer step, for FOAM and its peers on this machine.
 
-Every optimizer runs in a process of its own. A step is held against its floor: the time in which a plain copy moves
+Every optimizer runs in a process of its own. FOAM's kernels are timed only where they agree with its plain path, see
+self_check.py. A step is held against its floor: the time in which a plain copy moves
 the bytes that the step must move.
 
     python -m recipes.benchmarks.speed.step_speed  # on a GPU: all shapes
@@ -28,6 +29,7 @@ from recipes.benchmarks.common.harness import (
     synchronize,
     times,
 )
+from recipes.benchmarks.speed.self_check import check_kernels
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -71,6 +73,8 @@ def measure(shapes: str, dtype: str, name: str, device: str) -> dict:
     case = CASES[name]
     weights = make_weights(shapes, DTYPES[dtype], device)
     count = sum(p.numel() for p in weights.named.values())
+    if case.checked:
+        check_kernels(weights, case.build, device)
     optimizers = case.build(weights)
     prepare(name, optimizers)
     synchronize(device)
