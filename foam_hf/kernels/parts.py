@@ -80,20 +80,24 @@ def float32_of(x, NVIDIA: tl.constexpr):
 def store_by_words(pointer, x, words, mask, NVIDIA: tl.constexpr):
     """Store (..., 8) float32 as bfloat16, rounded by the ``random_words`` of each eight as ``store`` does.
 
-    On NVIDIA's GPUs two elements at a time: a sum with the lower half of a word is one instruction, as is one with the
-    upper half. Where one of two is NaN, the other is cut off instead of rounded.
+    On NVIDIA's GPUs two adjacent elements at a time: a sum with the lower half of a word is one instruction, as is one
+    with the upper half. Where one of two is NaN, the other is cut off instead of rounded. The two are split apart
+    before, because nobody promises which elements a packed instruction would get.
     """
     if NVIDIA:
-        out = tl.inline_asm_elementwise(
+        words = tl.reshape(words, (x.shape[0], x.shape[1] // 2))
+        first, second = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+        pair = tl.inline_asm_elementwise(
             """{
             .reg .b32 low, high, word; .reg .pred nan;
             setp.nan.f32 nan, $1, $2; selp.b32 word, 0, $3, nan;
             dp2a.lo.u32.u32 low, word, 1, $1; shr.u32 high, word, 16; add.u32 high, high, $2;
             prmt.b32 $0, low, high, 0x7632;
             }""",
-            "=r,r,r,r,r", [x, tl.reshape(tl.join(words, words), x.shape)], dtype=tl.bfloat16, is_pure=True, pack=2,
+            "=r,r,r,r", [first, second, words], dtype=tl.uint32, is_pure=True, pack=1,
         )  # fmt: skip
-        tl.store(pointer, out, mask=mask)
+        out = tl.reshape(tl.join((pair & 0xFFFF).to(tl.uint16), (pair >> 16).to(tl.uint16)), x.shape)
+        tl.store(pointer, out.to(tl.bfloat16, bitcast=True), mask=mask)
     else:
         bits = tl.reshape(tl.join(words & 0xFFFF, words >> 16), x.shape)
         store(pointer, x, bits, mask, tl.bfloat16, True)

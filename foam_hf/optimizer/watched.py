@@ -38,7 +38,10 @@ class Watched:
         self._weights = unique(member.p for member in members)
         self._tensors = _getters(unique(member.state for member in members))
         self.sharded = any(is_sharded(p) for p in self._weights)
-        self._addresses = list(map(Tensor.data_ptr, self._held()))
+        held = self._held()
+        self._addresses = list(map(Tensor.data_ptr, held))
+        # A tensor subclass may say itself where its memory is, which torch's comparison does not ask.
+        self._plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in held)
 
     def unchanged(self, groups: list[dict[str, Any]], params: list[Tensor], states: list[State]) -> bool:
         """Whether all is the same, without regard to steps, gradients and options that every step reads anew."""
@@ -52,7 +55,7 @@ class Watched:
 
     def _holds_its_state(self) -> bool:
         try:
-            return have_addresses(self._held(), self._addresses)
+            return have_addresses(self._held(), self._addresses, self._plain)
         except (KeyError, RuntimeError, TypeError):  # a caller has removed state
             return False
 
@@ -159,14 +162,14 @@ def here(gradients: Gradients) -> list[bool]:
     return [not missing for missing in gradients.missing or [False] * len(gradients.addresses)]
 
 
-def have_addresses(tensors: list[Tensor], addresses: list[int]) -> bool:
-    """Whether ``tensors`` are at ``addresses``.
+def have_addresses(tensors: list[Tensor], addresses: list[int], plain: bool = True) -> bool:
+    """Whether ``tensors`` are at ``addresses``; not ``plain`` are subclasses that say where their memory is.
 
     Raises:
         TypeError: one is not a tensor.
         RuntimeError: the same, or one has no address, as sparse ones.
     """
-    if _ALL_EQUAL is not None and len(tensors) == len(addresses):
+    if plain and _ALL_EQUAL is not None and len(tensors) == len(addresses):
         return bool(_ALL_EQUAL(tensors, addresses, _every(len(addresses))))
     return list(map(Tensor.data_ptr, tensors)) == addresses
 

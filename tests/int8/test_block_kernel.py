@@ -166,7 +166,7 @@ def test_equal_geometry_is_one_launch_beside_that_of_plain_weights(monkeypatch):
             p.grad = torch.randn(p.shape, device=DEVICE)
         optimizer.step()
     kinds = [type(each.launch).__name__ for each in optimizer._prepared.launches]
-    assert sorted(kinds) == ["Int8Launch", "Launch"] and not optimizer._prepared.plain
+    assert sorted(kinds) == ["BlockLaunch", "Int8Launch"] and not optimizer._prepared.plain
 
 
 def test_what_no_kernel_takes_still_trains(monkeypatch):
