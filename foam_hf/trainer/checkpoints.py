@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from foam_hf.optimizer.names import named
+from foam_hf.trainer.deepspeed import processes_problem, uses_deepspeed
 from foam_hf.trainer.file_checks import Damaged, Unfinished, is_weights
 from foam_hf.trainer.manifest import check, checked_folder, name_complete_checkpoint, newest_complete
 from foam_hf.trainer.names import foam_of, uses_foam
@@ -36,6 +37,9 @@ def checked_arguments(trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     chosen = _decide_on_main_process(
         trainer, lambda: newest_complete(output) if asked is True else checked_folder(Path(asked))
     )
+    zero = chosen is not None and uses_deepspeed(trainer.args, trainer)
+    if zero and (problem := processes_problem(Path(chosen), trainer.args.world_size)):
+        raise ValueError(problem)
     _warn_of_fresh_state(trainer, chosen)
     if chosen is None:
         return args, kwargs

@@ -68,6 +68,18 @@ def let_foam_update_on_cpu(trainer: Any) -> None:
                 )
 
 
+def processes_problem(folder: Path, processes: int) -> str:
+    """Why so many processes cannot resume from a checkpoint of ZeRO, or nothing: DeepSpeed may fail without words."""
+    for saved in sorted(folder.glob("global_step*")):
+        wrote = len(list(saved.glob("*zero_pp_rank_*_optim_states.pt")))
+        if wrote and wrote != processes:
+            return (
+                f"{folder} was written by {wrote} processes of DeepSpeed's ZeRO, and here are {processes}; expected "
+                "as many, as each reads its own part of the state, or training from the weights alone"
+            )
+    return ""
+
+
 def _config(args: Any, trainer: Any) -> Config | None:
     """The DeepSpeed config of a run as far as it is known, or None."""
     plugin = deepspeed_plugin(trainer)

@@ -66,9 +66,7 @@ def flat_optimizer(weights: list[torch.Tensor], begin: int, end: int, **options:
 
 @pytest.mark.parametrize("kernel", ["reference", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
-def test_a_vector_steps_as_the_weights_do(
-    kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_vector_steps_as_the_weights_do(kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits, stochastic rounding of weights and moments included, with gradients that move."""
     monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
     torch.manual_seed(0)

@@ -25,7 +25,7 @@ from foam_hf import FOAM
 from foam_hf.memory import expected_state_bytes, state_bytes
 from tests.support.torchrun import launch
 
-deepspeed.ops.__compatible_ops__.clear()  # else every test run compiles C++ for collectives over shared memory
+deepspeed.comm.torch.build_shm_op = lambda: None  # else every process compiles C++ for collectives, or waits for it
 STEPS, SHORT = 50, 4
 BF16 = torch.bfloat16
 
@@ -234,7 +234,8 @@ def refuses_other_checkpoints(stage: int, folder: Path, world: int) -> None:
     if world == 4:  # two processes wrote it
         engine, *_ = engine_of({"zero": {"stage": stage}}, state_dtype=BF16)
         place = folder / "world2" / str(stage)
-        refused("world size", lambda: engine.load_checkpoint(str(place), tag="saved"))
+        reason = "" if stage == 3 else "world size"  # ZeRO 3 has an assertion without words
+        refused(reason, lambda: engine.load_checkpoint(str(place), tag="saved"))
 
 
 def refuses_before_the_first_step() -> None:
