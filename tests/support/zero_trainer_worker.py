@@ -102,7 +102,7 @@ def run(
     deepspeed: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     model: Any = None,
-    resume: Path | None = None,
+    resume: Path | bool | None = None,
     callbacks: tuple[TrainerCallback, ...] = (),
     environment: dict[str, str] | None = None,
     evaluate: bool = False,
@@ -139,7 +139,7 @@ def run(
             eval_dataset=language_data(4) if evaluate else None,
             callbacks=[record, *callbacks],
         )
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        trainer.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume)
     return trainer, record.steps
 
 
