@@ -78,12 +78,15 @@ class FlatWeights:
         if self.parts:
             return True
         for group in groups:
-            if group["params"]:
-                numbers = next((numbers for known, numbers in self._groups if known is group), None)
-                weight = self.weights[numbers[0]].p() if numbers else None
-                if weight is group["params"][0] or weight is None:
-                    return False
-                return any(is_partitioned(self.weights[i].p()) for i in numbers or [])
+            if not group["params"]:
+                continue
+            p = group["params"][0]
+            numbers = next((numbers for known, numbers in self._groups if known is group), None)
+            if is_traceable_wrapper_subclass(p) or (numbers and self.weights[numbers[0]].p() is p):
+                return False
+            # A group that is not known may still hold a vector, and then its weights must not be taken for one row.
+            alive = [weight.p() for weight in self.weights]
+            return not any(weight is p for weight in alive) and any(map(is_partitioned, alive))
         return False
 
     def _find(self, groups: list[Group]) -> None:
@@ -97,7 +100,10 @@ class FlatWeights:
         for group, numbers in self._groups:
             refuse_whole_weights_rules(group, "DeepSpeed's ZeRO")
             if any(self.weights[i].p() is None for i in numbers):
-                raise ValueError("weights that FOAM was made for are gone; expected the model that DeepSpeed trains")
+                raise ValueError(
+                    "weights that FOAM was made for are gone, or are INT8 weights or DTensors, which ZeRO cannot hold; "
+                    "expected the model that DeepSpeed trains, of bfloat16 or float32 weights"
+                )
         alive = [[(i, self._alive(i)) for i in numbers] for _, numbers in self._groups]
         flats = flats_of([group for group, _ in self._groups], alive)
         for flat in flats:
