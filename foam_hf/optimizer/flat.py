@@ -101,8 +101,8 @@ class FlatWeights:
             refuse_whole_weights_rules(group, "DeepSpeed's ZeRO")
             if any(self.weights[i].p() is None for i in numbers):
                 raise ValueError(
-                    "weights that FOAM was made for are gone, or are INT8 weights or DTensors, which ZeRO cannot hold; "
-                    "expected the model that DeepSpeed trains, of bfloat16 or float32 weights"
+                    "weights that FOAM was made for are gone, or are INT8 weights or DTensors, which ZeRO does not "
+                    "hold; expected the model that DeepSpeed trains, of bfloat16 or float32 weights"
                 )
         alive = [[(i, self._alive(i)) for i in numbers] for _, numbers in self._groups]
         flats = flats_of([group for group, _ in self._groups], alive)

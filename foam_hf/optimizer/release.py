@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from foam_hf.optimizer.buckets import Bucket, gradients, stream_of, waiting_limit
 from foam_hf.optimizer.checks import check_gradient
+from foam_hf.optimizer.deepspeed import is_partitioned
 from foam_hf.optimizer.foam import FOAM, step_some
 from foam_hf.optimizer.members import Numbering, numbering_of, parameters_of
 from foam_hf.optimizer.processes import Processes
@@ -67,8 +68,9 @@ def enable_gradient_release(
 
     Raises:
         TypeError: the optimizer is not FOAM, or ``max_grad_norm`` is not a number.
-        ValueError: nothing averages the gradients of several processes, DDP was told to do more than to average, a
-            parameter of the optimizer is not the model's, or ``max_grad_norm`` is negative.
+        ValueError: nothing averages the gradients of several processes, DDP was told to do more than to average,
+            DeepSpeed's ZeRO holds the weights, a parameter of the optimizer is not the model's, or ``max_grad_norm``
+            is negative.
         RuntimeError: release is enabled for one of these parameters already.
     """
     inner: Any = optimizer
@@ -100,6 +102,13 @@ class GradientRelease:
         process_group: Any = None,
         broadcast_buffers: bool = True,
     ) -> None:
+        own = {id(p) for p in parameters_of(optimizer.param_groups)}
+        if any(is_partitioned(p) and id(p) not in own for p in model.parameters() if p.requires_grad):
+            raise ValueError(
+                "gradient release does not run with DeepSpeed's ZeRO, which has moved the weights of this model into "
+                "flat vectors; expected no gradient release, as ZeRO 2 and 3 themselves keep a part of the gradients "
+                "alone, or a model that DeepSpeed does not train"
+            )
         self.max_grad_norm = max_grad_norm
         self._optimizer = optimizer
         self._names = {id(p): name for name, p in model.named_parameters()}

@@ -37,8 +37,8 @@ def checked_arguments(trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     chosen = _decide_on_main_process(
         trainer, lambda: newest_complete(output) if asked is True else checked_folder(Path(asked))
     )
-    zero = chosen is not None and uses_deepspeed(trainer.args, trainer)
-    if zero and (problem := processes_problem(Path(chosen), trainer.args.world_size)):
+    zero = uses_deepspeed(trainer.args, trainer)
+    if chosen is not None and (problem := processes_problem(Path(chosen), trainer.args.world_size if zero else 0)):
         raise ValueError(problem)
     _warn_of_fresh_state(trainer, chosen)
     if chosen is None:

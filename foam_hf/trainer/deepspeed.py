@@ -69,13 +69,17 @@ def let_foam_update_on_cpu(trainer: Any) -> None:
 
 
 def processes_problem(folder: Path, processes: int) -> str:
-    """Why so many processes cannot resume from a checkpoint of ZeRO, or nothing: DeepSpeed may fail without words."""
+    """Why so many processes of DeepSpeed cannot resume from a checkpoint that ZeRO wrote, or nothing.
+
+    DeepSpeed may fail without words. Trainer without DeepSpeed, 0 processes, would start FOAM's state anew in silence.
+    """
     for saved in sorted(folder.glob("global_step*")):
         wrote = len(list(saved.glob("*zero_pp_rank_*_optim_states.pt")))
         if wrote and wrote != processes:
+            here = f"here are {processes}" if processes else "this run is without DeepSpeed"
             return (
-                f"{folder} was written by {wrote} processes of DeepSpeed's ZeRO, and here are {processes}; expected "
-                "as many, as each reads its own part of the state, or training from the weights alone"
+                f"{folder} was written by {wrote} processes of DeepSpeed's ZeRO, and {here}; expected as many of its "
+                "processes, as each reads its own part of the state, or training from the weights alone"
             )
     return ""
 

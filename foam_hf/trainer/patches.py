@@ -283,6 +283,13 @@ def unwrapped_optimizer(trainer: Any) -> Any:
     return optimizer
 
 
+def skipped_steps(trainer: Any) -> int:
+    """How many steps DeepSpeed has left out since its engine was made, but for those that a loss scaler has."""
+    engine = getattr(trainer, "model_wrapped", None)
+    scaled = getattr(engine, "fp16_enabled", lambda: True)()
+    return 0 if scaled else int(getattr(engine, "skipped_steps", 0))
+
+
 def replace_clipping(accelerator: Any, clip: Callable[..., Any]) -> Callable[[], None]:
     """Replace `accelerator.clip_grad_norm_`, which Trainer calls between a backward pass and the step.
 

@@ -11,6 +11,7 @@ from foam_hf.optim_args import parse_optim_args
 from foam_hf.trainer import checkpoints, weights
 from foam_hf.trainer.build import with_current_trainer
 from foam_hf.trainer.names import foam_of, releases_gradients, uses_foam
+from foam_hf.trainer.patches import is_deepspeed_enabled
 from foam_hf.trainer.refusals import refuse_ready_made_optimizer, refuse_sharding
 from foam_hf.trainer.report import bind_reports
 
@@ -26,7 +27,8 @@ def wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
             weights.refuse_unreadable(trainer)
         refuse_ready_made_optimizer(trainer)
         bind_reports(trainer)
-        with _gradient_release(trainer), _name_nonfinite_weights(trainer), _suggest_optim_args(trainer):
+        watches = _gradient_release(trainer), _skipped_steps(trainer)
+        with watches[0], watches[1], _name_nonfinite_weights(trainer), _suggest_optim_args(trainer):
             result = with_current_trainer(trainer, original)(trainer, *args, **kwargs)
             if (optimizer := foam_of(trainer)) is not None:
                 optimizer.check_gradients()  # raises for the last step, which no later step has checked
@@ -42,6 +44,14 @@ def _gradient_release(trainer: Any) -> AbstractContextManager[None]:
     from foam_hf.trainer.release import release_while_training
 
     return release_while_training(trainer)
+
+
+def _skipped_steps(trainer: Any) -> AbstractContextManager[None]:
+    if not (uses_foam(trainer.args) and is_deepspeed_enabled(trainer)):
+        return nullcontext()
+    from foam_hf.trainer.skipped_steps import report_skipped_steps
+
+    return report_skipped_steps(trainer)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Every process sees the same batches, so that sums and means over 2 or 4 processe
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -226,6 +227,37 @@ def refusals(folder: Path, stage: int) -> None:
     refused(
         "was written by 1 processes of DeepSpeed's ZeRO, and here are 2", deepspeed=config(stage), resume=checkpoint
     )
+    # Trainer alone would start moments anew in silence.
+    refused("by 1 processes of DeepSpeed's ZeRO, and this run is without DeepSpeed", resume=checkpoint)
+
+
+def spoiled() -> Any:
+    """A model whose second loss is NaN."""
+    model, calls = tiny_llama(), itertools.count(1)
+
+    def spoil(module: Any, args: Any, output: Any) -> Any:
+        if next(calls) == 2:
+            output["loss"] = output["loss"] * float("nan")
+        return output
+
+    model.register_forward_hook(spoil)
+    return model
+
+
+def reports_nan(folder: Path, stage: int, **settings: Any) -> None:
+    """DeepSpeed leaves out a step of NaN gradients before FOAM sees it: the run stops, if not told to go on."""
+    zero = config(stage)
+    try:
+        run(folder, deepspeed=zero, world=2, model=spoiled, **settings)
+    except FloatingPointError as error:
+        assert "step 2: gradients are NaN or infinite, so DeepSpeed left out" in str(error), error
+    else:
+        raise AssertionError("NaN was not reported")
+    args = "level=3,scale=0.25,nonfinite=skip"
+    steps = run(folder, deepspeed=zero, world=2, model=spoiled, optim_args=args, **settings)[1]
+    if dist.get_rank() == 0:
+        first, second, third = steps
+        assert torch.equal(first, second) and not torch.equal(second, third)
 
 
 def best_model(folder: Path, stage: int) -> None:
@@ -299,6 +331,7 @@ def main(folder: Path, world: int) -> dict[str, Any]:
     for stage in (2, 3):
         found[f"resumed {stage}"] = resumed(folder / f"resumed{stage}", stage)
         best_model(folder / f"best{stage}", stage)
+        reports_nan(folder, stage, bf16=stage == 2)
         refusals(folder, stage)
     found["zero3_init"] = run(
         folder, deepspeed=config(3, zero=exact(3)), world=world, model=pretrained(folder / "model")

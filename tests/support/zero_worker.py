@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from foam_hf import FOAM
+from foam_hf import FOAM, enable_gradient_release
 from foam_hf.memory import expected_state_bytes, state_bytes
 from tests.support.torchrun import launch
 
@@ -260,12 +261,20 @@ def refuses_before_the_first_step() -> None:
     def another_level(optimizer: FOAM) -> None:
         optimizer.param_groups[0]["level"] = 4
 
+    def other_groups(optimizer: FOAM) -> None:
+        optimizer.param_groups[:] = [dict(group) for group in optimizer.param_groups]
+
     for stage in (2, 3):
         for rule in ("factored", "muon", "adam_mini"):
             options = {"second_moment": rule, **({} if rule == "factored" else {"level": 8})}
             refused(f"second_moment={rule!r} needs whole matrices", first_step(stage, None, **options))
         planned = "and FOAM was made for 6 weights that fold in"
         refused(planned, first_step(stage, another_level))
+        # Else a vector would be trained as one long row.
+        refused("are not those that FOAM was made with", first_step(stage, other_groups))
+        _, model, optimizer = engine_of({"zero": {"stage": stage}})
+        release = partial(enable_gradient_release, model, optimizer)
+        refused("gradient release does not run with DeepSpeed's ZeRO", release)
 
 
 def check_all(folder: Path) -> None:
