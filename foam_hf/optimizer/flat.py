@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from foam_hf.optimizer.deepspeed import flats_of, is_partitioned
 from foam_hf.optimizer.flat_parts import FlatParts, Group, Weight
+from foam_hf.optimizer.state import field_problem
 from foam_hf.rules.all import rule_of, shardable_options
 from foam_hf.rules.rule import StateTensor
 from foam_hf.tensors.places import whole
@@ -180,7 +181,7 @@ class FlatWeights:
                     "processes, and here no ZeRO holds the weights; expected the engine and the number of processes "
                     "that wrote it, or training from the weights alone"
                 )
-            if flat and number < len(self._groups) and (problem := self._record_problem(number, record)):
+            if flat and number < len(self._groups) and (problem := self._record_problem(number, group)):
                 return problem
         return ""
 
@@ -194,8 +195,8 @@ class FlatWeights:
             "names": [self.names.get(id(self._alive(i)), "") for i in numbers] if self.names else [],
         }
 
-    def _record_problem(self, number: int, saved: Any) -> str:
-        here = self._record(number)
+    def _record_problem(self, number: int, saved_group: Group) -> str:
+        here, saved, group = self._record(number), saved_group.get(RECORD), self._groups[number][0]
         if not isinstance(saved, dict):
             return (
                 "the checkpoint holds the state of whole weights, and here DeepSpeed's ZeRO holds them; expected a "
@@ -210,6 +211,8 @@ class FlatWeights:
         for own, other in zip(here["names"], saved.get("names") or [], strict=False):
             if own != other and own and other:
                 return f"the checkpoint holds the state of {other} where this model has {own}; expected the same model"
+        if problem := field_problem(number, group, saved_group):
+            return problem
         if saved.get(LAYOUT) != here[LAYOUT]:
             return (
                 "the checkpoint's flat vectors hold other weights, or are cut elsewhere; expected the same model, "

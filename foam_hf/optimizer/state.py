@@ -66,6 +66,18 @@ def list_as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def field_problem(number: int, group: dict[str, Any], saved: dict[str, Any]) -> str:
+    """A message about a field of param group ``number`` that a checkpoint must not change, or nothing."""
+    for name in names_of(lambda each: each.field and not each.may_change):
+        value = saved.get(name, option(name).default)  # versions without the field behaved as its default
+        if value != group[name]:
+            return (
+                f"the checkpoint was trained with {name}={value!r} in param group {number}, this optimizer has "
+                f"{name}={group[name]!r}; expected the same, or training from the start"
+            )
+    return ""
+
+
 def check_checkpoint(
     state_dict: dict[str, Any],
     groups: list[dict[str, Any]],
@@ -98,14 +110,8 @@ def check_checkpoint(
                     f"the checkpoint is of another optimizer: its param groups have no {name!r}, "
                     f"its state holds {held}; expected one that FOAM wrote"
                 )
-        for name in names_of(lambda each: each.field and not each.may_change):
-            value = saved.get(name, option(name).default)  # versions without the field behaved as its default
-            if value != group[name]:
-                raise CheckpointMismatchError(
-                    f"the checkpoint was trained with {name}={value!r} in param group {i}, this optimizer has "
-                    f"{name}={group[name]!r}; expected the same, or training from the start",
-                    state_dict,
-                )
+        if problem := field_problem(i, group, saved):
+            raise CheckpointMismatchError(problem, state_dict)
     if sizes != saved_sizes:
         raise CheckpointMismatchError(
             f"the checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}; "

@@ -218,6 +218,7 @@ def refusals(folder: Path, stage: int) -> None:
     refused("would train by 'AdamW' instead of FOAM", deepspeed=config(stage, optimizer=section))
     refused("zero_optimization.stage=0", deepspeed=config(0))
     checkpoint = folder / f"resumed{stage}" / "checkpoint-4"
+    refused("with level=3 in param group 0", deepspeed=config(stage), resume=checkpoint, optim_args="level=4")
     dist.barrier()
     if dist.get_rank() == 0:  # as if one process had written it
         (checkpoint / MANIFEST).unlink()
