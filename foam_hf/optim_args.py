@@ -187,6 +187,8 @@ OPTIONS: tuple[Option, ...] = (
            field=False, grouping=True),
     Option("gradient_release", False, Words(), "updates weights inside the backward pass, and frees their gradients",
            field=False),
+    Option("clip_by", "all", Words(("all", "weight")), "of gradient_release: max_grad_norm bounds the norm of all "
+           "gradients, or that of each weight's alone", field=False),
     Option("momentum", 0.95, _BELOW_1, "Muon's, of foam_muon alone", folded=True, may_change=True, carried=True,
            rule="muon", elsewhere=("Adam's adam_beta1", "betas")),
     Option("mini_rows", 1, _ROWS, "adjacent rows that share a second moment of Adam-mini; 0 for all", key=False,

@@ -234,7 +234,7 @@ class Int8Geometry(Geometry):
 
     @classmethod
     def of(cls, entry: Entry) -> Int8Geometry:
-        plain, block_size = Geometry.of(entry), _int8(entry).block_size
+        plain, block_size = Geometry.of(entry), int8_of(entry).block_size
         columns = max(plain.columns, block_size)
         even = entry.columns % columns == 0
         return cls(**{**vars(plain), "columns": columns, "even": even, "block_size": block_size})
@@ -248,7 +248,7 @@ class Int8Launch(AddressTable):
         own = {
             "exp_avg_sq": [entry.moments[1].data_ptr() for entry in entries],
             "rows": [entry.weight.numel() // entry.columns for entry in entries],
-            "scales": [_int8(entry).scales.data_ptr() for entry in entries],
+            "scales": [int8_of(entry).scales.data_ptr() for entry in entries],
             "first_row": [entry.place.first_row for entry in entries],
         }
         super().__init__(geometry, entries, ROW, own, [tiles_of(geometry, entries, segments)])
@@ -281,13 +281,13 @@ class Int8Launch(AddressTable):
 
 def make_launches(members: list[Member]) -> tuple[list[Int8Launch], list[Member]]:
     """Launches for ``members``, INT8 weights of the block rule, and the members that no kernel takes."""
-    return launches_of(members, _geometry_of, Int8Launch)
+    return launches_of(members, geometry_of, Int8Launch)
 
 
-def _geometry_of(entry: Entry) -> Int8Geometry | None:
-    taken = fits_kernels(_int8(entry).block_size) and entry.fits()
+def geometry_of(entry: Entry) -> Int8Geometry | None:
+    taken = fits_kernels(int8_of(entry).block_size) and entry.fits()
     return Int8Geometry.of(entry) if taken else None
 
 
-def _int8(entry: Entry) -> Int8Weight:
+def int8_of(entry: Entry) -> Int8Weight:
     return cast("Int8Weight", entry.weight)

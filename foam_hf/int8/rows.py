@@ -48,7 +48,10 @@ class Int8Rows:
     """
 
     kind: ClassVar[str] = "int8"
-    kernels: ClassVar[Mapping[str, str]] = dict.fromkeys(("block", "adam"), "foam_hf.int8.block_kernel")
+    kernels: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("block", "adam"), "foam_hf.int8.block_kernel"),
+        "block, micro-batches": "foam_hf.int8.micro_batches_kernel",
+    }
 
     def __init__(self, weight: Int8Weight, place: Place) -> None:
         self.weight, self.place, self.block_size = weight, place, weight.block_size
@@ -96,7 +99,8 @@ def uniform(rows: range, n: int, h: Hyper, device: torch.device) -> Tensor:
     16. Each number is uniform, and their leading 16 bits come from different bits of the word. An even step and the
     odd one after it share a word too, of which the odd step inverts every bit.
     """
-    words = random_words(rows, n, seed=h.seed, step=h.step // 2, stream=4 * h.stream, device=device)
+    step, stream = h.step // 2, 4 * h.stream
+    words = random_words(rows, n, seed=h.seed, step=step, stream=stream, device=device, micro=h.micro)
     if h.step % 2:
         words.bitwise_not_()
     rotated = (words << 16).bitwise_or_((words >> 16).bitwise_and_(0xFFFF))

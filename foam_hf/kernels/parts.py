@@ -44,9 +44,12 @@ def random_bits(seed, step, stream, draw, R: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def random_bits_at(seed, step, stream, row, column, n):
-    """The same bits, a whole draw for each element: for the few elements of a folded moment with rows of ``n``."""
-    a, b, c, d = philox(seed, row.to(tl.int64) * tl.cdiv(n, 8) + column // 8, step, stream)
+def random_bits_at(seed, step, stream, row, column, n, first=0):
+    """The same bits, a whole draw for each element: for the few elements of a folded moment with rows of ``n``.
+
+    ``first`` is the number of the tensor's first draw.
+    """
+    a, b, c, d = philox(seed, row.to(tl.int64) * tl.cdiv(n, 8) + column // 8 + first, step, stream)
     lane = column % 8
     word = tl.where(lane < 4, tl.where(lane < 2, a, b), tl.where(lane < 6, c, d))
     return tl.where(lane % 2 == 0, word & 0xFFFF, word >> 16)

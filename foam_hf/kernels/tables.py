@@ -47,6 +47,7 @@ class Entry:
     stream: int
     place: Place
     grad_offset: int  # bytes, from where the rank's gradient of the parameter begins
+    pending: tuple[Tensor, ...] = ()  # as a member's, of a micro-batch
 
     @classmethod
     def of(cls, member: Member) -> Entry:
@@ -56,7 +57,8 @@ class Entry:
         else:
             grad = member.grad
             offset = grad.data_ptr() - local(member.p.grad).data_ptr()
-        return cls(member.weight, grad, moments, member.level, member.stream, member.place, offset)
+        whole = member.weight, grad, moments, member.level, member.stream, member.place, offset
+        return cls(*whole, pending=member.parts_of_pending)
 
     @property
     def columns(self) -> int:

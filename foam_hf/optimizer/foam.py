@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from foam_hf.optimizer.decided import Decided
 from foam_hf.optimizer.flat import LAYOUT, RECORD, FlatWeights
 from foam_hf.optimizer.flat_parts import FlatParts
 from foam_hf.optimizer.flat_step import FlatSteps
-from foam_hf.optimizer.members import Numbering, Owned, members_of, members_of_one, parameters_of
+from foam_hf.optimizer.members import Micro, Numbering, Owned, members_of, members_of_one, parameters_of
 from foam_hf.optimizer.nonfinite import LeftOutReport
 from foam_hf.optimizer.releases import expect_release, is_released
 from foam_hf.optimizer.sharding import as_state_of, pieces_of
@@ -332,6 +332,8 @@ def step_some(
     numbering: Numbering,
     prepared: PreparedStep | None,
     grad_scale: Tensor | None,
+    micro: Micro | None = None,
+    pending: Mapping[int, tuple[Tensor, ...]] | None = None,
 ) -> PreparedStep:
     """Update some parameters by their gradients, now, as ``optimizer.step()`` would; the bits are the same.
 
@@ -342,6 +344,8 @@ def step_some(
         numbering: of all parameters, from ``numbering_of``.
         prepared: what the last step of the same parameters returned, if there was one.
         grad_scale: what to divide each gradient by, float32 (len(params),); None is 1.
+        micro: which of several micro-batches the gradients are of; None if they are all of the step.
+        pending: what the step has collected of each parameter, by its id, if there are several micro-batches.
 
     Returns:
         what to pass as ``prepared`` at their next step.
@@ -357,7 +361,8 @@ def step_some(
         members: list[list[Member]] = [[] for _ in owned.groups]
         for p in params:
             index, stream = numbering[id(p)]
-            members[index] += members_of_one(owned, p, owned.groups[index], stream)
+            mine = members_of_one(owned, p, owned.groups[index], stream)
+            members[index] += [each._replace(pending=pending[id(p)]) for each in mine] if pending else mine
         prepared = PreparedStep(owned.groups, params, states, members)
-    prepared.run(grad_scale, owned.left_out, len(numbering))
+    prepared.run(grad_scale, owned.left_out, len(numbering), micro)
     return prepared

@@ -260,12 +260,18 @@ def norms_of(grads: Sequence[Tensor]) -> Tensor:
     Every rank must pass the gradients of the same parameters in the same order.
     """
     norms = torch.stack(torch._foreach_norm([*map(local, grads)], 2, dtype=torch.float32))
-    groups = [_groups_that_cut(grad) if is_sharded(grad) else () for grad in grads]
+    return add_over_shards(grads, norms.square_()).sqrt_() if any(map(is_sharded, grads)) else norms
+
+
+def add_over_shards(sharded: Sequence[Tensor], values: Tensor) -> Tensor:
+    """Add up each of ``values``, in place, over the ranks that share the DTensor of the same number; returns them.
+
+    Every rank must pass the same DTensors, or gradients of the same, in the same order.
+    """
+    groups = [_groups_that_cut(x) if is_sharded(x) else () for x in sharded]
     if any(groups):
-        norms.square_()
-        add_over_ranks([*zip(groups, norms.split(1), strict=True)])
-        norms.sqrt_()
-    return norms
+        add_over_ranks([*zip(groups, values.split(1), strict=True)])
+    return values
 
 
 def _groups_that_cut(x: Any) -> tuple[Group, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from foam_hf.kernels.choice import use_kernels
 from foam_hf.kernels.uploads import SharedTables, share_tables
-from foam_hf.optimizer.members import hyper_of
+from foam_hf.optimizer.members import Micro, hyper_of
 from foam_hf.optimizer.nonfinite import LeftOutReport
 from foam_hf.optimizer.sharding import add_over_ranks
 from foam_hf.optimizer.watched import StepCounts, Watched, WatchedGradients, gradients_of, here, unique
@@ -160,17 +160,18 @@ class PreparedStep:
         for each in self.launches:
             each.leave_out(flags, counts)
 
-    def run(self, grad_scale: Tensor | None, left_out: LeftOutReport, size: int) -> None:
-        """Update all members.
+    def run(self, grad_scale: Tensor | None, left_out: LeftOutReport, size: int, micro: Micro | None = None) -> None:
+        """Update all members, which have something pending if this is one of several micro-batches.
 
         Args:
             grad_scale: what to divide gradients by, with one element, or one for each of the step's parameters.
             left_out: takes what the step leaves out.
             size: how many parameters the optimizer has.
         """
-        self._counts.advance()
+        if micro is None or micro.number == 0:
+            self._counts.advance()
         unfinished: list[tuple[Unfinished, Hyper, Tensor | None]] = []
-        running = [(each, hyper_of(each.group, each.lead)) for each in self.launches if each.lead is not None]
+        running = [(each, hyper_of(each.group, each.lead, micro)) for each in self.launches if each.lead is not None]
         counts: numpy.ndarray | None = None
         for each, h in running:
             if each.launch.mixed:
@@ -186,7 +187,7 @@ class PreparedStep:
         for group, member, number in self.plain:
             if member.p.grad is None:
                 continue
-            h, where = hyper_of(group, member), left_out.left_out_at(group, member.weight.device, size)
+            h, where = hyper_of(group, member, micro), left_out.left_out_at(group, member.weight.device, size)
             where = None if where is None else where[member.stream]
             scale = grad_scale
             if scale is not None and scale.numel() > 1:
@@ -205,16 +206,22 @@ def _kernels(member: Member) -> str | None:
     if not use_kernels(local(member.p).device):
         return None
     if kind_of(member.weight) == PLAIN:
-        return rule_named(member.rule).kernel
-    return kernels_of(member.weight).get(member.rule)
+        rule = rule_named(member.rule)
+        return rule.micro_kernel if member.pending else rule.kernel
+    return kernels_of(member.weight).get(f"{member.rule}, micro-batches" if member.pending else member.rule)
 
 
 def _update_plainly(
     member: Member, h: Hyper, grad_scale: Tensor | None, left_out_at: Tensor | None
 ) -> Unfinished | None:
     rule, grad, state = rule_named(member.rule), member.grad, member.moments
-    grad = grad if grad_scale is None else grad.float() / grad_scale.to(grad.device)
     weight = weight_rows(member.weight, member.place)
+    if grad_scale is not None:
+        grad_scale = grad_scale.to(grad.device)
+    if member.pending and rule.update_micro is not None:
+        rule.update_micro(weight, grad, state, member.parts_of_pending, member.level, h, left_out_at, grad_scale)
+        return None
+    grad = grad if grad_scale is None else grad.float() / grad_scale
     if rule.unit == "block":
         return rule.update(weight, grad, state, member.level, h, left_out_at)
     with undo_if_nonfinite(grad, [*weight.tensors, *state.values()], left_out_at, h.step) as wanted:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from foam_hf.rules.by_rows import Fraction, fold, in_blocks, row_moments, subtract_update_, update_rows
+from foam_hf.rules.micro_batches import update_micro_block
 from foam_hf.rules.rule import ADAMS_LARGEST_STEP, Group, Rule, StateTensor
 from foam_hf.tensors.folding import Level, block_width, num_blocks
 from foam_hf.tensors.rows import Rows
@@ -48,6 +49,8 @@ BLOCK = Rule(
     state=_state,
     update=update_block,
     kernel="foam_hf.rules.block_kernel",
+    update_micro=update_micro_block,
+    micro_kernel="foam_hf.rules.micro_batches_kernel",
     largest_step=ADAMS_LARGEST_STEP,
     takes=lambda p, group: p.dim() > 1 and group["level"] != 0,  # with blocks of one column it is AdamW
 )

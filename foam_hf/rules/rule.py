@@ -112,6 +112,22 @@ class Update(Protocol):
         """
 
 
+class MicroUpdate(Protocol):
+    """As ``Update``, by one of several micro-batches, whose number ``h`` says. It changes no state but ``pending``."""
+
+    def __call__(
+        self,
+        weight: Rows,
+        grad: Tensor,
+        state: dict[str, Tensor],
+        pending: Sequence[Tensor],
+        level: Level,
+        h: Hyper,
+        left_out_at: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None: ...
+
+
 def has_two_dimensions(p: Tensor, group: Group) -> bool:
     return p.dim() > 1
 
@@ -149,6 +165,9 @@ class Rule:
         state: describes the tensors of state of a parameter, by name, in the order that update and kernels expect.
         update: the rule in torch operations.
         kernel: name of the module of its Triton kernels for plain weights, with ``make_launches``; imported when used.
+        update_micro: updates a weight by one of several micro-batches, without keeping its gradient; None if the rule
+            cannot.
+        micro_kernel: as ``kernel``, for ``update_micro``.
         largest_step: no element moves by more than this times ``lr * scale`` in a step.
         unit: what a step leaves out if a gradient is not finite: its block, or the whole tensor.
         shards: which dimensions of a matrix may be split over ranks.
@@ -171,6 +190,8 @@ class Rule:
     state: Callable[[Tensor, Level, Group], dict[str, StateTensor]]
     update: Update
     kernel: str | None = None
+    update_micro: MicroUpdate | None = None
+    micro_kernel: str | None = None
     largest_step: float = LARGEST_STEP
     unit: Literal["block", "tensor"] = "block"
     shards: Literal["rows and columns", "rows or columns", "nothing"] = "rows and columns"

@@ -2,7 +2,8 @@
 
 The bits come from Philox 4x32 (Salmon et al., SC 2011). Its key is ``seed``. Its counter is made of the number of the
 draw in the tensor, ``row * ceil(n / 8) + column // 8`` in 64 bits, the step and the stream. One draw of 128 bits
-serves eight adjacent columns, 16 bits each. The number of processes, the size of chunks and the device do not enter,
+serves eight adjacent columns, 16 bits each. A step that writes a tensor once for each of its micro-batches adds
+``micro * 2**48`` to the number of the draw. The number of processes, the size of chunks and the device do not enter,
 so a resumed or sharded run writes the same weights.
 """
 
@@ -15,6 +16,8 @@ PHILOX_ROUNDS = 7  # the fewest that pass every test of TestU01's BigCrush, by t
 PHILOX_A, PHILOX_B = 0xD2511F53, 0xCD9E8D57
 PHILOX_KEY_A, PHILOX_KEY_B = 0x9E3779B9, 0xBB67AE85
 ELEMENTS_PER_DRAW = 8
+MICRO_SHIFT = 48  # more draws than any tensor has
+MAX_MICROS = 1 << 15
 _WORD = 0xFFFFFFFF
 
 
@@ -36,15 +39,23 @@ def _mix(product: Tensor, word: Tensor, key: int) -> Tensor:
 
 
 def random_bits(
-    rows: range, n: int, *, seed: int, step: int, stream: int, device: torch.device, columns: range | None = None
+    rows: range,
+    n: int,
+    *,
+    seed: int,
+    step: int,
+    stream: int,
+    device: torch.device,
+    columns: range | None = None,
+    micro: int = 0,
 ) -> Tensor:
     """16 random bits, as int32 in [0, 65536), for ``columns`` (default: all ``n``) of ``rows``: (len(rows), columns).
 
     ``rows`` and ``columns`` are indices in the whole tensor, whose rows have ``n`` columns. Each tensor that an
-    optimizer writes has a ``stream`` of its own.
+    optimizer writes has a ``stream`` of its own. ``micro`` is the number of the step's micro-batch, from 0.
     """
     columns = range(n) if columns is None else columns
-    words = random_words(rows, n, seed=seed, step=step, stream=stream, device=device, columns=columns)
+    words = random_words(rows, n, seed=seed, step=step, stream=stream, device=device, columns=columns, micro=micro)
     # The low half of a word serves the earlier of two columns, as all platforms of torch are little-endian.
     first = columns.start % ELEMENTS_PER_DRAW
     bits = words.view(torch.int16)[:, first : first + len(columns)]
@@ -52,7 +63,15 @@ def random_bits(
 
 
 def random_words(
-    rows: range, n: int, *, seed: int, step: int, stream: int, device: torch.device, columns: range | None = None
+    rows: range,
+    n: int,
+    *,
+    seed: int,
+    step: int,
+    stream: int,
+    device: torch.device,
+    columns: range | None = None,
+    micro: int = 0,
 ) -> Tensor:
     """Random words of 32 bits, one for every two columns of ``rows``: int32 (len(rows), 4 * draws).
 
@@ -63,7 +82,7 @@ def random_words(
     draws = -(-n // ELEMENTS_PER_DRAW)
     first, last = columns.start // ELEMENTS_PER_DRAW, -(-columns.stop // ELEMENTS_PER_DRAW)
     draw = torch.arange(rows.start * draws, rows.stop * draws, device=device).view(len(rows), draws)
-    draw = draw[:, first:last].flatten()
+    draw = draw[:, first:last].flatten() + (micro << MICRO_SHIFT)
     constant = torch.zeros(1, dtype=torch.int64, device=device)
     counter = (draw & _WORD, draw >> 32, constant + step, constant + stream)
     words = torch.empty(len(rows), last - first, 4, dtype=torch.int32, device=device)

@@ -140,7 +140,8 @@ def store(
     """Write ``value``, float32, to ``rows`` of ``x``, rounded as ``h`` says. A view of those rows is there already.
 
     Args:
-        substream: which tensor of the parameter ``x`` is, from 0 to 3, so that each draws random bits of its own.
+        substream: which tensor of the parameter ``x`` is, so that each draws random bits of its own: 0 to 2, as 3 is
+            for the signs of ``rules.micro_batches``.
         first_row: where ``x`` begins in the whole tensor, if it is a piece of one.
         first_column: the same for columns.
         n: columns of the whole tensor; by default those of ``x``.
@@ -151,8 +152,9 @@ def store(
         whole_rows = range(first_row + rows.start, first_row + rows.stop)
         columns = range(first_column, first_column + x.shape[-1])
         n = x.shape[-1] if n is None else n
+        stream = 4 * h.stream + substream
         bits = random_bits(
-            whole_rows, n, seed=h.seed, step=h.step, stream=4 * h.stream + substream, device=x.device, columns=columns
+            whole_rows, n, seed=h.seed, step=h.step, stream=stream, device=x.device, columns=columns, micro=h.micro
         )
         value = stochastic_round_(value.contiguous(), bits)
     x[rows.start : rows.stop] = value

@@ -17,7 +17,9 @@ class Hyper(NamedTuple):
     """The numbers of one parameter's step, named as in the paper.
 
     ``b1, b2`` are the betas, ``c1, c2`` the bias corrections ``1 - b**step``, and ``rho`` is the residual's scale.
-    Random bits depend on ``seed``, ``step`` and ``stream``; ``stochastic`` says whether to round by them.
+    Random bits depend on ``seed``, ``step``, ``stream`` and ``micro``; ``stochastic`` says whether to round by them.
+    ``micro`` counts the micro-batches of the step from 0, ``micros`` is how many there are, and ``shares`` how many of
+    them an update stands for. A step whose gradient comes at once has one.
     """
 
     lr: float
@@ -33,6 +35,9 @@ class Hyper(NamedTuple):
     seed: int
     step: int
     stream: int
+    micro: int = 0
+    micros: int = 1
+    shares: int = 1
 
 
 class Member(NamedTuple):
@@ -45,6 +50,12 @@ class Member(NamedTuple):
     rule: str
     stream: int
     piece: Piece | None = None  # only of a DTensor
+    pending: tuple[Tensor, ...] = ()  # what a step has collected of its micro-batches, see ``rules.micro_batches``
+
+    @property
+    def parts_of_pending(self) -> tuple[Tensor, ...]:
+        """``pending``; of a DTensor, this piece of each."""
+        return self.pending if self.piece is None else tuple(map(self.piece.of, self.pending))
 
     @property
     def weight(self) -> Tensor:

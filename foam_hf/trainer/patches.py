@@ -340,6 +340,12 @@ def ddp_settings(trainer: Any) -> Any:
     return getattr(trainer.accelerator, "ddp_handler", None)
 
 
+def micro_batches_of_step(trainer: Any) -> int:
+    """How many backward passes the step has that begins: the last step of an epoch may have fewer than others."""
+    count = getattr(trainer, "current_gradient_accumulation_steps", None)
+    return int(count or trainer.args.gradient_accumulation_steps)
+
+
 # Private names of a model
 
 

@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from foam_hf.optim_args import one_of_ours
+from foam_hf.optim_args import one_of_ours, option
 from foam_hf.optimizer.checks import whole_weights_problem
+from foam_hf.rules.all import rule_named
 from foam_hf.tensors.places import is_sharded
 from foam_hf.tensors.rows import kind_of
 from foam_hf.trainer.deepspeed import refuse_with_deepspeed, uses_deepspeed
@@ -166,11 +167,19 @@ def refuse_ready_made_optimizer(trainer: Any) -> None:
 
 def refuse_kept_gradients(args: Any) -> None:
     """Raise ValueError for TrainingArguments that need gradients after the backward pass."""
-    if args.gradient_accumulation_steps > 1:
+    options = requested_options(args)
+    rule = options.get("second_moment", option("second_moment").default)
+    if args.gradient_accumulation_steps > 1 and rule_named(rule).update_micro is None:
         raise ValueError(
-            "gradient_release=true updates each weight inside the backward pass, so that no gradient is left to add "
-            f"to: got gradient_accumulation_steps={args.gradient_accumulation_steps}; expected 1, with a larger "
-            "per_device_train_batch_size if it fits, or gradient_release=false"
+            "gradient_release=true adds up the gradients of several backward passes by the block rule alone: got "
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} with second_moment={rule}; expected "
+            "second_moment=block, gradient_accumulation_steps=1, or gradient_release=false"
+        )
+    if args.gradient_accumulation_steps > 1 and args.max_grad_norm and options.get("clip_by") == "weight":
+        raise ValueError(
+            "clip_by=weight bounds the gradient of a whole step, and gradient_release=true with several backward "
+            f"passes has only parts of it: got gradient_accumulation_steps={args.gradient_accumulation_steps}; "
+            "expected clip_by=all, gradient_accumulation_steps=1 or max_grad_norm=0"
         )
     if args.fp16:
         raise ValueError(
@@ -187,6 +196,12 @@ def refuse_kept_gradients_of(trainer: Any) -> None:
         raise ValueError(
             f"gradient_release=true averages gradients in place of DDP: got the communication hook {hook}; expected "
             "none, or gradient_release=false"
+        )
+    if trainer.args.world_size > 1 and trainer.args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            "gradient_release=true adds up the gradients of several backward passes in one process alone: got "
+            f"{trainer.args.world_size} processes with gradient_accumulation_steps="
+            f"{trainer.args.gradient_accumulation_steps}; expected 1 of either, or gradient_release=false"
         )
     if trainer.args.n_gpu > 1:
         raise ValueError(

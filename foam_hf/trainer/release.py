@@ -15,12 +15,13 @@ from torch import Tensor, distributed
 from transformers import TrainerCallback
 
 from foam_hf.optimizer.release import GradientRelease, enable_gradient_release
-from foam_hf.trainer.names import releases_gradients
+from foam_hf.trainer.names import releases_gradients, requested_options
 from foam_hf.trainer.patches import (
     ddp_of,
     ddp_settings,
     is_deepspeed_enabled,
     is_fsdp_enabled,
+    micro_batches_of_step,
     prepare_without_ddp,
     replace_clipping,
 )
@@ -52,13 +53,7 @@ def release_while_training(trainer: Any) -> Iterator[None]:
 
 
 def _warn(args: Any) -> None:
-    """Warn that gradient release changes clipping, and that it saves little under torch_compile."""
-    if args.should_log and args.max_grad_norm:
-        logger.warning(
-            f"gradient_release=true: max_grad_norm={args.max_grad_norm} bounds the norm of each weight's gradient on "
-            "its own, as the norm of all is known only after the updates; the logged grad_norm is that of all, before "
-            "clipping. max_grad_norm=0 turns both off"
-        )
+    """Warn that gradient release saves little under torch_compile."""
     if args.should_log and args.torch_compile:
         logger.warning(
             "gradient_release=true: a model compiled as a whole (torch_compile=True) returns all gradients at once, "
@@ -97,9 +92,16 @@ class _Release(TrainerCallback):
             trainer.model if ddp is None else ddp,
             trainer.optimizer,
             max_grad_norm=trainer.args.max_grad_norm,
+            clip_by=requested_options(trainer.args).get("clip_by", "all"),
+            accumulation=trainer.args.gradient_accumulation_steps,
             process_group=distributed.group.WORLD if averages else None,
             broadcast_buffers=getattr(settings, "broadcast_buffers", True),
         )
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """The last step of an epoch may have fewer micro-batches."""
+        if self._handle is not None and not self._handle.unfinished:
+            self._handle.accumulation = micro_batches_of_step(self._trainer)
 
     def grad_norm(self, *_: Any, **__: Any) -> Tensor | None:
         """Replaces `accelerator.clip_grad_norm_`: gradients are freed, so it only returns their norm, or None."""

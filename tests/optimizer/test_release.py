@@ -377,7 +377,7 @@ def test_clipping_bounds_each_gradient_on_its_own(monkeypatch: pytest.MonkeyPatc
     """With eps far above the gradient, a step is as long as it."""
     monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
     model, optimizer = make(eps=1.0)
-    handle = enable_gradient_release(model, optimizer, max_grad_norm=0.05)
+    handle = enable_gradient_release(model, optimizer, max_grad_norm=0.05, clip_by="weight")
     plain, its_optimizer = make(eps=1.0)
     clipped = 0
     for batch in batches(model):
@@ -405,9 +405,9 @@ def test_gradients_clipped_in_one_launch_give_the_bits_of_one_by_one(
     for limit in (0, 2**20):  # with 0, none waits
         monkeypatch.setattr(buckets, "WAITING", limit)
         model, optimizer = make_mlp(**options)
-        handle = enable_gradient_release(model, optimizer, max_grad_norm=0.05)
+        handle = enable_gradient_release(model, optimizer, max_grad_norm=0.05, clip_by="weight")
         model(**next(batches(model)))["loss"].backward()
-        launches.append(len(handle._norms))
+        launches.append(len(handle._clip_each.norms))
         optimizer.step()
         train(model, optimizer, count=2)
         runs += [model, optimizer]

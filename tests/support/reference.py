@@ -179,3 +179,52 @@ class MiniReference:
         self.weight *= 1 - self.lr * self.decay
         self.weight -= self.lr * self.scale * U.view_as(self.weight)
         return self.weight
+
+
+class MicroReference:
+    """The block rule for a gradient that comes in ``k`` micro-batches, one element at a time, as the docs state it."""
+
+    def __init__(self, weight: Tensor, *, lr, k, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, level=8, scale=None,
+                 residual_scale=1.0):  # fmt: skip
+        self.weight = weight.detach().double().clone()
+        self.lr, self.k, self.betas, self.eps, self.decay = lr, k, betas, eps, weight_decay
+        self.scale, self.rho, self.t = _scale(scale, level, "block"), residual_scale, 1
+        self.bounds = block_bounds(weight.shape[-1], level)
+        blocks = weight.shape[0], len(self.bounds)
+        self.m, self.v, self.P, self.Q = (torch.zeros(blocks, dtype=torch.float64) for _ in range(4))
+        self.come = 0
+
+    def micro(self, grad: Tensor, share: int = 1) -> None:
+        """One micro-batch, or with ``share`` above 1 as many that are missing, whose ``grad`` is zero."""
+        b1, b2 = self.betas
+        c1, c2, before = 1 - b1**self.t, 1 - b2**self.t, 1 - b2 ** (self.t - 1)
+        if self.come == 0:
+            self.weight *= 1 - self.lr * self.decay
+        j, k = self.come + 1, self.k
+        for i in range(len(self.weight)):
+            for block, (start, stop) in enumerate(self.bounds):
+                g = grad[i, start:stop].double()
+                r = g - g.mean()
+                q = r.square().mean().item()
+                self.P[i, block] += g.mean()
+                self.Q[i, block] += q
+                m, v, P, Q = (x[i, block].item() for x in (self.m, self.v, self.P, self.Q))
+                expected = max(v / before, Q) if before else Q
+                own = r.square() * (expected / q if q else 0.0)
+                second = b2 * v + (1 - b2) * ((k / j * P) ** 2 + k / j * Q)
+                numerator = (b1 * m * share / k + (1 - b1) * g.mean() + self.rho * r) / c1
+                U = numerator / (((second + self.rho**2 * own) / c2).sqrt() + self.eps)
+                limit = 16 * share / k
+                self.weight[i, start:stop] -= self.lr * self.scale * U.clamp(-limit, limit)
+        self.come += share
+
+    def end(self) -> Tensor:
+        """The end of the step: the moments; the new weight, float64."""
+        b1, b2 = self.betas
+        if self.come < self.k:
+            self.micro(torch.zeros_like(self.weight), self.k - self.come)
+        self.m = b1 * self.m + (1 - b1) * self.P
+        self.v = b2 * self.v + (1 - b2) * (self.P.square() + self.Q)
+        self.P, self.Q = torch.zeros_like(self.P), torch.zeros_like(self.Q)
+        self.t, self.come = self.t + 1, 0
+        return self.weight

@@ -1,8 +1,9 @@
 """One run of an instruct study: recipes/instruct/train.py, with what many short runs of one study need beside it.
 
 The tokens of a data set are made by the first run and read by the others (`--prepared FOLDER`); the tuned model is not
-saved; and `--optim` takes two more names, built here: `foam_factored_embeddings` (embeddings and heads fold by the
-factored rule at scale 1, whatever else folds by optim_args) and `gefen_x` (the package gefen-x without its kernels).
+saved; `--spike 30:1000` multiplies the loss of step 30 by 1000; and `--optim` takes two more names, built here:
+`foam_factored_embeddings` (embeddings and heads fold by the factored rule at scale 1, whatever else folds by
+optim_args) and `gefen_x` (the package gefen-x without its kernels).
 """
 
 import argparse
@@ -68,18 +69,20 @@ def adam_arguments(args) -> dict[str, Any]:
 OWN = {"foam_factored_embeddings": factored_embeddings, "gefen_x": gefen_x}
 
 
-def translate(words: list[str]) -> tuple[list[str], str | None, str | None, Path | None]:
-    """The words for train.py; the optimizer that is ours, if one is, and its optim_args; the folder of tokens."""
+def translate(words: list[str]) -> tuple[list[str], argparse.Namespace]:
+    """The words for train.py, and those that are ours; `optim` among them if it is one of OWN."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("optim", "optim_args"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--prepared", type=Path)
+    parser.add_argument("--spike")
     own, rest = parser.parse_known_args(words)
     if own.optim in OWN:
-        return [*rest, "--optim", "adamw_torch"], own.optim, own.optim_args, own.prepared
+        return [*rest, "--optim", "adamw_torch"], own
     rest += ["--optim", own.optim] if own.optim else []
     rest += ["--optim_args", own.optim_args] if own.optim_args else []
-    return rest, None, None, own.prepared
+    own.optim = None
+    return rest, own
 
 
 def remembered(folder: Path, parts: object, make, save, load):
@@ -141,9 +144,23 @@ def counting(folder: Path, original):
     return count
 
 
+def add_spike(trainer, spike: str) -> None:
+    """Multiply the loss of one step: `spike` is STEP:FACTOR, steps counted from 0."""
+    step, factor = spike.split(":")
+    original = trainer.compute_loss
+
+    def compute_loss(model, *arguments, **named):
+        found = original(model, *arguments, **named)
+        if not model.training or trainer.state.global_step != int(step):
+            return found
+        return (found[0] * float(factor), *found[1:]) if isinstance(found, tuple) else found * float(factor)
+
+    trainer.compute_loss = compute_loss
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Run what the words ask for; the results, as in the results.json written."""
-    words, own, own_args, folder = translate(sys.argv[1:] if argv is None else argv)
+    words, own = translate(sys.argv[1:] if argv is None else argv)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     recipe, build_trainer, count_lengths = RECIPE, RECIPE.build_trainer, RECIPE.count_lengths
@@ -152,21 +169,23 @@ def main(argv: list[str] | None = None) -> dict:
     def build(*arguments):
         trainer = build_trainer(*arguments)
         trainer.save_model = lambda *_: None  # a grid of saved models fills a disk
-        if own:
-            trainer.optimizer = OWN[own](trainer, own_args)
+        if own.optim:
+            trainer.optimizer = OWN[own.optim](trainer, own.optim_args)
+        if own.spike:
+            add_spike(trainer, own.spike)
         return trainer
 
     recipe.build_trainer = build
-    if folder:
-        recipe.count_lengths = counting(folder, count_lengths)
-        SFTTrainer._prepare_dataset = preparing(folder, prepare)
+    if own.prepared:
+        recipe.count_lengths = counting(own.prepared, count_lengths)
+        SFTTrainer._prepare_dataset = preparing(own.prepared, prepare)
     try:
         results = recipe.main(words)
     finally:
         recipe.build_trainer, recipe.count_lengths = build_trainer, count_lengths
         SFTTrainer._prepare_dataset = prepare
-    if own:
-        results |= {"optim": own, "optim_args": own_args}
+    if own.optim:
+        results |= {"optim": own.optim, "optim_args": own.optim_args}
         place = results["settings"]["output_dir"]
         recipe.write_json(Path(place) / "results.json", results, ensure_ascii=False)
     return results
