@@ -201,6 +201,9 @@ OPTIONS: tuple[Option, ...] = (
 # fmt: on
 
 
+RELEASE_KEYS = ("gradient_release", "clip_by")  # of how a run trains, and no arguments of FOAM
+
+
 def option(name: str) -> Option:
     return next(each for each in OPTIONS if each.name == name)
 
@@ -304,6 +307,11 @@ def foam_options(optim: str, optim_args: str | Mapping[str, Any] | None) -> dict
     rule = parsed.get("second_moment", option("second_moment").default)
     refuse_unread(parsed, {rule}, optim)
     refuse_excluded(parsed, rule, optim)
+    if "clip_by" in parsed and not parsed.get("gradient_release"):
+        raise ValueError(
+            f"optim_args: clip_by={parsed['clip_by']} is of gradient_release=true, which is not asked for; expected "
+            "both, or no clip_by: without it max_grad_norm bounds the norm of all gradients."
+        )
     return parsed
 
 

@@ -16,7 +16,7 @@ import foam_hf.optim_args
 from foam_hf import FOAM, foam_param_groups
 from foam_hf.cli import main
 from foam_hf.memory import expected_state_bytes
-from foam_hf.optim_args import OPTIONS, Numbers, Option, parse_optim_args, written
+from foam_hf.optim_args import OPTIONS, RELEASE_KEYS, Numbers, Option, parse_optim_args, written
 from foam_hf.planner.counting import option_keys
 from tests.support.tiny_models import tiny_mlp
 
@@ -40,6 +40,7 @@ ILLEGAL: dict[str, tuple[str | None, Any]] = {
     "mini_rows": (None, -1),
     "plain_state": ("4bit", "4bit"),
     "seed": ("-1", 0.5),
+    "clip_by": ("each", "each"),
 }
 EVERY = pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 
@@ -93,7 +94,7 @@ def test_an_illegal_value_is_refused_wherever_python_takes_it(option: Option) ->
         doors.append(lambda: FOAM(foam_param_groups(tiny_mlp(), **{name: value})))
     if name == "weight_decay" or (option.grouping and not option.field):
         doors.append(lambda: foam_param_groups(tiny_mlp(), **{name: value}))
-    assert doors or name == "gradient_release", "an option of optim_args alone"
+    assert doors or name in RELEASE_KEYS, "an option of optim_args alone"
     for door in doors:
         message = refusal(door)
         assert f"{name} is " in message and f"got {value!r}" in message

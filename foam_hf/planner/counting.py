@@ -12,7 +12,7 @@ from torch import nn
 
 from foam_hf.memory.measured import expected_state_bytes
 from foam_hf.memory.storages import storages, total
-from foam_hf.optim_args import FOAM_NAMES, foam_options, names_of, one_of_ours, split_optim_args
+from foam_hf.optim_args import FOAM_NAMES, RELEASE_KEYS, foam_options, names_of, one_of_ours, split_optim_args
 from foam_hf.optimizer.foam import FOAM
 from foam_hf.optimizer.groups import foam_param_groups, grouping_options
 from foam_hf.planner.peers import BY_NAME
@@ -100,7 +100,8 @@ def foam_groups(
 ) -> list[dict[str, Any]]:
     """The param groups of FOAM, which checks every value, for the trained weights of `model`."""
     options = foam_options(optim, optim_args)
-    options.pop("gradient_release", None)
+    for name in RELEASE_KEYS:
+        options.pop(name, None)
     if "state_dtype" in options:
         options["state_dtype"] = getattr(torch, options["state_dtype"])
     grouping = grouping_options(options)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-from foam_hf.optim_args import default_scale, names_of, option
+from foam_hf.optim_args import RELEASE_KEYS, default_scale, names_of, option
 from foam_hf.trainer.deepspeed import let_foam_update_on_cpu, uses_deepspeed
 from foam_hf.trainer.names import foam_of, name_of, releases_gradients, requested_options, uses_foam
 from foam_hf.trainer.patches import decay_parameter_names
@@ -124,7 +124,8 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
 def _options(args: Any) -> dict[str, Any]:
     """The options of FOAM that `args` give; FOAM's defaults fill in the rest."""
     options = requested_options(args)
-    options.pop("gradient_release", None)
+    for name in RELEASE_KEYS:
+        options.pop(name, None)
     return {"seed": args.seed, **options}
 
 

@@ -184,7 +184,8 @@ def norms(mesh: Any) -> None:
     case = Case()
     for bound in (1e9, 0.02):
         model, optimizer = sharded(case, mesh)
-        handle = enable_gradient_release(model, optimizer, max_grad_norm=bound)
+        clip_by = "all" if bound == 1e9 else "weight"
+        handle = enable_gradient_release(model, optimizer, max_grad_norm=bound, clip_by=clip_by)
         plain, its_optimizer = sharded(case, mesh)
         for step in range(2):
             model(**batch(step)).loss.backward()

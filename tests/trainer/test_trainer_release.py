@@ -22,6 +22,7 @@ from tests.support.tiny_models import (
     tiny_qwen2,
     tiny_roberta,
 )
+from tests.support.tolerances import assert_within
 
 pytestmark = [pytest.mark.long, pytest.mark.compat, pytest.mark.usefixtures("forget_mixed_precision")]
 
@@ -357,3 +358,66 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.seen.append(all(p.grad is None for p in self.trainer.model.parameters()))
+
+
+# accumulation
+
+
+def test_accumulation_keeps_no_gradient_and_follows_shorter_last_steps(tmp_path: Path) -> None:
+    """Eight batches an epoch make steps of 3, 3 and 2. With eps above the gradients a step is linear in them."""
+    found, lives, steps = [], [], []
+    for release in (False, True):
+        model = tiny_llama()
+        before = [p.detach().clone() for p in model.parameters()]
+        lives.append(LiveGradients())
+        settings = {"gradient_accumulation_steps": 3, "max_steps": -1, "num_train_epochs": 2, "max_grad_norm": 0}
+        linear = {"adam_epsilon": 1e6, "learning_rate": 30.0, "weight_decay": 0.0}
+        trainer = make(tmp_path, release, model=model, callbacks=[lives[-1]], **settings, **linear)
+        trainer.train()
+        found.append([p.detach() - q for p, q in zip(model.parameters(), before, strict=True)])
+        steps.append(trainer.state.global_step)
+    assert steps == [6, 6]
+    for plain, released in zip(*found, strict=True):
+        assert_within(released, plain, "what micro-batches of a Trainer move against the step")
+    sizes = sorted((p.numel() for p in model.parameters()), reverse=True)
+    assert lives[0].most == sum(sizes) and 0 < lives[1].most < 2 * sizes[0] + sum(size for size in sizes if size < 100)
+
+
+def test_a_resumed_run_with_accumulation_and_clipping_has_the_bits_of_the_uninterrupted_one(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2, "max_grad_norm": 0.3}
+    whole = make(tmp_path / "whole", model=tiny_llama().to(torch.bfloat16), **settings)
+    whole.train()
+    assert all(norm > 0.3 for norm in logged(whole, "grad_norm"))
+    resumed = make(tmp_path / "resumed", model=tiny_llama().to(torch.bfloat16), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert_same(resumed, whole)
+    assert logged(resumed, "grad_norm")[-3:] == logged(whole, "grad_norm")[-3:]
+
+
+@pytest.mark.parametrize("factor", [10.0, 1000.0])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_training_goes_on_after_a_spike_as_with_true_clipping(tmp_path: Path, factor: float, steps: int) -> None:
+    """The moments after the spike are those of true clipping, and so is the loss at the end."""
+
+    class Spiky(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            self.spiky = self.state.global_step == 10
+            try:
+                return super().training_step(*args, **kwargs)
+            finally:
+                self.spiky = False
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * factor if getattr(self, "spiky", False) else loss
+
+    ends = []
+    for release in (False, True):
+        settings = {"gradient_accumulation_steps": steps, "per_device_train_batch_size": 4 // steps, "max_steps": 40}
+        trainer = make(tmp_path, release, trainer_class=Spiky, max_grad_norm=0.5, learning_rate=1e-3, **settings)
+        trainer.train()
+        ends.append(trainer.evaluate()["eval_loss"])
+        norms = logged(trainer, "grad_norm")
+        assert norms[10] > factor / 4 and max(norms[:10] + norms[11:]) < 6
+    assert ends[1] <= ends[0] + 0.02
+    assert ends[0] < 4.1
