@@ -48,8 +48,8 @@ def enable_gradient_release(
     The training loop stays as it is, with one ``optimizer.step()`` after each backward pass, or after as many as
     ``accumulation``. That call ends the step, and updates parameters whose gradient was kept. Gradients are collected
     until together they take as many bytes as the largest of them alone (256 MiB at most), so no more than twice that
-    is alive. Without clipping and accumulation, the weights have the same bits as without release. The learning rate is
-    the one during the backward pass. A weight that is used in several places (tied embeddings) is updated after the
+    is alive. Without clipping and accumulation, the weights have the same bits as without release. The learning rate
+    is the one during the backward pass. A weight that is used in several places (tied embeddings) is updated after the
     last of its gradients. A model compiled as a whole returns all gradients at once.
 
     In several processes gradients are averaged before an update. FSDP2 does that itself. From a

@@ -59,7 +59,10 @@ def run_of(**variables: str) -> Callable[..., str]:
 
 def release(**settings: Any) -> Callable[..., str]:
     return error_of(
-        refuse_kept_gradients, SimpleNamespace(**{"gradient_accumulation_steps": 1, "fp16": False, **settings})
+        refuse_kept_gradients,
+        SimpleNamespace(
+            **{"optim": "foam", "optim_args": None, "gradient_accumulation_steps": 1, "fp16": False, **settings}
+        ),
     )
 
 
@@ -139,8 +142,8 @@ MESSAGES: dict[str, Callable[..., str]] = {
     ),
     "... cannot train INT8 weights": source("foam_hf/trainer/refusals.py"),
     "the model predicts ... for all ... rows": source("recipes/glue/metrics.py"),
-    "... so that no gradient is left to add to: got gradient_accumulation_steps=4": release(
-        gradient_accumulation_steps=4
+    "... by the block rule alone: got gradient_accumulation_steps=4 with second_moment=factored": release(
+        gradient_accumulation_steps=4, optim_args="second_moment=factored"
     ),
     "... before a loss scaler could look for overflows in all of them: got fp16=True": release(fp16=True),
     "... does not run with this DeepSpeed config: ...": source("foam_hf/trainer/deepspeed.py"),
