@@ -396,34 +396,35 @@ def test_a_resumed_run_with_accumulation_and_clipping_has_the_bits_of_the_uninte
     assert logged(resumed, "grad_norm")[-3:] == logged(whole, "grad_norm")[-3:]
 
 
-@pytest.mark.parametrize(("factor", "steps"), [(10.0, 1), (1000.0, 2)])
+@pytest.mark.parametrize(("factor", "steps"), [(10.0, 1), (1000.0, 1), (1000.0, 2)])
 def test_training_goes_on_after_a_spike_as_with_true_clipping(tmp_path: Path, factor: float, steps: int) -> None:
-    """70 steps later the losses are alike: those of four seeds of true clipping lay 0.05 apart."""
+    """70 steps later the loss is that of a run without the spike: seeds lay 0.05 apart, and true clipping as well."""
 
     class Spiky(Trainer):
+        factor, step_is_spiky = 1.0, False
+
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-            self.spiky = self.state.global_step == 10
+            self.step_is_spiky = self.state.global_step == 10
             try:
                 return super().training_step(*args, **kwargs)
             finally:
-                self.spiky = False
+                self.step_is_spiky = False
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
-            return loss * factor if getattr(self, "spiky", False) else loss
+            return loss * self.factor if self.step_is_spiky else loss
 
-    ends: dict[bool, list[float]] = {False: [], True: []}
-    for release, seed in ((False, 1), (True, 1), (False, 2), (True, 2)):
-        settings = {
-            "seed": seed,
-            "gradient_accumulation_steps": steps,
-            "per_device_train_batch_size": 4 // steps,
-            "max_steps": 80,
-        }
-        trainer = make(tmp_path, release, trainer_class=Spiky, max_grad_norm=0.5, learning_rate=4e-3, **settings)
+    batches = {"gradient_accumulation_steps": steps, "per_device_train_batch_size": 4 // steps}
+    ends = []
+    for release, times in ((True, 1.0), (True, factor), (False, factor)):
+        trainer = make(
+            tmp_path, release, trainer_class=Spiky, max_grad_norm=0.5, learning_rate=4e-3, max_steps=80, **batches
+        )
+        trainer.factor = times
         trainer.train()
-        ends[release].append(statistics.fmean(logged(trainer, "loss")[-8:]))
+        ends.append(statistics.fmean(logged(trainer, "loss")[-8:]))
         norms = logged(trainer, "grad_norm")
-        assert norms[10] > factor / 4 and max(norms[:10] + norms[11:]) < 10
-    assert statistics.fmean(ends[True]) <= statistics.fmean(ends[False]) + 0.1
-    assert max(ends[False]) < 3.0
+        assert max(norms[:10] + norms[11:]) < 10 and (times == 1 or norms[10] > times / 4)
+    quiet, spiky, true = ends
+    assert abs(spiky - quiet) < 0.05
+    assert spiky < true + (0.05 if steps == 1 else 0.25) < 3.0  # two micro-batches of two cost 0.17, spike or not
