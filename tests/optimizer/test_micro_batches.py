@@ -217,7 +217,11 @@ def test_more_backward_passes_than_said_are_an_error() -> None:
         backward(p, torch.ones(4, 32))
     with pytest.raises(RuntimeError, match=r"got 3; expected at most accumulation=2 backward passes for each step"):
         backward(p, torch.ones(4, 32))
+    optimizer.zero_grad()
     optimizer.step()
+    backward(p, torch.ones(4, 32))
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2
 
 
 def test_numbers_of_micro_batches_and_rules_that_cannot_be_are_refused() -> None:
