@@ -75,14 +75,10 @@ def enable_gradient_release(
         the last backward pass.
 
     Raises:
-        TypeError: the optimizer is not FOAM, or ``max_grad_norm`` is not a number.
-        ValueError: nothing averages the gradients of several processes, DDP was told to do more than to average,
-            DeepSpeed's ZeRO holds the weights, a parameter of the optimizer is not the model's, or ``max_grad_norm``
-            is negative.
         TypeError: the optimizer is not FOAM, or ``max_grad_norm`` or ``accumulation`` is not a number.
-        ValueError: nothing averages the gradients of several processes, DDP was told to do more than to average, a
-            parameter of the optimizer is not the model's, ``max_grad_norm`` is negative, or micro-batches cannot be
-            added up by a rule or in several processes.
+        ValueError: nothing averages the gradients of several processes, DDP was told to do more than to average,
+            DeepSpeed's ZeRO holds the weights, a parameter of the optimizer is not the model's, ``max_grad_norm`` is
+            negative, or micro-batches cannot be added up by a rule or in several processes.
         RuntimeError: release is enabled for one of these parameters already.
     """
     inner: Any = optimizer
