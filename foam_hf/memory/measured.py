@@ -146,8 +146,14 @@ def adamw_state_bytes(params: Iterable[Tensor]) -> int:
     return sum(2 * mine.numel() * mine.element_size() + 4 for mine in map(local, unique.values()))
 
 
-def headline(optimizer: Any) -> str:
-    """One line on a FOAM optimizer, from shapes alone: the bytes of its state and of AdamW's."""
+def headline(optimizer: Any, *, zero: int | None = None) -> str:
+    """One line on a FOAM optimizer, from shapes alone: the bytes of its state and of AdamW's.
+
+    Args:
+        optimizer: a FOAM.
+        zero: the number of processes among which DeepSpeed's ZeRO will divide both; it keeps AdamW's moments in
+            float32, whatever the dtype of the weights.
+    """
     trained = {
         id(p): (p, _expected_bytes(p, group))
         for group in _with_defaults(optimizer.param_groups)
@@ -156,7 +162,10 @@ def headline(optimizer: Any) -> str:
     }
     total, adamw = _total_bytes([*trained.values()]), adamw_state_bytes(p for p, _ in trained.values())
     count = sum(local(whole(p)).numel() for p, _ in trained.values())
+    if zero is not None:
+        adamw = 8 * count + 4 * len(trained)
     share = ", this process's share" if any(is_sharded(p) for p, _ in trained.values()) else ""
+    share = f", divided by {zero} processes" if (zero or 1) > 1 else share
     return (
         f"FOAM: {format_bytes(total)} of optimizer state, {_percent(total, adamw)} of AdamW's {format_bytes(adamw)}, "
         f"for {count:,} trained parameters{share}"

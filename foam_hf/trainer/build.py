@@ -110,7 +110,7 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
     }
     # A throw-away optimizer without state validates every value and predicts the state of the real one.
     preview = FOAM([dict(group) for group in groups], **kwargs)
-    _announce(args, preview, args.world_size if uses_deepspeed(args, trainer) else 1)
+    _announce(args, preview, args.world_size if uses_deepspeed(args, trainer) else None)
     if args.should_log and all("level" in group for group in groups):  # only groups that do not fold have the key
         logger.warning(
             f"optim={name_of(args.optim)!r}: no trainable weight of {type(model).__name__} folds, so this run keeps "
@@ -129,11 +129,11 @@ def _options(args: Any) -> dict[str, Any]:
     return {"seed": args.seed, **options}
 
 
-def _announce(args: Any, optimizer: Any, processes: int) -> None:
-    """Print and log how much state FOAM takes beside AdamW's, and by how many processes ZeRO divides it."""
+def _announce(args: Any, optimizer: Any, zero: int | None) -> None:
+    """Print and log how much state FOAM takes beside AdamW's; ``zero`` as in ``headline``."""
     from foam_hf.memory.measured import headline, summarize
 
-    _print_once(args, headline(optimizer) + (f", divided by {processes} processes" if processes > 1 else ""))
+    _print_once(args, headline(optimizer, zero=zero))
     if not args.should_log:
         return
     logger.info(summarize(optimizer))

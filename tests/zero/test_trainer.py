@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.training_args import OptimizerNames
 
 import tests.support.zero_trainer_worker as worker
+from foam_hf import FOAM
 from foam_hf.int8.weight import Int8Weight
-from foam_hf.memory import expected_state_bytes
+from foam_hf.memory import expected_state_bytes, headline
 from foam_hf.optimizer.groups import foam_param_groups
 from foam_hf.trainer.refusals import refuse_sharding
 from tests.support.tiny_models import tiny_llama
@@ -169,3 +170,10 @@ def test_int8_weights_are_refused() -> None:
     args = types.SimpleNamespace(optim=OptimizerNames.FOAM, optim_args=None, deepspeed=worker.config(2))
     with pytest.raises(ValueError, match="DeepSpeed cannot train INT8 weights: Linear has 1, weight the first"):
         refuse_sharding(args, model)
+
+
+def test_the_first_line_compares_with_adamw_under_zero() -> None:
+    """ZeRO keeps AdamW's moments in float32, also those of bfloat16 weights."""
+    optimizer = FOAM([nn.Parameter(torch.ones(4, 1000, dtype=torch.bfloat16))])
+    assert "AdamW's 32.00 kB, for 4,000 trained parameters, divided by 2 processes" in headline(optimizer, zero=2)
+    assert headline(optimizer).endswith("AdamW's 16.00 kB, for 4,000 trained parameters")
