@@ -192,7 +192,7 @@ def _way_out(planner: Planner, rows: list[Row], options: Any, choices: list[tupl
     """The switches of FOAM that make it fit; None without a card, or if a row fits with its batch or a smaller one."""
     if options.gpu is None or any(row.largest_batch for row in rows):
         return None
-    names = (*SWITCHES, "lora_rank", "gradient_accumulation", "zero")
+    names = (*SWITCHES, "lora_rank", "zero")
     asked = {name: bool(getattr(options, name)) for name in names}
     return find_way_out(planner, options.gpu, asked, choices)
 

@@ -54,13 +54,12 @@ def find_way_out(
     Args:
         planner: of the model and the workload that did not fit.
         gpu: bytes of the card.
-        asked: name -> whether the user asked for it: `SWITCHES`, and "lora_rank", "gradient_accumulation" and "zero",
-            which exclude some of them.
+        asked: name -> whether the user asked for it: `SWITCHES`, and "lora_rank" and "zero", which exclude some.
         choices: (name, options) of the planned optimizers; the first FOAM among them is used.
     """
     optim, options = next(((n, o) for n, o in choices if n in FOAM_NAMES), ("foam", {}))
     excluded = {
-        "gradient_release": asked["lora_rank"] or asked["gradient_accumulation"] or asked["zero"],
+        "gradient_release": asked["lora_rank"] or asked["zero"],
         "gradient_checkpointing": False,
         "int8_weights": asked["lora_rank"] or asked["zero"],
     }
@@ -152,8 +151,6 @@ def recipe_command(found: WayOut, model: str, sequence: int) -> list[str]:
             flags += ["--optim_args", ",".join(f"{k}={v}" for k, v in {**have, **wanted}.items())] if wanted else []
         if "gradient_checkpointing" in found.switches and not settings.get("gradient_checkpointing"):
             flags += ["--gradient_checkpointing", "true"]
-        if "gradient_release" in found.switches and settings.get("gradient_accumulation_steps", 1) != 1:
-            flags += ["--gradient_accumulation_steps", "1"]
         run = ["python", "instruct/train.py", "--config", f"{name}/{path.name}", *flags]
         copies = [f"foam-hf recipes copy {each}" for each in dict.fromkeys(("instruct", name))]
         return ["; ".join(copies), f"{shlex.join(run)} --dataset_path DATA --output_dir RUN"]

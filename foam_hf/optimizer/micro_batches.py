@@ -15,7 +15,6 @@ from foam_hf.optimizer.foam import FOAM, step_some
 from foam_hf.optimizer.members import Micro, Numbering, hyper_of, member_of, numbering_of, parameters_of
 from foam_hf.optimizer.sharding import add_over_shards
 from foam_hf.rules.all import rule_of
-from foam_hf.rules.rule import Rule
 from foam_hf.tensors.folding import block_width, num_blocks
 from foam_hf.tensors.places import is_sharded, local
 from foam_hf.tensors.rounding import MAX_MICROS
@@ -136,6 +135,19 @@ def member_of_state(optimizer: FOAM, p: Tensor, numbering: Numbering) -> Iterabl
     return [member.state[name] for name in member.names]
 
 
+def bytes_between_passes(groups: list[dict[str, Any]]) -> int:
+    """Bytes that a step of several backward passes keeps between them: the sums, and gradients of plain weights."""
+    kept = 0
+    for group in groups:
+        for p in group["params"]:
+            rule, level = rule_of(p, group)
+            if rule.update_micro is None:
+                kept += p.numel() * p.element_size()
+            else:
+                kept += 3 * 4 * next(iter(rule.state(p, level, group).values())).shape.numel()
+    return kept
+
+
 def check_accumulation(optimizer: FOAM, count: Any) -> None:
     """Raise TypeError or ValueError if ``count`` is no number of micro-batches, or a rule cannot take them.
 
@@ -152,16 +164,15 @@ def check_accumulation(optimizer: FOAM, count: Any) -> None:
             "gradient release adds up micro-batches in one process alone: got weights sharded into DTensors with "
             f"accumulation={count}; expected accumulation=1, or training without gradient release"
         )
-    rules: dict[str, Rule] = {}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            rule = rule_of(p, group)[0]
-            if not rule.plain and rule.update_micro is None:
-                rules[rule.name] = rule
-    if rules:
-        name = next(iter(rules))
+    if name := refusing_rule(optimizer.param_groups):
         raise ValueError(
             f"gradient release adds up micro-batches by the block rule alone: got second_moment={name!r} with "
             f"accumulation={count}; expected second_moment='block', accumulation=1 with a larger batch, or training "
             "without gradient release"
         )
+
+
+def refusing_rule(groups: list[dict[str, Any]]) -> str | None:
+    """The name of a rule of ``groups`` that folds and cannot add up micro-batches, or None."""
+    rules = (rule_of(p, group)[0] for group in groups for p in group["params"])
+    return next((rule.name for rule in rules if not rule.plain and rule.update_micro is None), None)

@@ -15,6 +15,7 @@ from foam_hf.memory.storages import storages, total
 from foam_hf.optim_args import FOAM_NAMES, RELEASE_KEYS, foam_options, names_of, one_of_ours, split_optim_args
 from foam_hf.optimizer.foam import FOAM
 from foam_hf.optimizer.groups import foam_param_groups, grouping_options
+from foam_hf.optimizer.micro_batches import bytes_between_passes, refusing_rule
 from foam_hf.planner.peers import BY_NAME
 
 OPTIMIZERS = (*FOAM_NAMES, *BY_NAME)
@@ -47,12 +48,14 @@ def count_bytes(
     *,
     target_modules: str | list[str] | None = None,
     gradient_release: bool = False,
+    accumulation: bool = False,
 ) -> Counted:
     """Count the bytes that training holds after a step; nothing is allocated.
 
     Args:
         model: may be on the meta device.
         optim, optim_args, target_modules, gradient_release: as for `foam_hf.estimate_memory`.
+        accumulation: gradients are added up over several backward passes.
 
     Raises:
         ValueError: as `foam_hf.estimate_memory`.
@@ -62,13 +65,26 @@ def count_bytes(
     state = count_state(model, optim, optim_args, target_modules=target_modules)
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = [p.numel() * p.element_size() for p in trained]
+    held = sum(gradients)
+    if gradient_release:
+        held = max(gradients, default=0)
+        held += _between_passes(foam_groups(model, optim, optim_args, target_modules)) if accumulation else 0
     return Counted(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in trained),
         weights=total(storages([*model.parameters(), *model.buffers()])),
-        gradients=max(gradients, default=0) if gradient_release else sum(gradients),
+        gradients=held,
         state=state,
     )
+
+
+def _between_passes(groups: list[dict[str, Any]]) -> int:
+    if name := refusing_rule(groups):
+        raise ValueError(
+            f"gradient_release adds up backward passes by the block rule alone: got second_moment={name} with "
+            "accumulation; expected second_moment=block, or one of them"
+        )
+    return bytes_between_passes(groups)
 
 
 def count_state(

@@ -173,8 +173,6 @@ class Planner:
         """The plan without activations: batch and activations are 0."""
         if optim in FOAM_NAMES:
             gradient_release = gradient_release or foam_options(optim, optim_args).get("gradient_release", False)
-            if gradient_release and self._step["accumulation"]:
-                raise ValueError("gradient_release updates in each backward pass; expected it without accumulation")
         elif int8_weights:
             raise ValueError(f"int8_weights are FOAM's, got them with optim={optim!r}; expected {one_of_ours()}")
         if self.zero is not None and (gradient_release or int8_weights):
@@ -191,6 +189,7 @@ class Planner:
             optim_args,
             target_modules=target_modules,
             gradient_release=gradient_release,
+            accumulation=self._step["accumulation"],
         )
         plan = Plan(
             optim=optim,
@@ -259,10 +258,11 @@ class Planner:
 
     def _activations(self, plan: Plan, batch: int, released: bool) -> Estimate:
         """The activations of a step; `released` says whether whole gradients are freed in the backward pass."""
-        key = (released, plan.int8_weights)
+        key = (released, plan.gradient_release, plan.int8_weights)
         if key not in self._curves:
             model = self._model_with(plan.int8_weights)
-            self._curves[key] = activation_curve(model, self.sequence, gradient_release=released, **self._step)
+            step = {**self._step, "accumulation": self._step["accumulation"] and not plan.gradient_release}
+            self._curves[key] = activation_curve(model, self.sequence, gradient_release=released, **step)
         return self._curves[key](batch)
 
     def largest_batch(self, plan: Plan, limit: int) -> int:

@@ -86,7 +86,12 @@ def predict(
     counted, state = count_bytes(whole, "sgd"), None  # sgd counts weights and gradients without any state
     if optim:
         counted = count_bytes(
-            whole, optim, args.optim_args, target_modules=args.optim_target_modules, gradient_release=release
+            whole,
+            optim,
+            args.optim_args,
+            target_modules=args.optim_target_modules,
+            gradient_release=release,
+            accumulation=args.gradient_accumulation_steps > 1,
         )
         state = counted.state
     predicted = Predicted(counted.weights, counted.gradients, state)
@@ -102,7 +107,7 @@ def predict(
             sequence,
             autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
             gradient_release=release,
-            accumulation=args.gradient_accumulation_steps > 1,
+            accumulation=args.gradient_accumulation_steps > 1 and not release,
             padding=watch.padded,
         )
     except ValueError as error:

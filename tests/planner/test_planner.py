@@ -180,7 +180,11 @@ def test_a_users_model_is_left_alone():
         ("llama-60m", {"optim_args": "stochastic_rounding=true", "dtype": torch.float32}, "no parameter is bfloat16"),
         ("llama-60m", {"optim": "adamw_torch", "gradient_release": True}, "gradient_release is FOAM's, got it with"),
         ("llama-60m", {"optim": "adamw_torch", "int8_weights": True}, "int8_weights are FOAM's, got them with"),
-        ("llama-60m", {"gradient_release": True, "accumulation": True}, "expected it without accumulation"),
+        (
+            "llama-60m",
+            {"gradient_release": True, "accumulation": True, "optim_args": "second_moment=factored"},
+            "by the block rule alone: got second_moment=factored",
+        ),
         ("llama-60m", {"batch": 0}, "batch is not a size, got 0"),
         ("llama-60m", {"sequence": 1.5}, "sequence is not a size, got 1.5"),
         ("llama-60m", {"lora_rank": True}, "lora_rank is not a size, got True"),
@@ -221,3 +225,14 @@ def test_the_name_is_public_and_costs_nothing_until_it_is_used():
     code = "import sys, foam_hf; assert 'estimate_memory' in dir(foam_hf); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert foam_hf.estimate_memory is estimate_memory
+
+
+def test_accumulation_with_release_adds_three_numbers_a_block_and_the_gradients_of_vectors() -> None:
+    model = tiny_models.tiny_llama()
+    size = {"sequence": 64, "batch": 2, "optim_args": "level=3"}
+    released = estimate_memory(model, "foam", gradient_release=True, **size)
+    both = estimate_memory(model, "foam", gradient_release=True, accumulation=True, **size)
+    sums = sum(12 * p.shape[0] * -(-p.shape[1] // 8) for p in model.parameters() if p.dim() > 1)
+    vectors = sum(p.numel() * p.element_size() for p in model.parameters() if p.dim() == 1)
+    assert both.gradients - released.gradients == sums + vectors
+    assert both.activations == released.activations
