@@ -155,7 +155,7 @@ class Planner:
             "attention": attention,
         }
         self._models = {False: self.model}  # whether weights are INT8 -> the model; variants share the dict
-        self._curves: dict[tuple[bool, bool], Callable[[int], Estimate]] = {}
+        self._curves: dict[tuple[bool, bool, bool], Callable[[int], Estimate]] = {}
 
     def plan(self, optim: str = "foam", optim_args: str | Mapping[str, Any] | None = None, **choices: Any) -> Plan:
         """The plan of one optimizer; arguments and errors are those of `estimate_memory`."""
