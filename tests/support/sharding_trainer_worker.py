@@ -166,6 +166,7 @@ FEATURES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "clipping": ({}, {"max_grad_norm": 0.05}),
     "checkpointing": ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}),
     "lora": ({}, {"model": lora}),
+    "mini": ({}, {"optim": "foam_mini", "optim_args": "scale=0.25"}),
     "factored": ({}, {"optim_args": "level=3,second_moment=factored"}),
     "gradient release": ({}, {"optim_args": "level=3,gradient_release=true", "max_grad_norm": 1e9}),
 }

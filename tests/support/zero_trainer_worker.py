@@ -160,11 +160,11 @@ def pretrained(folder: Path) -> Any:
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 # ZeRO stages, more of their config, and settings of runs of SHORT steps, each compared with the run in one process.
 FEATURES: dict[str, tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]] = {
-    "accumulation": ((2, 3), {}, {"gradient_accumulation_steps": 2}),
-    "clipping": ((2, 3), {}, {"max_grad_norm": 0.05}),
+    "accumulation": ((1, 2, 3), {}, {"gradient_accumulation_steps": 2}),
+    "clipping": ((1, 2, 3), {}, {"max_grad_norm": 0.05}),
     "checkpointing": ((3,), {}, {"gradient_checkpointing": True}),
-    "offload": ((2, 3), OFFLOAD, {}),
-    "lora": ((2, 3), {}, {"model": lora}),
+    "offload": ((1, 2, 3), OFFLOAD, {}),
+    "lora": ((1, 2, 3), {}, {"model": lora}),
     "mini": ((3,), {}, {"optim": "foam_mini", "optim_args": "scale=0.25"}),
 }
 

@@ -133,6 +133,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "zero 2, offload": ({"zero": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, {}),
     "zero 3, offload": ({"zero": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, {}),
     "zero 3, sub groups": ({"zero": {"stage": 3, "sub_group_size": 100_000}}, {}),
+    "zero 1, row": ({"zero": {"stage": 1}}, {"level": "row"}),
     "zero 2, row": ({"zero": {"stage": 2}}, {"level": "row"}),
     "zero 3, row": ({"zero": {"stage": 3}}, {"level": "row"}),
     "zero 2, bfloat16 state": ({"zero": {"stage": 2}}, {"state_dtype": BF16}),

@@ -1,0 +1,109 @@
+"""The table of docs/several_gpus.md: each cell names a test that shows it, and the case of that test."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "several_gpus.md"
+COLUMNS = ("DDP", "FSDP2", "ZeRO 1", "ZeRO 2", "ZeRO 3")
+
+
+class Proof(NamedTuple):
+    """What a cell says, the test that shows it, and a key of the dict of cases that this test runs."""
+
+    word: str
+    test: str
+    cases: str = ""
+    case: str = ""
+
+
+SHARDING, TRAINER = "tests.optimizer.test_sharding:", "tests.trainer.test_trainer:"
+ZERO, ENGINE = "tests.zero.test_trainer:", "tests.zero.test_engine:test_every_process_agrees_with_one_process"
+
+
+def ddp(case: str) -> Proof:
+    return Proof("bits", "tests.optimizer.test_ddp:test_two_processes_have_the_bits_of_one", "ddp_worker:CASES", case)
+
+
+def fsdp2(word: str, case: str) -> Proof:
+    return Proof(word, f"{SHARDING}test_features_follow_one_process", "sharding_trainer_worker:FEATURES", case)
+
+
+def zero(word: str, case: str) -> list[Proof]:
+    test = f"{ZERO}test_features_follow_one_process"
+    return [Proof(word, test, "zero_trainer_worker:FEATURES", f"{case} {stage}") for stage in (1, 2, 3)]
+
+
+def engine(case: str) -> list[Proof]:
+    return [Proof("bits", ENGINE, "zero_worker:CASES", f"zero {stage}{case}") for stage in (1, 2, 3)]
+
+
+NOT_FSDP2 = Proof("refused", f"{TRAINER}test_what_fsdp2_cannot_be_combined_with_is_refused")
+NOT_ZERO = [Proof("refused", f"{ZERO}test_options_that_need_whole_weights_are_refused")] * 3
+NO_INT8 = [Proof("refused", f"{ZERO}test_int8_weights_are_refused")] * 3
+RELEASE = "tests.optimizer.test_release_processes:"
+ON, OVER = (
+    "tests.optimizer.test_ddp:test_a_checkpoint_of_two_processes_goes_on_in_two_and_in_one",
+    (f"{SHARDING}test_checkpoints_go_on_exactly_in_2_then_1_then_4_processes"),
+)
+STEPS = f"{SHARDING}test_every_step_has_the_bits_of_one_process"
+
+ROWS: dict[str, list[Proof | None]] = {
+    "`foam`": [Proof("bits", STEPS), Proof("bits", STEPS), *engine("")],
+    "`foam_mini` (`level=row`)": [ddp("row"), fsdp2("bits", "mini"), *engine(", row")],
+    "`second_moment=factored`": [ddp("factored"), fsdp2("near", "factored"), *NOT_ZERO],
+    "`foam_muon`": [ddp("muon"), NOT_FSDP2, *NOT_ZERO],
+    "`foam_adam_mini`": [ddp("adam_mini"), NOT_FSDP2, *NOT_ZERO],
+    "`plain_state=8bit`": [ddp("plain_state=8bit"), NOT_FSDP2, *NOT_ZERO],
+    "INT8 weights": [
+        Proof("bits", "tests.int8.test_int8_trainer:test_two_processes_give_the_weights_of_one"),
+        Proof("bits", "tests.int8.test_sharding:test_runs_go_on_exactly_in_2_then_1_then_4_processes"),
+        *NO_INT8,
+    ],
+    "gradient release": [
+        Proof("bits", f"{RELEASE}test_release_that_averages_has_the_bits_of_ddp"),
+        Proof("bits", f"{RELEASE}test_release_under_fsdp2_has_the_bits_of_fsdp2_without_it"),
+        *NOT_ZERO,
+    ],
+    "accumulation": [ddp("accumulation"), fsdp2("bits", "accumulation"), *zero("bits", "accumulation")],
+    "clipping": [ddp("clipping"), fsdp2("near", "clipping"), *zero("near", "clipping")],
+    "LoRA": [ddp("lora"), fsdp2("bits", "lora"), *zero("bits", "lora")],
+    "optimizer in host memory": [None, NOT_FSDP2, *zero("bits", "offload")],
+    "resume, as many processes": [Proof("bits", ON), Proof("bits", OVER), *[Proof("bits", ENGINE)] * 3],
+    "resume, another number": [Proof("bits", ON), Proof("bits", OVER), *[Proof("refused", ENGINE)] * 3],
+}
+
+
+def test_the_table_says_what_the_tests_show() -> None:
+    table = re.search(r"<!-- table: each cell.*?-->\n(.*?)\n<!--", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert table
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()]
+    assert tuple(header[1:]) == COLUMNS
+    shown = {row[0]: row[1:] for row in rows}
+    assert shown == {row: [proof.word if proof else "" for proof in proofs] for row, proofs in ROWS.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS)
+def test_every_cell_names_a_test_and_a_case_that_exist(row: str) -> None:
+    proofs = [proof for proof in ROWS[row] if proof]
+    assert len(ROWS[row]) == len(COLUMNS)
+    for proof in proofs:
+        module, name = proof.test.split(":")
+        assert callable(getattr(importlib.import_module(module), name, None)), proof
+        if proof.cases:
+            assert proof.case in cases_of(proof.cases), proof
+
+
+def cases_of(where: str) -> Any:
+    """The keys of a dict of cases; those of ZeRO's features are followed by a stage."""
+    module, name = where.split(":")
+    cases = getattr(importlib.import_module(f"tests.support.{module}"), name)
+    if module == "zero_trainer_worker":
+        return [f"{case} {stage}" for case, (stages, *_) in cases.items() for stage in stages]
+    return cases
