@@ -68,6 +68,7 @@ TOLERANCES = {
     "ZeRO 3 against one process, 10 steps": Tolerance(3.5e-7, 1.2e-7),
     "clipping under ZeRO, sums over ranks": Tolerance(3.5e-7, 1.2e-7),
     "bfloat16 under ZeRO against float32, 3 steps": Tolerance(1.5e-3, 4.9e-4),
+    "float16 under ZeRO against float32, 4 steps": Tolerance(6e-3, 2.1e-3),
     "factored over ranks, 3 steps, float32 state": Tolerance(6e-7, 1.7e-7),
     # One spacing of bfloat16, as a sum in another order may round the other way.
     "factored over ranks, 3 steps, bfloat16 state": Tolerance(2.0**-7, 1.2e-4),

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from foam_hf import FOAM, enable_gradient_release
 from foam_hf.memory import expected_state_bytes, state_bytes
+from tests.support.tolerances import assert_within
 from tests.support.torchrun import launch
 
 deepspeed.ops.__compatible_ops__.clear()  # else every process compiles C++ for collectives, or waits for it
@@ -184,6 +185,25 @@ def bfloat16(stage: int) -> None:
         assert_same(whole(model), expected, f"bfloat16 copies, zero {stage}")
 
 
+def float16() -> None:
+    """DeepSpeed scales the loss, divides the gradients, and skips the same steps in all processes."""
+    expected, _ = alone(SHORT)
+    for stage in (2, 3):
+        scaled = {"fp16": {"enabled": True, "initial_scale_power": 32, "hysteresis": 1}}  # the first steps overflow
+        engine, model, optimizer = engine_of({"zero": {"stage": stage}, **scaled}, torch.float16)
+        before = [safe_get_full_fp32_param(p) for p in model.parameters()]
+        train(engine, batches(1))
+        assert engine.skipped_steps == 1 and not optimizer.state
+        assert_same([safe_get_full_fp32_param(p) for p in model.parameters()], before, "an overflow")
+        scaled = {"fp16": {"enabled": True, "initial_scale_power": 8}}
+        engine, model, optimizer = engine_of({"zero": {"stage": stage}, **scaled}, torch.float16)
+        train(engine, batches(SHORT))
+        assert engine.skipped_steps == 0
+        mine = torch.cat([safe_get_full_fp32_param(p).flatten() for p in model.parameters()])
+        whole_weights = torch.cat([w.flatten() for w in expected])
+        assert_within(mine, whole_weights, "float16 under ZeRO against float32, 4 steps")
+
+
 def resumes(stage: int, folder: Path, world: int, **zero: Any) -> None:
     """A run of a new engine that reads a checkpoint has the bits of the uninterrupted run."""
     config = {"stage": stage, **zero}
@@ -290,6 +310,7 @@ def check_all(folder: Path) -> None:
         if world == 2:
             bfloat16(stage)
     if world == 2:
+        float16()
         resumes(3, folder, world, sub_group_size=20_000)
         refuses_before_the_first_step()
 
