@@ -10,19 +10,23 @@ the rules bound it whatever the gradients are.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from foam_hf.optimizer.foam import FOAM
-from foam_hf.optimizer.members import member_of, numbering_of
+from foam_hf.optimizer.members import Group, Numbering, hyper_of, member_of, members_of_one, numbering_of
 from foam_hf.optimizer.sharding import add_over_shards, norms_of
 from foam_hf.rules.all import rule_named
+from foam_hf.rules.by_rows import RowMoment
 from foam_hf.tensors.folding import block_width
 from foam_hf.tensors.places import local
+from foam_hf.tensors.step import Member
 
 SECOND = "folded_exp_avg_sq"  # the second moment of the block rule, a mean of squares
+BY_SIZE = 0.01  # of the expected shares: second moments do not foresee a gradient that was zero so far
+LEAST_SEEN = 1e-4  # what little was seen says no more than this; moments are corrected by its root at most, 100 times
 
 
 def divisors(norms: Tensor, largest: float) -> Tensor:
@@ -58,7 +62,7 @@ class ClipByAll:
     """Bounds the norm of all gradients.
 
     The squared norm of all is expected to be that of the gradients so far, over their share in it. The shares are
-    those of the second moments, or before the first step of the numbers of elements.
+    those of the second moments and, to a hundredth or where there are none, of the numbers of elements.
     """
 
     def __init__(self, optimizer: FOAM, largest: float) -> None:
@@ -74,10 +78,11 @@ class ClipByAll:
         self._seen: Tensor | None = None
         self._undo: list[Undo] = []
         self._micros = 1
+        self._numbering: Numbering = {}
 
     def begin(self, released: list[Tensor], micros: int) -> None:
         """Called before the first gradient of a step; ``released`` are the parameters that ``before`` will get."""
-        self._micros = micros
+        self._micros, self._numbering = micros, numbering_of(self._optimizer.param_groups)
         if [*map(id, released)] != [*self._number]:
             self._released = released
             self._number = {id(p): i for i, p in enumerate(released)}
@@ -91,16 +96,21 @@ class ClipByAll:
     def _expected_shares(self) -> Tensor:
         states = [self._optimizer.state.get(p, {}) for p in self._released]
         device = self._sizes.device
-        if not states or not all(SECOND in state and state[SECOND].device == device for state in states):
+        found = [i for i, state in enumerate(states) if state]  # others had no gradient yet
+        if not found or not all(SECOND in states[i] and states[i][SECOND].device == device for i in found):
             return self._sizes
         if self._widths is None:
             groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
             widths = [float(block_width(groups[id(p)]["level"], p.shape[-1])) for p in self._released]
             self._widths = torch.tensor(widths).to(device)
-        sums = torch._foreach_norm([local(state[SECOND]) for state in states], 1, dtype=torch.float32)
-        squares = add_over_shards(self._released, torch.stack(sums)) * self._widths
+        sums = torch._foreach_norm([local(states[i][SECOND]) for i in found], 1, dtype=torch.float32)
+        summed = add_over_shards([self._released[i] for i in found], torch.stack(sums))
+        if len(found) < len(states):
+            summed = torch.zeros_like(self._sizes).index_copy_(0, torch.tensor(found).to(device), summed)
+        squares = summed * self._widths
         total = squares.sum()
-        return torch.where((total > 0) & total.isfinite(), squares / total, self._sizes)
+        shares = torch.lerp(squares / total, self._sizes, BY_SIZE)
+        return torch.where((total > 0) & total.isfinite(), shares, self._sizes)
 
     def before(self, params: list[Tensor], grads: list[Any]) -> Tensor:
         """What to divide ``grads`` by before ``params`` are updated, one element."""
@@ -112,9 +122,10 @@ class ClipByAll:
         seen = self._shares[self._index[key]].sum()
         self._squares = squares if self._squares is None else self._squares + squares
         self._seen = seen if self._seen is None else self._seen + seen
-        scale = divisors((self._squares * self._micros / self._seen).sqrt_(), self.largest).reshape(1)
+        expected = self._squares * self._micros / self._seen.clamp_min(LEAST_SEEN)
+        scale = divisors(expected.sqrt_(), self.largest).reshape(1)
         if self._micros == 1:
-            self._undo.append(Undo(self._optimizer, params, scale))
+            self._undo.append(Undo(self._optimizer, params, scale, self._numbering))
         return scale.to(local(grads[0]).device)
 
     def squares(self) -> Tensor | None:
@@ -139,28 +150,73 @@ class Undo:
     Every moment is ``b`` times the old one plus a part that is linear in the gradient or in its squares.
     """
 
-    def __init__(self, optimizer: FOAM, params: list[Tensor], scale: Tensor) -> None:
+    def __init__(self, optimizer: FOAM, params: list[Tensor], scale: Tensor, numbering: Numbering) -> None:
         self._scale = scale
+        self._rounded: list[_Rounded] = []
         moments: dict[tuple[float, int, torch.device], list[Tensor]] = {}
-        numbering = numbering_of(optimizer.param_groups)
         for p in params:
             index, stream = numbering[id(p)]
             group = optimizer.param_groups[index]
             member = member_of(optimizer._owned, p, group, stream)  # makes the state if it is missing
             b1, b2 = rule_named(member.rule).betas(group)
-            for name in member.names:
-                power = 2 if name.endswith("_sq") else 1
+            for number, name in enumerate(member.names, 1):
+                decay, power = (b2, 2) if name.endswith("_sq") else (b1, 1)
                 x = local(member.state[name])
-                moments.setdefault(((b1, b2)[power - 1], power, x.device), []).append(x)
+                if x.dtype == torch.float32:
+                    moments.setdefault((decay, power, x.device), []).append(x)
+                    continue
+                for piece in members_of_one(optimizer._owned, p, group, stream):
+                    decayed = piece.moments[name].float().mul_(decay)
+                    self._rounded.append(_Rounded(group, piece, name, number, power, decayed))
         self._parts = [(power, xs, torch._foreach_mul(xs, decay)) for (decay, power, _), xs in moments.items()]
 
     def correct(self, scale: Tensor) -> None:
         """Scale what the update has added; no bit changes where ``scale`` was right. If not finite, it is 1 / 0."""
         ratio = (self._scale / scale).nan_to_num_(0.0, posinf=0.0).squeeze()
         for power, xs, decayed in self._parts:
-            change = torch._foreach_sub(xs, decayed)
-            torch._foreach_mul_(change, (ratio**power - 1).to(xs[0].device))
-            torch._foreach_add_(xs, change)
+            _rescale(xs, decayed, ratio, power)
+        for each in self._rounded:
+            x = each.member.moments[each.name]
+            value = x.float()
+            _rescale([value], [each.decayed], ratio, each.power)
+            each.store(x, value)
+
+
+class _Rounded(NamedTuple):
+    """A moment that is not float32: the ``number``-th of ``member``, and what was left of it before the update."""
+
+    group: Group
+    member: Member
+    name: str
+    number: int
+    power: int
+    decayed: Tensor
+
+    def store(self, x: Tensor, value: Tensor) -> None:
+        member = self.member
+        if not self.name.startswith("folded_"):
+            x.copy_(value)
+            return
+        h = hyper_of(self.group, member)._replace(micro=1)  # not the random bits that the update has used
+        moment = RowMoment(x, member.place, member.level, self.number)
+        moment.store(range(len(moment.rows)), value.view(moment.rows.shape), h)
+
+
+def _rescale(xs: list[Tensor], decayed: list[Tensor], ratio: Tensor, power: int) -> None:
+    """Let each of ``xs`` be ``decayed`` plus ``ratio ** power`` times the rest, in place; ``decayed`` is overwritten.
+
+    A small ratio must not cancel, and a square must not get below zero. With a ratio of 1 no bit changes.
+    """
+    change = torch._foreach_sub(xs, decayed)
+    if power == 2:
+        torch._foreach_clamp_min_(change, 0.0)  # rounding may leave less than ``decayed``
+    lost = torch._foreach_sub(xs, torch._foreach_add(decayed, change))
+    device = xs[0].device
+    torch._foreach_mul_(change, (ratio**power).to(device))
+    torch._foreach_mul_(lost, (ratio == 1).float().to(device))
+    torch._foreach_add_(decayed, change)
+    torch._foreach_add_(decayed, lost)
+    torch._foreach_copy_(xs, decayed)
 
 
 def squares_of(params: Iterable[Tensor]) -> list[Tensor]:

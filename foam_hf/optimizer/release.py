@@ -25,7 +25,7 @@ from foam_hf.optimizer.members import Micro, Numbering, numbering_of, parameters
 from foam_hf.optimizer.micro_batches import Collected, check_accumulation
 from foam_hf.optimizer.processes import Processes
 from foam_hf.optimizer.releases import active
-from foam_hf.optimizer.sharding import follow_placements
+from foam_hf.optimizer.sharding import follow_placements, largest_share
 from foam_hf.optimizer.step import PreparedStep
 from foam_hf.rules.all import rule_of
 from foam_hf.tensors.places import is_sharded, local
@@ -146,10 +146,7 @@ class GradientRelease:
         self._used: dict[int, PreparedStep] = {}  # those of this step; older ones may hold state that was deleted
         if self._processes.averaging is not None and accumulation > 1:
             self._processes.close()
-            raise ValueError(
-                "gradient release adds up micro-batches in one process alone: got several processes with "
-                f"accumulation={accumulation}; expected accumulation=1, or training without gradient release"
-            )
+            raise _one_process_alone(accumulation)
         self._updated: dict[int, int] = {}  # id of a parameter -> how many gradients of it this step has taken up
         self._warned = False
         # Small weights, whose gradients are cheaper to keep than what another way would take.
@@ -161,8 +158,13 @@ class GradientRelease:
         self._handles: list[RemovableHandle] = [
             p.register_post_accumulate_grad_hook(self._average) for p, _ in trained
         ]
-        self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+        self._handles += [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_state_dict_pre_hook(self._warn_of_unfinished),
+            optimizer.register_load_state_dict_post_hook(lambda _: self._forget()),
+        ]
         active.add(self)
+        self._warn_of_kept([p for p, _ in trained if id(p) in self._kept])
 
     def remove(self) -> None:
         """Restore the ordinary backward pass. Weights that the last one has updated stay updated."""
@@ -172,6 +174,7 @@ class GradientRelease:
         self._buckets.clear()
         self._prepared.clear()
         self._used.clear()
+        self._collected = Collected()
         if self._processes.averaging is not None:
             self._processes.averaging.forget()
         self._processes.close()
@@ -185,6 +188,8 @@ class GradientRelease:
     @accumulation.setter
     def accumulation(self, count: int) -> None:
         check_accumulation(self._optimizer, count)
+        if count > 1 and self._processes.averaging is not None:
+            raise _one_process_alone(count)
         if count > 1 and not self._keeps:
             raise ValueError(
                 f"gradient release was enabled for one backward pass a step: got accumulation={count}; expected "
@@ -246,6 +251,7 @@ class GradientRelease:
     def _average(self, p: Tensor) -> None:
         """The hook of each parameter: send its gradient to the other processes, or collect it if it is complete."""
         averaging = self._processes.averaging
+        self._norm = None  # somebody may have asked for it before this gradient
         if averaging is None or not averaging.averages(p):
             self._collect(p)
             return
@@ -268,6 +274,7 @@ class GradientRelease:
 
     def _take_averaged(self, params: list[Tensor]) -> None:
         """Update ``params``, whose gradients have been averaged over processes."""
+        self._norm = None
         found = gradients(params)
         params = [p for p, grad in zip(params, found, strict=True) if grad is not None]
         for p in params:
@@ -448,6 +455,24 @@ class GradientRelease:
             self._update_whole(some, None if scale is None else scale.to(device))
         self._warn_of(unkept)
 
+    def _warn_of_unfinished(self, _: Any) -> None:
+        if self._updated and (self._micros > 1 or self._clip_all is not None):
+            logger.warning(
+                f"gradient release: a checkpoint in the middle of a step holds neither old nor new moments of the "
+                f"{len(self._updated)} parameters that the step has updated so far, and a run that is resumed from it "
+                "differs from this one; expected state_dict() after optimizer.step()"
+            )
+
+    def _warn_of_kept(self, kept: list[Tensor]) -> None:
+        size = sum(map(largest_share, kept))
+        if size > self._limit:
+            logger.warning(
+                f"gradient release: the gradients of {len(kept)} parameters, {size / 2**20:.1f} MiB, are kept until "
+                "optimizer.step(), as clipping and accumulation need them where weights do not fold. Folded "
+                "embeddings and heads, a level above 0, or no clipping (max_grad_norm=0) and one backward pass a step "
+                "save this memory"
+            )
+
     def _warn_of(self, kept: list[Tensor]) -> None:
         moves = any(float(group["lr"]) for group in self._optimizer.param_groups)
         if kept and moves and not self._warned:  # torch.distributed.checkpoint makes a step at a rate of 0
@@ -468,6 +493,13 @@ class GradientRelease:
                 "itself as the model of enable_gradient_release, or nothing that writes gradients after the backward "
                 "pass"
             )
+
+
+def _one_process_alone(count: int) -> ValueError:
+    return ValueError(
+        "gradient release adds up micro-batches in one process alone: got several processes with "
+        f"accumulation={count}; expected accumulation=1, or training without gradient release"
+    )
 
 
 def _own_storage(p: Any) -> None:

@@ -168,6 +168,66 @@ def test_gradients_that_were_clipped_leave_the_moments_that_true_clipping_leaves
                         assert_within(optimizer.state[p][name], x, "moments after clipping in the hook")
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_moments_survive_spikes_and_expectations_that_were_far_off(state_dtype: torch.dtype) -> None:
+    """The first weight's gradient is 1e8 times as large, then 1e-4 times. A bfloat16 moment may be two steps off."""
+    torch.manual_seed(0)
+    weights = [torch.randn(16, 64) for _ in range(2)]
+    options = {"level": 4, "state_dtype": state_dtype}
+    params, optimizer, _ = made([w.clone() for w in weights], 1, 1.0, **options)
+    wholes = [nn.Parameter(w.clone().to(DEVICE)) for w in weights]
+    plain = FOAM(wholes, **{"lr": LR, **options})
+    for factor in (1.0, 1e8, 1e-4, 1.0):
+        for i, (p, q) in enumerate(zip(params, wholes, strict=True)):
+            grad = torch.randn(p.shape) * (factor if i == 0 else 1.0)
+            backward(p, grad)
+            backward(q, grad)
+        torch.nn.utils.clip_grad_norm_(wholes, 1.0)
+        for each in (optimizer, plain):
+            each.step()
+            each.zero_grad()
+        for p, q in zip(params, wholes, strict=True):
+            found, expected = (each.state[w]["folded_exp_avg_sq"].float() for each, w in ((optimizer, p), (plain, q)))
+            assert float(found.min()) > 0
+            if state_dtype == torch.float32:
+                assert_within(found, expected, "moments after clipping in the hook")
+            else:
+                assert float((found / expected - 1).abs().max()) < 4 * 2**-7
+
+
+@pytest.mark.parametrize("nonfinite", ["error", "ignore"])
+def test_weights_whose_gradient_was_zero_so_far_can_come_first(nonfinite: str) -> None:
+    """As behind a gate that begins at zero. A third weight never has a gradient."""
+    torch.manual_seed(0)
+    weights = [torch.randn(8, 64) for _ in range(3)]
+    params, optimizer, _ = made([w.clone() for w in weights], 1, 1.0, level=4, nonfinite=nonfinite)
+    for step in range(4):
+        before = params[0].detach().clone()
+        backward(params[0], torch.randn(8, 64) * (step == 3))
+        backward(params[1], torch.randn(8, 64))
+        optimizer.step()
+        moved = (params[0].detach() - before).abs().mean().item()
+        assert (moved > 0.05 * LR) if step == 3 else moved == 0.0
+
+
+def test_the_norm_can_be_asked_for_in_the_middle_of_a_step() -> None:
+    torch.manual_seed(0)
+    grads = [torch.randn(64, 64) * size for size in (1e-3, 10.0)]
+    found = []
+    for asks in (False, True):
+        (p, vector), optimizer, release = made([torch.zeros(64, 64), torch.zeros(64)], 2, 1.0, level=4)
+        for grad in grads:
+            if asks:
+                assert release.grad_norm is None or float(release.grad_norm) < 1.0
+            backward(p, grad)
+            backward(vector, grad[0])
+        norm = release.grad_norm
+        optimizer.step()
+        found.append([norm, p.detach(), vector.detach(), *optimizer.state[p].values()])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
 @pytest.mark.parametrize("k", [1, 4])
 def test_no_micro_batches_move_an_element_further_than_stated(k: int) -> None:
     """Spikes in one micro-batch, in all, ever larger ones, and blocks that were silent for long."""
@@ -206,6 +266,37 @@ def test_random_bits_of_micro_batches_are_independent() -> None:
         plain.step()
     assert float(moved.mean()) == pytest.approx(float((exact.detach() - 1).mean()), rel=0.1)
     assert len(moved.unique()) > 4
+
+
+def test_a_checkpoint_in_the_middle_of_a_step_is_warned_about_and_loading_begins_a_new_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.manual_seed(0)
+    (p,), optimizer, release = made([torch.randn(4, 32)], 3, level=3)
+    for _ in range(3):
+        backward(p, torch.randn(4, 32))
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert not caplog.records
+    backward(p, torch.randn(4, 32))
+    optimizer.state_dict()
+    assert "a checkpoint in the middle of a step" in caplog.text
+    optimizer.load_state_dict(saved)
+    assert release.unfinished == 0
+    for _ in range(3):
+        backward(p, torch.zeros(4, 32))
+    optimizer.step()
+    for name, b in (("folded_exp_avg", 0.9), ("folded_exp_avg_sq", 0.999)):
+        assert_within(
+            optimizer.state[p][name], saved["state"][0][name] * b, "five steps against float64, float32 weights"
+        )
+
+
+def test_large_gradients_that_must_be_kept_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    made([torch.randn(8, 32), torch.randn(32)], 2, level=3)
+    assert not caplog.records
+    made([torch.randn(8, 32), torch.randn(8, 32)], 2, level=0)
+    assert "the gradients of 2 parameters, 0.0 MiB, are kept until optimizer.step()" in caplog.text
 
 
 # what a loop may not do
