@@ -168,7 +168,7 @@ class Undo:
                 for piece in members_of_one(optimizer._owned, p, group, stream):
                     decayed = piece.moments[name].float().mul_(decay)
                     self._rounded.append(_Rounded(group, piece, name, number, power, decayed))
-        self._parts = [(power, xs, torch._foreach_mul(xs, decay)) for (decay, power, _), xs in moments.items()]
+        self._parts = [(power, xs, [*torch._foreach_mul(xs, decay)]) for (decay, power, _), xs in moments.items()]
 
     def correct(self, scale: Tensor) -> None:
         """Scale what the update has added; no bit changes where ``scale`` was right. If not finite, it is 1 / 0."""
