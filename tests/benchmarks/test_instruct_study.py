@@ -202,10 +202,10 @@ def test_every_setting_of_a_study_is_one_that_the_recipe_knows(study: str, tmp_p
     assert len(jobs) == len(content["arms"]) + sum(len(rates) for arm in searched for rates in arm["rates"].values())
     jobs += [instruct_gpu.Job(options, rest, "final", "gsm8k", arm, 1e-4, 1) for arm in options.arms]
     for job in jobs:
-        words, own, own_args, _ = instruct_run.translate(job.words)
+        words, own = instruct_run.translate(job.words)
         recipe, args, _ = instruct_arguments.parse(words)
         arm = next(arm for arm in content["arms"] if arm["name"] == job.arm)
-        assert (recipe.method, own or str(args.optim.value), args.learning_rate, args.seed) == (
+        assert (recipe.method, own.optim or str(args.optim.value), args.learning_rate, args.seed) == (
             arm["settings"]["method"],
             arm["settings"]["optim"],
             job.rate,
@@ -213,7 +213,7 @@ def test_every_setting_of_a_study_is_one_that_the_recipe_knows(study: str, tmp_p
         )
         assert args.adam_beta1 == arm["settings"].get("adam_beta1", 0.9)
         asked = before.as_before(arm["settings"])  # the first studies mean version 0.1.0's FOAM
-        assert (own_args if own else args.optim_args) == asked.get("optim_args")
+        assert (own.optim_args if own.optim else args.optim_args) == asked.get("optim_args")
         assert recipe.dtype == arm["settings"]["dtype"]
         matched = study == "instruct_study.yaml" and job.part == "final" and job.dataset == "gsm8k"
         assert recipe.eval_exact_match == matched
