@@ -31,6 +31,7 @@ LEGAL: dict[str, list[Any]] = {
     "fold_embeddings": ["true", "false"],
     "fold_head": ["True", "FALSE"],
     "gradient_release": ["true", "false"],
+    "clip_by": ["all", "weight"],
     "momentum": [0, 0.9],
     "plain_state": ["full", "8bit"],
     "seed": [0, 1, 2**63, 2**64 - 1],
@@ -179,7 +180,7 @@ def train(params: Any, **options: Any) -> None:
 def of_text(chance: random.Random) -> Any:
     given = random_text(chance)
     options = foam_options(chance.choice([*FOAM_NAMES]), given)
-    for name in ("fold_embeddings", "fold_head", "gradient_release"):
+    for name in ("fold_embeddings", "fold_head", "gradient_release", "clip_by"):
         options.pop(name, None)
     if "state_dtype" in options:
         options["state_dtype"] = getattr(torch, options["state_dtype"])
