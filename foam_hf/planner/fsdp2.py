@@ -2,6 +2,9 @@
 
 Each layer, the embedding, and the last norm with the head are gathered one after the other, each while the one before
 it computes. Weights are divided by rows, and the first process has most of them.
+
+This file relies on a name of transformers, `PreTrainedModel._no_split_modules`, as accelerate does: the classes of the
+layers that FSDP2 gathers at a time. Without it the model counts as one unit.
 """
 
 from __future__ import annotations
