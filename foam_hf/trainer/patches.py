@@ -1,7 +1,7 @@
 """One table of what this package wraps in transformers' Trainer, and of the private names that it reads there.
 
-When transformers releases a version, compare it with `TABLE`, the functions below it, and `foam_hf/int8/quantizer.py`.
-All other uses of transformers are of its documented interface.
+When transformers releases a version, compare it with `TABLE`, the functions below it, `foam_hf/int8/quantizer.py`
+and `foam_hf/planner/fsdp2.py`. All other uses of transformers are of its documented interface.
 """
 
 from __future__ import annotations
