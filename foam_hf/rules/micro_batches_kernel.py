@@ -39,6 +39,7 @@ from foam_hf.kernels.tables import (
     tiles_of,
 )
 from foam_hf.rules.micro_batches import SIGNS
+from foam_hf.rules.narrow_block_kernel import own_columns
 from foam_hf.rules.rule import LARGEST_STEP
 from foam_hf.tensors.rounding import MICRO_SHIFT
 from foam_hf.tensors.step import Hyper, Member
@@ -201,14 +202,7 @@ class Launch(AddressTable):
 
     def __init__(self, geometry: Geometry, entries: list[Entry]) -> None:
         segments = max(1, TILE_ELEMENTS // geometry.columns)  # R
-        own = {
-            "exp_avg_sq": [entry.moments[1].data_ptr() for entry in entries],
-            **sums_of(entries),
-            "rows": [entry.weight.numel() // entry.columns for entry in entries],
-            "first_row": [entry.place.first_row for entry in entries],
-            "first_column": [entry.place.first_column for entry in entries],
-            "whole_columns": [entry.place.columns for entry in entries],
-        }
+        own = {**own_columns(entries), **sums_of(entries)}
         super().__init__(geometry, entries, ROW, own, [tiles_of(geometry, entries, segments)])
         constants = {
             "FIELDS": count_of(ROW),
