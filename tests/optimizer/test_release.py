@@ -407,7 +407,7 @@ def test_gradients_clipped_in_one_launch_give_the_bits_of_one_by_one(
         model, optimizer = make_mlp(**options)
         handle = enable_gradient_release(model, optimizer, max_grad_norm=0.05, clip_by="weight")
         model(**next(batches(model)))["loss"].backward()
-        launches.append(len(handle._clip_each.norms))
+        launches.append(len(handle._updates.clip_each.norms))
         optimizer.step()
         train(model, optimizer, count=2)
         runs += [model, optimizer]
@@ -559,7 +559,7 @@ def test_a_layer_that_is_skipped_in_some_steps_has_its_own_step_count(monkeypatc
             (model["a"](hidden) if step % 2 == 0 else hidden).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-        assert handle is None or len(handle._prepared) <= 2  # none that holds state of before
+        assert handle is None or len(handle._updates._prepared) <= 2  # none that holds state of before
         found.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
 
