@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from recipes.benchmarks.common.cases import CASES, SHAPES, make_weights
 from recipes.benchmarks.common.harness import run_alone
 from recipes.benchmarks.speed import report
 from recipes.benchmarks.speed.step_speed import floor_bytes, move_gradients, refresh_ms
-from tests.support.benchmark_runs import BENCHMARKS, REPOSITORY, call, refused, run, start_server
+from tests.support.benchmark_runs import BENCHMARKS, call, refused, run, start_server
 
 pytestmark = pytest.mark.long
 
@@ -222,25 +220,6 @@ def test_training_speed_runs_a_trainer(tmp_path: Path) -> None:
     assert foam["tokens_per_s"] == pytest.approx(4 * 16 * 1000 / foam["ms"])
     assert 0 < foam["optimizer_share"] < 1
     assert f"| {foam['label']} | {foam['tokens_per_s']:.0f} |" in printed
-
-
-def test_sharded_speed_measures_under_torchrun(tmp_path: Path) -> None:
-    words = ["--device", "cpu", "--model", "tiny", "--sequence", "16", "--steps", "1", "--results", str(tmp_path)]
-    words += ["--optimizers", "foam,foam-factored,adamw-fused"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [*launch, "-m", "recipes.benchmarks.speed.sharded_speed", *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.iterdir()
-    content = json.loads(path.read_text())
-    foam, factored, adamw = content["rows"]
-    assert content["machine"]["name"] and {row["status"] for row in content["rows"]} == {"ok"}
-    assert {row["gpus"] for row in content["rows"]} == {2}
-    assert adamw["state_bytes_per_gpu"] == pytest.approx(2 * adamw["parameters"], rel=0.05)  # half of bf16 moments
-    assert factored["state_bytes_per_gpu"] < adamw["state_bytes_per_gpu"]
-    assert foam["tokens_per_s"] == pytest.approx(2 * 4 * 16 * 1000 / foam["ms"])
-    assert f"| {foam['label']} | 2 | {foam['optimizer_ms']:.3f} |" in done.stdout
 
 
 def test_memory_peak_runs_a_trainer_for_every_kind_of_case(tmp_path: Path) -> None:

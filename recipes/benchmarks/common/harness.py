@@ -33,7 +33,7 @@ def run_alone(function: Callable[..., dict], *args, env: dict[str, str] | None =
     context.set_forkserver_preload(["torch"])
     with tempfile.TemporaryDirectory() as folder:
         answer, log = Path(folder, "answer.json"), Path(folder, "log.txt")
-        process = context.Process(target=_answer, args=(function, args, env or {}, answer, log))
+        process = context.Process(target=answer_into, args=(function, args, env or {}, answer, log))
         process.start()
         process.join(timeout)
         if process.is_alive():
@@ -46,7 +46,8 @@ def run_alone(function: Callable[..., dict], *args, env: dict[str, str] | None =
         return {"status": "failed", "reason": " ".join([f"the process ended with code {process.exitcode}", *last])}
 
 
-def _answer(function: Callable[..., dict], args: tuple, env: dict[str, str], answer: Path, log: Path) -> None:
+def answer_into(function: Callable[..., dict], args: tuple, env: dict[str, str], answer: Path, log: Path) -> None:
+    """Call `function` in this process, write what came of it to `answer`, and all that it prints to `log`."""
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU, also where there are several
     os.environ.update(env)
     with open(log, "w", encoding="utf-8") as stream:  # warnings of a dozen packages would bury the table

@@ -22,25 +22,34 @@ def heading(content: dict) -> str:
 
 
 def sharded_table(rows: list[dict]) -> str:
-    """A row a case of sharded_speed.py; scaling is its tokens a second over those of one GPU, if that was measured."""
-    header = ["optimizer", "GPUs", "optimizer ms", "tokens a second", "x one GPU", "state GB a GPU", "peak GB a GPU"]
-    same = ("model", "sequence", "batch", "optimizer")
-    lines = []
-    for row in sorted(rows, key=lambda row: [*(row[name] for name in same), row["gpus"]]):
-        one = next((r for r in rows if r["gpus"] == 1 and all(r[name] == row[name] for name in same)), None)
-        peak = row["peak_bytes_per_gpu"]
-        lines.append(
-            [
-                row["label"],
-                str(row["gpus"]),
-                number(row["optimizer_ms"], ".3f"),
-                number(row["tokens_per_s"], ".0f"),
-                number(one and row["tokens_per_s"] / one["tokens_per_s"]),
-                number(row["state_bytes_per_gpu"] / 1e9),
-                number(peak and peak / 1e9),
-            ]
-        )
-    return table(header, lines)
+    """A table for each model of sharded_speed.py; scaling is a row's tokens a second over those of one GPU."""
+    header = ["engine and optimizer", "GPUs", "optimizer ms", "ms a step", "tokens a second", "x one GPU"]
+    header += ["state GB a GPU", "peak GB a GPU"]
+    parts = []
+    for (model, layers, sequence, batch), same in split(rows, "model", "layers", "sequence", "batch").items():
+        good = [row for row in same if row["status"] == "ok"]
+        tokens = {(row["case"], row["gpus"]): row["tokens_per_s"] for row in good}
+        order = list(dict.fromkeys(row["case"] for row in same))
+        lines = []
+        for row in sorted(good, key=lambda row: (order.index(row["case"]), row["gpus"])):
+            one, peak = tokens.get((row["case"], 1)), row["peak_bytes_per_gpu"]
+            lines.append(
+                [
+                    row["label"],
+                    str(row["gpus"]),
+                    number(row["optimizer_ms"], ".3f"),
+                    number(row["ms"], ".1f"),
+                    number(row["tokens_per_s"], ".0f"),
+                    number(one and row["tokens_per_s"] / one),
+                    number(row["state_bytes_per_gpu"] / 1e9),
+                    number(peak and peak / 1e9),
+                ]
+            )
+        shape = f"**{model}, {layers} layers, {batch} x {sequence} tokens a step on each GPU**"
+        size = f", {good[0]['parameters'] / 1e9:.2f} G parameters" if good else ""
+        failed = [{**row, "label": f"{row['label']}, {row['gpus']} GPUs"} for row in same if row["status"] != "ok"]
+        parts += [shape + size, *([table(header, lines)] if lines else []), not_measured(failed)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def int8_table(rows: list[dict]) -> str:

@@ -143,9 +143,7 @@ def section(contents: list[dict]) -> str:
     for content in trainings:
         parts += ["### Whole training steps", training_tables(content)]
     for content in (content for content in contents if content["benchmark"] == "sharded_speed"):
-        first = content["rows"][0]
-        shape = f"**{first['model']}, {first['batch']} x {first['sequence']} tokens a step on each GPU**"
-        parts += ["### Several GPUs", heading(content), shape, sharded_table(content["rows"])]
+        parts += ["### Several GPUs", heading(content), sharded_table(content["rows"])]
     for content in (content for content in contents if content["benchmark"] == "int8_speed"):
         parts += ["### Kernels of INT8 weights", heading(content), int8_table(content["rows"])]
     memory = [content for content in contents if content["benchmark"] == "memory_peak"]

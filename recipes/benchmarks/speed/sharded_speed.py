@@ -1,153 +1,89 @@
-"""FOAM and fused AdamW on a LLaMA-shaped model under FSDP2: the optimizer's step, tokens a second, peak bytes a GPU.
+"""FOAM and its rivals on LLaMA-shaped models on several GPUs: the optimizer's step, tokens a second, bytes a GPU.
 
-Random bf16 weights learn random tokens, with gradient checkpointing; every decoder layer is a unit of FSDP2. Start it
-once for each number of GPUs; rows of all of them go into one file, and the last column compares with one GPU.
+Random bf16 weights learn random tokens, with gradient checkpointing, under FSDP2, DDP and DeepSpeed's ZeRO. Every case
+is a group of processes of its own, which is ended if it fails or takes too long. First the kernels are checked.
 
-    torchrun --standalone --nproc_per_node 2 -m recipes.benchmarks.speed.sharded_speed
-    torchrun --standalone --nproc_per_node 2 -m recipes.benchmarks.speed.sharded_speed --device cpu \\
-        --model tiny --sequence 16
+    python -m recipes.benchmarks.speed.sharded_speed --gpus 1,2 --budget-s 400  # --resume goes on from there
+    python -m recipes.benchmarks.speed.sharded_speed --cases fsdp2-foam,zero2-foam --gpus 2 --layers 32
+    python -m recipes.benchmarks.speed.sharded_speed --device cpu --model tiny --layers 2 --sequence 16 --gpus 2
 """
 
 import argparse
-import gc
-import os
-import statistics
-import sys
-import time
-from datetime import timedelta
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from recipes.benchmarks.common.folders import RESULTS
-from recipes.benchmarks.common.harness import Results, elapsed, names_of, now, probe, synchronize
+from recipes.benchmarks.common.cases import CASES as STEPS
+from recipes.benchmarks.common.cases import make_weights
+from recipes.benchmarks.common.groups import run_group, start_server
+from recipes.benchmarks.common.harness import Results, add_options, machine_of, names_of, run_alone, run_cases
 from recipes.benchmarks.common.report_parts import sharded_table
-from recipes.benchmarks.speed.training_speed import MODELS
+from recipes.benchmarks.memory.memory_peak import LLAMAS
+from recipes.benchmarks.speed.self_check import check_kernels
+from recipes.benchmarks.speed.sharded_engines import CASES, WARM_UP, measure
 
-WARM_UP = 2  # steps that do not count: state is made and kernels are compiled
-OPTIMIZERS = {
-    "foam": "foam, level 8",
-    "foam-factored": "foam, level 8, factored",
-    "adamw-fused": "torch AdamW, fused",
-}
+PRELOAD = "torch,transformers.models.llama.modeling_llama"
 
 
-def make_model(name: str, sequence: int, device: str) -> torch.nn.Module:
-    """A model of random bf16 weights, of which each process allocates its shard alone."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
-    config = LlamaConfig(**MODELS[name], max_position_embeddings=sequence, use_cache=False)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    model.to_empty(device=device)
-    torch.manual_seed(dist.get_rank())
-    with torch.no_grad():
-        for p in model.parameters():
-            p.to_local().normal_(0, 0.02) if p.dim() > 1 else p.to_local().fill_(1)
-    # Its buffers are not in the shards, and to_empty has lost them.
-    with torch.device(device):
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model.train()
+def checked(device: str) -> dict:
+    """Whether the kernels that the cases use agree with the plain path on this machine; RuntimeError if not."""
+    weights = make_weights("llama-7b" if device == "cuda" else "tiny", torch.bfloat16, device)
+    check_kernels(weights, STEPS["foam"].build, device)
+    return {"ms": None}
 
 
-def make_optimizer(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
-    if name == "adamw-fused":
-        return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    from foam_hf import FOAM, foam_param_groups
-
-    groups = foam_param_groups(model, fold_embeddings=False, fold_head=False)  # as when these were measured
-    return FOAM(groups, lr=1e-5, second_moment="factored" if name == "foam-factored" else "block")
-
-
-def measure(key: dict, steps: int, device: str) -> dict:
-    from foam_hf.memory import state_bytes
-
-    model = make_model(key["model"], key["sequence"], device)
-    optimizer = make_optimizer(key["optimizer"], model)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    tokens = torch.randint(MODELS[key["model"]]["vocab_size"], (key["batch"], key["sequence"]), device=device)
-    ms, of_optimizer = [], []
-    for _ in range(WARM_UP + steps):
-        synchronize(device)
-        dist.barrier()
-        start = time.perf_counter()
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        before = now(device)
-        optimizer.step()
-        after = now(device)
-        optimizer.zero_grad()
-        synchronize(device)
-        ms.append(1000 * (time.perf_counter() - start))
-        of_optimizer.append(elapsed(before, after))
-    slowest = torch.tensor([statistics.median(ms[WARM_UP:]), statistics.median(of_optimizer[WARM_UP:])], device=device)
-    largest = torch.tensor(
-        [state_bytes(optimizer), torch.cuda.max_memory_allocated() if device == "cuda" else 0], device=device
-    )
-    for numbers in (slowest, largest):
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-    step, alone = slowest.tolist()
-    return {
-        "status": "ok",
-        "label": OPTIMIZERS[key["optimizer"]],
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "ms": step,
-        "optimizer_ms": alone,
-        "tokens_per_s": 1000 * key["batch"] * key["sequence"] * key["gpus"] / step,
-        "state_bytes_per_gpu": int(largest[0]),
-        "peak_bytes_per_gpu": int(largest[1]) if device == "cuda" else None,
-    }
+def keys_of(options: argparse.Namespace, names: list[str], numbers: list[int]) -> list[dict]:
+    """The cases, all of one number of GPUs before the next number."""
+    tiny = options.model == "tiny"
+    return [
+        {
+            "case": name,
+            "model": options.model if tiny else case.model or options.model,
+            "layers": options.layers if case.model is None or tiny else LLAMAS[case.model]["num_hidden_layers"],
+            "sequence": options.sequence if tiny else case.sequence or options.sequence,
+            "batch": case.batch or options.batch,
+            "gpus": gpus,
+        }
+        for gpus in numbers
+        for name, case in ((name, CASES[name]) for name in names)
+        if gpus in case.gpus
+    ]
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", default="llama-7b", choices=list(MODELS))
+    parser.add_argument("--cases", default=",".join(CASES), help="of the default, all")
+    parser.add_argument("--gpus", default="1,2", help="numbers of GPUs, in this order")
+    parser.add_argument("--model", default="llama-7b", choices=list(LLAMAS))
+    parser.add_argument("--layers", type=int, default=8, help="decoder layers, of cases without a model of their own")
     parser.add_argument("--sequence", type=int, default=2048, help="tokens a sequence")
     parser.add_argument("--batch", type=int, default=4, help="sequences a step on each GPU")
-    parser.add_argument("--optimizers", default="foam,adamw-fused", help=f"of {', '.join(OPTIMIZERS)}")
     parser.add_argument("--steps", type=int, default=8, help=f"timed, after {WARM_UP} that are not")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--case-s", type=float, default=60, help="a case that takes longer is ended")
+    parser.add_argument("--preload", default=PRELOAD, help="modules that are imported once for all processes")
+    add_options(parser)
     options = parser.parse_args(argv)
-    chosen = names_of(parser, options, "optimizers", OPTIMIZERS)
-    if "LOCAL_RANK" not in os.environ:
-        parser.error("not started by torchrun; expected torchrun --standalone --nproc_per_node GPUS sharded_speed.py")
-    if options.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # A process that runs out of memory leaves the others waiting: not for half an hour.
-    dist.init_process_group("nccl" if options.device == "cuda" else "gloo", timeout=timedelta(minutes=3))
-    main_process = dist.get_rank() == 0
-    results = Results(options.results, "sharded_speed", probe(options.device)) if main_process else None
-    dist.barrier()
-    for name in chosen:
-        key = {
-            "model": options.model,
-            "sequence": options.sequence,
-            "batch": options.batch,
-            "optimizer": name,
-            "gpus": dist.get_world_size(),
-        }
-        row = measure(key, options.steps, options.device)
-        if results is not None:
-            results.record(key, row)
-            print(f"{name}: {row['optimizer_ms']:.3f} ms the optimizer, {row['ms']:.3f} ms a step", flush=True)
-        gc.collect()
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
-    if results is not None:
-        print(sharded_table(results.content["rows"]), f"Results: {results.path}", sep="\n")
-    dist.destroy_process_group()
-    if options.device == "cpu":  # gloo's threads may abort the interpreter's end (pytorch pull request 179291)
-        sys.stdout.flush()
-        os._exit(0)
+    names = names_of(parser, options, "cases", CASES)
+    numbers = [int(number) for number in options.gpus.split(",")]
+    device = options.device
+    start_server([name for name in options.preload.split(",") if name])
+    machine = machine_of(device)
+    print(machine["name"], flush=True)
+    check = run_alone(checked, device, timeout=120)
+    print(f"the kernels agree with the plain path: {check['status']} {check.get('reason', '')}", flush=True)
+    if check["status"] == "failed":
+        raise SystemExit("nothing is timed")
+    results = Results(options.results, "sharded_speed", machine)
+
+    def one(key: dict) -> dict:
+        name = key["case"]
+        row = run_group(
+            measure, name, key, options.steps, device, world=key["gpus"], device=device, timeout=options.case_s
+        )
+        return {"label": CASES[name].label, **row}
+
+    run_cases(results, keys_of(options, names, numbers), one, options)
+    print(sharded_table(results.content["rows"]))
+    return results.content
 
 
 if __name__ == "__main__":
