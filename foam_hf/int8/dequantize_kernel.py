@@ -43,7 +43,8 @@ def store_values(out, start, numel, q, s, B: tl.constexpr, C: tl.constexpr, DTYP
         store(out + at, x, 0, at < numel, DTYPE, False)
 
 
-_compiled: dict[Any, Any] = {}
+# What a kernel is compiled for, and the sizes of its launch -> how to launch it with addresses alone.
+_launchers: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 def dequantize_into(out: Tensor, codes: Tensor, scales: Tensor) -> bool:
@@ -51,25 +52,26 @@ def dequantize_into(out: Tensor, codes: Tensor, scales: Tensor) -> bool:
 
     False, and nothing is done, if no kernel takes blocks of this size.
     """
-    numel = codes.numel()
-    block = numel // scales.numel()
-    if not fits_kernels(block):
-        return False
-    columns = max(DEQUANTIZED, block)
-    grid = -(-numel // (2 * columns)), 1, 1
-    device = codes.device
-    constants = block, columns, TRITON_DTYPES[out.dtype], takes_ptx(device)
-    # As in KernelCall: what Triton compiled is called directly wherever it would find the same again.
+    device, numel = codes.device, codes.numel()
+    key = device, out.dtype, numel, scales.numel()
     places = codes.data_ptr(), scales.data_ptr(), out.data_ptr()
-    whole = numel % 16 == 0 and numel < 2**31 and (places[0] | places[1] | places[2]) % 16 == 0
-    key = device, *constants
+    aligned = (places[0] | places[1] | places[2]) % 16 == 0
+    known = _launchers.get(key) if aligned else None
     with device_of(device):
-        if whole and key in _compiled:
-            _compiled[key][grid](*places, numel, *constants)  # addresses: for tensors it would ask the driver
+        if known is not None:  # addresses: for tensors it would ask the driver
+            launcher, constants = known
+            launcher(*places, *constants)
             return True
-        compiled = _dequantize_kernel[grid](codes, scales, out, numel, *constants, num_warps=8)
-    if DIRECT_LAUNCH and whole and compiled is not None:  # None from Triton's interpreter
-        _compiled[key] = compiled
+        block = numel // scales.numel()
+        if not fits_kernels(block):
+            return False
+        columns = max(DEQUANTIZED, block)
+        grid = -(-numel // (2 * columns)), 1, 1
+        constants = numel, block, columns, TRITON_DTYPES[out.dtype], takes_ptx(device)
+        compiled = _dequantize_kernel[grid](codes, scales, out, *constants, num_warps=8)
+        # As in KernelCall: what Triton compiled is called directly wherever it would find the same again.
+        if DIRECT_LAUNCH and aligned and compiled is not None:  # None from Triton's interpreter
+            _launchers[key] = compiled[grid], constants
     return True
 
 

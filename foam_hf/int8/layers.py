@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from foam_hf._import_hook import on_import
 from foam_hf.int8.files import CODES, SCALES, pair_problem, shape_and_dtype
+from foam_hf.int8.linear import linear
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.tensors.places import is_sharded, local
 from foam_hf.wrapping import wrap
@@ -85,6 +86,13 @@ class Int8Linear(Int8Layer):
     """An ``nn.Linear`` with an INT8 weight."""
 
     plain = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As in torch, without its search for tensor subclasses."""
+        weight: Any = self._parameters.get("weight")
+        if type(weight) is Int8Weight and type(input) is Tensor and not torch.compiler.is_compiling():
+            return linear(input, weight, self.bias)
+        return super().forward(input)
 
 
 @functools.cache

@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     else:
-        dtype = weight.dtype
+        dtype = weight.dtype if torch.compiler.is_compiling() else weight.outer_dtype
     if not torch.is_grad_enabled():  # for example in the first pass of a checkpointed layer
         return torch.nn.functional.linear(x, dequantize(weight.codes, weight.scales, dtype), bias)
     if _in_backward() and weight.requires_grad and not torch.compiler.is_compiling():
@@ -73,9 +73,7 @@ class _Linear(torch.autograd.Function):
             ctx.keeper = x.grad_fn if kept else None  # not ctx itself: a cycle would keep its tensors alive
             if not kept:
                 ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
-            ctx.weight = weight
-            with torch._C.DisableTorchFunctionSubclass():
-                ctx.outer, ctx.version = weight.dtype, _version(weight)
+            ctx.weight, ctx.version = weight, _version(weight)
         out = torch.nn.functional.linear(x, dequantize(weight.codes, weight.scales, dtype), bias)
         if not torch.compiler.is_compiling() and out._is_view():
             # autograd refuses `out += 1` for a view that a Function returns; this has the same memory and is no view
@@ -83,33 +81,45 @@ class _Linear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        of_x: Tensor | None = None
-        if torch.compiler.is_compiling():
-            x, weight = ctx.saved_tensors
-            outer = weight.dtype
-            if ctx.needs_input_grad[0]:
-                of_x = grad @ dequantize_in_backward(weight.codes, weight.scales, grad)
-        else:
-            (x,), outer = (ctx.keeper or ctx).saved_tensors, ctx.outer
-            if ctx.needs_input_grad[0]:
-                of_x = grad @ _unchanged(ctx, grad.dtype)
-        rows = grad.reshape(-1, grad.shape[-1])
-        of_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(outer) if ctx.needs_input_grad[1] else None
-        return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # of a backward pass with create_graph=True
+            return _gradients_once(ctx, grad)
+        return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    of_x: Tensor | None = None
+    of_weight: Tensor | None = None
+    if torch.compiler.is_compiling():
+        x, weight = ctx.saved_tensors
+        outer = weight.dtype
+        if ctx.needs_input_grad[0]:
+            of_x = grad @ dequantize_in_backward(weight.codes, weight.scales, grad)
+    else:
+        (x,), outer = (ctx.keeper or ctx).saved_tensors, ctx.weight.outer_dtype
+        if ctx.needs_input_grad[0]:
+            of_x = grad @ _unchanged(ctx, grad.dtype)
+    rows = grad.reshape(-1, grad.shape[-1])
+    if ctx.needs_input_grad[1]:
+        of_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+        of_weight = of_weight if of_weight.dtype == outer else of_weight.to(outer)
+    return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None
+
+
+# Its context managers take the host as long as a product does, so it stands only where it is needed.
+_gradients_once = torch.autograd.function.once_differentiable(_gradients)
 
 
 def _version(weight: Tensor) -> int:
     """torch's count of writes to ``weight``; 0 for a weight made in inference mode, for which torch has no count."""
-    return 0 if weight.is_inference() else weight._version
+    with torch._C.DisableTorchFunctionSubclass():
+        return 0 if weight.is_inference() else weight._version
 
 
 def _unchanged(ctx: Any, dtype: torch.dtype) -> Tensor:
     """The dequantized weight of the forward pass; RuntimeError if it was written since, as for a saved tensor."""
     weight = ctx.weight
-    with torch._C.DisableTorchFunctionSubclass():
-        version = _version(weight)
+    version = _version(weight)
     if version != ctx.version:
         raise RuntimeError(
             f"an INT8 weight of shape {tuple(weight.shape)}, needed for gradient computation, has been modified by an "

@@ -41,6 +41,7 @@ from foam_hf.int8.rows import Int8Rows
 from foam_hf.int8.views import read_only, shared_views
 
 _aten = torch.ops.aten
+_OWN = ("codes", "scales", "outer_dtype", "_whole")  # attributes that the constructor sets
 _SAME = (_aten.detach.default, _aten.alias.default)
 _MADE_LIKE = (
     _aten.empty_like.default,
@@ -80,6 +81,7 @@ class Int8Weight(Tensor):
 
     codes: Tensor
     scales: Tensor
+    outer_dtype: torch.dtype  # the same as ``dtype``, which runs Python code of a tensor subclass
     foam_rows = Int8Rows  # how FOAM updates it, see foam_hf.tensors.rows
     _whole: Int8Weight | None  # of a view of a weight's first rows: that weight, which FSDP2 has padded
 
@@ -90,6 +92,7 @@ class Int8Weight(Tensor):
 
     def __init__(self, codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
         self.codes, self.scales, self._whole = codes, scales, None
+        self.outer_dtype = dtype
 
     @classmethod
     def from_float(cls, weight: Tensor, block_size: int = BLOCK_SIZE) -> Int8Weight:
@@ -119,7 +122,7 @@ class Int8Weight(Tensor):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """``codes * scales`` as a plain tensor of ``dtype`` (default: the outer dtype), without a gradient."""
-        return dequantize(self.codes, self.scales, self.dtype if dtype is None else dtype)
+        return dequantize(self.codes, self.scales, self.outer_dtype if dtype is None else dtype)
 
     def _view_of(self, codes: Tensor, scales: Tensor, whole: Int8Weight | None = None) -> Int8Weight:
         view = Int8Weight(codes, scales, self.dtype)
@@ -134,6 +137,7 @@ class Int8Weight(Tensor):
                 "quantizes it, or module.weight = torch.nn.Parameter(new)"
             )
         self.codes, self.scales, self._whole = data.codes, data.scales, data._whole
+        self.outer_dtype = data.outer_dtype
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape, dtype = tuple(self.shape), str(self.dtype).removeprefix("torch.")
@@ -163,7 +167,7 @@ class Int8Weight(Tensor):
         return self.codes.is_shared() and self.scales.is_shared()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        hidden = {key: value for key, value in self.__dict__.items() if key not in ("codes", "scales", "_whole")}
+        hidden = {key: value for key, value in self.__dict__.items() if key not in _OWN}
         return _rebuild, (self.codes, self.scales, self.dtype, self.requires_grad, hidden)
 
     # FSDP2 calls the next two. With a signature of more arguments it would require each input to have the shape of the

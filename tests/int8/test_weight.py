@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from foam_hf import FOAM
 from foam_hf.int8.codes import MAX_CODE, MIN_SCALE
+from foam_hf.int8.layers import Int8Linear, accept_codes
 from foam_hf.int8.rows import add_to_codes, uniform
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.memory import summarize
@@ -131,6 +132,17 @@ def test_what_linear_gives_can_be_changed_in_place(shape, bias):
         out.square().sum().backward()
         gradients.append(module.weight.grad)
     assert torch.equal(*gradients)
+
+
+def test_a_layer_computes_as_the_function_and_refuses_a_second_derivative():
+    layer, x = int8_linear(), torch.randn(3, 256, requires_grad=True)
+    accept_codes(layer)
+    assert type(layer) is Int8Linear and torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    (plain,) = torch.autograd.grad(layer(x).square().sum(), x)
+    (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    assert torch.equal(first, plain)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 def test_autocast_computes_in_its_dtype_and_gives_gradients_of_the_outer_one():
@@ -366,6 +378,8 @@ def test_assigning_data_takes_the_codes_along():
     weight.data = other
     assert same_bits(weight, other) and weight.dtype == torch.bfloat16 and weight.block_size == 64
     assert isinstance(weight, nn.Parameter) and weight.requires_grad
+    x = torch.randn(2, 256, dtype=torch.bfloat16)
+    assert F.linear(x, weight).dtype == weight.dequantize().dtype == torch.bfloat16
     with pytest.raises(TypeError, match=r"cannot make a Tensor the data of an INT8 weight; expected weight.copy_"):
         weight.data = torch.randn(24, 256)
     assert same_bits(weight, other)
