@@ -127,7 +127,7 @@ def parts_of(weight: Tensor) -> tuple[Tensor, Tensor]:
     part = local(weight)
     assert isinstance(part, Int8Weight)
     if not is_sharded(weight):
-        return part.codes, part.scales
+        return part.stored()
     blocks = weight.shape[-1] // part.block_size
     return _sharded_as(weight, part.codes, weight.shape[-1]), _sharded_as(weight, part.scales, blocks)
 

@@ -33,12 +33,12 @@ def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
         dtype = weight.dtype if torch.compiler.is_compiling() else weight.outer_dtype
     if not torch.is_grad_enabled():  # for example in the first pass of a checkpointed layer
         return torch.nn.functional.linear(x, dequantize(weight.codes, weight.scales, dtype), bias)
-    if _in_backward() and weight.requires_grad and not torch.compiler.is_compiling():
+    if in_backward() and weight.requires_grad and not torch.compiler.is_compiling():
         return _Linear.apply(_Kept.apply(x, weight), weight, bias, dtype, True)
     return _Linear.apply(x, weight, bias, dtype, False)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether this thread runs a backward pass: a forward pass is then the second one of a checkpointed layer."""
     return bool(torch._C._current_graph_task_id() != -1)
 

@@ -167,6 +167,7 @@ class Int8Launch(AddressTable):
             "first_row": [entry.place.first_row for entry in entries],
         }
         super().__init__(geometry, entries, ROW, own, [tiles_of(geometry, entries, segments)])
+        self._weights = [int8_of(entry) for entry in entries]
         constants = {
             "FIELDS": count_of(ROW),
             "G_DTYPE": TRITON_DTYPES[geometry.grad],
@@ -189,6 +190,8 @@ class Int8Launch(AddressTable):
         with device_of(self.device):
             tables = {"table": self.table, "owner": owner}
             self._update(len(owner), {**tables, **arguments, **micro_arguments(h)}, constants)
+        for weight in self._weights:
+            weight.written()
 
 
 def make_launches(members: list[Member]) -> tuple[list[Int8Launch], list[Member]]:

@@ -20,6 +20,7 @@ from foam_hf.tensors.places import is_sharded
 logger = logging.getLogger("foam_hf")
 
 Initializer = Callable[[nn.Module], Any]  # initializes the parameters of a module
+Keeper = Callable[[Int8Weight], Int8Weight]  # takes a new weight to where it is kept
 
 
 @dataclass(frozen=True)
@@ -151,15 +152,20 @@ def module_of(model: nn.Module, name: str) -> nn.Linear:
     return cast(nn.Linear, model.get_submodule(name.rpartition(".")[0]))
 
 
-def convert_(module: nn.Linear, block: int) -> None:
-    """Make the floating point weight of `module` an INT8 one, on its device."""
+def convert_(module: nn.Linear, block: int, keep: Keeper | None = None) -> None:
+    """Make the floating point weight of `module` an INT8 one, on its device; `keep` may take it elsewhere."""
     old = module.weight
-    install_(module, Int8Weight.from_float(old.detach(), block_size=block), old.requires_grad)
+    weight = Int8Weight.from_float(old.detach(), block_size=block)
+    install_(module, weight if keep is None else keep(weight), old.requires_grad)
 
 
 @torch.no_grad()
 def materialize_(
-    model: Any, plan: Int8Plan, device: torch.device, initializer_of: Callable[[nn.Module], Initializer | None]
+    model: Any,
+    plan: Int8Plan,
+    device: torch.device,
+    initializer_of: Callable[[nn.Module], Initializer | None],
+    keeper_of: Callable[[str], Keeper],
 ) -> None:
     """Allocate the parameters on the meta device and initialize them by the model's own rule, one module at a time.
 
@@ -170,6 +176,7 @@ def materialize_(
         plan: which weights become INT8.
         device: of the new parameters.
         initializer_of: gives what initializes a module and its submodules, or None where the outer module's does.
+        keeper_of: gives what takes the weight of a name to where it is kept.
     """
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for name, module, initialize in _with_initializers(model, "", initializer_of):
@@ -182,7 +189,7 @@ def materialize_(
         initialize(module)
         block = plan.blocks.get(prefix + "weight")
         if block is not None:
-            convert_(cast(nn.Linear, module), block)
+            convert_(cast(nn.Linear, module), block, keeper_of(prefix + "weight"))
     model.tie_weights()
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
+import os
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import ModuleType
@@ -26,6 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from foam_hf._import_hook import on_import
+from foam_hf.display import format_bytes
 from foam_hf.int8.files import CODES, METHOD, SCALES, SMALLEST_BLOCK
 from foam_hf.int8.layers import accept_codes, install_
 from foam_hf.int8.models import (
@@ -37,6 +39,7 @@ from foam_hf.int8.models import (
     module_of,
     plan_int8,
 )
+from foam_hf.int8.offload import Offload
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.tensors.places import is_sharded
 from foam_hf.wrapping import wrap
@@ -58,6 +61,9 @@ class Int8Config(QuantizationConfigMixin):
         head: the LM head becomes INT8 too, if it is not tied to the embedding.
         modules_to_not_convert: modules to leave alone: names, parts of names, or regexes that match whole names.
         dequantize: load a checkpoint of INT8 weights as a plain floating point model.
+        offload: "cpu" keeps INT8 weights in host memory, and brings them to the device one layer at a time, see
+            :mod:`foam_hf.int8.offload`. They are trained with ``gradient_release=true``, in one process. It is for
+            loading: no checkpoint has it.
 
     Raises:
         TypeError, ValueError: an argument is unknown, out of range, or of the wrong type.
@@ -72,12 +78,13 @@ class Int8Config(QuantizationConfigMixin):
         head: bool = False,
         modules_to_not_convert: list[str] | None = None,
         dequantize: bool = False,
+        offload: str | None = None,
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
         _check_version()
         for name, value in unknown.items():
-            legal = ("block_size", "head", "modules_to_not_convert", "dequantize")
+            legal = ("block_size", "head", "modules_to_not_convert", "dequantize", "offload")
             near = difflib.get_close_matches(name, legal, n=1, cutoff=0.0)[0]
             raise TypeError(
                 f"Int8Config has no {name}, got {name}={value!r}; did you mean {near!r}? expected {', '.join(legal)}"
@@ -94,18 +101,25 @@ class Int8Config(QuantizationConfigMixin):
         names: Any = modules_to_not_convert
         if names is not None and (isinstance(names, str) or not all(isinstance(name, str) for name in names)):
             raise TypeError(f"modules_to_not_convert is no list of strings, got {names!r}; expected module names")
+        if offload not in (None, "cpu"):
+            raise ValueError(f"offload is not valid, got {offload!r}; expected 'cpu' or None")
+        if offload and dequantize:
+            raise ValueError(
+                f"dequantize=True leaves no INT8 weight to offload, got offload={offload!r}; expected one"
+            )
         self.quant_method = quant_method
         self.block_size = block_size
         self.head = head
         self.modules_to_not_convert = None if names is None else list(names)
         self.dequantize = dequantize
+        self.offload = offload
 
     def choice(self) -> dict[str, Any]:
         """The arguments that decide which weights become INT8, and their blocks."""
         return {name: getattr(self, name) for name in ("block_size", "head", "modules_to_not_convert")}
 
     def to_dict(self) -> dict[str, Any]:
-        """The dict for config.json: how the checkpoint was made, and not `dequantize`, which is for loading."""
+        """The dict for config.json: how the checkpoint was made, and not what is for loading alone."""
         return {"quant_method": self.quant_method, **self.choice()}
 
 
@@ -133,7 +147,9 @@ class Int8Quantizer(HfQuantizer):
                 "expected no quantization_config, or one without dequantize"
             )
         self.plan = Int8Plan()
+        self.offload: Offload | None = None  # of a model that is offloaded, once its weights are known
         self._dtypes: dict[str, torch.dtype] = {}
+        self._device: torch.device | None = None  # that offloaded weights visit, if the caller said so
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -156,7 +172,27 @@ class Int8Quantizer(HfQuantizer):
         quantized = self.param_needs_quantization(model, param_name)
         return self.quantized_element_size if quantized else param.element_size()
 
+    def update_device_map(self, device_map: Any) -> Any:
+        """With offload the weights are read on the CPU, and go on from there: the model is nowhere as a whole."""
+        if self.quantization_config.offload is None or device_map is None:
+            return device_map
+        places = {*device_map.values()} if isinstance(device_map, dict) else {device_map}
+        if len(places) > 1:
+            raise ValueError(
+                f"offload='cpu' trains on one device, got a device_map with {', '.join(sorted(map(str, places)))}; "
+                "expected one, as device_map={'': 0}"
+            )
+        (place,) = places
+        self._device = _device_named(place)
+        return None
+
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate launch set it
+        if self.quantization_config.offload is not None and processes > 1:
+            raise ValueError(
+                f"offload='cpu' trains in one process, got WORLD_SIZE={processes}; expected Int8Config() without "
+                "offload, or one process"
+            )
         places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError(
@@ -168,6 +204,9 @@ class Int8Quantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         self.plan = plan_int8(model, **self.quantization_config.choice())
+        if self.quantization_config.offload is not None:
+            self.offload = Offload(model, self.plan.blocks)
+            _tell_without_gpu(self.offload)
         if not self.pre_quantized:
             logger.info(self.plan.summary(model))
             if self.plan.left:
@@ -195,6 +234,8 @@ class Int8Quantizer(HfQuantizer):
                 delattr(module, CODES)
                 delattr(module, SCALES)
                 del module.__dict__["weight"]
+                if self.offload is not None:
+                    weight = self.offload.take(name, weight)
                 if plain:
                     module.weight = nn.Parameter(weight.dequantize())
                 else:
@@ -202,13 +243,19 @@ class Int8Quantizer(HfQuantizer):
             elif isinstance(module.weight, Int8Weight):
                 accept_codes(module)
             else:  # the checkpoint lacks this weight, so transformers initialized it
-                convert_(module, block)
+                convert_(module, block, self._keep(name))
+        if self._device is not None:
+            model.to(self._device)
+
+    def _keep(self, name: str) -> Callable[[Int8Weight], Int8Weight]:
+        """What takes the weight called ``name`` to where it is kept: host memory if it is offloaded."""
+        return functools.partial(self.offload.take, name) if self.offload is not None else lambda weight: weight
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         return not self.pre_quantized and param_name in self.plan.blocks
 
     def get_quantize_ops(self) -> Any:
-        return _quantize_operation()(self.plan)
+        return _quantize_operation()(self.plan, self._keep, self._device)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
         """The state dict that `save_pretrained` was given, or None: it then makes one of the model.
@@ -244,8 +291,11 @@ def _quantize_operation() -> Any:
     class QuantizeInt8(ConversionOps):
         """Quantizes a weight that was just read, on its device; the floating point copy is freed at once."""
 
-        def __init__(self, plan: Int8Plan) -> None:
-            self.plan = plan
+        def __init__(self, plan: Int8Plan, keep: Callable[[str], Any], device: torch.device | None) -> None:
+            self.plan, self.keep, self.device = plan, keep, device
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
 
         def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
             model, full_layer_name = kwargs["model"], kwargs["full_layer_name"]
@@ -256,9 +306,29 @@ def _quantize_operation() -> Any:
                 raise ValueError(f"{full_layer_name} has shape {tuple(value.shape)}; expected {expected}")
             block = self.plan.blocks[full_layer_name]
             input_dict.clear()
-            return {key: nn.Parameter(Int8Weight.from_float(value, block_size=block))}
+            value = value if self.device is None else value.to(self.device)
+            return {key: nn.Parameter(self.keep(full_layer_name)(Int8Weight.from_float(value, block_size=block)))}
 
     return QuantizeInt8
+
+
+def _device_named(place: Any) -> torch.device:
+    """The device of an entry of a device_map; of "auto" and its like the GPU, if there is one."""
+    if place in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if place == "disk":
+        raise ValueError("offload='cpu' trains on one device, got device_map 'disk'; expected one, as {'': 0}")
+    return torch.device(place)
+
+
+def _tell_without_gpu(offload: Offload) -> None:
+    size = format_bytes(offload.host_bytes)
+    if torch.cuda.is_available():
+        logger.info(f"INT8: {size} of weights in {len(offload.layers)} layers stay in host memory")
+    else:
+        logger.warning(
+            f"offload='cpu' saves memory of a GPU, and torch sees none: got {size} of INT8 weights to offload"
+        )
 
 
 def quantize_model_(model: Any, config: Int8Config | None = None, *, device: torch.device | str | None = None) -> Any:
@@ -290,7 +360,8 @@ def quantize_model_(model: Any, config: Int8Config | None = None, *, device: tor
     quantizer.preprocess_model(model)
     if any(p.is_meta for p in model.parameters()):
         place = torch.device("cpu" if device is None else device)
-        materialize_(model, quantizer.plan, place, lambda module: getattr(module, "_init_weights", None))
+        rule = lambda module: getattr(module, "_init_weights", None)  # noqa: E731
+        materialize_(model, quantizer.plan, place, rule, quantizer._keep)
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)
     return model
@@ -306,7 +377,7 @@ def _wrap_merge_configs(original: Callable[..., Any]) -> Any:
         if not isinstance(asked, Int8Config) or method != METHOD:
             return original(held, asked)
         merged = Int8Config.from_dict(held if isinstance(held, dict) else held.to_dict())
-        merged.dequantize = asked.dequantize
+        merged.dequantize, merged.offload = asked.dequantize, asked.offload
         other = [
             f"{name}={value!r} instead of {asked.choice()[name]!r}"
             for name, value in merged.choice().items()

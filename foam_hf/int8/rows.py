@@ -89,6 +89,7 @@ class Int8Rows:
         scales.copy_(new_scales)
 
     def finish(self) -> None:
+        self.weight.written()
         torch.autograd.graph.increment_version(self.weight)  # autograd does not see changes of codes and scales
 
 

@@ -19,7 +19,7 @@ weights gets those of rank 0, rounded to the nearest codes. So let every rank lo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,7 +41,6 @@ from foam_hf.int8.rows import Int8Rows
 from foam_hf.int8.views import read_only, shared_views
 
 _aten = torch.ops.aten
-_OWN = ("codes", "scales", "outer_dtype", "_whole")  # attributes that the constructor sets
 _SAME = (_aten.detach.default, _aten.alias.default)
 _MADE_LIKE = (
     _aten.empty_like.default,
@@ -84,6 +83,7 @@ class Int8Weight(Tensor):
     outer_dtype: torch.dtype  # the same as ``dtype``, which runs Python code of a tensor subclass
     foam_rows = Int8Rows  # how FOAM updates it, see foam_hf.tensors.rows
     _whole: Int8Weight | None  # of a view of a weight's first rows: that weight, which FSDP2 has padded
+    _OWN: ClassVar[tuple[str, ...]] = ("codes", "scales", "outer_dtype", "_whole")  # that the constructor sets
 
     @staticmethod
     def __new__(cls, codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Int8Weight:
@@ -123,6 +123,13 @@ class Int8Weight(Tensor):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """``codes * scales`` as a plain tensor of ``dtype`` (default: the outer dtype), without a gradient."""
         return dequantize(self.codes, self.scales, self.outer_dtype if dtype is None else dtype)
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Codes and scales, where a file reads them; on another device than the weight's if it is offloaded."""
+        return self.codes, self.scales
+
+    def written(self) -> None:
+        """Called when codes or scales were changed; an offloaded weight then goes back to host memory."""
 
     def _view_of(self, codes: Tensor, scales: Tensor, whole: Int8Weight | None = None) -> Int8Weight:
         view = Int8Weight(codes, scales, self.dtype)
@@ -167,8 +174,8 @@ class Int8Weight(Tensor):
         return self.codes.is_shared() and self.scales.is_shared()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        hidden = {key: value for key, value in self.__dict__.items() if key not in _OWN}
-        return _rebuild, (self.codes, self.scales, self.dtype, self.requires_grad, hidden)
+        hidden = {key: value for key, value in self.__dict__.items() if key not in self._OWN}
+        return _rebuild, (*self.stored(), self.dtype, self.requires_grad, hidden)
 
     # FSDP2 calls the next two. With a signature of more arguments it would require each input to have the shape of the
     # codes where rows do not divide evenly.
@@ -222,7 +229,7 @@ class Int8Weight(Tensor):
                 begins = views[0].storage_offset() == self.codes.storage_offset()
                 return self._view_of(*views, self if begins else None)
             if func is _aten.clone.default:
-                return cls(self.codes.clone(), self.scales.clone(), self.dtype)
+                return Int8Weight(self.codes.clone(), self.scales.clone(), self.dtype)
             if func is _aten._to_copy.default and kwargs.get("dtype", self.dtype) in DTYPES:
                 dtype = kwargs.pop("dtype", None)
                 kwargs.pop("memory_format", None)
@@ -266,6 +273,7 @@ def _quantize_into(weight: Int8Weight, source: Tensor, keep: bool = True) -> Non
             new, new_scales = torch.where(same, codes, new), torch.where(same, scales, new_scales)
         codes.copy_(new)
         scales.copy_(new_scales)
+    weight.written()
 
 
 def _made_like(weight: Int8Weight, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -295,6 +303,7 @@ def _copy_into(weight: Int8Weight, source: Tensor) -> None:
         )
     weight.codes.copy_(source.codes)
     weight.scales.copy_(source.scales)
+    weight.written()
 
 
 def _refuse_writing(func: Any, args: Any, kwargs: Any) -> None:

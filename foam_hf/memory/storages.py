@@ -124,6 +124,8 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
 
 def _tensor_parts(tensor: Tensor) -> list[Any] | None:
     """The inner tensors of a subclass or of a sparse tensor; None if `tensor` has a storage of its own."""
+    if hasattr(tensor, "foam_held"):  # its inner tensors are on the device at times only
+        return [*tensor.foam_held]
     if hasattr(tensor, "__tensor_flatten__"):  # for example a DTensor or a quantized tensor
         parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
         return [part for part in parts if isinstance(part, Tensor)]  # torch lists a DTensor's mesh too

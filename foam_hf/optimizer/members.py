@@ -15,6 +15,7 @@ from foam_hf.optimizer.sharding import empty_state, follow_placements, pieces_of
 from foam_hf.optimizer.state import state_problem
 from foam_hf.rules.all import rule_named, rule_of
 from foam_hf.tensors.places import Piece, is_sharded
+from foam_hf.tensors.rows import visiting_layer
 from foam_hf.tensors.step import Hyper, Member
 
 Group = dict[str, Any]
@@ -58,12 +59,19 @@ def members_of(owned: Owned) -> list[list[Member]]:
     Raises:
         ValueError: a parameter is listed twice, or its state does not fit its group.
         TypeError: a sparse or complex gradient.
+        RuntimeError: the gradient of an offloaded weight.
     """
     params = list(parameters_of(owned.groups))
     if len({id(p) for p in params}) < len(params):  # a caller has changed the lists of the groups
         raise ValueError("a parameter is listed twice in the param groups; expected each parameter once")
     for i, p in enumerate(params):
         check_gradient(p, i)
+        if p.grad is not None and visiting_layer(p) is not None:
+            raise RuntimeError(
+                "weights that are offloaded are updated one layer at a time, in the backward pass: got step() with "
+                f"the gradient of one of shape {tuple(p.shape)}; expected gradient_release=true, or "
+                "foam_hf.enable_gradient_release(model, optimizer) before the backward pass"
+            )
         if p.grad is not None and is_sharded(p):
             follow_placements(p)
     any_gradient = any(p.grad is not None for p in params)

@@ -18,6 +18,7 @@ from torch import Tensor, distributed, nn
 from foam_hf.optimizer.averaging import LARGEST_PACK, Averaging, send_from_first, state_of
 from foam_hf.optimizer.ddp import ignored_by, take_over
 from foam_hf.tensors.places import is_sharded
+from foam_hf.tensors.rows import visiting_layer
 
 
 class Processes:
@@ -48,6 +49,12 @@ class Processes:
     def _average(self, model: Any, trained: list[Tensor], group: Any) -> None:
         """Average the gradients of ``trained``, but for those that DDP was told to ignore."""
         named = dict(model.named_parameters())
+        visiting = [name for name, p in named.items() if visiting_layer(p) is not None]
+        if visiting:
+            raise ValueError(
+                f"offloaded weights are trained in one process: got a process group, and {len(visiting)} of them, "
+                f"{visiting[0]} the first; expected Int8Config() without offload, or one process"
+            )
         ignored = {id(p) for p in (ignored_by(model) if hasattr(model, "parameters_to_ignore") else ())}
         mine = {id(p) for p in trained}
         sharded = [name for name, p in named.items() if is_sharded(p)]

@@ -14,6 +14,7 @@ from foam_hf.optimizer.micro_batches import Collected
 from foam_hf.optimizer.sharding import follow_placements
 from foam_hf.optimizer.step import PreparedStep
 from foam_hf.tensors.places import is_sharded
+from foam_hf.tensors.rows import visiting_layer
 
 
 class Updates:
@@ -121,8 +122,8 @@ class Updates:
             self.clip_all.correct(scale)
         if self._collected:
             self._collected.finish(self.optimizer, scale)
-        for device in {p.device for p in rest}:
-            some = [p for p in rest if p.device == device]
+        for device, layer in {(p.device, visiting_layer(p)) for p in rest}:
+            some = [p for p in rest if p.device == device and visiting_layer(p) is layer]
             if self.clip_each is not None:
                 scale = self.clip_each.before(some, gradients(some))
             self._update_whole(some, None if scale is None else scale.to(device))

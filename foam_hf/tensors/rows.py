@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -101,6 +101,14 @@ def kind_of(p: Tensor) -> str:
     Of a DTensor: the kind of this rank's shard.
     """
     return _rows_class(local(p)).kind
+
+
+def visiting_layer(p: Tensor) -> Any:
+    """What brings ``p`` to its device, ``.bring(device)``, if it is there at times only; None if it always is.
+
+    Weights of one such layer can be updated together, those of two cannot.
+    """
+    return getattr(p, "foam_layer", None)
 
 
 def kernels_of(p: Tensor) -> Mapping[str, str]:

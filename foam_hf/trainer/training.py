@@ -11,6 +11,7 @@ from foam_hf.optim_args import parse_optim_args
 from foam_hf.trainer import checkpoints, weights
 from foam_hf.trainer.build import with_current_trainer
 from foam_hf.trainer.names import foam_of, releases_gradients, uses_foam
+from foam_hf.trainer.offload import refuse_with_offload
 from foam_hf.trainer.patches import is_deepspeed_enabled
 from foam_hf.trainer.refusals import refuse_ready_made_optimizer, refuse_sharding
 from foam_hf.trainer.report import bind_reports
@@ -26,6 +27,7 @@ def wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
             args, kwargs = checkpoints.checked_arguments(trainer, args, kwargs)
             weights.refuse_unreadable(trainer)
         refuse_ready_made_optimizer(trainer)
+        refuse_with_offload(trainer)
         bind_reports(trainer)
         watches = _gradient_release(trainer), _skipped_steps(trainer)
         with watches[0], watches[1], _name_nonfinite_weights(trainer), _suggest_optim_args(trainer):

@@ -1,0 +1,106 @@
+"""Host memory for weights that visit a GPU: whole pages, locked where CUDA can, so that copies run beside its work.
+
+torch's own pinned memory comes in powers of two, which would waste up to half of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from foam_hf.display import format_bytes
+
+logger = logging.getLogger("foam_hf")
+
+_PORTABLE = 1  # cudaHostRegisterPortable: locked for every device
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class Pages(mmap.mmap):
+    """Anonymous memory of ``size`` bytes, which tensors of ``view`` keep alive. It is taken when it is written to."""
+
+    locked = False
+
+    def __new__(cls, size: int) -> Pages:
+        return super().__new__(cls, -1, max(1, size))
+
+    def __init__(self, size: int) -> None:
+        self.size = max(1, size)
+
+    def view(self, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor at ``offset`` bytes, in a storage of its own: what saves it sees no shared one."""
+        return torch.frombuffer(self, dtype=dtype, count=shape.numel(), offset=offset).view(shape)
+
+    def lock(self) -> bool:
+        """Let CUDA copy from and to these pages while it computes; False if it cannot lock them."""
+        if not self.locked:
+            self.locked = int(torch.cuda.cudart().cudaHostRegister(self._address(), self.size, _PORTABLE)) == 0
+            if not self.locked:
+                _forget_error()
+        return self.locked
+
+    def _address(self) -> int:
+        return torch.frombuffer(self, dtype=torch.uint8, count=1).data_ptr()
+
+    def __del__(self) -> None:
+        if self.locked:
+            with contextlib.suppress(Exception):  # CUDA may be gone when the interpreter ends
+                torch.cuda.synchronize()  # a copy may still run
+                torch.cuda.cudart().cudaHostUnregister(self._address())
+
+
+def _forget_error() -> None:
+    """CUDA keeps the error of a call, and the next kernel would raise it."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
+
+
+def lock_all(pages: list[Pages]) -> None:
+    """Lock ``pages``; a warning if some cannot be locked."""
+    failed = [each.size for each in pages if not each.lock()]
+    if failed:
+        logger.warning(
+            f"offload='cpu': {format_bytes(sum(failed))} of host memory could not be locked (pinned), and copies of "
+            "these weights wait for the GPU and it for them; expected a higher limit of locked memory: ulimit -l, "
+            "docker run --ulimit memlock=-1, or under WSL more memory in .wslconfig"
+        )
+
+
+def refuse_too_little(needed: int) -> None:
+    """Raise RuntimeError if this machine or this container has less than ``needed`` bytes of host memory left."""
+    left = available()
+    if left is not None and needed > left:
+        raise RuntimeError(
+            f"offload='cpu' keeps INT8 weights in host memory: got {format_bytes(left)} of it left; expected "
+            f"{format_bytes(needed)}"
+        )
+
+
+def available() -> int | None:
+    """Bytes of host memory that a process can still take, or None if the system does not say."""
+    found = [left for left in (_of_machine(), _of_container()) if left is not None]
+    return min(found, default=None)
+
+
+def _of_machine() -> int | None:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in _MEMINFO.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None
+
+
+def _of_container() -> int | None:
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        most = int((_CGROUP / "memory.max").read_text(encoding="ascii"))  # "max" without a limit
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        lines = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        files = dict(line.split() for line in lines)
+        return most - used + int(files["inactive_file"])  # the cache of files gives way
+    return None
