@@ -23,7 +23,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 class Pages(mmap.mmap):
-    """Anonymous memory of ``size`` bytes, which tensors of ``view`` keep alive. It is taken when it is written to."""
+    """Anonymous memory of ``size`` bytes, which tensors of ``view`` keep alive; it is taken when it is used."""
 
     locked = False
 
@@ -31,7 +31,7 @@ class Pages(mmap.mmap):
         return super().__new__(cls, -1, max(1, size))
 
     def __init__(self, size: int) -> None:
-        self.size = max(1, size)
+        self.nbytes = max(1, size)
 
     def view(self, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """A contiguous tensor at ``offset`` bytes, in a storage of its own: what saves it sees no shared one."""
@@ -40,7 +40,7 @@ class Pages(mmap.mmap):
     def lock(self) -> bool:
         """Let CUDA copy from and to these pages while it computes; False if it cannot lock them."""
         if not self.locked:
-            self.locked = int(torch.cuda.cudart().cudaHostRegister(self._address(), self.size, _PORTABLE)) == 0
+            self.locked = int(torch.cuda.cudart().cudaHostRegister(self._address(), self.nbytes, _PORTABLE)) == 0
             if not self.locked:
                 _forget_error()
         return self.locked
@@ -63,7 +63,7 @@ def _forget_error() -> None:
 
 def lock_all(pages: list[Pages]) -> None:
     """Lock ``pages``; a warning if some cannot be locked."""
-    failed = [each.size for each in pages if not each.lock()]
+    failed = [each.nbytes for each in pages if not each.lock()]
     if failed:
         logger.warning(
             f"offload='cpu': {format_bytes(sum(failed))} of host memory could not be locked (pinned), and copies of "

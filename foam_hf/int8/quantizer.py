@@ -1,4 +1,4 @@
-"""`Int8Config` and its quantizer, for `from_pretrained(..., quantization_config=foam_hf.Int8Config())`.
+"""The quantizer of an `Int8Config`, for `from_pretrained(..., quantization_config=foam_hf.Int8Config())`.
 
 This file relies on these names of transformers 5.6 to 5.x: `register_quantization_config` and `register_quantizer`,
 which are public, the hooks of `HfQuantizer` that it overrides, `AutoHfQuantizer.merge_quantization_configs` and
@@ -10,7 +10,6 @@ relies on are in `foam_hf/trainer/patches.py` and `foam_hf/planner/fsdp2.py`.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import logging
 import os
@@ -20,15 +19,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from foam_hf._import_hook import on_import
 from foam_hf.display import format_bytes
-from foam_hf.int8.files import CODES, METHOD, SCALES, SMALLEST_BLOCK
+from foam_hf.int8.config import Int8Config, check_version
+from foam_hf.int8.files import CODES, METHOD, SCALES
 from foam_hf.int8.layers import accept_codes, install_
 from foam_hf.int8.models import (
     Int8Plan,
@@ -46,92 +44,6 @@ from foam_hf.wrapping import wrap
 
 logger = logging.getLogger("foam_hf")
 
-OLDEST = "5.6"  # older versions read all weights before they quantize the first
-
-
-class Int8Config(QuantizationConfigMixin):
-    """The quantization config for trainable INT8 weights: one byte an element, and a float32 scale for each block.
-
-    Every `nn.Linear` weight that `foam_hf.foam_param_groups` folds becomes an `Int8Weight`; embeddings, norms, biases,
-    tied or shared weights, fused experts and `Conv1D` stay in the model's dtype.
-
-    Args:
-        block_size: columns of a block, a power of two from 16 to 1024. If it does not divide a width, the block has
-            the largest smaller power of two that does. A weight whose width 16 does not divide stays, with a warning.
-        head: the LM head becomes INT8 too, if it is not tied to the embedding.
-        modules_to_not_convert: modules to leave alone: names, parts of names, or regexes that match whole names.
-        dequantize: load a checkpoint of INT8 weights as a plain floating point model.
-        offload: "cpu" keeps INT8 weights in host memory, and brings them to the device one layer at a time, see
-            :mod:`foam_hf.int8.offload`. They are trained with ``gradient_release=true``, in one process. It is for
-            loading: no checkpoint has it.
-
-    Raises:
-        TypeError, ValueError: an argument is unknown, out of range, or of the wrong type.
-        ImportError: transformers is older than 5.6.
-    """
-
-    quant_method: Any  # a plain string; the base class declares an enum
-
-    def __init__(
-        self,
-        block_size: int = 128,
-        head: bool = False,
-        modules_to_not_convert: list[str] | None = None,
-        dequantize: bool = False,
-        offload: str | None = None,
-        quant_method: str = METHOD,
-        **unknown: Any,
-    ) -> None:
-        _check_version()
-        for name, value in unknown.items():
-            legal = ("block_size", "head", "modules_to_not_convert", "dequantize", "offload")
-            near = difflib.get_close_matches(name, legal, n=1, cutoff=0.0)[0]
-            raise TypeError(
-                f"Int8Config has no {name}, got {name}={value!r}; did you mean {near!r}? expected {', '.join(legal)}"
-            )
-        if quant_method != METHOD:
-            raise ValueError(f"quant_method is of another config, got {quant_method!r}; expected {METHOD!r}")
-        if isinstance(block_size, bool) or not isinstance(block_size, int):
-            raise TypeError(f"block_size is not an integer, got {block_size!r}; expected a power of two, 16 to 1024")
-        if not SMALLEST_BLOCK <= block_size <= 1024 or block_size & (block_size - 1):
-            raise ValueError(f"block_size is not valid, got {block_size}; expected a power of two from 16 to 1024")
-        for name, flag in (("head", head), ("dequantize", dequantize)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} is not a bool, got {flag!r}; expected True or False")
-        names: Any = modules_to_not_convert
-        if names is not None and (isinstance(names, str) or not all(isinstance(name, str) for name in names)):
-            raise TypeError(f"modules_to_not_convert is no list of strings, got {names!r}; expected module names")
-        if offload not in (None, "cpu"):
-            raise ValueError(f"offload is not valid, got {offload!r}; expected 'cpu' or None")
-        if offload and dequantize:
-            raise ValueError(
-                f"dequantize=True leaves no INT8 weight to offload, got offload={offload!r}; expected one"
-            )
-        self.quant_method = quant_method
-        self.block_size = block_size
-        self.head = head
-        self.modules_to_not_convert = None if names is None else list(names)
-        self.dequantize = dequantize
-        self.offload = offload
-
-    def choice(self) -> dict[str, Any]:
-        """The arguments that decide which weights become INT8, and their blocks."""
-        return {name: getattr(self, name) for name in ("block_size", "head", "modules_to_not_convert")}
-
-    def to_dict(self) -> dict[str, Any]:
-        """The dict for config.json: how the checkpoint was made, and not what is for loading alone."""
-        return {"quant_method": self.quant_method, **self.choice()}
-
-
-def _check_version() -> None:
-    import transformers  # imported late: transformers replaces its own module after it has imported this file
-
-    if Version(transformers.__version__).release < Version(OLDEST).release:
-        raise ImportError(
-            f"INT8 weights (foam_hf.Int8Config) need transformers {OLDEST} or newer, got {transformers.__version__}; "
-            f"expected: pip install 'transformers>={OLDEST}'"
-        )
-
 
 class Int8Quantizer(HfQuantizer):
     """The quantizer that transformers calls while it loads, trains or saves a model with an `Int8Config`."""
@@ -139,7 +51,7 @@ class Int8Quantizer(HfQuantizer):
     quantization_config: Int8Config
 
     def __init__(self, quantization_config: Int8Config, **kwargs: Any) -> None:
-        _check_version()
+        check_version()
         super().__init__(quantization_config, **kwargs)
         if quantization_config.dequantize and not self.pre_quantized:
             raise ValueError(
@@ -322,9 +234,9 @@ def _device_named(place: Any) -> torch.device:
 
 
 def _tell_without_gpu(offload: Offload) -> None:
-    size = format_bytes(offload.host_bytes)
+    size = format_bytes(offload.visits.host_bytes)
     if torch.cuda.is_available():
-        logger.info(f"INT8: {size} of weights in {len(offload.layers)} layers stay in host memory")
+        logger.info(f"INT8: {size} of weights in {len(offload.visits.layers)} layers stay in host memory")
     else:
         logger.warning(
             f"offload='cpu' saves memory of a GPU, and torch sees none: got {size} of INT8 weights to offload"

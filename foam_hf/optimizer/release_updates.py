@@ -122,7 +122,7 @@ class Updates:
             self.clip_all.correct(scale)
         if self._collected:
             self._collected.finish(self.optimizer, scale)
-        for device, layer in {(p.device, visiting_layer(p)) for p in rest}:
+        for device, layer in dict.fromkeys((p.device, visiting_layer(p)) for p in rest):
             some = [p for p in rest if p.device == device and visiting_layer(p) is layer]
             if self.clip_each is not None:
                 scale = self.clip_each.before(some, gradients(some))

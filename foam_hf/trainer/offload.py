@@ -12,7 +12,7 @@ from foam_hf.trainer.patches import has_adapters, is_deepspeed_enabled, is_fsdp_
 
 def refuse_with_offload(trainer: Any) -> None:
     """Raise ValueError if the Trainer has offloaded weights and cannot train them."""
-    model = getattr(trainer, "model", None)
+    model: Any = getattr(trainer, "model", None)
     if not callable(getattr(model, "parameters", None)):
         return
     if not any(visiting_layer(p) is not None for p in model.parameters()):

@@ -11,18 +11,16 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 import foam_hf
-from foam_hf.int8 import quantizer as int8_quantizer
+from foam_hf.int8 import config as int8_config
 from tests.support.tiny_models import tiny_llama
 
 pytestmark = pytest.mark.compat
 
 
 def test_an_older_transformers_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if Version(transformers.__version__) >= Version(int8_quantizer.OLDEST):
-        monkeypatch.setattr(int8_quantizer, "OLDEST", "99.0")
-    words = (
-        rf"need transformers {int8_quantizer.OLDEST} or newer, got {transformers.__version__}; expected: pip install"
-    )
+    if Version(transformers.__version__) >= Version(int8_config.OLDEST):
+        monkeypatch.setattr(int8_config, "OLDEST", "99.0")
+    words = rf"need transformers {int8_config.OLDEST} or newer, got {transformers.__version__}; expected: pip install"
     with pytest.raises(ImportError, match=words):
         foam_hf.Int8Config()
     tiny_llama().save_pretrained(tmp_path)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from foam_hf import FOAM, Int8Config, enable_gradient_release, foam_param_groups
-from foam_hf.int8 import host_memory, offload
+from foam_hf.int8 import host_memory, visits
 from foam_hf.int8.offload import OffloadedWeight, layers_of
 from foam_hf.int8.quantizer import quantize_model_
 from foam_hf.int8.weight import Int8Weight
@@ -130,25 +130,25 @@ def test_only_slots_are_on_the_device_and_layers_are_copied_no_more_than_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = int8_model(lambda: tiny_llama(**DEEP), "cpu")
-    streamed = next(p for p in model.parameters() if isinstance(p, OffloadedWeight)).foam_layer._offload
+    streamed = next(p for p in model.parameters() if isinstance(p, OffloadedWeight)).foam_layer.visits
     copies: list[bool] = []
-    original = offload.Layer.copy
+    original = visits.Layer.copy
 
     def counted(layer: Any, *, to_device: bool) -> None:
         copies.append(to_device)
         original(layer, to_device=to_device)
 
-    monkeypatch.setattr(offload.Layer, "copy", counted)
+    monkeypatch.setattr(visits.Layer, "copy", counted)
     optimizer = train(model, steps=3)
-    assert len(streamed.layers) == 6 and len(streamed.slots) == offload.SLOTS
+    assert len(streamed.layers) == 6 and len(streamed.slots) == visits.SLOTS
     largest = max(layer.nbytes for layer in streamed.layers)
     assert sum(slot.numel() for slot in streamed.slots) == 3 * largest < streamed.host_bytes
     # Down to the last layer and up again, of which three are there when the direction changes.
-    assert copies.count(True) <= 3 * (2 * 6 - offload.SLOTS + 1) + offload.SLOTS
+    assert copies.count(True) <= 3 * (2 * 6 - visits.SLOTS + 1) + visits.SLOTS
     assert copies.count(False) == 3 * 6 - 1  # the first layer stays when the last step ends
     held = breakdown(model, optimizer).weights
     resident = breakdown(int8_model(lambda: tiny_llama(**DEEP), None), optimizer).weights
-    assert held < resident - (streamed.host_bytes - 3 * largest) + 6 * 14 * offload._ALIGNMENT
+    assert held < resident - (streamed.host_bytes - 3 * largest) + 6 * 14 * visits.ALIGNMENT
 
 
 def test_layers_are_elements_of_the_outermost_lists() -> None:
@@ -274,7 +274,10 @@ def test_steps_without_release_are_refused() -> None:
     [
         ({"optim_args": None}, "updated in the backward pass: got optim_args=None; expected gradient_release=true"),
         ({"torch_compile": True}, "which no compiled model follows: got torch_compile=True; expected False"),
-        ({"optim": "adamw_torch", "optim_args": None}, "adamw_torch.* cannot train INT8 weights"),
+        (
+            {"optim": "adamw_torch", "optim_args": None},
+            "got optim='adamw_torch'; expected optim='foam'",
+        ),
     ],
 )
 def test_runs_that_cannot_train_offloaded_weights_are_refused(
@@ -358,7 +361,7 @@ def wide_llama() -> nn.Module:
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_streams_wait_for_each_other(late: str, accumulation: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bits are those of resident weights, however late copies or the work on the device are."""
-    original = offload.Layer.copy
+    original = visits.Layer.copy
 
     def copy_late(layer: Any, *, to_device: bool) -> None:
         if late == ("into" if to_device else "back"):
@@ -369,7 +372,7 @@ def test_streams_wait_for_each_other(late: str, accumulation: int, monkeypatch: 
         if late == "work":
             torch.cuda._sleep(3_000_000)
 
-    monkeypatch.setattr(offload.Layer, "copy", copy_late)
+    monkeypatch.setattr(visits.Layer, "copy", copy_late)
     handle = nn.modules.module.register_module_forward_pre_hook(forward_late) if late == "work" else None
     try:
         model = assert_same_training(wide_llama, steps=6, accumulation=accumulation)
@@ -394,7 +397,7 @@ def test_on_a_gpu_loading_and_training_hold_slots_alone(tmp_path: Path) -> None:
     )
     assert torch.cuda.max_memory_allocated() - before < 6 * 4096 * 1024 * 4  # one weight in float32, on its way
     assert model.model.embed_tokens.weight.device.type == "cuda"
-    streamed = model.hf_quantizer.offload
+    streamed = model.hf_quantizer.offload.visits
     train(model)
     assert torch.cuda.memory_allocated() - before < 0.5 * streamed.host_bytes
     assert sum(map(Tensor.numel, streamed.slots)) == 3 * streamed.layers[0].nbytes

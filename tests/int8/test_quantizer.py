@@ -94,7 +94,7 @@ def test_the_quantizer_is_registered_whatever_is_imported_first(script: str) -> 
     asked = "print(auto.AUTO_QUANTIZER_MAPPING['foam_int8'], auto.AUTO_QUANTIZATION_CONFIG_MAPPING['foam_int8'])"
     done = subprocess.run([sys.executable, "-c", f"{script}; {asked}"], capture_output=True, text=True, check=False)
     assert done.stdout == (
-        "<class 'foam_hf.int8.quantizer.Int8Quantizer'> <class 'foam_hf.int8.quantizer.Int8Config'>\n"
+        "<class 'foam_hf.int8.quantizer.Int8Quantizer'> <class 'foam_hf.int8.config.Int8Config'>\n"
     ), done.stderr
 
 

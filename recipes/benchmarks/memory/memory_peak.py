@@ -41,6 +41,16 @@ LLAMAS = LLAMAS | {
         "vocab_size": 128256,
     }
 }
+QWENS = {
+    "qwen2.5-14b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
+    }
+}
 ROBERTAS = {
     "roberta-large": {
         "vocab_size": 50265,
@@ -70,6 +80,7 @@ class Case:
     """A model in `weights`, and what TrainingArguments would say.
 
     `weights`: float32 (under bf16 autocast), bfloat16, int8, or loaded: INT8 read by from_pretrained from bf16 files.
+    "int8 offloaded" and "loaded offloaded" keep INT8 weights in host memory.
     """
 
     label: str
@@ -81,7 +92,7 @@ class Case:
     batch: int = 1
     checkpointing: bool = True
     liger: bool = False
-    limit_gib: int | None = None  # no more than this may be allocated
+    limit_gib: float | None = None  # no more than this may be allocated
 
 
 EMBEDDINGS, RELEASE = "fold_embeddings=true", "gradient_release=true"
@@ -126,26 +137,37 @@ CASES = {
 
 def build(case: Case, model_name: str, sequence: int, device: str):
     """The model with random weights on `device`; INT8 ones never exist in floating point all at once."""
-    from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        RobertaConfig,
+        RobertaForSequenceClassification,
+    )
 
     if case.model in ROBERTAS:
         model_class, config = RobertaForSequenceClassification, RobertaConfig(**ROBERTAS[model_name])
+    elif model_name in QWENS:
+        model_class = Qwen2ForCausalLM
+        config = Qwen2Config(**QWENS[model_name], max_position_embeddings=sequence, use_cache=False)
     else:
         model_class = LlamaForCausalLM
         config = LlamaConfig(**LLAMAS[model_name], max_position_embeddings=sequence, use_cache=False)
-    if case.weights == "int8":
+    kind, _, offloaded = case.weights.partition(" ")
+    if kind in ("int8", "loaded"):
         from foam_hf import Int8Config
 
-        return random_int8_model(config, Int8Config(), device=device)
-    if case.weights == "loaded":
-        from foam_hf import Int8Config
-
+        quantization = Int8Config(offload="cpu" if offloaded else None)
+    if kind == "int8":
+        return random_int8_model(config, quantization, device=device)
+    if kind == "loaded":
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(model_class, config, Path(folder), device)
             if device == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            places = {"quantization_config": Int8Config(), "device_map": {"": device}}
+            places = {"quantization_config": quantization, "device_map": {"": device}}
             return model_class.from_pretrained(folder, dtype=torch.bfloat16, **places)
     torch.set_default_dtype(getattr(torch, case.weights))  # no other copy of the weights, not even for a moment
     with torch.device(device):
@@ -189,7 +211,12 @@ def write_checkpoint(model_class, config, folder: Path, device: str) -> None:
 
 
 def measure(name: str, model_name: str, sequence: int, batch: int, steps: int, device: str) -> dict:
-    """One row of the results: train WARM_UP + steps steps, and time the latter."""
+    """One row of the results."""
+    return measured(CASES[name], model_name, sequence, batch, steps, device)[0]
+
+
+def measured(case: Case, model_name: str, sequence: int, batch: int, steps: int, device: str) -> tuple[dict, Any]:
+    """One row of the results, and the model: train WARM_UP + steps steps, and time the latter."""
     from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
     from foam_hf.memory import breakdown  # its import also registers optim="foam"
@@ -208,7 +235,7 @@ def measure(name: str, model_name: str, sequence: int, batch: int, steps: int, d
             synchronize(device)
             self.ends.append(time.perf_counter())
 
-    case, watch = CASES[name], Watch()
+    watch = Watch()
     cuda = device == "cuda"
     if case.limit_gib is not None and cuda:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -242,7 +269,7 @@ def measure(name: str, model_name: str, sequence: int, batch: int, steps: int, d
     seconds = [end - start for start, end in zip(watch.ends, watch.ends[1:], strict=False)][WARM_UP - 1 :]
     ms = 1000 * statistics.median(seconds)
     held = watch.held
-    return {
+    row = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights_bytes": held.weights,
         "gradients_bytes": held.gradients,
@@ -250,10 +277,11 @@ def measure(name: str, model_name: str, sequence: int, batch: int, steps: int, d
         "loading_peak_bytes": loading,
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "peak_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
-        "limit_bytes": case.limit_gib and case.limit_gib * 2**30,
+        "limit_bytes": case.limit_gib and int(case.limit_gib * 2**30),
         "ms": ms,
         "tokens_per_s": 1000 * batch * sequence / ms,
     }
+    return row, model
 
 
 def main(argv: list[str] | None = None) -> dict:
