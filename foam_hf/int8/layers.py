@@ -90,7 +90,7 @@ class Int8Linear(Int8Layer):
     def forward(self, input: Tensor) -> Tensor:
         """As in torch, without its search for tensor subclasses."""
         weight: Any = self._parameters.get("weight")
-        if type(weight) is Int8Weight and type(input) is Tensor and not torch.compiler.is_compiling():
+        if isinstance(weight, Int8Weight) and type(input) is Tensor and not torch.compiler.is_compiling():
             return linear(input, weight, self.bias)
         return super().forward(input)
 

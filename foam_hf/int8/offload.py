@@ -65,7 +65,7 @@ class OffloadedWeight(Int8Weight):
     host memory. ``weight.to(device)`` gives a weight of the same memory that visits another device.
     """
 
-    _INNER = ("foam_layer", "_number", "_place", "_whole")
+    _OWN = ("foam_layer", "_number", "_place", "outer_dtype", "_whole")
 
     @staticmethod
     def __new__(cls, layer: Layer, number: int, dtype: torch.dtype, device: torch.device) -> OffloadedWeight:
@@ -74,6 +74,7 @@ class OffloadedWeight(Int8Weight):
 
     def __init__(self, layer: Layer, number: int, dtype: torch.dtype, device: torch.device) -> None:
         self.foam_layer, self._number, self._place, self._whole = layer, number, device, None
+        self.outer_dtype = dtype
 
     @property
     def codes(self) -> Tensor:  # type: ignore[override]
@@ -106,7 +107,7 @@ class OffloadedWeight(Int8Weight):
 
     def _like(self, dtype: torch.dtype | None = None, device: Any = None) -> OffloadedWeight:
         place = self._place if device is None else torch.empty(0, device=device).device  # with its index
-        return OffloadedWeight(self.foam_layer, self._number, self.dtype if dtype is None else dtype, place)
+        return OffloadedWeight(self.foam_layer, self._number, dtype or self.outer_dtype, place)
 
     def _set_data(self, data: Tensor) -> None:
         if not isinstance(data, OffloadedWeight):
@@ -115,6 +116,7 @@ class OffloadedWeight(Int8Weight):
                 "weight.copy_(new), or module.weight = torch.nn.Parameter(new)"
             )
         self.foam_layer, self._number, self._place = data.foam_layer, data._number, data._place
+        self.outer_dtype = data.outer_dtype
 
     def share_memory_(self) -> OffloadedWeight:
         """Its pages are shared between forked processes as they are."""
