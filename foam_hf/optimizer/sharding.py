@@ -53,6 +53,9 @@ def pieces_of(p: Any, rule: Rule, level: Level) -> list[Piece]:
         )
     if not p.dim():
         return [Piece(whole_place(p))]
+    if rule.on_whole is not None:
+        shared_dimension(p)  # refuses what cannot be gathered
+        return [Piece(whole_place(p))]
     _check_columns(p, cuts[-1], level)
     if cuts[-1] and kind_of(p) != PLAIN:
         raise ValueError(
@@ -80,6 +83,43 @@ def pieces_of(p: Any, rule: Rule, level: Level) -> list[Piece]:
         )
         pieces.append(Piece(place, index))
     return pieces or [Piece(whole_place(p))]  # a shard without any matrix: only the step is counted
+
+
+class SharedDimension(NamedTuple):
+    """The one dimension of a DTensor that is cut over several ranks.
+
+    ``spans`` are the parts of the ranks of ``group``, in its order.
+    """
+
+    dim: int
+    group: Group
+    spans: tuple[range, ...]
+
+
+def shared_dimension(p: Any) -> SharedDimension | None:
+    """The dimension of ``p``, a DTensor, that is cut; None if each rank holds all of ``p``.
+
+    Raises:
+        ValueError: the last dimension is cut, or several dimensions of the mesh cut ``p``.
+    """
+    cuts = [(dim, cut) for dim in range(p.dim()) for cut in _cuts(p, dim)]
+    if not cuts:
+        return None
+    if len(cuts) > 1 or cuts[0][0] == p.dim() - 1:
+        right = " or ".join(map(repr, shardable_options(("rows and columns",))["second_moment"]))
+        raise ValueError(
+            "a rule that needs whole matrices gathers rows over one dimension of the mesh: got shape "
+            f"{tuple(p.shape)} with placements {p.placements} on {p.device_mesh}; expected one Shard of any dimension "
+            f"but the last, as FSDP2 makes it without tensor parallelism, or second_moment={right}"
+        )
+    ((dim, cut),) = cuts
+    group, mesh, at = p.device_mesh.get_group(cut.mesh_dim), p.device_mesh, list(p.device_mesh.get_coordinate())
+    line = mesh.mesh[tuple(slice(None) if i == cut.mesh_dim else c for i, c in enumerate(at))].tolist()
+    spans = [range(0)] * cut.parts
+    for coordinate, rank in enumerate(line):
+        at[cut.mesh_dim] = coordinate
+        spans[torch.distributed.get_group_rank(group, rank)] = _rank_range(p.shape[dim], [cut], at)
+    return SharedDimension(dim, group, tuple(spans))
 
 
 def _cuts(p: Any, dim: int) -> list[_Cut]:

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from foam_hf.kernels.choice import use_kernels
 from foam_hf.kernels.uploads import SharedTables, share_tables
+from foam_hf.optimizer.gathering import Gathering
 from foam_hf.optimizer.members import Micro, hyper_of
 from foam_hf.optimizer.nonfinite import LeftOutReport
 from foam_hf.optimizer.sharding import add_over_ranks
+from foam_hf.optimizer.shared_matrices import is_shared
 from foam_hf.optimizer.watched import StepCounts, Watched, WatchedGradients, gradients_of, here, unique
 from foam_hf.rules.all import rule_named
 from foam_hf.rules.rule import Launch, Unfinished
@@ -85,6 +87,8 @@ class PreparedStep:
     Attributes:
         launches: launches of kernels.
         plain: members that are updated without kernels.
+
+    Members whose matrices are gathered are in neither.
     """
 
     def __init__(
@@ -103,11 +107,15 @@ class PreparedStep:
         self._changed_numbers = numpy.array([self._numbers[id(p)] for p in self._changed], dtype=numpy.int64)
         self._counted = {id(p): i for i, p in enumerate(self._changed)}
         self._counts = StepCounts(unique(member.state for member in every))
+        shared: list[list[Member]] = []
         for group, mine in zip(groups, members, strict=True):
-            self._add(group, mine)
+            gathered = list(map(is_shared, mine))
+            shared.append(list(itertools.compress(mine, gathered)))
+            self._add(group, list(itertools.compress(mine, map(operator.not_, gathered))))
+        self._gathering = Gathering(groups, shared, self._numbers) if any(shared) else None
         self._tables: list[SharedTables] = []
         self._watched: Watched | None = None
-        if self.launches:  # without tables a new PreparedStep costs nothing
+        if self.launches or self._gathering is not None:  # without these a new PreparedStep costs nothing
             self._tables = share_tables([each.launch for each in self.launches])
             self._watched = Watched(groups, params, states, every)
             self._gradients = WatchedGradients(params, every, self._watched.sharded)
@@ -195,6 +203,8 @@ class PreparedStep:
             left = _update_plainly(member, h, scale, where)
             if left is not None:
                 unfinished.append((left, h, where))
+        if self._gathering is not None:
+            self._gathering.run(grad_scale, left_out, size)
         # autograd does not see what kernels write, but a backward pass that needs the old values must raise an error.
         torch.autograd.graph.increment_version(self._changing)
         if unfinished:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from foam_hf.optim_args import FOAM_NAMES
+from foam_hf.optimizer.gathering import gathering_bytes
 from foam_hf.planner.counting import foam_groups
 from foam_hf.planner.peers import BY_NAME
 from foam_hf.planner.plan import Estimate
@@ -82,30 +83,40 @@ def activation_curve(model: nn.Module, sequence: int, **settings: Any) -> Callab
     return _TrainingStep(model, sequence, **settings).estimate_quickly
 
 
-def optimizer_temporary_bytes(model: nn.Module, optim: str, optim_args: str | None = None) -> int:
+def optimizer_temporary_bytes(
+    model: nn.Module, optim: str, optim_args: str | None = None, shard: nn.Module | None = None, gpus: int = 1
+) -> int:
     """The most bytes that one step of an optimizer on a GPU allocates and frees again.
 
     FOAM's kernels allocate nothing, except that those of the factored rule keep sums of squares during the step, and
     Muon's a few matrices. Rules without a kernel (Adam-mini, moments of 8 bits) allocate as on a CPU, in larger
-    chunks. The bytes of other optimizers are in `planner/peers.py`.
+    chunks. Muon gathers the matrices that GPUs share, some at a time. The bytes of other optimizers are in
+    `planner/peers.py`.
 
     Args:
         model: its trainable parameters are counted, on any device.
         optim, optim_args: as in TrainingArguments.
+        shard: what one of ``gpus`` holds of ``model`` under FSDP2.
     """
     if optim in FOAM_NAMES:
-        return _foam_temporary_bytes(model, optim, optim_args)
-    trained = [p for p in model.parameters() if p.requires_grad]
+        return _foam_temporary_bytes(model, optim, optim_args, shard, gpus)
+    trained = [p for p in (shard or model).parameters() if p.requires_grad]
     return BY_NAME[optim].temporary(trained) if optim in BY_NAME else 0
 
 
-def _foam_temporary_bytes(model: nn.Module, optim: str, optim_args: str | None) -> int:
+def _foam_temporary_bytes(
+    model: nn.Module, optim: str, optim_args: str | None, shard: nn.Module | None, gpus: int
+) -> int:
     """The largest temporary of a weight, or the sum over all weights whose rule allocates for all of them at once."""
     most = together = 0
-    for group in foam_groups(model, optim, optim_args):
-        for p in group["params"]:
+    groups = foam_groups(model, optim, optim_args)
+    parts = groups if shard is None else foam_groups(shard, optim, optim_args)
+    for group, mine in zip(groups, parts, strict=True):
+        for p, part in zip(group["params"], mine["params"], strict=True):
             rule, level = rule_of(p, group)
-            size = rule.temporary(p, level)
+            gathered = rule.on_whole is not None and shard is not None and gpus > 1
+            size = rule.temporary(p if gathered else part, level)
+            size += gathering_bytes(p, group, gpus) if gathered else 0
             most, together = max(most, 0 if rule.together else size), together + (size if rule.together else 0)
     return max(most, together)
 

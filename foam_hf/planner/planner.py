@@ -248,8 +248,9 @@ class Planner:
             most = max(most, self._activations(plan, batch, True).bytes - plan.gradients)
         # The peak is either in forward and backward or in the optimizer's step.
         if self.fsdp2:
-            shard = shard_of(self._model_with(plan.int8_weights), self.fsdp2)
-            step = optimizer_temporary_bytes(shard, plan.optim, plan.options) - plan.buffers
+            model = self._model_with(plan.int8_weights)
+            shard = shard_of(model, self.fsdp2)
+            step = optimizer_temporary_bytes(model, plan.optim, plan.options, shard, self.fsdp2) - plan.buffers
         elif self.zero is None:
             step = optimizer_temporary_bytes(self.model, plan.optim, plan.options)
         else:

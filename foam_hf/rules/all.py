@@ -46,7 +46,10 @@ def folding_rule(second_moment: Any) -> Rule:
     return next((rule for rule in RULES if rule.asked == ("second_moment", second_moment)), BLOCK)
 
 
-def shardable_options(shards: Collection[str] = ("rows and columns", "rows or columns")) -> dict[str, list[str]]:
+ANY_SHARDS = ("rows and columns", "rows or columns", "rows, gathered")
+
+
+def shardable_options(shards: Collection[str] = ANY_SHARDS) -> dict[str, list[str]]:
     """Field of a param group -> those of its values whose rules have one of ``shards``: by default any shards."""
     found: dict[str, list[str]] = {}
     for field, value in (rule.asked for rule in RULES if rule.shards in shards):

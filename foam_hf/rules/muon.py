@@ -23,15 +23,17 @@ own combination with Muon may differ.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from foam_hf.rules.by_rows import fold
 from foam_hf.rules.orthogonal import LARGEST_VALUE, orthogonalized
-from foam_hf.rules.rule import LARGEST_STEP, Group, Rule, StateTensor
+from foam_hf.rules.rule import LARGEST_STEP, Group, OnWhole, Part, Rule, StateTensor
+from foam_hf.tensors.finite import undo_if
 from foam_hf.tensors.folding import Level, block_width, blocked, num_blocks, split_moment
-from foam_hf.tensors.rows import Rows, as_rows, chunks, load, store
+from foam_hf.tensors.rows import Rows, as_rows, chunks, load, store, weight_rows
 from foam_hf.tensors.step import Hyper
 
 BATCH_ELEMENTS = 1 << 22  # of the matrices of one shape that kernels update at a time; a larger matrix is alone
@@ -67,33 +69,73 @@ def update_muon(
     if grad.numel() == 0:
         return
     rows, n = grad.shape[-2:]
-    width = block_width(level, n)
     gradient, momentum = as_rows(grad, n), as_rows(state["folded_momentum"], num_blocks(level, n))
-    factor = step_factor(rows, n)
-    limit, step = element_limit(factor), h.lr * factor * h.scale
     for first in range(0, len(weight), rows):
-        parts = [range(first + chunk.start, first + chunk.stop) for chunk in chunks(rows, n, grad.device)]
-        direction = torch.empty(rows, n, dtype=torch.float32, device=grad.device)
-        for chunk in parts:
-            direction[chunk.start - first : chunk.stop - first] = _direction(gradient, momentum, chunk, width, h)
-        direction = orthogonalized(direction)
-        if limit < math.inf:
-            direction.clamp_(-limit, limit)
-        for chunk in parts:
-            W = weight.load(chunk, h)
-            W.add_(direction[chunk.start - first : chunk.stop - first], alpha=-step)
-            weight.store(chunk, W, h)
+        last = first + rows
+        direction = _direction(gradient[first:last], momentum[first:last], level, h, first)
+        _subtract(weight, first, direction, h, rows)
     weight.finish()
 
 
-def _direction(gradient: Tensor, momentum: Tensor, rows: range, width: int, h: Hyper) -> Tensor:
-    """``rows`` of the matrix to orthogonalise, float32. Their momentum is updated."""
-    G, m = load(gradient, rows), load(momentum, rows)
-    B, n = torch.empty_like(G), G.shape[-1]
-    for Gi, mi, Bi in zip(blocked(G, width), split_moment(m, width, n), blocked(B, width), strict=True):
-        muon_rule(Gi, mi, Bi, h)
-    store(momentum, rows, m, h, substream=1)
-    return B
+def _direction(gradient: Tensor, momentum: Tensor, level: Level, h: Hyper, first_row: int) -> Tensor:
+    """The direction of the step of a matrix that begins at ``first_row`` of its tensor. Its momentum is updated."""
+    rows, n = gradient.shape
+    width = block_width(level, n)
+    direction = torch.empty(rows, n, dtype=torch.float32, device=gradient.device)
+    for chunk in chunks(rows, n, gradient.device):
+        G, m = load(gradient, chunk), load(momentum, chunk)
+        B = direction[chunk.start : chunk.stop]
+        for Gi, mi, Bi in zip(blocked(G, width), split_moment(m, width, n), blocked(B, width), strict=True):
+            muon_rule(Gi, mi, Bi, h)
+        store(momentum, chunk, m, h, substream=1, first_row=first_row)
+    direction = orthogonalized(direction)
+    limit = element_limit(step_factor(rows, n))
+    return direction.clamp_(-limit, limit) if limit < math.inf else direction
+
+
+def _subtract(weight: Rows, first: int, direction: Tensor, h: Hyper, rows: int) -> None:
+    """Update the rows of ``weight`` from ``first`` on by their ``direction``; their matrix has ``rows`` rows."""
+    n = direction.shape[-1]
+    step = h.lr * step_factor(rows, n) * h.scale
+    for chunk in chunks(len(direction), n, direction.device):
+        mine = range(first + chunk.start, first + chunk.stop)
+        W = weight.load(mine, h)
+        W.add_(direction[chunk.start : chunk.stop], alpha=-step)
+        weight.store(mine, W, h)
+
+
+class TorchHalves:
+    """``rule.Halves`` in torch operations, one matrix at a time, for every device and kind of weight."""
+
+    scaled = False
+
+    def __init__(self, parts: Sequence[Part], own: slice, level: Level) -> None:
+        self._parts, self._own, self._level = parts, parts[own], level
+        self.dtype = torch.float32 if parts[0].moment.device.type == "cpu" else torch.float16  # of ``orthogonalized``
+
+    def find(
+        self, G: Tensor, M: Tensor, h: Hyper, grad_scale: Tensor | None, left_out: Tensor | None
+    ) -> tuple[Tensor, None]:
+        found = torch.empty(G.shape, dtype=self.dtype, device=G.device)
+        for i, part in enumerate(self._own):
+            grad = G[i]
+            if grad_scale is not None:
+                grad = grad.float() / (grad_scale if grad_scale.numel() == 1 else grad_scale[i])
+            h = h._replace(stream=part.stream)
+            found[i] = _direction(grad, M[i], self._level, h, part.whole.first_row)
+        return found, None
+
+    def subtract(
+        self, X: Tensor, M: Sequence[Tensor], scales: Tensor | None, h: Hyper, left_out: Tensor | None
+    ) -> None:
+        for i, part in enumerate(self._parts):
+            weight = weight_rows(part.weight, part.place)
+            bad = torch.zeros((), dtype=torch.bool) if left_out is None else left_out[i]
+            with undo_if(bad, [*weight.tensors, part.moment]) as wanted:
+                if wanted:
+                    part.moment.copy_(M[i])
+                    _subtract(weight, 0, X[i], h._replace(stream=part.stream), part.place.rows)
+                    weight.finish()
 
 
 def _state(p: Tensor, level: Level, group: Group) -> dict[str, StateTensor]:
@@ -114,7 +156,8 @@ MUON = Rule(
     update=update_muon,
     kernel="foam_hf.rules.muon_kernel",
     unit="tensor",
-    shards="nothing",
+    shards="rows, gathered",
+    on_whole=OnWhole(matrices_at_a_time, TorchHalves, "foam_hf.rules.muon_halves_kernel"),
     betas=lambda group: (group["momentum"], group["betas"][1]),
     table_fields={"second_moment": "factored", "scale": 1.0},  # a table of vectors is no matrix to orthogonalise
     temporary=_temporary_bytes,

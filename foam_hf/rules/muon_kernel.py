@@ -43,7 +43,6 @@ from foam_hf.kernels.tables import (
 from foam_hf.rules.muon import element_limit, matrices_at_a_time, step_factor
 from foam_hf.rules.orthogonal import SMALLEST_NORM
 from foam_hf.rules.products_kernel import LANES, Orthogonalizer
-from foam_hf.tensors.places import whole_place
 from foam_hf.tensors.step import Hyper, Member
 
 WARP_ELEMENTS = 512
@@ -185,6 +184,13 @@ def _weight_kernel(
     store(W, w, bits, mask, W_DTYPE, STOCHASTIC)
 
 
+OfStep = tuple[dict[str, Any], dict[str, Any]]  # what ``AddressTable.of_step`` returns
+
+
+def _momentum(numbers: OfStep) -> dict[str, Any]:
+    return {name: numbers[0][name] for name in ("b1", "a1", "rho", "grad_scale")}
+
+
 @dataclass(frozen=True)
 class MatrixGeometry(Geometry):
     """What a launch is compiled for, the shape of its matrices included."""
@@ -209,7 +215,7 @@ def _matrices_of(entry: Entry) -> Iterator[Entry]:
     weights, grads = entry.weight.view(-1, rows, n), entry.grad.view(-1, rows, n)
     moments = momentum.view(-1, *momentum.shape[-2:])
     for i, (weight, grad, m) in enumerate(zip(weights, grads, moments, strict=True)):
-        place = whole_place(weight)._replace(first_row=i * rows)
+        place = entry.place._replace(first_row=entry.place.first_row + i * rows)
         offset = entry.grad_offset + i * rows * n * grad.element_size()
         yield Entry(weight, grad, (m,), entry.level, entry.stream, place, offset)
 
@@ -248,49 +254,73 @@ class Launch(AddressTable):
         """Let ``members`` be those of the matrices, as ``streams`` are."""
         self.members = [m for m, count in zip(self.members, self._of_entry, strict=True) for _ in range(count)]
 
+    def move(self, gradients: numpy.ndarray, momenta: numpy.ndarray) -> None:
+        """Read gradients and momenta of the same kind at new addresses, one for each matrix."""
+        if (self._rows["gradient"] != gradients).any() or (self._rows["exp_avg"] != momenta).any():
+            self._rows["exp_avg"] = momenta
+            self.move_gradients(gradients)
+
     def run(self, h: Hyper, grad_scale: Tensor | None = None, left_out_at: Tensor | None = None) -> None:
-        (owner,) = self.owners
-        matrices, checked = len(self._present), left_out_at is not None
-        of_step, constants = self.of_step(h, grad_scale, left_out_at)
-        tables = {"table": self.table, "owner": owner}
-        momentum = {name: of_step[name] for name in ("b1", "a1", "rho", "grad_scale")}
-        random = {name: of_step[name] for name in ("step", "seed")}
-        size = step_factor(*self._shape.values())
-        weights = {"step_size": of_step["step_size"] * size, "limit": element_limit(size), "decay": of_step["decay"]}
+        matrices, numbers = len(self._present), self.of_step(h, grad_scale, left_out_at)
         with device_of(self.device):
-            factors = self._factors(tables, momentum, {"SCALED": constants["SCALED"]}, matrices, checked)
+            factors, infinite = self.factors(numbers)
+            if left_out_at is not None:
+                bad = self._in_tensors(infinite) if len(self._of_entry) < len(self.streams) else infinite
+                factors.masked_fill_(bad, -1.0)
             for first in range(0, matrices, self._batch):
                 count = min(self._batch, matrices - first)
-                X = torch.empty(count, *self._shape.values(), dtype=torch.float16, device=self.device)
-                batch = {**random, "first": first, "programs": self._programs, **self._shape}
-                arguments = {**tables, "X": X, "factors": factors, **batch, **momentum}
-                arguments["left_out_at"] = of_step["left_out_at"]
-                self._write_directions(count * self._programs, arguments, constants)
-                X, scales = self._orthogonalize(X)
-                arguments = {**tables, "X": X, "factors": factors, "scales": scales, **batch, **weights}
-                rounding = {name: constants[name] for name in ("STOCHASTIC", "CHECKED", "MIXED")}
-                self._update_weights(count * self._programs, arguments, rounding)
+                X, scales = self.find(first, count, factors, numbers)
+                self.subtract(first, X, scales, factors, numbers)
 
-    def _factors(
-        self, tables: dict[str, Any], momentum: dict[str, Any], scaled: dict[str, int], matrices: int, checked: bool
-    ) -> Tensor:
+    def factors(self, numbers: OfStep) -> tuple[Tensor, Tensor]:
         """What to multiply each matrix by, so that its rows (columns, if it is tall) have the mean square norm 1.
 
-        Negative where a gradient is not finite, in all matrices of its tensor.
+        ``numbers`` are those of ``of_step``. The second tensor says which gradients are not finite. A caller makes the
+        factor negative of a matrix that must be left out.
         """
+        (owner,), matrices = self.owners, len(self._present)
         sums = torch.empty(2, matrices * self._programs, dtype=torch.float32, device=self.device)
         totals = torch.empty(2, matrices, dtype=torch.float32, device=self.device)
-        arguments = {**tables, "sums": sums, **self._shape, **momentum}
-        self._add_squares(matrices * self._programs, arguments, scaled)
+        arguments = {"table": self.table, "owner": owner, "sums": sums, **self._shape, **_momentum(numbers)}
+        self._add_squares(matrices * self._programs, arguments, {"SCALED": numbers[1]["SCALED"]})
         self._total(2 * matrices, {"sums": sums, "totals": totals, "count": self._programs}, {})
         norms = totals[0].sqrt_().clamp_(min=SMALLEST_NORM)
-        factors = norms.reciprocal_().mul_(math.sqrt(min(self._shape.values())))
-        if not checked:
-            return factors
-        bad = (totals[1] < math.inf).logical_not_()  # NaN too
-        if len(self._of_entry) < len(self.streams):
-            bad = self._in_tensors(bad)
-        return factors.masked_fill_(bad, -1.0)
+        infinite = (totals[1] < math.inf).logical_not_()  # NaN too
+        return norms.reciprocal_().mul_(math.sqrt(min(self._shape.values()))), infinite
+
+    def find(self, first: int, count: int, factors: Tensor, numbers: OfStep) -> tuple[Tensor, Tensor]:
+        """Orthogonalise ``count`` matrices, from the ``first``, and update their momentum, with ``factors`` of all.
+
+        Returns:
+            float16 (count, rows, n), and float32 (count,), what each must be multiplied by.
+        """
+        arguments, constants = numbers
+        X = torch.empty(count, *self._shape.values(), dtype=torch.float16, device=self.device)
+        own = {"X": X, "factors": factors, **self._place(first, arguments), **_momentum(numbers)}
+        own["left_out_at"] = arguments["left_out_at"]
+        (owner,) = self.owners
+        self._write_directions(count * self._programs, {"table": self.table, "owner": owner, **own}, constants)
+        return self._orthogonalize(X)
+
+    def subtract(
+        self, first: int, X: Tensor, scales: Tensor, factors: Tensor, numbers: OfStep, rows: int | None = None
+    ) -> None:
+        """Subtract ``X`` (count, rows, n) times ``scales`` (count,) from the matrices from the ``first`` on.
+
+        ``rows`` are those of a whole matrix, if these are parts.
+        """
+        arguments, constants = numbers
+        size = step_factor(self._shape["rows"] if rows is None else rows, self._shape["n"])
+        own = {"X": X, "factors": factors, "scales": scales, **self._place(first, arguments)}
+        own |= {"step_size": arguments["step_size"] * size, "limit": element_limit(size), "decay": arguments["decay"]}
+        rounding = {name: constants[name] for name in ("STOCHASTIC", "CHECKED", "MIXED")}
+        (owner,) = self.owners
+        self._update_weights(len(X) * self._programs, {"table": self.table, "owner": owner, **own}, rounding)
+
+    def _place(self, first: int, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What kernels that begin with the ``first`` matrix take, in the order of their parameters."""
+        random = {name: arguments[name] for name in ("step", "seed")}
+        return {**random, "first": first, "programs": self._programs, **self._shape}
 
     def _in_tensors(self, bad: Tensor) -> Tensor:
         """Whether any matrix of the same tensor is ``bad``."""

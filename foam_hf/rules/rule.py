@@ -112,6 +112,78 @@ class Update(Protocol):
         """
 
 
+class Part(NamedTuple):
+    """The rows of a matrix that this rank holds, perhaps none."""
+
+    weight: Tensor  # (rows here, n), of any kind
+    moment: Tensor  # the same rows of its state, (rows here, blocks)
+    place: places.Place  # of these rows in the whole tensor
+    matrix: int  # the number of the matrix in its tensor
+    stream: int
+
+    @property
+    def whole(self) -> places.Place:
+        """Where the matrix lies in the whole tensor."""
+        return self.place._replace(first_row=self.matrix * self.place.rows)
+
+
+class Halves(Protocol):
+    """An update in two halves, of matrices of one shape whose rows ranks share: ``find`` needs whole matrices.
+
+    The halves together have the bits of ``Rule.update``. How many matrices there are changes no bit.
+    """
+
+    dtype: torch.dtype  # of what ``find`` returns
+    scaled: bool  # whether that must be multiplied by scales
+
+    def __init__(self, parts: Sequence[Part], own: slice, level: Level) -> None:
+        """``parts`` are this rank's rows of all matrices; it finds what to subtract from the ``own`` ones."""
+
+    def find(
+        self, G: Tensor, M: Tensor, h: Hyper, grad_scale: Tensor | None, left_out: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What to subtract from this rank's own matrices.
+
+        Args:
+            G: gradients (own matrices, rows, n), of any float dtype.
+            M: their state (own matrices, rows, blocks), updated.
+            h: the numbers of the step, for any of the streams.
+            grad_scale: what to divide gradients by, float32 of one element or (own matrices,).
+            left_out: which matrices the step leaves out, bool (own matrices,); None if it checks none. What is
+                returned for these does not count.
+
+        Returns:
+            ``dtype`` (own matrices, rows, n), and, if ``scaled``, float32 (own matrices,).
+        """
+
+    def subtract(
+        self, X: Tensor, M: Sequence[Tensor], scales: Tensor | None, h: Hyper, left_out: Tensor | None
+    ) -> None:
+        """Update the parts, but those of matrices that are ``left_out``, bool (parts,).
+
+        Args:
+            X: (parts, rows here, n), as found.
+            M: for each part the new state, (rows here, blocks).
+            scales: float32 (parts,), as found.
+            h: as for ``find``.
+        """
+
+
+@dataclass(frozen=True)
+class OnWhole:
+    """How a rule that needs whole matrices updates those whose rows ranks share. It has one tensor of state.
+
+    Attributes:
+        at_a_time: how many matrices, of so many rows and columns, a rank updates at a time.
+        halves: in torch operations.
+        kernel: name of a module with a class ``Halves`` in kernels, and a function ``takes`` that says for what.
+    """
+
+    at_a_time: Callable[[int, int], int]
+    halves: type[Halves]
+    kernel: str
+
+
 class MicroUpdate(Protocol):
     """As ``Update``, by one of several micro-batches, whose number ``h`` says. It changes no state but ``pending``."""
 
@@ -170,7 +242,8 @@ class Rule:
         micro_kernel: as ``kernel``, for ``update_micro``.
         largest_step: no element moves by more than this times ``lr * scale`` in a step.
         unit: what a step leaves out if a gradient is not finite: its block, or the whole tensor.
-        shards: which dimensions of a matrix may be split over ranks.
+        shards: which dimensions of a matrix may be split over ranks; "rows, gathered" is for rules with ``on_whole``.
+        on_whole: updates matrices whose rows are split over ranks, if the rule needs whole ones.
         asked_by: field of a group and its value that select the rule; by default ``second_moment`` and ``name``.
         takes: whether the rule updates a parameter of a group that selects it; AdamW updates the others.
         plain: whether the rule is for parameters that do not fold.
@@ -194,7 +267,8 @@ class Rule:
     micro_kernel: str | None = None
     largest_step: float = LARGEST_STEP
     unit: Literal["block", "tensor"] = "block"
-    shards: Literal["rows and columns", "rows or columns", "nothing"] = "rows and columns"
+    shards: Literal["rows and columns", "rows or columns", "rows, gathered", "nothing"] = "rows and columns"
+    on_whole: OnWhole | None = None
     asked_by: tuple[str, str] | None = None
     takes: Callable[[Tensor, Group], bool] = has_two_dimensions
     plain: bool = False

@@ -62,10 +62,17 @@ def undo_if_nonfinite(grad: Tensor, held: Sequence[Tensor], left_out_at: Tensor 
         return
     nonfinite = (grad.float().square().sum() < math.inf).logical_not_()  # NaN too
     left_out_at.masked_fill_(nonfinite, step)
-    if grad.device.type == "cpu":
-        yield not bool(nonfinite)
+    with undo_if(nonfinite, held) as wanted:
+        yield wanted
+
+
+@contextmanager
+def undo_if(unwanted: Tensor, held: Sequence[Tensor]) -> Iterator[bool]:
+    """As ``undo_if_nonfinite``, where ``unwanted``, bool of one element, says whether to undo."""
+    if unwanted.device.type == "cpu":
+        yield not bool(unwanted)
         return
     old = [x.clone() for x in held]
     yield True
     for x, kept in zip(held, old, strict=True):
-        x.copy_(torch.where(nonfinite, kept, x))
+        x.copy_(torch.where(unwanted, kept, x))

@@ -53,13 +53,15 @@ ON, OVER = (
     "tests.optimizer.test_ddp:test_a_checkpoint_of_two_processes_goes_on_in_two_and_in_one",
     (f"{SHARDING}test_checkpoints_go_on_exactly_in_2_then_1_then_4_processes"),
 )
+MUON = f"{SHARDING}test_muons_matrices_have_the_bits_of_one_process"
 STEPS = f"{SHARDING}test_every_step_has_the_bits_of_one_process"
 
 ROWS: dict[str, list[Proof | None]] = {
     "`foam`": [Proof("bits", STEPS), Proof("bits", STEPS), *engine(""), NEAR],
     "`foam_mini` (`level=row`)": [ddp("row"), fsdp2("bits", "mini"), *engine(", row"), zero("near", "mini")[2]],
     "`second_moment=factored`": [ddp("factored"), fsdp2("near", "factored"), *NOT_ZERO],
-    "`foam_muon`": [ddp("muon"), NOT_FSDP2, *NOT_ZERO],
+    "`foam_muon`": [ddp("muon"), fsdp2("near", "muon"), *NOT_ZERO],
+    "`foam_muon`, embeddings and head plain": [ddp("muon"), Proof("bits", MUON), *NOT_ZERO],
     "`foam_adam_mini`": [ddp("adam_mini"), NOT_FSDP2, *NOT_ZERO],
     "`plain_state=8bit`": [ddp("plain_state=8bit"), NOT_FSDP2, *NOT_ZERO],
     "INT8 weights": [

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from foam_hf import estimate_memory
+from foam_hf.planner.activations import optimizer_temporary_bytes
+from foam_hf.planner.fsdp2 import shard_of
 from foam_hf.planner.planner import Planner
 
 RESULTS = Path(__file__).resolve().parents[2] / "recipes/benchmarks/results/sharded_speed-nvidia-h200.json"
@@ -55,13 +57,26 @@ def test_more_gpus_hold_less_and_int8_weights_a_half() -> None:
     )
 
 
+def test_muon_has_buffers_for_the_matrices_that_it_gathers() -> None:
+    muon, foam = (
+        estimate_memory("llama-60m", optim=optim, dtype=torch.bfloat16, fsdp2=True, gpus=4, **SIZE)
+        for optim in ("foam_muon", "foam")
+    )
+    assert muon.state < foam.state and muon.weights == foam.weights
+    model = Planner("llama-60m", dtype=torch.bfloat16, **SIZE).model
+    alone = optimizer_temporary_bytes(model, "foam_muon")
+    shared = [optimizer_temporary_bytes(model, "foam_muon", None, shard_of(model, gpus), gpus) for gpus in (2, 4)]
+    # A pack is of 16 matrices of 512 x 512, three buffers of their gradients and three of the float16 answers.
+    assert shared[0] == shared[1] == pytest.approx(alone + 6 * 2 * 16 * 512**2, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({}, "fsdp2 needs the number of GPUs, got gpus=None"),
         ({"gpus": 0}, "fsdp2 needs the number of GPUs, got gpus=0"),
         ({"gpus": 2, "zero": 2}, "fsdp2 excludes ZeRO"),
-        ({"gpus": 2, "optim": "foam_muon"}, "second_moment=muon needs whole weights"),
+        ({"gpus": 2, "optim": "foam_adam_mini"}, "second_moment=adam_mini needs whole weights"),
         ({"gpus": 2, "optim": "galore_adamw"}, "'galore_adamw' needs whole matrices"),
     ],
 )

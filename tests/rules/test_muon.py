@@ -271,10 +271,3 @@ def test_momentum_belongs_to_muon():
     with pytest.raises(ValueError, match=r"momentum is out of range: got 1.0"):
         FOAM([p], second_moment="muon", momentum=1.0)
     FOAM([{"params": [p], "second_moment": "muon"}], momentum=0.9)
-
-
-def test_a_piece_of_a_matrix_is_refused():
-    p = nn.Parameter(torch.zeros(4, 4))
-    p.device_mesh = None  # as a DTensor has
-    with pytest.raises(ValueError, match=r"'muon' needs whole weights: got a DTensor of shape \(4, 4\)"):
-        FOAM([p], second_moment="muon")

@@ -315,13 +315,15 @@ def refused(rank: int) -> dict[str, Any]:
 def test_shards_of_a_rule_that_needs_whole_weights_are_refused(tmp_path: Path) -> None:
     for words in in_two_processes(refused, tmp_path):
         assert "second_moment='sign' needs whole weights: got a DTensor of shape (4, 8)" in words["nothing"]
-        assert words["nothing"].endswith("DDP, or second_moment='block' or 'factored' with plain_state='full'")
+        assert words["nothing"].endswith(
+            "DDP, or second_moment='block' or 'factored' or 'muon' with plain_state='full'"
+        )
         assert words["rows or columns"] == "taken"
 
 
 def test_fsdp_takes_it_as_it_needs_no_whole_weights() -> None:
     assert whole_weights_problem({"second_moment": "sign"}) is None
-    assert "expected second_moment=sign or block" in (whole_weights_problem({"second_moment": "muon"}) or "")
+    assert "expected second_moment=sign or block" in (whole_weights_problem({"second_moment": "adam_mini"}) or "")
 
 
 def test_released_gradients_give_the_same_bits() -> None:

@@ -474,7 +474,6 @@ def test_launcher_that_shards_is_refused_at_the_arguments(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("message", "options", "plugin"),
     [
-        ("second_moment=muon needs whole weights", {"optim": OptimizerNames.FOAM_MUON}, {}),
         ("second_moment=adam_mini needs whole weights", {"optim": OptimizerNames.FOAM_ADAM_MINI}, {}),
         ("plain_state=8bit needs whole weights", {"optim_args": "plain_state=8bit"}, {}),
         ("got fsdp_offload_params: true", {}, {"cpu_offload": CPUOffloadPolicy(pin_memory=False)}),
