@@ -7,9 +7,11 @@ computes a scale. The factored rule has no kernel for INT8 weights: they are upd
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import numpy
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,7 @@ from torch import Tensor
 from foam_hf.int8.codes import MAX_CODE, MIN_SCALE
 from foam_hf.int8.dequantize_kernel import fits_kernels
 from foam_hf.kernels.calls import KernelCall
-from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STREAM, WEIGHT, count_of, number_of, row_of
+from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STREAM, WEIGHT, number_of, row_of
 from foam_hf.kernels.parts import (
     block_moments,
     blocks_of,
@@ -36,11 +38,9 @@ from foam_hf.kernels.parts import (
 )
 from foam_hf.kernels.tables import (
     MAX_WARPS,
-    TRITON_DTYPES,
     AddressTable,
     Entry,
     Geometry,
-    device_of,
     launches_of,
     tiles_of,
 )
@@ -241,43 +241,47 @@ class Int8Geometry(Geometry):
 
 
 class Int8Launch(AddressTable):
-    """The device tables of a launch for INT8 weights, and the launch itself."""
+    """The device tables of a launch for INT8 weights, and the launch itself.
+
+    That of micro-batches has another ``kernel``, other columns (``row``) with values of its ``own``.
+    """
+
+    kernel: ClassVar[Any] = _update_kernel
+    row: ClassVar[numpy.dtype] = ROW
 
     def __init__(self, geometry: Int8Geometry, entries: list[Entry]) -> None:
         segments = max(1, TILE // geometry.columns)  # R
-        own = {
+        super().__init__(geometry, entries, self.row, self.own(entries), [tiles_of(geometry, entries, segments)])
+        self._weights = [int8_of(entry) for entry in entries]
+        constants = self.constants(self.kernel, R=segments, B=geometry.block_size)
+        warps = max(1, min(MAX_WARPS, geometry.columns * segments // WARP))
+        self._update = KernelCall(self.kernel, constants, num_warps=warps, **self.options())
+
+    def own(self, entries: list[Entry]) -> dict[str, list[int]]:
+        """The columns of ``row`` that not every table has."""
+        return {
             "exp_avg_sq": [entry.moments[1].data_ptr() for entry in entries],
             "rows": [entry.weight.numel() // entry.columns for entry in entries],
             "scales": [int8_of(entry).scales.data_ptr() for entry in entries],
             "first_row": [entry.place.first_row for entry in entries],
         }
-        super().__init__(geometry, entries, ROW, own, [tiles_of(geometry, entries, segments)])
-        self._weights = [int8_of(entry) for entry in entries]
-        constants = {
-            "FIELDS": count_of(ROW),
-            "G_DTYPE": TRITON_DTYPES[geometry.grad],
-            "S_DTYPE": TRITON_DTYPES[geometry.state],
-            "F": geometry.width,
-            "B": geometry.block_size,
-            "R": segments,
-            "C": geometry.columns,
-            "EVEN": geometry.even,
-            "ALIGNED": geometry.aligned,
-            "NVIDIA": self.nvidia,
-        }
+
+    def options(self) -> dict[str, int]:
+        """Options of Triton's for the kernel, beside the number of warps."""
         # Only NVIDIA's backend knows this limit. Wide segments, and the much state of level 0, need more registers.
-        light = geometry.width > 1 and geometry.aligned and geometry.columns <= TILE
-        limit = {"maxnreg": REGISTERS} if self.nvidia and light and geometry.state == torch.float32 else {}
-        warps = max(1, min(MAX_WARPS, geometry.columns * segments // WARP))
-        self._update = KernelCall(_update_kernel, constants, num_warps=warps, **limit)
+        g = self.geometry
+        light = g.width > 1 and g.aligned and g.columns <= TILE
+        return {"maxnreg": REGISTERS} if self.nvidia and light and g.state == torch.float32 else {}
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None, left_out_at: Tensor | None = None) -> None:
-        (owner,) = self.owners
-        arguments, constants = self.of_step(h, grad_scale, left_out_at)
-        arguments["decay"] = float(h.lr * h.weight_decay)  # what a code loses, not what it keeps
-        with device_of(self.device):
-            tables = {"table": self.table, "owner": owner}
-            self._update(len(owner), {**tables, **arguments}, {"DECAYS": h.weight_decay != 0, **constants})
+        lost = {"decay": float(h.lr * h.weight_decay)}  # what a code loses, not what it keeps
+        self.update_weights(h, grad_scale, left_out_at, lost, {"DECAYS": h.weight_decay != 0})
+
+    def update_weights(
+        self, h: Hyper, grad_scale: Tensor | None, left_out_at: Tensor | None, *more: Mapping[str, Any]
+    ) -> None:
+        """``update_by`` with ``more`` arguments and constants, which the weights hear of."""
+        self.update_by(self._update, h, grad_scale, left_out_at, *more)
         for weight in self._weights:
             weight.written()
 

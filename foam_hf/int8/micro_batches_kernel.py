@@ -7,21 +7,17 @@ import triton.language as tl
 from torch import Tensor
 
 from foam_hf.int8.block_kernel import (
-    TILE,
-    WARP,
-    Int8Geometry,
+    Int8Launch,
     block_max,
     block_min,
     codes_and_gradient,
     floor_to_int,
     geometry_of,
-    int8_of,
     new_scales,
     one_to_two,
 )
 from foam_hf.int8.codes import MAX_CODE
-from foam_hf.kernels.calls import KernelCall
-from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STREAM, WEIGHT, count_of, number_of, row_of
+from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STREAM, WEIGHT, number_of, row_of
 from foam_hf.kernels.parts import (
     blocks_of,
     draws_of,
@@ -33,7 +29,7 @@ from foam_hf.kernels.parts import (
     segments_of,
     unfold,
 )
-from foam_hf.kernels.tables import MAX_WARPS, TRITON_DTYPES, AddressTable, Entry, device_of, launches_of, tiles_of
+from foam_hf.kernels.tables import Entry, launches_of
 from foam_hf.rules.micro_batches import SIGNS
 from foam_hf.rules.micro_batches_kernel import (
     SUMS,
@@ -154,46 +150,22 @@ def _update_kernel(
         tl.store(Q, new.to(tl.int8), mask=mask)
 
 
-class Int8Launch(AddressTable):
-    """The device tables of a launch for INT8 weights, and the launch itself."""
+class MicroInt8Launch(Int8Launch):
+    """The same of one of a step's micro-batches."""
 
-    def __init__(self, geometry: Int8Geometry, entries: list[Entry]) -> None:
-        segments = max(1, TILE // geometry.columns)  # R
-        own = {
-            "exp_avg_sq": [entry.moments[1].data_ptr() for entry in entries],
-            **sums_of(entries),
-            "rows": [entry.weight.numel() // entry.columns for entry in entries],
-            "scales": [int8_of(entry).scales.data_ptr() for entry in entries],
-            "first_row": [entry.place.first_row for entry in entries],
-        }
-        super().__init__(geometry, entries, ROW, own, [tiles_of(geometry, entries, segments)])
-        self._weights = [int8_of(entry) for entry in entries]
-        constants = {
-            "FIELDS": count_of(ROW),
-            "G_DTYPE": TRITON_DTYPES[geometry.grad],
-            "S_DTYPE": TRITON_DTYPES[geometry.state],
-            "F": geometry.width,
-            "B": geometry.block_size,
-            "R": segments,
-            "C": geometry.columns,
-            "EVEN": geometry.even,
-            "ALIGNED": geometry.aligned,
-            "NVIDIA": self.nvidia,
-        }
-        warps = max(1, min(MAX_WARPS, geometry.columns * segments // WARP))
-        self._update = KernelCall(_update_kernel, constants, num_warps=warps)
+    kernel, row = _update_kernel, ROW
+
+    def own(self, entries: list[Entry]) -> dict[str, list[int]]:
+        return {**super().own(entries), **sums_of(entries)}
+
+    def options(self) -> dict[str, int]:
+        return {}
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None, left_out_at: Tensor | None = None) -> None:
-        (owner,) = self.owners
-        arguments, constants = self.of_step(h, grad_scale, left_out_at)
-        arguments["decay"] = float(h.lr * h.weight_decay)  # what a code loses, not what it keeps
-        with device_of(self.device):
-            tables = {"table": self.table, "owner": owner}
-            self._update(len(owner), {**tables, **arguments, **micro_arguments(h)}, constants)
-        for weight in self._weights:
-            weight.written()
+        arguments = {"decay": float(h.lr * h.weight_decay), **micro_arguments(h)}  # what a code loses
+        self.update_weights(h, grad_scale, left_out_at, arguments)
 
 
-def make_launches(members: list[Member]) -> tuple[list[Int8Launch], list[Member]]:
+def make_launches(members: list[Member]) -> tuple[list[MicroInt8Launch], list[Member]]:
     """Launches for ``members``, INT8 weights of the block rule, and the members that no kernel takes."""
-    return launches_of(members, geometry_of, Int8Launch)
+    return launches_of(members, geometry_of, MicroInt8Launch)

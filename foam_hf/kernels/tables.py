@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy
@@ -18,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foam_hf.kernels.columns import filled
+from foam_hf.kernels.calls import KernelCall, parameter_names
+from foam_hf.kernels.columns import count_of, filled
 from foam_hf.kernels.parts import philox
 from foam_hf.tensors.folding import Level, block_width
 from foam_hf.tensors.places import Place, local
@@ -28,6 +30,7 @@ MAX_COLUMNS = 32768  # a tile of more columns would not fit the registers of a p
 TILE_ELEMENTS = 2048  # of a program
 VECTOR = 1 << 16  # vectors of no more elements share a launch, whatever their length
 MAX_WARPS = 16 if torch.version.hip else 32  # of a program, 1024 threads: on AMD a warp has 64
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -191,14 +194,53 @@ class AddressTable:
         self._rows["gradient"] = addresses + self.grad_offsets
         self.changed = True
 
+    def constants(self, kernel: Any, **own: Any) -> dict[str, Any]:
+        """The constants of ``kernel`` that are the same in every step, in the order of its parameters.
+
+        ``own`` are those that are neither of the table nor of the geometry, by name.
+        """
+        g = self.geometry
+        known = {
+            "FIELDS": count_of(self._rows.dtype),
+            "W_DTYPE": TRITON_DTYPES.get(g.weight),
+            "G_DTYPE": TRITON_DTYPES[g.grad],
+            "S_DTYPE": TRITON_DTYPES[g.state],
+            "F": g.width,
+            "C": g.columns,
+            "EVEN": g.even,
+            "ALIGNED": g.aligned,
+            "SHIFTED": g.shifted,
+            "NVIDIA": self.nvidia,
+            **own,
+        }
+        return {name: known[name] for name in parameter_names(kernel) if name in known}
+
+    def update_by(
+        self,
+        call: KernelCall,
+        h: Hyper,
+        grad_scale: Tensor | None,
+        left_out_at: Tensor | None,
+        arguments: Mapping[str, Any] = NOTHING,
+        constants: Mapping[str, Any] = NOTHING,
+    ) -> None:
+        """Launch the programs of the only pass with the step's numbers.
+
+        ``arguments`` replace these or come behind them, ``constants`` come before those of the step.
+        """
+        (owner,) = self.owners
+        of_step, varying = self.of_step(h, grad_scale, left_out_at)
+        with device_of(self.device):
+            tables = {"table": self.table, "owner": owner}
+            call(owner.shape[0], {**tables, **of_step, **arguments}, {**constants, **varying})
+
     def of_step(
         self, h: Hyper, grad_scale: Tensor | None, left_out_at: Tensor | None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """What an update takes that changes from step to step: the arguments behind the tables, and the constants."""
         scale, scaled = self.scale(grad_scale)
-        arguments: dict[str, Any] = {"step": h.step, "seed": h.seed, **numbers(h)}
-        arguments |= {"grad_scale": scale, "left_out_at": self.left_out_at(left_out_at)}
-        checked = left_out_at is not None
+        where, checked = self.left_out_at(left_out_at), left_out_at is not None
+        arguments = {"step": h.step, "seed": h.seed, **numbers(h), "grad_scale": scale, "left_out_at": where}
         constants = {"STOCHASTIC": h.stochastic, "SCALED": scaled, "CHECKED": checked, "MIXED": self.mixed}
         return arguments, constants
 

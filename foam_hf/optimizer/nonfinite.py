@@ -45,8 +45,10 @@ class DeviceRecord:
 
     def __init__(self, device: torch.device, size: int) -> None:
         self.steps = torch.zeros(size, dtype=torch.int32, device=device)
-        self._seen = numpy.zeros(size, dtype=numpy.int32)
-        self._host = self.steps if device.type == "cpu" else torch.empty_like(self.steps, device="cpu").pin_memory()
+        self._host = self.steps if device.type == "cpu" else torch.zeros_like(self.steps, device="cpu").pin_memory()
+        self._now = self._host.numpy()
+        self._seen = self._now.copy()
+        self._seen_bytes = self._seen.tobytes()
         self._event: Any = None  # ends the copies to the host, one after the other
         self._sent: Any = None  # the event, if a copy was started
 
@@ -55,6 +57,7 @@ class DeviceRecord:
         more = DeviceRecord(self.steps.device, size)
         more.steps[: len(self.steps)] = self.steps
         more._seen[: len(self._seen)] = self._seen
+        more._seen_bytes = more._seen.tobytes()
         return more
 
     def forget(self, i: int) -> None:
@@ -62,6 +65,7 @@ class DeviceRecord:
         if i < len(self.steps):
             self.steps[i] = 0
             self._seen[i] = 0
+            self._seen_bytes = self._seen.tobytes()
 
     def send(self) -> None:
         """Start a copy to the host, unless one has not ended yet."""
@@ -86,11 +90,11 @@ class DeviceRecord:
             elif self._sent is None or not self._sent.query():
                 return {}
             self._sent = None
-        now = self._host.numpy()
-        if not (now != self._seen).any():
+        if self._now.tobytes() == self._seen_bytes:  # nearly always, and the fastest comparison of few numbers
             return {}
+        now = self._now.copy()
         found = {i: int(now[i]) for i in numpy.flatnonzero(now != self._seen).tolist()}
-        self._seen = now.copy()
+        self._seen, self._seen_bytes = now, now.tobytes()
         return found
 
 

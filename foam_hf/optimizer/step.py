@@ -19,7 +19,7 @@ from foam_hf.optimizer.members import Micro, hyper_of
 from foam_hf.optimizer.nonfinite import LeftOutReport
 from foam_hf.optimizer.sharding import add_over_ranks
 from foam_hf.optimizer.shared_matrices import is_shared
-from foam_hf.optimizer.watched import StepCounts, Watched, WatchedGradients, gradients_of, here, unique
+from foam_hf.optimizer.watched import StepCounts, Watched, WatchedGradients, here, unique
 from foam_hf.rules.all import rule_named
 from foam_hf.rules.rule import Launch, Unfinished
 from foam_hf.tensors.finite import undo_if_nonfinite
@@ -146,10 +146,9 @@ class PreparedStep:
         if watched is None or not (self._counts.unchanged() and watched.unchanged(groups, params, states)):
             return False
         last = self._gradients.last
-        found = gradients_of(params, watched.sharded, last)
-        if not self._gradients.fit(found):
+        if not self._gradients.follow(params):
             return False
-        self._gradients.last = found
+        found = self._gradients.last
         if found.addresses != last.addresses:
             addresses = numpy.array(found.addresses, dtype=numpy.int64)
             for each in self.launches:

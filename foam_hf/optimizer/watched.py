@@ -5,7 +5,6 @@ The checks run in every step over hundreds of small tensors. For speed they use 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
 from collections.abc import Iterable, Sequence
@@ -20,8 +19,7 @@ from foam_hf.tensors.places import is_sharded, local
 from foam_hf.tensors.step import Member, State
 
 _GRAD, _DTYPE, _STEP = operator.attrgetter("grad"), operator.attrgetter("dtype"), operator.itemgetter("step")
-# torch's own comparison of many addresses in C++. It is private, and only builds for CUDA have it.
-_ALL_EQUAL = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+_GUARDS: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
 # The fields of a group that are read only when a step is prepared.
 _PREPARED_FOR = operator.itemgetter(*names_of(lambda each: each.field and not each.may_change))
 
@@ -38,10 +36,7 @@ class Watched:
         self._weights = unique(member.p for member in members)
         self._tensors = _getters(unique(member.state for member in members))
         self.sharded = any(is_sharded(p) for p in self._weights)
-        held = self._held()
-        self._addresses = list(map(Tensor.data_ptr, held))
-        # A tensor subclass may say itself where its memory is, which torch's comparison does not ask.
-        self._plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in held)
+        self._addresses = list(map(Tensor.data_ptr, self._held()))
 
     def unchanged(self, groups: list[dict[str, Any]], params: list[Tensor], states: list[State]) -> bool:
         """Whether all is the same, without regard to steps, gradients and options that every step reads anew."""
@@ -55,7 +50,7 @@ class Watched:
 
     def _holds_its_state(self) -> bool:
         try:
-            return have_addresses(self._held(), self._addresses, self._plain)
+            return list(map(Tensor.data_ptr, self._held())) == self._addresses
         except (KeyError, RuntimeError, TypeError):  # a caller has removed state
             return False
 
@@ -127,56 +122,94 @@ class WatchedGradients:
 
     def __init__(self, params: list[Tensor], members: list[Member], sharded: bool) -> None:
         self._sharded = sharded
-        self.last = last = gradients_of(params, sharded)
+        grads = _all_of(params)
+        self.last = last = _described(grads, sharded)
         # A missing gradient is expected in the dtype of its weight, and contiguous; one of no member has no kind.
         number = {id(p): i for i, p in enumerate(params)}
         self._kinds: list[list[Any]] = [[None] * len(params), [None] * len(params)]
         for member in members:
             i = number[id(member.p)]
             self._kinds[0][i], self._kinds[1][i] = member.p.dtype, True
-        self._alignments = numpy.array(last.addresses, dtype=numpy.int64) % 16
+        self._alignments = numpy.array(last.addresses, dtype=numpy.int64) & 15
+        self._same_kinds = SameKinds()
         if sharded:
             self._kinds = last.kinds
             return
         present = range(len(params)) if last.missing is None else itertools.compress(range(len(params)), here(last))
         for j, i in enumerate(present):
             self._kinds[0][i], self._kinds[1][i] = last.kinds[0][j], last.kinds[1][j]
+        if last.missing is None:
+            self._same_kinds.learn(grads)
 
-    def fit(self, found: Gradients) -> bool:
-        """Whether the tables can be used for the gradients ``found``."""
+    def follow(self, params: list[Tensor]) -> bool:
+        """Let ``last`` be the present gradients; False, and no change, if the tables do not suit them."""
+        grads = _all_of(params)
+        found = self._as_before(grads)
+        if found is None:
+            found = _described(grads, self._sharded)
+            if not self._fit(found):
+                return False
+            if found.missing is None and not self._sharded:
+                self._same_kinds.learn(grads)
+        # The kernels were compiled for the alignment of these addresses. A missing gradient has none.
+        if found.addresses != self.last.addresses:
+            addresses = numpy.array(found.addresses, dtype=numpy.int64)
+            if (((addresses & 15) != self._alignments) & (addresses != 0)).any():
+                return False
+        self.last = found
+        return True
+
+    def _as_before(self, grads: list[Any]) -> Gradients | None:
+        """The gradients, if all are here and of the kinds of the last step; None says that a closer look is needed."""
+        last = self.last
+        if last.missing is not None or not self._same_kinds.found_in(grads):
+            return None
+        try:
+            return Gradients(None, last.kinds, list(map(Tensor.data_ptr, grads)))
+        except RuntimeError:  # a sparse gradient has no address
+            return None
+
+    def _fit(self, found: Gradients) -> bool:
         expected = self._kinds
         if found.missing is not None and not self._sharded:
             present = here(found)
             expected = [list(itertools.compress(kinds, present)) for kinds in expected]
-        if found.kinds != expected:
-            return False
-        if found.addresses == self.last.addresses:
-            return True
-        # The kernels were compiled for the alignment of these addresses. A missing gradient has none.
-        addresses = numpy.array(found.addresses, dtype=numpy.int64)
-        return not ((addresses % 16 != self._alignments) & (addresses != 0)).any()
+        return found.kinds == expected
+
+
+class SameKinds:
+    """Whether tensors have the type, dtype, device, sizes and strides of others before, asked in one call.
+
+    The call is what ``torch.compile`` guards its inputs by. It is not public: where a version of torch has none, or
+    another one, the answer is always that it is not known. The tensors are not kept.
+    """
+
+    def __init__(self) -> None:
+        self._check: Any = None
+        self._count = 0
+        self._tries = 3  # strides of dimensions of one element, and modes of torch, may change in every step
+
+    def learn(self, tensors: list[Tensor]) -> None:
+        """From now on compare with ``tensors``."""
+        self._check, self._count = None, len(tensors)
+        if _GUARDS is None or self._tries == 0:
+            return
+        self._tries -= 1
+        shapes, strides = ([[*map(int, get(x))] for x in tensors] for get in (Tensor.size, Tensor.stride))
+        try:
+            guards = _GUARDS(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
+            self._check = guards.check if guards.check(*tensors) else None
+        except (RuntimeError, TypeError, ValueError):
+            self._tries = 0
+
+    def found_in(self, tensors: list[Any]) -> bool:
+        """Whether ``tensors``, or None where one is missing, are of the same kinds; False also if it is not known."""
+        return self._check is not None and len(tensors) == self._count and bool(self._check(*tensors))
 
 
 def here(gradients: Gradients) -> list[bool]:
     """Which parameters have a gradient, one value for each."""
     return [not missing for missing in gradients.missing or [False] * len(gradients.addresses)]
-
-
-def have_addresses(tensors: list[Tensor], addresses: list[int], plain: bool = True) -> bool:
-    """Whether ``tensors`` are at ``addresses``; not ``plain`` are subclasses that say where their memory is.
-
-    Raises:
-        TypeError: one is not a tensor.
-        RuntimeError: the same, or one has no address, as sparse ones.
-    """
-    if plain and _ALL_EQUAL is not None and len(tensors) == len(addresses):
-        return bool(_ALL_EQUAL(tensors, addresses, _every(len(addresses))))
-    return list(map(Tensor.data_ptr, tensors)) == addresses
-
-
-@functools.lru_cache(maxsize=8)
-def _every(count: int) -> list[int]:
-    return list(range(count))
 
 
 def unique(values: Iterable[Any]) -> list[Any]:
@@ -201,14 +234,15 @@ def _fields(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     return [(*_PREPARED_FOR(group), len(group["params"])) for group in groups]
 
 
-def gradients_of(params: list[Tensor], sharded: bool, last: Gradients | None = None) -> Gradients:
-    """The present gradients of ``params``; those of the ``last`` step make it faster."""
+def _all_of(params: list[Tensor]) -> list[Any]:
+    """The gradient of each of ``params``, or None."""
     with torch._C.DisableTorchFunctionSubclass():  # or tensor subclasses would run Python code
-        grads = list(map(_GRAD, params))
+        return list(map(_GRAD, params))
+
+
+def _described(grads: list[Any], sharded: bool) -> Gradients:
     if not sharded:
         try:
-            if last is not None and _ALL_EQUAL is not None and have_addresses(grads, last.addresses):
-                return Gradients(None, _kinds(grads), last.addresses)
             addresses = list(map(Tensor.data_ptr, grads))
             return Gradients(None, _kinds(grads), addresses)
         except (RuntimeError, TypeError):  # a sparse gradient has no address, None is no tensor
@@ -223,7 +257,7 @@ def gradients_of(params: list[Tensor], sharded: bool, last: Gradients | None = N
         addresses = [0 if is_missing else next(found) for is_missing in missing]
         kinds = _kinds(present)
     except RuntimeError:
-        return Gradients(missing, [[grad.layout for grad in whole]] * 2, [0] * len(params))
+        return Gradients(missing, [[grad.layout for grad in whole]] * 2, [0] * len(grads))
     if sharded:
         kinds += [missing, [getattr(grad, "placements", None) for grad in whole]]
     return Gradients(missing if any(missing) else None, kinds, addresses)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foam_hf.kernels.calls import KernelCall
-from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STREAM, WEIGHT, count_of
+from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STREAM, WEIGHT
 from foam_hf.kernels.parts import (
     add_pairs,
     after_loads,
@@ -39,11 +39,9 @@ from foam_hf.kernels.parts import (
     store_moments,
 )
 from foam_hf.kernels.tables import (
-    TRITON_DTYPES,
     AddressTable,
     Entry,
     Geometry,
-    device_of,
     launches_of,
     power_of_two,
 )
@@ -288,30 +286,19 @@ class BlockLaunch(AddressTable):
             for entry in entries
         ]
         super().__init__(g, entries, ROW, own_columns(entries), [counts])
-        constants = {
-            "FIELDS": count_of(ROW),
-            "W_DTYPE": TRITON_DTYPES[g.weight],
-            "G_DTYPE": TRITON_DTYPES[g.grad],
-            "S_DTYPE": TRITON_DTYPES[g.state],
-            "F": g.width,
-            "Q": g.chunks,
-            "Q2": g.more_chunks,
-            "R": g.blocks,
-            "L": g.lanes,
-            "V": g.vector,
-            "EVEN": g.even,
-            "ALIGNED": g.aligned,
-            "WHOLE_ROWS": g.whole_rows,
-            "SHIFTED": g.shifted,
-            "NVIDIA": self.nvidia,
-        }
+        constants = self.constants(
+            _update_kernel,
+            Q=g.chunks,
+            Q2=g.more_chunks,
+            R=g.blocks,
+            L=g.lanes,
+            V=g.vector,
+            WHOLE_ROWS=g.whole_rows,
+        )
         self._update = KernelCall(_update_kernel, constants, num_warps=g.blocks * g.lanes // 32)
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None, left_out_at: Tensor | None = None) -> None:
-        (owner,) = self.owners
-        arguments, constants = self.of_step(h, grad_scale, left_out_at)
-        with device_of(self.device):
-            self._update(len(owner), {"table": self.table, "owner": owner, **arguments}, constants)
+        self.update_by(self._update, h, grad_scale, left_out_at)
 
 
 def make_launches(members: list[Member]) -> tuple[list[BlockLaunch | NarrowLaunch], list[Member]]:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foam_hf.kernels.calls import KernelCall
-from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STREAM, WEIGHT, count_of, number_of, row_of
+from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STREAM, WEIGHT, number_of, row_of
 from foam_hf.kernels.parts import (
     blocks_of,
     draws_of,
@@ -30,11 +30,9 @@ from foam_hf.kernels.parts import (
 from foam_hf.kernels.tables import (
     MAX_WARPS,
     TILE_ELEMENTS,
-    TRITON_DTYPES,
     AddressTable,
     Entry,
     Geometry,
-    device_of,
     launches_of,
     tiles_of,
 )
@@ -204,28 +202,11 @@ class Launch(AddressTable):
         segments = max(1, TILE_ELEMENTS // geometry.columns)  # R
         own = {**own_columns(entries), **sums_of(entries)}
         super().__init__(geometry, entries, ROW, own, [tiles_of(geometry, entries, segments)])
-        constants = {
-            "FIELDS": count_of(ROW),
-            "W_DTYPE": TRITON_DTYPES[geometry.weight],
-            "G_DTYPE": TRITON_DTYPES[geometry.grad],
-            "S_DTYPE": TRITON_DTYPES[geometry.state],
-            "F": geometry.width,
-            "R": segments,
-            "C": geometry.columns,
-            "EVEN": geometry.even,
-            "ALIGNED": geometry.aligned,
-            "SHIFTED": geometry.shifted,
-            "NVIDIA": self.nvidia,
-        }
         warps = max(1, min(MAX_WARPS, geometry.columns * segments // WARP_ELEMENTS))
-        self._update = KernelCall(_update_kernel, constants, num_warps=warps)
+        self._update = KernelCall(_update_kernel, self.constants(_update_kernel, R=segments), num_warps=warps)
 
     def run(self, h: Hyper, grad_scale: Tensor | None = None, left_out_at: Tensor | None = None) -> None:
-        (owner,) = self.owners
-        arguments, constants = self.of_step(h, grad_scale, left_out_at)
-        with device_of(self.device):
-            tables = {"table": self.table, "owner": owner}
-            self._update(len(owner), {**tables, **arguments, **micro_arguments(h)}, constants)
+        self.update_by(self._update, h, grad_scale, left_out_at, micro_arguments(h))
 
 
 def make_launches(members: list[Member]) -> tuple[list[Launch], list[Member]]:

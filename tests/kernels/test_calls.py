@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
 import numpy
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+from foam_hf import FOAM
 from foam_hf.int8 import block_kernel as int8_block_kernel
 from foam_hf.kernels.calls import KernelCall
 from foam_hf.kernels.columns import count_of, filled, number_of, row_of
@@ -15,6 +20,7 @@ from foam_hf.kernels.tables import owner_table
 from foam_hf.kernels.uploads import PINNED, share_tables
 from foam_hf.optimizer import watched
 from foam_hf.rules import block_kernel, factored_means_kernel, narrow_block_kernel
+from tests.support.tolerances import assert_within
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -103,16 +109,87 @@ def test_tables_in_one_memory_are_apart_and_follow_the_host():
             assert table.table.tolist() == table.host.tolist()
 
 
-@pytest.mark.parametrize("bulk", [True, False])
-def test_addresses_are_those_of_before_or_not(monkeypatch, bulk):
-    """By torch's comparison of all at once where it has one, and one by one."""
-    if not bulk:
-        monkeypatch.setattr(watched, "_ALL_EQUAL", None)
-    tensors = [torch.nn.Parameter(torch.zeros(4, device=DEVICE)) for _ in range(5)]
-    addresses = [x.data_ptr() for x in tensors]
-    assert watched.have_addresses(tensors, addresses)
-    assert not watched.have_addresses(tensors[:4], addresses) and not watched.have_addresses(tensors, addresses[:4])
-    tensors[4].data = torch.ones(4, device=DEVICE)
-    assert not watched.have_addresses(tensors, addresses)
-    with pytest.raises((RuntimeError, TypeError)):
-        watched.have_addresses([*tensors[:4], None], addresses)
+class Compiled:
+    """What Triton has compiled, as far as a launch asks it."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self) -> None:
+        self.runs: list[tuple] = []
+        self.calls: list[tuple] = []
+
+    def run(self, *arguments: object) -> None:
+        self.runs.append(arguments)
+
+    def __getitem__(self, grid: tuple) -> Any:
+        return lambda *arguments: self.calls.append((grid, *arguments))
+
+
+def test_a_launch_after_the_first_gives_addresses_unless_somebody_listens(monkeypatch):
+    call, compiled = KernelCall(scaled_kernel, {"N": 8}, num_warps=1), Compiled()
+    source, target = torch.arange(8.0, device=DEVICE), torch.zeros(8, device=DEVICE)
+    arguments = {"source": source, "target": target, "factor": 2.0}
+    call(3, arguments, {"NEGATED": False})
+    call._compiled, call._device = {(False,): compiled}, 0
+    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(get_current_stream=lambda device: 7))
+    call(3, arguments, {"NEGATED": False})
+    addresses = source.data_ptr(), target.data_ptr()
+    assert compiled.runs == [(3, 1, 1, 7, "function", "metadata", None, None, None, *addresses, 2.0, 8, False)]
+    assert arguments["source"] is source and not compiled.calls
+    monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", SimpleNamespace(calls=[print]))
+    call(3, arguments, {"NEGATED": False})
+    assert len(compiled.runs) == 1
+    assert compiled.calls == [((3, 1, 1), source, target, 2.0, 8, False)]
+
+
+def test_tensors_of_the_same_kinds_are_known_at_once_and_no_others():
+    tensors = [torch.zeros(4, 4, device=DEVICE), torch.zeros(3, 2, device=DEVICE)]
+    same = watched.SameKinds()
+    assert not same.found_in(tensors)
+    same.learn(tensors)
+    assert same.found_in([torch.ones(4, 4, device=DEVICE), tensors[1]])
+    for other in (
+        tensors[0].t(),
+        tensors[0].double(),
+        torch.zeros(4, 5, device=DEVICE),
+        None,
+        torch.zeros(4, 4).to("meta"),
+    ):
+        assert not same.found_in([other, tensors[1]])
+    assert not same.found_in(tensors[:1]) and not same.found_in([*tensors, tensors[0]])
+    kept = weakref.ref(tensors[0])
+    tensors.clear()
+    assert kept() is None
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_memory_and_kinds_that_changed_under_the_same_tensors_are_followed(monkeypatch, known):
+    """With torch's comparison of all gradients in one call, and without."""
+    if not known:
+        monkeypatch.setattr(watched, "_GUARDS", None)
+    weight, grad = torch.randn(16, 16, device=DEVICE), torch.randn(16, 16, device=DEVICE)
+
+    def trained(kernel: str) -> list[torch.Tensor]:
+        monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
+        p = torch.nn.Parameter(weight.clone())
+        optimizer = FOAM([p], lr=0.01, level=2)
+        p.grad = grad.clone()
+        optimizer.step()
+        optimizer.step()
+        p.grad.data = p.grad.data.t()  # the same address and size
+        optimizer.step()
+        p.grad.data = grad.to(torch.bfloat16)
+        optimizer.step()
+        p.grad.data = grad.clone()
+        optimizer.step()
+        moments = optimizer.state[p]
+        before = {name: x.clone() for name, x in moments.items() if name != "step"}
+        for name in before:
+            moments[name].data = before[name]
+        p.data = p.data.clone()
+        optimizer.step()
+        assert not torch.equal(moments["folded_exp_avg"], torch.zeros_like(moments["folded_exp_avg"]))
+        return [p.detach(), moments["folded_exp_avg"], moments["folded_exp_avg_sq"]]
+
+    for found, expected in zip(trained("triton"), trained("reference"), strict=True):
+        assert_within(found, expected, "five steps against float64, float32 weights")
