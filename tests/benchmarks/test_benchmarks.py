@@ -210,6 +210,20 @@ def test_optimizers_take_turns_on_a_cpu(tmp_path: Path) -> None:
     assert "expected at least 1" in refused("speed.cpu_step", "--rounds", "0")
 
 
+def test_the_hosts_part_of_a_step_is_measured_with_gradients_that_stay_and_that_move(tmp_path: Path) -> None:
+    words = ["--device", "cpu", "--cases", "5", "--optimizers", "foam,adamw-fused", "--repeats", "2", "--label", "a"]
+    printed = call("speed.host_speed", *words, "--results", str(tmp_path))
+    (path,) = tmp_path.iterdir()
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["optimizer"], row["moved_gradients"]) for row in rows] == [
+        (name, moved) for name in ("foam", "adamw-fused") for moved in (False, True)
+    ]
+    assert all(row["status"] == "ok" and row["label"] == "a" and row["parameters"] == 5 for row in rows), printed
+    assert all(0 < row["host_ms_least"] <= row["host_ms"] and row["wall_ms"] > 0 for row in rows)
+    for wrong in (["--cases", "bert"], ["--cases", "1"], ["--optimizers", "sgd"], ["--repeats", "0"]):
+        assert "expected" in refused("speed.host_speed", *wrong)
+
+
 def test_training_speed_runs_a_trainer(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--models", "tiny", "--sequences", "16", "--steps", "2", "--results", str(tmp_path)]
     printed = call("speed.training_speed", *words, "--optimizers", "foam,adamw-fused")
