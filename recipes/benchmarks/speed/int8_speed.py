@@ -1,6 +1,7 @@
 """INT8 weights on this machine: the fused update, dequantization, and linear layers beside bf16 ones.
 
 Each case runs in a process of its own and is held against its floor: the time in which a plain copy moves its bytes.
+The update is timed only where its kernel agrees with the plain path, see self_check.py.
 
     python -m recipes.benchmarks.speed.int8_speed  # on a GPU: everything but the sweep
     # the update's kernel with other tile sizes, to choose from:
@@ -14,7 +15,7 @@ import statistics
 import torch
 from torch import nn
 
-from recipes.benchmarks.common.cases import SHAPES, make_weights
+from recipes.benchmarks.common.cases import SHAPES, Weights, make_weights
 from recipes.benchmarks.common.harness import (
     Results,
     add_options,
@@ -26,6 +27,7 @@ from recipes.benchmarks.common.harness import (
     times,
 )
 from recipes.benchmarks.common.report_parts import int8_table
+from recipes.benchmarks.speed.self_check import check_kernels
 from recipes.benchmarks.speed.step_speed import host_ms, move_gradients, temporary_bytes
 
 LR = 1e-5
@@ -67,15 +69,24 @@ def measure_update(case: str, shapes: str, device: str, tile: tuple[int, int, in
     _, options, int8, _ = UPDATES[case]
     weights = make_weights(shapes, BF16, device)
     weights.named = {name: p for name, p in weights.named.items() if p.dim() > 1}
+
+    def made(x: torch.Tensor) -> nn.Parameter:
+        return nn.Parameter(Int8Weight.from_float(x, block_size(shapes)) if int8 else x)
+
+    def build(some: Weights) -> list[torch.optim.Optimizer]:
+        return [FOAM(list(some.named.values()), lr=LR, **options)]
+
+    if not UPDATES[case][3]:  # with kernels
+        check_kernels(weights, build, device, made)
     moved = 0
     for name, p in weights.named.items():
         moved += p.grad.nbytes + 2 * p.numel() * (1 if int8 else 2)
         if int8:
-            weights.named[name] = nn.Parameter(Int8Weight.from_float(p.detach(), block_size(shapes)))
+            weights.named[name] = made(p.detach())
             weights.named[name].grad = p.grad
             moved += weights.named[name].scales.nbytes
     params = list(weights.named.values())
-    optimizer = FOAM(params, lr=LR, **options)
+    (optimizer,) = build(weights)
     optimizer.step()
     synchronize(device)
     before = [p.codes.clone() for p in params[:3]] if int8 else []

@@ -1,7 +1,8 @@
 """Tokens a second and peak memory of whole training steps under the Hugging Face Trainer, with FOAM and its peers.
 
 LLaMA-shaped models with random bf16 weights learn random tokens, with gradient checkpointing. Every optimizer runs in
-a process of its own; one that runs out of memory is reported so.
+a process of its own; one that runs out of memory is reported so. FOAM is timed only where its kernels agree with its
+plain path, see self_check.py.
 
     python -m recipes.benchmarks.speed.training_speed  # on a GPU: all models and optimizers
     python -m recipes.benchmarks.speed.training_speed --models llama-7b --sequences 2048 --optimizers foam,adamw-fused
@@ -27,6 +28,7 @@ from recipes.benchmarks.common.harness import (
     run_cases,
     synchronize,
 )
+from recipes.benchmarks.speed.self_check import check_optimizer
 
 # LlamaConfig's fields.
 MODELS = {
@@ -138,6 +140,8 @@ def measure(model_name: str, sequence: int, batch: int, name: str, steps: int, d
         )
         rows = [{"input_ids": row, "labels": row} for row in tokens]
         trainer = Trainer(model=model, args=args, train_dataset=rows, callbacks=[clock], **optimizer)
+        if case.arguments.get("optim", "").startswith("foam"):
+            check_optimizer(trainer.create_optimizer(), model, device)
         trainer.train()
     seconds = [end - start for start, end in zip(clock.ends, clock.ends[1:], strict=False)][WARM_UP - 1 :]
     ms = 1000 * statistics.median(seconds)
