@@ -74,6 +74,9 @@ class InstructArguments:
         default=None, metadata={"help": "only the first held-out ones"}
     )
     max_new_tokens: int = dataclasses.field(default=256, metadata={"help": "length of generated answers"})
+    generation_batch_size: int | None = dataclasses.field(
+        default=None, metadata={"help": "answers generated at a time; default: per_device_eval_batch_size"}
+    )
 
     @property
     def template_kwargs(self) -> dict:
@@ -176,7 +179,7 @@ def check(recipe: InstructArguments, args: SFTConfig) -> None:
             raise SystemExit(f"--{name}: got {getattr(recipe, name)}; expected {', '.join(legal)}.")
     if not recipe.eval_samples > 0 or (recipe.eval_samples >= 1 and recipe.eval_samples != int(recipe.eval_samples)):
         raise SystemExit(f"--eval_samples: got {recipe.eval_samples:g}; expected a whole number, or a share below 1.")
-    for name in ("train_samples", "exact_match_samples", "max_new_tokens", "lora_r"):
+    for name in ("train_samples", "exact_match_samples", "max_new_tokens", "generation_batch_size", "lora_r"):
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise SystemExit(f"--{name}: got {value}; expected at least 1.")

@@ -133,7 +133,7 @@ def evaluate(recipe: InstructArguments, trainer: SFTTrainer, data: Instructions)
             share,
             template_kwargs=recipe.template_kwargs,
             max_new_tokens=recipe.max_new_tokens,
-            batch_size=args.per_device_eval_batch_size,
+            batch_size=recipe.generation_batch_size or args.per_device_eval_batch_size,
         )
     generated = gather_object(generated)
     if recipe.eval_exact_match:
@@ -162,6 +162,32 @@ def earlier_work(args, settings: dict) -> tuple[dict | None, str | None]:
     if resumes_newest(wanted) and (finished := finished_results(args.output_dir, settings)):
         return finished, None
     return None, checkpoint_to_resume(wanted, args.output_dir)
+
+
+def describe_run(recipe: InstructArguments, trainer: SFTTrainer, trained, meter: Meter, peak, counts: dict) -> dict:
+    """What results.json says of a run beside its scores. `trained` is what train() returned, `peak` bytes by kind."""
+    args = trainer.args
+    return {
+        "model": recipe.model_name_or_path,
+        "method": recipe.method,
+        "dtype": recipe.dtype,
+        "attention": trainer.model.config._attn_implementation,
+        "optim": getattr(args.optim, "value", args.optim),
+        "optim_args": args.optim_args,
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+        "train_loss": finite(trained.training_loss),
+        "steps": trained.global_step,
+        "train_seconds": trained.metrics["train_runtime"],
+        "trained_tokens": trainer.state.num_input_tokens_seen,
+        "tokens_per_second": meter.tokens_per_second,
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "optimizer_state_bytes": meter.memory.state if meter.memory else None,
+        "peak_bytes": peak,
+        "data": counts,
+        "device": torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type,
+        "versions": versions(),
+    }
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -195,27 +221,10 @@ def main(argv: list[str] | None = None) -> dict:
     say("Evaluating and answering after training ...")
     after = evaluate(recipe, trainer, data)
     results = {
-        "model": recipe.model_name_or_path,
-        "method": recipe.method,
-        "dtype": recipe.dtype,
-        "attention": trainer.model.config._attn_implementation,
-        "optim": optim,
-        "optim_args": args.optim_args,
-        "learning_rate": args.learning_rate,
-        "seed": args.seed,
+        **describe_run(recipe, trainer, trained, meter, peak, data.counts),
         "before": before,
         "after": after,
-        "train_loss": finite(trained.training_loss),
-        "steps": trained.global_step,
-        "train_seconds": trained.metrics["train_runtime"],
-        "tokens_per_second": meter.tokens_per_second,
-        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "optimizer_state_bytes": meter.memory.state if meter.memory else None,
-        "peak_bytes": peak,
-        "data": data.counts,
         "settings": settings,
-        "device": torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type,
-        "versions": versions(),
     }
     if trainer.is_world_process_zero():
         write_json(output_dir / "results.json", results, ensure_ascii=False)
