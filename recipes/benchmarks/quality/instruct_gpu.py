@@ -1,10 +1,12 @@
 """Ways to tune a chat model, compared on one GPU: a learning-rate search on a seed of its own, then the seeds.
 
 A study (instruct_study.yaml) names arms and data sets. An arm has learning rates to search, or takes (`swap`) those
-that the search of another has chosen. Each run is recipes/instruct/train.py, by instruct_run.py; `--jobs` of them
-share the GPU. Speed and memory are measured apart (`alone`), one run at a time, the first after a rehearsal. Rerun the
-same command to go on: finished runs are lines of OUT/runs.jsonl; where that is lost, --resume takes those of the JSON.
-The JSON is rewritten after every run, whole or not at all; instruct_table.py of the recipe makes tables of it.
+that the search of another has chosen; a data set is searched, or takes those of another (`rates_of`). Each run is
+recipes/instruct/train.py, by instruct_run.py, or the script that the study names as its `runner`; `--jobs` of them
+share the GPU. Speed and memory are measured apart (`alone`), one run at a time, the first after a rehearsal; the peak
+at other settings beside other runs (`memory`). Rerun the same command to go on: finished runs are lines of
+OUT/runs.jsonl; where that is lost, --resume takes those of the JSON. The JSON is rewritten after every run, whole or
+not at all; instruct_table.py of the recipe makes tables of it.
 Sample answers, which quote the data, stay out of it.
 
     python recipes/instruct/gguf_models.py smollm2-135m smollm2
@@ -14,7 +16,6 @@ Sample answers, which quote the data, stay out of it.
 
 import argparse
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -22,30 +23,10 @@ from pathlib import Path
 import yaml
 
 from foam_hf.recipe_kit import write_json
-from recipes.benchmarks.common.forked import CONTEXT, LOG, Queue, Run, read_log, remove_all_but, warm
-from recipes.benchmarks.quality.before import as_before
+from recipes.benchmarks.common.forked import CONTEXT, LOG, Queue, warm
+from recipes.benchmarks.quality.instruct_jobs import LISTS, PARTS, Job, best_rate, runner, source
 
 HERE = Path(__file__).resolve().parent
-
-RUNNER = HERE / "instruct_run.py"
-PARTS = ("alone", "search", "final")
-LISTS = {"alone": "alone", "search": "search", "final": "runs"}  # where each part's records are in the JSON
-KEPT = (  # of a run's results.json; what is not here names folders or quotes the data
-    "method",
-    "dtype",
-    "attention",
-    "optim",
-    "optim_args",
-    "train_loss",
-    "steps",
-    "train_seconds",
-    "trained_parameters",
-    "optimizer_state_bytes",
-    "peak_bytes",
-    "data",
-    "device",
-    "versions",
-)
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -57,7 +38,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--label", help="the model's name in the results (default: --model)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--json", type=Path, help="the results (default: OUT/results.json)")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}; final needs search")
+    parser.add_argument("--parts", help=f"some of {','.join(PARTS)}; final needs search (default: all of the study)")
     parser.add_argument("--arms", help="numbers of the study's arms, from 1 (default: all)")
     parser.add_argument("--datasets", help="some of the study's (default: all)")
     parser.add_argument("--jobs", type=int, default=4, help="runs at a time")
@@ -68,11 +49,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     options.json = options.json or options.out / "results.json"
     options.study = yaml.safe_load(options.study.read_text(encoding="utf-8"))
     arms, datasets = options.study["arms"], options.study["datasets"]
-    options.parts = options.parts.split(",")
+    parts = [part for part in PARTS if part in options.study or part in ("search", "final")]
+    options.parts = options.parts.split(",") if options.parts else parts
     options.datasets = options.datasets.split(",") if options.datasets else list(datasets)
     numbers = [int(word) for word in options.arms.split(",")] if options.arms else range(1, len(arms) + 1)
     for what, given, legal in (
-        ("part", options.parts, PARTS),
+        ("part", options.parts, parts),
         ("data set", options.datasets, datasets),
         ("arm", numbers, range(1, len(arms) + 1)),
     ):
@@ -82,6 +64,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         parser.error("the part final needs search, which chooses its learning rates")
     if not CONTEXT * options.jobs < options.memory <= 1:
         parser.error(f"--memory: got {options.memory:g}; expected a share of 1 that leaves each job some")
+    for name in options.datasets:
+        taken = datasets[name].get("rates_of", name)
+        if taken not in options.datasets and "final" in options.parts:
+            parser.error(f"the data set {name!r} takes the rates of {taken!r}; expected that one too")
     missing = [name for name in options.datasets if not (options.data / datasets[name]["file"]).is_file()]
     if missing:
         parser.error(f"--data: no file {options.data / datasets[missing[0]]['file']}")
@@ -91,83 +77,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         if source(arm) not in searched:
             parser.error(f"the arm {arm['name']!r} takes the rates of {source(arm)!r}; expected that one too")
     return options, rest
-
-
-def source(arm: dict) -> str:
-    """The name of the arm whose search chooses this one's learning rates."""
-    return arm.get("swap", arm["name"])
-
-
-class Job:
-    """One run: its settings, its place in the queue, its record once it is finished."""
-
-    def __init__(self, options: argparse.Namespace, rest: list[str], part: str, dataset: str, arm: dict, rate, seed):
-        study = options.study
-        self.part, self.dataset, self.arm, self.rate, self.seed = part, dataset, arm["name"], rate, seed
-        settings = {**study["settings"], **study["datasets"][dataset]["settings"], **arm["settings"]}
-        settings |= {
-            "alone": study["alone"]["settings"],
-            "search": study["datasets"][dataset].get("search", {}),
-            "final": {},
-        }[part]
-        settings |= {"learning_rate": rate, "seed": seed}
-        first = arm is study["arms"][0] and seed == study["seeds"][0]
-        if part == "final" and first:
-            settings["eval_before"] = True  # the untrained model's scores, once a data set
-        self.name = (part, dataset, self.arm, rate, seed)
-        self.what = f"{part} {dataset} | {self.arm} | lr {rate:g} seed {seed}"
-        self.key = json.dumps([part, dataset, self.arm, settings, rest], sort_keys=True)
-        number = study["arms"].index(arm)
-        stage = study["seeds"].index(seed) + 1 if part == "final" else 0
-        self.order = (part != "alone", int(arm.get("last", 0)), stage, options.datasets.index(dataset), number)
-        self.folder = options.out / part / dataset / f"arm-{number + 1}-lr-{rate:g}-seed-{seed}"
-        words = {
-            **as_before(settings),
-            "model_name_or_path": options.model,
-            "dataset_path": options.data / study["datasets"][dataset]["file"],
-            "output_dir": self.folder,
-            "prepared": options.out / "prepared",
-            "disable_tqdm": True,
-        }
-        self.words = [word for name, value in words.items() for word in (f"--{name}", str(value))] + rest
-        self.run: Run | None = None
-        self.record: dict | None = None
-        self.tries = 0
-
-    def start(self, train, jobs: int, memory: float = 1.0) -> None:
-        """Run beside as many others as `jobs` allows; what runs alone, or a second time, may take all memory."""
-        self.began, self.tries = time.monotonic(), self.tries + 1
-        share = memory if self.part == "alone" or self.tries > 1 else memory / jobs - CONTEXT
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        self.run = Run(train, self.words, self.folder / LOG, threads, share, RUNNER)
-
-    def finish(self) -> None:
-        """Take the record from results.json, if there is one, and leave only the log: saved models fill a disk."""
-        file = self.folder / "results.json"
-        if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            record = {"dataset": self.dataset, "arm": self.arm, "learning_rate": self.rate, "seed": self.seed}
-            record |= {name: found[name] for name in KEPT}
-            for when in ("before", "after"):
-                scores = found[when] or {}
-                record[when] = {name: value for name, value in scores.items() if name != "samples"} or None
-            if self.part == "alone":  # among other runs it would say nothing
-                record["tokens_per_second"] = found["tokens_per_second"]
-            self.record = record | {"seconds": round(time.monotonic() - self.began, 1)}
-        remove_all_but(self.folder, LOG)
-
-    @property
-    def log(self) -> str:
-        return read_log(self.folder)[-1500:]
-
-    def failure(self) -> dict:
-        return {"part": self.part, "dataset": self.dataset, "arm": self.arm, "rate": self.rate, "log": self.log}
-
-
-def best_rate(jobs: list[Job]) -> float | None:
-    """The learning rate of the lowest held-out loss among a search's finished runs; a diverged one has none."""
-    losses = [(job.record["after"]["eval_loss"], job.rate) for job in jobs if job.record]
-    return min((pair for pair in losses if pair[0] is not None), default=(None, None))[1]
 
 
 def kept(options: argparse.Namespace, rest: list[str]) -> dict:
@@ -201,10 +110,11 @@ class Study(Queue):
         self.kept_choices, self.kept_failures = before.get("chosen", []), before.get("failed", [])
         self.chosen: dict[tuple[str, str], float | None] = {}
         self.searches: dict[tuple[str, str], list[Job]] = {}
-        if "alone" in options.parts:
-            dataset, seed = study["alone"]["dataset"], study["search_seed"]
-            rates = {arm["name"]: arm["rates"][dataset][1] for arm in options.arms if "rates" in arm}
-            self.add(Job(options, rest, "alone", dataset, arm, rates[source(arm)], seed) for arm in options.arms)
+        for part in ("alone", "memory"):
+            if part in options.parts:
+                dataset, seed = study[part]["dataset"], study["search_seed"]
+                rates = {arm["name"]: arm["rates"][dataset][1] for arm in options.arms if "rates" in arm}
+                self.add(Job(options, rest, part, dataset, arm, rates[source(arm)], seed) for arm in options.arms)
         self.searches = {
             (dataset, arm["name"]): [
                 Job(options, rest, "search", dataset, arm, rate, study["search_seed"])
@@ -212,7 +122,7 @@ class Study(Queue):
             ]
             for dataset in options.datasets
             for arm in options.arms
-            if "search" in options.parts and "rates" in arm
+            if "search" in options.parts and "rates" in arm and "rates_of" not in study["datasets"][dataset]
         }
         for jobs in self.searches.values():
             self.add(jobs)
@@ -231,10 +141,23 @@ class Study(Queue):
                 continue
             rate = best_rate(jobs)
             arms = [arm for arm in self.options.arms if source(arm) == name]
-            self.chosen |= {(dataset, arm["name"]): rate for arm in arms}
+            takers = self.takers(dataset)
+            self.chosen |= {(taker, arm["name"]): rate for taker in takers for arm in arms}
             if rate is not None and "final" in self.options.parts:
-                given = [(arm, rate, seed) for arm in arms for seed in self.options.study["seeds"]]
-                self.add([Job(self.options, self.rest, "final", dataset, *one) for one in given])
+                self.add([job for taker in takers for job in self.finals(taker, arms, rate)])
+
+    def takers(self, dataset: str) -> list[str]:
+        """The data sets whose runs take the rates that were searched on this one."""
+        of = {name: given.get("rates_of", name) for name, given in self.options.study["datasets"].items()}
+        return [name for name in self.options.datasets if of[name] == dataset]
+
+    def finals(self, dataset: str, arms: list[dict], rate: float) -> list[Job]:
+        """The seeds of a data set at a rate, of the arms and as many as it asks for."""
+        study = self.options.study
+        given = study["datasets"][dataset]
+        arms = [arm for arm in arms if arm["name"] in given.get("arms", [arm["name"]])]
+        seeds = study["seeds"][: given.get("seeds")]
+        return [Job(self.options, self.rest, "final", dataset, arm, rate, seed) for arm in arms for seed in seeds]
 
     def put_off(self, job: Job) -> None:
         super().put_off(job)
@@ -332,13 +255,13 @@ def main(argv: list[str] | None = None) -> dict:
     study = Study(options, rest)
     train = None
     if study.waiting:
-        train = warm(RUNNER)
+        train = warm(runner(options.study))
         kind = "forks" if train else "fresh processes"
         print(f"Imported in {time.monotonic() - started:.0f} s; runs are {kind}.", flush=True)
         rehearse(study, train)
     study.run(lambda job: job.start(train, options.jobs, options.memory))
     content = study.report()
-    counts = ", ".join(f"{len(content[name])} {name}" for name in ("alone", "search", "runs", "failed"))
+    counts = ", ".join(f"{len(content[name])} {name}" for name in (*LISTS.values(), "failed"))
     print(f"{counts}, {content['unfinished']} unfinished: {options.json}")
     return content
 

@@ -1,12 +1,14 @@
 """One run of an instruct study: recipes/instruct/train.py, with what many short runs of one study need beside it.
 
 The tokens of a data set are made by the first run and read by the others (`--prepared FOLDER`); the tuned model is not
-saved; `--spike 30:1000` multiplies the loss of step 30 by 1000; and `--optim` takes two more names, built here:
-`foam_factored_embeddings` (embeddings and heads fold by the factored rule at scale 1, whatever else folds by
-optim_args) and `gefen_x` (the package gefen-x without its kernels).
+saved; `--other FILE` adds the loss on examples of another kind, which tells what is forgotten; `--spike 30:1000`
+multiplies the loss of step 30 by 1000; and `--optim` takes two more names, built here: `foam_factored_embeddings`
+(embeddings and heads fold by the factored rule at scale 1, whatever else folds by optim_args) and `gefen_x` (the
+package gefen-x without its kernels).
 """
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import json
@@ -27,6 +29,7 @@ from recipes.benchmarks.common.folders import RECIPES, load_script
 
 # At import, so that forks find it done.
 RECIPE = load_script(RECIPES / "instruct" / "train.py", "study_instruct_train")
+OTHER_ROWS = 200  # of --other
 
 
 def factored_embeddings(trainer, optim_args: str | None):
@@ -75,6 +78,7 @@ def translate(words: list[str]) -> tuple[list[str], argparse.Namespace]:
     for name in ("optim", "optim_args"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--prepared", type=Path)
+    parser.add_argument("--other", type=Path)
     parser.add_argument("--spike")
     own, rest = parser.parse_known_args(words)
     if own.optim in OWN:
@@ -144,6 +148,13 @@ def counting(folder: Path, original):
     return count
 
 
+def other_loss(trainer, recipe, file: Path) -> float | None:
+    """Held-out loss on examples of another file; always the same ones."""
+    asked = dataclasses.replace(recipe, dataset_path=str(file), train_samples=None, eval_samples=OTHER_ROWS)
+    rows = RECIPE.load_instructions(asked).held_out
+    return RECIPE.finite(trainer.evaluate(eval_dataset=rows, metric_key_prefix="other")["other_loss"])
+
+
 def add_spike(trainer, spike: str) -> None:
     """Multiply the loss of one step: `spike` is STEP:FACTOR, steps counted from 0."""
     step, factor = spike.split(":")
@@ -164,6 +175,7 @@ def main(argv: list[str] | None = None) -> dict:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     recipe, build_trainer, count_lengths = RECIPE, RECIPE.build_trainer, RECIPE.count_lengths
+    evaluate = RECIPE.evaluate
     prepare = SFTTrainer._prepare_dataset
 
     def build(*arguments):
@@ -175,14 +187,18 @@ def main(argv: list[str] | None = None) -> dict:
             add_spike(trainer, own.spike)
         return trainer
 
-    recipe.build_trainer = build
+    def evaluate_both(arguments, trainer, data):
+        scores = evaluate(arguments, trainer, data)
+        return scores | ({"other_loss": other_loss(trainer, arguments, own.other)} if own.other else {})
+
+    recipe.build_trainer, recipe.evaluate = build, evaluate_both
     if own.prepared:
         recipe.count_lengths = counting(own.prepared, count_lengths)
         SFTTrainer._prepare_dataset = preparing(own.prepared, prepare)
     try:
         results = recipe.main(words)
     finally:
-        recipe.build_trainer, recipe.count_lengths = build_trainer, count_lengths
+        recipe.build_trainer, recipe.count_lengths, recipe.evaluate = build_trainer, count_lengths, evaluate
         SFTTrainer._prepare_dataset = prepare
     if own.optim:
         results |= {"optim": own.optim, "optim_args": own.optim_args}
