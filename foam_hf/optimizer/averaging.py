@@ -1,7 +1,8 @@
 """Averages gradients over processes inside the backward pass, for gradient release: DDP's work without its buckets.
 
 DDP keeps a copy of all gradients. Here each gradient is sent when it is complete, and freed after its update. As in
-DDP, each rank divides its gradients by the number of ranks, and all are added up, so the bits are DDP's.
+DDP, each rank divides its gradients by the number of ranks, and all are added up, so the bits are DDP's. Of several
+backward passes a step, each is averaged for itself, and all ranks must make as many.
 
 All ranks must send the same gradients in the same order, so weights are sent in packs whose order is agreed upon: at
 first the reverse of the model's, vectors last, and after one step that of the first rank. A weight without a gradient
@@ -11,12 +12,14 @@ rank is not updated.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.autograd.function import BackwardCFunction
 
 LARGEST_PACK = 25 * 2**20  # bytes, as in DDP: one collective for many small gradients, and time to hide it behind
 _ALIGNMENT = 16  # elements; kernels read aligned addresses faster
@@ -94,6 +97,16 @@ class Averaging:
         """Whether this is the first call in a backward pass, or in one nested in it by reentrant checkpointing."""
         last, self._task = self._task, torch._C._current_graph_task_id()
         return self._task != last
+
+    @staticmethod
+    def is_nested() -> bool:
+        """Whether this backward pass is part of another one, as reentrant checkpointing makes them."""
+        frame = sys._getframe()
+        while frame.f_back is not None:
+            frame = frame.f_back
+            if frame.f_code is BackwardCFunction.apply.__code__:
+                return True
+        return False
 
     @property
     def began(self) -> bool:

@@ -166,31 +166,35 @@ class Undo:
                     moments.setdefault((decay, power, x.device), []).append(x)
                     continue
                 for piece in members_of_one(optimizer._owned, p, group, stream):
-                    decayed = piece.moments[name].float().mul_(decay)
-                    self._rounded.append(_Rounded(group, piece, name, number, power, decayed))
-        self._parts = [(power, xs, [*torch._foreach_mul(xs, decay)]) for (decay, power, _), xs in moments.items()]
+                    before = piece.moments[name].float().clone()
+                    self._rounded.append(_Rounded(group, piece, name, number, decay, power, before))
+        self._parts = [(decay, power, xs, [x.clone() for x in xs]) for (decay, power, _), xs in moments.items()]
 
     def correct(self, scale: Tensor) -> None:
-        """Scale what the update has added; no bit changes where ``scale`` was right. If not finite, it is 1 / 0."""
-        ratio = (self._scale / scale).nan_to_num_(0.0, posinf=0.0).squeeze()
-        for power, xs, decayed in self._parts:
-            _rescale(xs, decayed, ratio, power)
+        """Scale what the update has added; no bit changes where ``scale`` was right.
+
+        If it is not finite, the moments are those of before.
+        """
+        ratio = (self._scale / scale).squeeze()
+        for decay, power, xs, before in self._parts:
+            _rescale(xs, before, decay, ratio, power)
         for each in self._rounded:
             x = each.member.moments[each.name]
             value = x.float()
-            _rescale([value], [each.decayed], ratio, each.power)
+            _rescale([value], [each.before], each.decay, ratio, each.power)
             each.store(x, value)
 
 
 class _Rounded(NamedTuple):
-    """A moment that is not float32: the ``number``-th of ``member``, and what was left of it before the update."""
+    """A moment that is not float32: the ``number``-th of ``member``, and its value before the update."""
 
     group: Group
     member: Member
     name: str
     number: int
+    decay: float
     power: int
-    decayed: Tensor
+    before: Tensor
 
     def store(self, x: Tensor, value: Tensor) -> None:
         member = self.member
@@ -202,11 +206,15 @@ class _Rounded(NamedTuple):
         moment.store(range(len(moment.rows)), value.view(moment.rows.shape), h)
 
 
-def _rescale(xs: list[Tensor], decayed: list[Tensor], ratio: Tensor, power: int) -> None:
-    """Let each of ``xs`` be ``decayed`` plus ``ratio ** power`` times the rest, in place; ``decayed`` is overwritten.
+def _rescale(xs: list[Tensor], before: list[Tensor], decay: float, ratio: Tensor, power: int) -> None:
+    """Let each of ``xs`` be ``decay * before`` plus ``ratio ** power`` times the rest, in place.
 
-    A small ratio must not cancel, and a square must not get below zero. With a ratio of 1 no bit changes.
+    A small ratio must not cancel, and a square must not get below zero. With a ratio of 1 no bit changes. With one
+    that is not finite, ``xs`` become ``before``, which is overwritten.
     """
+    known = ratio.isfinite().float().to(xs[0].device)
+    ratio = ratio.nan_to_num(0.0, posinf=0.0)
+    decayed = torch._foreach_mul(before, decay)
     change = torch._foreach_sub(xs, decayed)
     if power == 2:
         torch._foreach_clamp_min_(change, 0.0)  # rounding may leave less than ``decayed``
@@ -216,6 +224,9 @@ def _rescale(xs: list[Tensor], decayed: list[Tensor], ratio: Tensor, power: int)
     torch._foreach_mul_(lost, (ratio == 1).float().to(device))
     torch._foreach_add_(decayed, change)
     torch._foreach_add_(decayed, lost)
+    torch._foreach_mul_(decayed, known)
+    torch._foreach_mul_(before, 1 - known)
+    torch._foreach_add_(decayed, before)
     torch._foreach_copy_(xs, decayed)
 
 

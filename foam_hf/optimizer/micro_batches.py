@@ -12,13 +12,22 @@ import torch
 from torch import Tensor
 
 from foam_hf.optimizer.foam import FOAM, step_some
-from foam_hf.optimizer.members import Micro, Numbering, hyper_of, member_of, numbering_of, parameters_of
-from foam_hf.optimizer.sharding import add_over_shards
+from foam_hf.optimizer.members import (
+    Micro,
+    Numbering,
+    hyper_of,
+    member_of,
+    members_of_one,
+    numbering_of,
+    parameters_of,
+)
+from foam_hf.optimizer.sharding import add_over_shards, zero_gradient
 from foam_hf.rules.all import rule_of
-from foam_hf.tensors.folding import block_width, num_blocks
-from foam_hf.tensors.places import is_sharded, local
+from foam_hf.rules.by_rows import RowMoment
+from foam_hf.tensors.folding import block_width
+from foam_hf.tensors.places import local
 from foam_hf.tensors.rounding import MAX_MICROS
-from foam_hf.tensors.rows import store
+from foam_hf.tensors.step import Hyper, Member
 
 
 class Collected:
@@ -75,8 +84,8 @@ class Collected:
         device = sums[0].device
         folded = torch.stack(torch._foreach_norm(sums)).square_() * torch.tensor(widths).to(device)
         for i, p in enumerate(params):
-            rest = p.shape[-1] % widths[i]
-            if rest and sums[i].shape[-1] == num_blocks(levels[id(p)], p.shape[-1]):  # the last block is shorter
+            rest = local(p).shape[-1] % widths[i]
+            if rest:  # the last block is shorter, and this rank holds it
                 folded[i] -= sums[i][..., -1].square().sum() * (widths[i] - rest)
         return add_over_shards(params, folded + torch.stack(torch._foreach_norm(sketches)).square_())
 
@@ -85,7 +94,7 @@ class Collected:
         for p in self._params.values():
             missing = count - self.number(p)
             if missing > 0:
-                p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
+                p.grad = zero_gradient(p)
                 self.update(optimizer, [p], numbering, None, None, Micro(self.number(p), count, missing))
                 p.grad = None
 
@@ -93,7 +102,7 @@ class Collected:
     def finish(self, optimizer: FOAM, scale: Tensor | None) -> None:
         """Update the moments; ``scale`` is what to divide the step's gradient by, one float32, or None for 1.
 
-        A scale that is not finite counts as infinite: the moments then follow a gradient of zeros.
+        With a scale that is not finite the moments stay as they are.
         """
         alike: dict[tuple[torch.device, float, float], list[tuple[Tensor, ...]]] = {}
         for key, (index, stream) in numbering_of(optimizer.param_groups).items():
@@ -101,29 +110,39 @@ class Collected:
                 continue
             group = optimizer.param_groups[index]
             member = member_of(optimizer._owned, self._params[key], group, stream)
-            h = hyper_of(group, member)
+            h, sums = hyper_of(group, member), self._sums[key]
             m, v = (local(member.state[name]) for name in member.names)
-            P, Q, _ = self._sums[key]
             if m.dtype == torch.float32:
-                alike.setdefault((P.device, h.b1, h.b2), []).append((m, v, P, Q))
+                alike.setdefault((m.device, h.b1, h.b2), []).append((m, v, *sums[:2]))
                 continue
-            moments = m.float(), v.float()
-            _follow([(*moments, P, Q)], h.b1, h.b2, scale)
-            for number, (x, value) in enumerate(zip((m, v), moments, strict=True), 1):
-                rows = x.view(-1, x.shape[-1])
-                store(rows, range(len(rows)), value.view(rows.shape), h, number)
+            for piece in members_of_one(optimizer._owned, self._params[key], group, stream):
+                _follow_rounded(piece._replace(pending=sums), h, scale)
         for (_, b1, b2), some in alike.items():
             _follow(some, b1, b2, scale)
+
+
+def _follow_rounded(member: Member, h: Hyper, scale: Tensor | None) -> None:
+    """As ``_follow``, of one member whose moments are rounded."""
+    moments = [*member.moments.values()]
+    values = [x.float() for x in moments]
+    _follow([(*values, *member.parts_of_pending[:2])], h.b1, h.b2, scale)
+    for number, (x, value) in enumerate(zip(moments, values, strict=True), 1):
+        moment = RowMoment(x, member.place, member.level, number)
+        moment.store(range(len(moment.rows)), value.view(moment.rows.shape), h)
 
 
 def _follow(moments: list[tuple[Tensor, ...]], b1: float, b2: float, scale: Tensor | None) -> None:
     """m <- b1*m + (1-b1)*P and v <- b2*v + (1-b2)*(P*P + Q), of several parameters; P and Q are overwritten."""
     ms, vs, Ps, Qs = map(list, zip(*moments, strict=True))
-    if scale is not None:
-        share = scale.to(Ps[0].device).squeeze().reciprocal().nan_to_num_(0.0)
-        torch._foreach_mul_(Ps, share)
-        torch._foreach_mul_(Qs, share.square())
+    share = None if scale is None else scale.to(Ps[0].device).squeeze().reciprocal()
+    if share is not None:
+        torch._foreach_mul_(Ps, share.nan_to_num(0.0))
+        torch._foreach_mul_(Qs, share.square().nan_to_num_(0.0))
     torch._foreach_addcmul_(Qs, Ps, Ps)
+    if share is not None:  # if it is not finite, P and Q are zero, and become what changes nothing
+        unknown = (~share.isfinite()).float()
+        torch._foreach_add_(Ps, torch._foreach_mul(ms, unknown))
+        torch._foreach_add_(Qs, torch._foreach_mul(vs, unknown))
     torch._foreach_lerp_(ms, Ps, 1 - b1)
     torch._foreach_lerp_(vs, Qs, 1 - b2)
 
@@ -159,11 +178,6 @@ def check_accumulation(optimizer: FOAM, count: Any) -> None:
         raise ValueError(f"accumulation is out of range: got {count}; expected 1 to {MAX_MICROS} micro-batches")
     if count == 1:
         return
-    if any(map(is_sharded, parameters_of(optimizer.param_groups))):
-        raise ValueError(
-            "gradient release adds up micro-batches in one process alone: got weights sharded into DTensors with "
-            f"accumulation={count}; expected accumulation=1, or training without gradient release"
-        )
     if name := refusing_rule(optimizer.param_groups):
         raise ValueError(
             f"gradient release adds up micro-batches by the block rule alone: got second_moment={name!r} with "

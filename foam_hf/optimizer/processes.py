@@ -6,6 +6,9 @@ default stream waits for that stream at the end of the backward pass, and the ne
 it. So an update in a hook reads a complete gradient, and is complete before its weight is needed.
 
 Under DDP, and for a process group that the caller names: ``Averaging``.
+
+Of several backward passes a step, each is reduced at once, also where a loop asks DDP or FSDP2 not to: what they would
+keep until the last pass are whole gradients.
 """
 
 from __future__ import annotations
@@ -28,9 +31,20 @@ class Processes:
         averaging: None if gradients are whole when a hook sees them: in one process, and under FSDP2.
     """
 
-    def __init__(self, model: nn.Module, params: Iterable[Tensor], group: Any, broadcast_buffers: bool = True) -> None:
-        """``params`` are all of the optimizer. Other arguments and errors are as in ``enable_gradient_release``."""
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Tensor],
+        group: Any,
+        broadcast_buffers: bool = True,
+        accumulates: bool = False,
+    ) -> None:
+        """``params`` are all of the optimizer, and ``accumulates`` says whether a step may have several passes.
+
+        Other arguments and errors are as in ``enable_gradient_release``.
+        """
         self.averaging: Averaging | None = None
+        self._accumulates = accumulates
         self._give_back: Callable[[], None] | None = None
         self._buffers: list[Tensor] = []
         self._ddp: Any = None
@@ -45,6 +59,8 @@ class Processes:
             self._buffers = list(model.buffers()) if broadcast_buffers else []
         else:
             _refuse_unreduced(model, trained, wrapper)
+            if accumulates:
+                self._give_back = _reduce_always(model)
 
     def _average(self, model: Any, trained: list[Tensor], group: Any) -> None:
         """Average the gradients of ``trained``, but for those that DDP was told to ignore."""
@@ -81,8 +97,8 @@ class Processes:
 
     @property
     def reduces(self) -> bool:
-        """Whether this backward pass averages; DDP's ``no_sync`` says that it must not."""
-        return self._ddp is None or bool(self._ddp.require_backward_grad_sync)
+        """Whether this backward pass averages; DDP's ``no_sync`` says that it must not, where a step has one pass."""
+        return self._ddp is None or self._accumulates or bool(self._ddp.require_backward_grad_sync)
 
     def refuse_rest(self, rest: list[Tensor], names: dict[int, str]) -> None:
         """Raise RuntimeError if gradients in ``rest``, which no hook has seen, should have been averaged."""
@@ -98,10 +114,35 @@ class Processes:
             send_from_first(self._buffers, self.averaging.group)
 
     def close(self) -> None:
-        """Let DDP average again, if it did before."""
+        """Let DDP average again, and FSDP2 do as it is told, if they did before."""
         give_back, self._give_back = self._give_back, None
         if give_back is not None:
             give_back()
+
+
+def _reduce_always(model: nn.Module) -> Callable[[], None]:
+    """Let FSDP2 reduce the gradients of every backward pass of ``model``, whatever it is told.
+
+    Returns:
+        a function that lets it do as it is told again.
+    """
+    names = ("set_requires_gradient_sync", "set_requires_all_reduce")
+    modules: list[Any] = [module for module in model.modules() if hasattr(type(module), names[0])]
+    for module in modules:
+        module.set_requires_gradient_sync(True, recurse=False)
+        for name in names:
+            setattr(module, name, _do_nothing)
+
+    def give_back() -> None:
+        for module in modules:
+            for name in names:
+                vars(module).pop(name, None)
+
+    return give_back
+
+
+def _do_nothing(*_: Any, **__: Any) -> None:
+    """Stands in for what tells FSDP2 not to reduce."""
 
 
 def _refuse_unreduced(model: nn.Module, trained: list[Tensor], wrapper: str) -> None:

@@ -64,7 +64,10 @@ def enable_gradient_release(
             known only when most weights are updated: :mod:`foam_hf.optimizer.clipping` says what they are updated by.
         clip_by: ``"all"``, or ``"weight"`` to bound the norm of each gradient alone.
         accumulation: the most backward passes before an ``optimizer.step()``, whose gradients add up. Each updates the
-            weights by its share of the step, see :mod:`foam_hf.rules.micro_batches`.
+            weights by its share of the step, see :mod:`foam_hf.rules.micro_batches`. In several processes each is
+            averaged at once, also inside of DDP's ``no_sync`` and after FSDP2's ``set_requires_gradient_sync(False)``,
+            and all ranks must make as many. Set the handle's ``accumulation`` before a step that has fewer: otherwise
+            its denominators are those of a step with as many as told.
         process_group: average gradients over it, as DDP does, for a model that nothing has wrapped. Weights and
             buffers are first overwritten by those of its first rank. All ranks must call the function, and ``step``.
         broadcast_buffers: with ``process_group``: overwrite buffers again after each step, as DDP does.
@@ -77,7 +80,7 @@ def enable_gradient_release(
         TypeError: the optimizer is not FOAM, or ``max_grad_norm`` or ``accumulation`` is not a number.
         ValueError: nothing averages the gradients of several processes, DDP was told to do more than to average,
             DeepSpeed's ZeRO holds the weights, a parameter of the optimizer is not the model's, ``max_grad_norm`` is
-            negative, or micro-batches cannot be added up by a rule or in several processes.
+            negative, or micro-batches cannot be added up by a rule.
         RuntimeError: release is enabled for one of these parameters already.
     """
     inner: Any = optimizer
@@ -108,10 +111,7 @@ class GradientRelease:
         check_model(model, optimizer, self._names)
         self._updates = Updates(optimizer, *clip)
         params = parameters_of(optimizer.param_groups)
-        self._processes = Processes(model, params, process_group, broadcast_buffers)
-        if self._processes.averaging is not None and accumulation > 1:
-            self._processes.close()
-            raise _one_process_alone(accumulation)
+        self._processes = Processes(model, params, process_group, broadcast_buffers, accumulation > 1)
         self._warned = False
         # Small weights, whose gradients are cheaper to keep than what another way would take.
         self._keeps = accumulation > 1 or self._updates.clip_all is not None
@@ -157,8 +157,6 @@ class GradientRelease:
     @accumulation.setter
     def accumulation(self, count: int) -> None:
         check_accumulation(self._optimizer, count)
-        if count > 1 and self._processes.averaging is not None:
-            raise _one_process_alone(count)
         if count > 1 and not self._keeps:
             raise ValueError(
                 f"gradient release was enabled for one backward pass a step: got accumulation={count}; expected "
@@ -174,7 +172,7 @@ class GradientRelease:
 
         None if there were none, or without ``max_grad_norm``, because the norm costs a pass over each gradient. With
         ``accumulation`` it is an estimate, whose relative error is about the root of two over the number of blocks of
-        all weights.
+        the weights that make it up.
         """
         return self._updates.norm()
 
@@ -242,17 +240,10 @@ class GradientRelease:
         rest = [p for p in parameters_of(self._optimizer.param_groups) if p.grad is not None]
         unkept = [p for p in rest if not self._hooks.keeps(p)]
         if unkept:
+            refuse_again(unkept, self._updates.taken, self._names, self._hooks.excess)
             self._processes.refuse_rest(unkept, self._names)
-            refuse_again(unkept, self._updates.taken, self._names)
         self._updates.finish(rest)
         moves = any(float(group["lr"]) for group in self._optimizer.param_groups)
         if unkept and moves and not self._warned:  # torch.distributed.checkpoint makes a step at a rate of 0
             self._warned = True
             warn_of_hookless(unkept, self._names)
-
-
-def _one_process_alone(count: int) -> ValueError:
-    return ValueError(
-        "gradient release adds up micro-batches in one process alone: got several processes with "
-        f"accumulation={count}; expected accumulation=1, or training without gradient release"
-    )

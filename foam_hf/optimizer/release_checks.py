@@ -77,10 +77,19 @@ def too_many(name: str, micros: int) -> RuntimeError:
     )
 
 
-def refuse_again(rest: list[Tensor], updated: Iterable[int], names: Names) -> None:
-    """Raise RuntimeError if one of ``rest``, which have a gradient at the end of a step, is updated already."""
+def refuse_again(rest: list[Tensor], updated: Iterable[int], names: Names, excess: bool) -> None:
+    """Raise RuntimeError if one of ``rest``, which have a gradient at the end of a step, is updated already.
+
+    ``excess`` says whether the step has raised ``too_many``.
+    """
     found = {*updated}
     again = [p for p in rest if id(p) in found]
+    if again and excess:
+        raise RuntimeError(
+            f"{names.get(id(again[0]), 'a parameter')} and {len(again) - 1} more have a gradient of the backward pass "
+            "that was one too many for this step, and that raised an error; expected optimizer.zero_grad() before "
+            "optimizer.step(), or no step() after such an error"
+        )
     if again:
         raise RuntimeError(
             f"{names.get(id(again[0]), 'a parameter')} and {len(again) - 1} more have a gradient again "

@@ -22,6 +22,7 @@ class Hooks:
 
     Attributes:
         accumulation: the most backward passes of a step that begins.
+        excess: whether this step got more of them, which was an error.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Hooks:
         accumulation: int,
     ) -> None:
         """``released`` are updated in a backward pass, ``kept`` at the end of the step. ``limit`` is a bucket's."""
-        self.accumulation = accumulation
+        self.accumulation, self.excess = accumulation, False
         self._updates, self._processes, self._names = updates, processes, names
         self._released, self._kept = [*released], {id(p) for p in kept}
         self._limit = limit
@@ -56,18 +57,23 @@ class Hooks:
         if not self._processes.reduces:
             raise RuntimeError(
                 "gradient release averages every gradient at once, and frees it: got a backward pass inside of DDP's "
-                "no_sync(); expected it outside, with one optimizer.step() for each backward pass"
+                "no_sync(); expected it outside, with one optimizer.step() for each backward pass, or "
+                "enable_gradient_release(..., accumulation=N) for N of them, inside and outside"
             )
         updates = self._updates
         if not updates.taken and not averaging.began:
             self.begin()
         if id(p) not in updates.numbering:
             return  # it was removed from the optimizer
-        if id(p) in updates.taken or averaging.has(p):
+        if averaging.has(p) and updates.micros > 1:
+            self.finish()  # a backward pass whose end was not seen
+        if updates.taken.get(id(p), 0) >= updates.micros or averaging.has(p):
             raise self._too_many(p)
         check_gradient(p, updates.numbering[id(p)][1])
         if averaging.is_new_task():  # its end waits for what is on the way
-            torch.autograd.Variable._execution_engine.queue_callback(self.update_waiting)
+            ends = updates.micros > 1 and not averaging.is_nested()
+            callback = self._end_pass if ends else self.update_waiting
+            torch.autograd.Variable._execution_engine.queue_callback(callback)
         for params in averaging.add(p):
             self._take_averaged(params)
 
@@ -90,8 +96,14 @@ class Hooks:
             for params in self._processes.averaging.land():
                 self._take_averaged(params)
 
+    def _end_pass(self) -> None:
+        """The end of one of several backward passes: the next one must not be averaged together with it."""
+        self.update_waiting()
+        self.finish()
+
     def forget(self) -> None:
         """Forget the current step."""
+        self.excess = False
         for bucket in self._buckets.values():
             bucket.take()
         if self._processes.averaging is not None:
@@ -143,6 +155,7 @@ class Hooks:
         updates.run(bucket.add(p, grad))
 
     def _too_many(self, p: Tensor) -> RuntimeError:
+        self.excess = True
         return too_many(self._names.get(id(p), "a parameter"), self._updates.micros)
 
 

@@ -248,6 +248,17 @@ def _state_dtensor(p: Any, state: StateTensor, part: Tensor) -> Tensor:
     return DTensor.from_local(part, p.device_mesh, _placements(p, state), run_check=False, shape=shape, stride=strides)
 
 
+def zero_gradient(p: Any) -> Tensor:
+    """A gradient of zeros of ``p``: a DTensor if ``p`` is one."""
+    mine = local(p)
+    part = torch.zeros(mine.shape, dtype=mine.dtype, device=mine.device)
+    if not is_sharded(p):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
 def follow_placements(p: Any) -> None:
     """Give the gradient of ``p`` the placements of ``p``, as autograd may leave partial sums or other shards."""
     grad = p.grad

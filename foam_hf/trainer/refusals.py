@@ -197,12 +197,6 @@ def refuse_kept_gradients_of(trainer: Any) -> None:
             f"gradient_release=true averages gradients in place of DDP: got the communication hook {hook}; expected "
             "none, or gradient_release=false"
         )
-    if trainer.args.world_size > 1 and trainer.args.gradient_accumulation_steps > 1:
-        raise ValueError(
-            "gradient_release=true adds up the gradients of several backward passes in one process alone: got "
-            f"{trainer.args.world_size} processes with gradient_accumulation_steps="
-            f"{trainer.args.gradient_accumulation_steps}; expected 1 of either, or gradient_release=false"
-        )
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"gradient_release=true trains on one GPU: got {trainer.args.n_gpu}, which DataParallel would share; "

@@ -49,6 +49,13 @@ NOT_ZERO = [Proof("refused", f"{ZERO}test_options_that_need_whole_weights_are_re
 NEAR = Proof("near", f"{ZERO}test_zero_3_follows_one_process_within_the_rounding_of_its_gradients")
 NO_INT8 = [Proof("refused", f"{ZERO}test_int8_weights_are_refused")] * 3
 RELEASE = "tests.optimizer.test_release_processes:"
+
+
+def micro(word: str, case: str) -> list[Proof]:
+    test = f"{RELEASE}test_micro_batches_of_several_processes_have_the_bits_of_one"
+    return [Proof(word, test, "release_accumulation_worker:CASES", case)] * 2 + NOT_ZERO
+
+
 ON, OVER = (
     "tests.optimizer.test_ddp:test_a_checkpoint_of_two_processes_goes_on_in_two_and_in_one",
     (f"{SHARDING}test_checkpoints_go_on_exactly_in_2_then_1_then_4_processes"),
@@ -74,6 +81,15 @@ ROWS: dict[str, list[Proof | None]] = {
         Proof("bits", f"{RELEASE}test_release_under_fsdp2_has_the_bits_of_fsdp2_without_it"),
         *NOT_ZERO,
     ],
+    "release and accumulation": [
+        ddp("release, accumulation"),
+        fsdp2("bits", "release, accumulation"),
+        *NOT_ZERO,
+    ],
+    "release and clipping": micro("near", "clipping"),
+    "release and INT8 weights": micro("bits", "INT8"),
+    "release and LoRA": micro("bits", "LoRA"),
+    "release and checkpointing": micro("bits", "checkpointing"),
     "accumulation": [ddp("accumulation"), fsdp2("bits", "accumulation"), *zero("bits", "accumulation")],
     "clipping": [ddp("clipping"), fsdp2("near", "clipping"), *zero("near", "clipping")],
     "LoRA": [ddp("lora"), fsdp2("bits", "lora"), *zero("bits", "lora")],

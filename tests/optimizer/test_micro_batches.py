@@ -292,6 +292,28 @@ def test_a_checkpoint_in_the_middle_of_a_step_is_warned_about_and_loading_begins
         )
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_norm_that_is_not_finite_leaves_moments_as_they_were(k: int) -> None:
+    """Also those of a weight that was updated before the NaN came."""
+    for state_dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        options = {"level": 3, "nonfinite": "skip", "state_dtype": state_dtype}
+        params, optimizer, release = made([torch.randn(4, 32) for _ in range(2)] + [torch.randn(5)], k, 1.0, **options)
+        for spoilt in (False, True):
+            before = [x.clone() for p in params for x in optimizer.state[p].values() if torch.is_tensor(x)]
+            for i in range(k):
+                for number, p in enumerate(params):
+                    grad = torch.randn(p.shape)
+                    if spoilt and (number, i) == (1, k - 1):
+                        grad[2, 20] = float("nan")
+                    backward(p, grad)
+            assert bool(release.grad_norm.isnan()) == spoilt
+            optimizer.step()
+        after = [x for p in params for x in optimizer.state[p].values() if torch.is_tensor(x)]
+        assert len(before) == len(after) > 4
+        assert all(map(torch.equal, before, after))
+
+
 def test_large_gradients_that_must_be_kept_are_said(caplog: pytest.LogCaptureFixture) -> None:
     made([torch.randn(8, 32), torch.randn(32)], 2, level=3)
     assert not caplog.records
@@ -304,15 +326,21 @@ def test_large_gradients_that_must_be_kept_are_said(caplog: pytest.LogCaptureFix
 
 def test_more_backward_passes_than_said_are_an_error() -> None:
     (p,), optimizer, _ = made([torch.randn(4, 32)], 2, level=3)
-    for _ in range(2):
-        backward(p, torch.ones(4, 32))
-    with pytest.raises(RuntimeError, match=r"got 3; expected at most accumulation=2 backward passes for each step"):
-        backward(p, torch.ones(4, 32))
-    optimizer.zero_grad()
+    for cleared in (False, True):
+        for _ in range(2):
+            backward(p, torch.ones(4, 32))
+        with pytest.raises(
+            RuntimeError, match=r"got 3; expected at most accumulation=2 backward passes for each step"
+        ):
+            backward(p, torch.ones(4, 32))
+        if not cleared:
+            with pytest.raises(RuntimeError, match=r"one too many for this step.*expected optimizer.zero_grad"):
+                optimizer.step()
+        optimizer.zero_grad()
     optimizer.step()
     backward(p, torch.ones(4, 32))
     optimizer.step()
-    assert optimizer.state[p]["step"] == 2
+    assert optimizer.state[p]["step"] == 3
 
 
 def test_numbers_of_micro_batches_and_rules_that_cannot_be_are_refused() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.support.release_accumulation_worker as accumulation_worker
 import tests.support.release_ddp_worker as ddp_worker
 import tests.support.release_worker as worker
 
@@ -30,9 +31,17 @@ def test_release_that_averages_has_the_bits_of_ddp(tmp_path: Path, processes: in
     _run(ddp_worker, tmp_path, processes)
 
 
-def _run(module: types.ModuleType, tmp_path: Path, processes: int) -> None:
+def test_micro_batches_of_several_processes_have_the_bits_of_one(tmp_path: Path) -> None:
+    """Under DDP, with a process group and under FSDP2, in two processes and in four.
+
+    The worker also counts gradients, clips, resumes, lets processes use other layers, and provokes what is refused.
+    """
+    _run(accumulation_worker, tmp_path, 2, 4)
+
+
+def _run(module: types.ModuleType, tmp_path: Path, *processes: int) -> None:
     done = subprocess.run(
-        [sys.executable, str(module.__file__), str(tmp_path), str(processes)],
+        [sys.executable, str(module.__file__), str(tmp_path), *map(str, processes)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "USE_TF": "0"},
         cwd=tmp_path,
         capture_output=True,
@@ -40,4 +49,5 @@ def _run(module: types.ModuleType, tmp_path: Path, processes: int) -> None:
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-8000:]
-    assert len([*tmp_path.glob(f"done {processes} *")]) == processes
+    for count in processes:
+        assert len([*tmp_path.glob(f"done {count} *")]) == count

@@ -20,6 +20,10 @@ CASES: dict[str, dict[str, Any]] = {
     "adam_mini": {"optim": "foam_adam_mini", "optim_args": "level=3"},
     "plain_state=8bit": {"optim_args": "level=3,scale=0.25,plain_state=8bit"},
     "accumulation": {"gradient_accumulation_steps": 2},
+    "release, accumulation": {
+        "optim_args": "level=3,scale=0.25,gradient_release=true",
+        "gradient_accumulation_steps": 2,
+    },
     "clipping": {"max_grad_norm": 0.05},
     "lora": {"model": lora},
 }

@@ -172,6 +172,10 @@ FEATURES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "lora": ({}, {"model": lora}),
     "mini": ({}, {"optim": "foam_mini", "optim_args": "scale=0.25"}),
     "factored": ({}, {"optim_args": "level=3,second_moment=factored"}),
+    "release, accumulation": (
+        {},
+        {"optim_args": "level=3,gradient_release=true", "gradient_accumulation_steps": 2, "max_grad_norm": 1e9},
+    ),
     "gradient release": ({}, {"optim_args": "level=3,gradient_release=true", "max_grad_norm": 1e9}),
     "muon": ({}, {"optim": "foam_muon", "optim_args": "level=3"}),
     "muon, gradient release": ({}, {**MUON, "optim_args": f"{MUON['optim_args']},gradient_release=true"}),

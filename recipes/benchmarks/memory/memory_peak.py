@@ -93,6 +93,7 @@ class Case:
     checkpointing: bool = True
     liger: bool = False
     limit_gib: float | None = None  # no more than this may be allocated
+    accumulation: int = 1  # backward passes a step
 
 
 EMBEDDINGS, RELEASE = "fold_embeddings=true", "gradient_release=true"
@@ -104,6 +105,15 @@ CASES = {
     "8b-int8-release": Case("INT8, foam, gradient release", EIGHT, "int8", "foam", RELEASED, limit_gib=CARD_GIB),
     "8b-int8-release-liger": Case(
         "INT8, foam, gradient release, Liger", EIGHT, "int8", "foam", RELEASED, liger=True, limit_gib=CARD_GIB
+    ),
+    "8b-int8-release-accumulation": Case(
+        "INT8, foam, gradient release, 4 micro-batches",
+        EIGHT,
+        "int8",
+        "foam",
+        RELEASED,
+        limit_gib=CARD_GIB,
+        accumulation=4,
     ),
     "8b-int8-loaded": Case(
         "INT8 from a bf16 checkpoint, foam, gradient release", EIGHT, "loaded", "foam", RELEASED, limit_gib=CARD_GIB
@@ -243,7 +253,7 @@ def measured(case: Case, model_name: str, sequence: int, batch: int, steps: int,
     set_seed(0)
     model = build(case, model_name, sequence, device)
     loading = torch.cuda.max_memory_allocated() if cuda else None
-    tokens = torch.randint(3, 100, (batch * (WARM_UP + steps), sequence))
+    tokens = torch.randint(3, 100, (batch * case.accumulation * (WARM_UP + steps), sequence))
     classifies = case.model in ROBERTAS
     rows = [{"input_ids": row, "labels": row[0] % 2 if classifies else row} for row in tokens]
     with tempfile.TemporaryDirectory() as folder:
@@ -251,6 +261,7 @@ def measured(case: Case, model_name: str, sequence: int, batch: int, steps: int,
             output_dir=folder,
             max_steps=WARM_UP + steps,
             per_device_train_batch_size=batch,
+            gradient_accumulation_steps=case.accumulation,
             learning_rate=1e-5,
             bf16=case.weights == "float32",
             gradient_checkpointing=case.checkpointing,
@@ -279,7 +290,7 @@ def measured(case: Case, model_name: str, sequence: int, batch: int, steps: int,
         "peak_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
         "limit_bytes": case.limit_gib and int(case.limit_gib * 2**30),
         "ms": ms,
-        "tokens_per_s": 1000 * batch * sequence / ms,
+        "tokens_per_s": 1000 * batch * case.accumulation * sequence / ms,
     }
     return row, model
 
