@@ -10,6 +10,7 @@ from typing import Any
 from foam_hf.optim_args import parse_optim_args
 from foam_hf.trainer import checkpoints, weights
 from foam_hf.trainer.build import with_current_trainer
+from foam_hf.trainer.lost_process import explain_lost_process
 from foam_hf.trainer.names import foam_of, releases_gradients, uses_foam
 from foam_hf.trainer.offload import refuse_with_offload
 from foam_hf.trainer.patches import is_deepspeed_enabled
@@ -29,14 +30,18 @@ def wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
         refuse_ready_made_optimizer(trainer)
         refuse_with_offload(trainer)
         bind_reports(trainer)
-        watches = _gradient_release(trainer), _skipped_steps(trainer)
-        with watches[0], watches[1], _name_nonfinite_weights(trainer), _suggest_optim_args(trainer):
+        watches = _lost_process(trainer), _gradient_release(trainer), _skipped_steps(trainer)
+        with watches[0], watches[1], watches[2], _name_nonfinite_weights(trainer), _suggest_optim_args(trainer):
             result = with_current_trainer(trainer, original)(trainer, *args, **kwargs)
             if (optimizer := foam_of(trainer)) is not None:
                 optimizer.check_gradients()  # raises for the last step, which no later step has checked
             return result
 
     return train
+
+
+def _lost_process(trainer: Any) -> AbstractContextManager[None]:
+    return explain_lost_process(trainer) if uses_foam(trainer.args) else nullcontext()
 
 
 def _gradient_release(trainer: Any) -> AbstractContextManager[None]:

@@ -26,6 +26,7 @@ from foam_hf.int8.quantizer import quantize_model_
 from foam_hf.memory import state_bytes
 from foam_hf.memory.storages import storages, total
 from foam_hf.planner.fsdp2 import _gathered
+from tests.support.devices import DEVICE, placed
 from tests.support.sharding_trainer_worker import FSDP, allow_fsdp_on_cpus, environment, run
 from tests.support.sharding_worker import full_tensor
 from tests.support.tiny_models import tiny_llama, tiny_qwen2
@@ -57,7 +58,7 @@ def net(dtype: torch.dtype = BF16, int8: bool = True, seed: int = 0) -> Any:
     made = Net().to(dtype)
     for layer in made.children() if int8 else ():
         convert_(layer, 16)
-    return made
+    return placed(made)
 
 
 def sharded(model: Any, **options: Any) -> Any:
@@ -96,7 +97,7 @@ def train(model: Any, optimizer: FOAM, steps: int, seed: int = 1) -> list[float]
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for _ in range(steps):
-        loss = model(torch.randn(4, 32, generator=generator).to(next(model.parameters()).dtype))
+        loss = model(placed(torch.randn(4, 32, generator=generator)).to(next(model.parameters()).dtype))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -113,7 +114,7 @@ def one_process_and_shards(world: int) -> None:
     if world == 2:
         cases += [("triton", BF16, {"state_dtype": BF16}, None), ("reference", BF16, {"level": 0}, None)]
     else:
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+        mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("replicas", "shards"))
         cases += [("reference", BF16, {}, mesh)]
     for kernel, dtype, options, mesh in cases:
         os.environ["FOAM_HF_KERNEL"] = kernel

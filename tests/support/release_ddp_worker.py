@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from foam_hf import FOAM, enable_gradient_release, foam_param_groups
 from foam_hf.optimizer import ddp as ddp_names
+from tests.support.devices import kernel, placed, start_group
 from tests.support.interpreter import patch_once
 from tests.support.release_worker import BF16, assert_same, batch, least_llama, refused
 from tests.support.tiny_models import HIDDEN, quantized, tiny_llama, tiny_lora_llama, tiny_qwen2
@@ -80,8 +81,8 @@ KERNEL_CASE = {"kernels": Case(build=least_llama, dtype=BF16, kernel="triton", s
 
 
 def make(case: Case) -> tuple[nn.Module, FOAM]:
-    os.environ["FOAM_HF_KERNEL"] = case.kernel
-    model = case.build().to(case.dtype).train()
+    os.environ["FOAM_HF_KERNEL"] = kernel(case.kernel)
+    model = placed(case.build().to(case.dtype)).train()
     for name, p in model.named_parameters():
         p.requires_grad_(p.requires_grad and case.frozen not in name)
     if case.checkpointing is not None:
@@ -190,7 +191,7 @@ def names() -> None:
 def check_all(folder: Path) -> None:
     """The function that every process of the launcher runs."""
     world = int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo")
+    start_group()
     if world == 2:
         names()
         compare({**CASES, **KERNEL_CASE})

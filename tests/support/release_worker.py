@@ -22,6 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from foam_hf import FOAM, enable_gradient_release, foam_param_groups
 from foam_hf.tensors.places import local
+from tests.support.devices import DEVICE, kernel, placed, start_group
 from tests.support.interpreter import patch_once
 from tests.support.rules import SHARDED
 from tests.support.tiny_models import VOCAB, tiny_llama, tiny_lora_llama, tiny_qwen2
@@ -94,13 +95,13 @@ def batch(step: int, micro: int = 0, rank: int | None = None) -> dict[str, Tenso
     """Another one for each rank."""
     rank = dist.get_rank() if rank is None else rank
     generator = torch.Generator().manual_seed(1000 * step + 100 * micro + rank)
-    ids = torch.randint(3, VOCAB, (2, 8), generator=generator)
+    ids = placed(torch.randint(3, VOCAB, (2, 8), generator=generator))
     return {"input_ids": ids, "labels": ids}
 
 
 def sharded(case: Case, mesh: Any) -> tuple[nn.Module, FOAM]:
-    os.environ["FOAM_HF_KERNEL"] = case.kernel
-    model = case.build().to(case.dtype)
+    os.environ["FOAM_HF_KERNEL"] = kernel(case.kernel)
+    model = placed(case.build().to(case.dtype))
     for name, p in model.named_parameters():
         p.requires_grad_(p.requires_grad and case.frozen not in name)
     layers = layers_of(model)
@@ -193,7 +194,7 @@ def norms(mesh: Any) -> None:
             found = [torch.nn.utils.clip_grad_norm_([p], bound).full_tensor() for p in plain.parameters()]
             expected = torch.stack(found).norm()
             assert torch.allclose(handle.grad_norm, expected, rtol=1e-5), (handle.grad_norm, expected)
-            gathered = [torch.zeros(1) for _ in range(dist.get_world_size())]
+            gathered = [placed(torch.zeros(1)) for _ in range(dist.get_world_size())]
             dist.all_gather(gathered, handle.grad_norm.reshape(1))
             assert all(torch.equal(x, gathered[0]) for x in gathered)
             optimizer.step()
@@ -250,8 +251,8 @@ def refusals(mesh: Any) -> None:
 def check_all(folder: Path) -> None:
     """The function that every process of the launcher runs."""
     world = int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (world,))
+    start_group()
+    mesh = init_device_mesh(DEVICE, (world,))
     compare_fsdp2(mesh, FSDP2_CASES)
     norms(mesh)
     if world == 2:
@@ -259,7 +260,7 @@ def check_all(folder: Path) -> None:
         resume(mesh)
         refusals(mesh)
     else:
-        compare_fsdp2(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")), {"hybrid": Case()})
+        compare_fsdp2(init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("replicate", "shard")), {"hybrid": Case()})
     (folder / f"done {world} {os.environ['RANK']}").touch()
 
 

@@ -26,6 +26,7 @@ from foam_hf.memory import expected_state_bytes, state_bytes
 from foam_hf.tensors.places import local
 from foam_hf.tensors.rows import PLAIN, kind_of
 from tests.support import gathering_worker
+from tests.support.devices import DEVICE
 from tests.support.interpreter import patch_once
 from tests.support.sharding_worker import check_all
 from tests.support.tiny_models import language_data, tiny_llama
@@ -89,7 +90,7 @@ class Record(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.sharded = [isinstance(p, DTensor) for p in model.parameters() for _ in stored(p)]
-        self.steps.append([part.clone() for p in model.parameters() for part in stored(p)])
+        self.steps.append([part.cpu().clone() for p in model.parameters() for part in stored(p)])
 
     def full_weights(self) -> list[Tensor]:
         """All weights as one vector, for every step, on rank 0. Other ranks get an empty list."""
@@ -141,7 +142,7 @@ def run(
             "lr_scheduler_type": "constant",
             "save_strategy": "no",
             "report_to": "none",
-            "use_cpu": True,
+            "use_cpu": DEVICE == "cpu",
             "disable_tqdm": True,
             "logging_steps": 1000,
         }

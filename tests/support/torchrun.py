@@ -1,4 +1,4 @@
-"""torchrun's launcher, with processes that are forked from this one and so need not import everything again."""
+"""torchrun's launcher, with processes that on CPUs are forked from this one and need not import everything again."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from tests.support.devices import DEVICE
+
 
 def launch(world: int, function: Callable[..., None], *args: Any) -> None:
     """``function(*args)`` in `world` processes, as ``torchrun --standalone --nproc_per_node world`` sets them up.
 
-    They are forked, because importing what a Trainer needs takes about ten seconds. No thread of torch may run in this
-    process before. The children exit without shutting down Python, as gloo's threads may abort that (pytorch pull
-    request 179291).
+    On CPUs they are forked, because importing what a Trainer needs takes about ten seconds. No thread of torch may run
+    in this process before. With GPUs they are new, as a process that is forked cannot use a GPU. The children exit
+    without shutting down Python, as gloo's threads may abort that (pytorch pull request 179291).
     """
     config = LaunchConfig(
         min_nodes=1,
@@ -23,7 +25,7 @@ def launch(world: int, function: Callable[..., None], *args: Any) -> None:
         run_id=str(uuid.uuid4()),
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        start_method="fork",
+        start_method="fork" if DEVICE == "cpu" else "spawn",
         max_restarts=0,
     )
     elastic_launch(config, function)(*args)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("DS_ACCELERATOR", os.environ.get("FOAM_HF_TEST_DEVICE", "cpu"))
 
 import deepspeed
 import torch
@@ -27,6 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import foam_hf  # registers optim="foam"
 from foam_hf.folders import MANIFEST
 from foam_hf.trainer.manifest import check
+from tests.support.devices import DEVICE
 from tests.support.tiny_models import language_data, tiny_llama
 from tests.support.torchrun import launch
 
@@ -127,7 +128,7 @@ def run(
             "lr_scheduler_type": "constant",
             "save_strategy": "no",
             "report_to": "none",
-            "use_cpu": True,
+            "use_cpu": DEVICE == "cpu",
             "disable_tqdm": True,
             "logging_steps": 1000,
             "deepspeed": copy.deepcopy(deepspeed),

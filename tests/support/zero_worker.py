@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("DS_ACCELERATOR", os.environ.get("FOAM_HF_TEST_DEVICE", "cpu"))
 
 import deepspeed
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from foam_hf import FOAM, enable_gradient_release
 from foam_hf.memory import expected_state_bytes, state_bytes
+from tests.support.devices import BACKEND, choose_gpu, placed
 from tests.support.tolerances import assert_within
 from tests.support.torchrun import launch
 
@@ -61,7 +62,7 @@ def param_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
 
 def batches(steps: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(4, 256, generator=generator) for _ in range(steps)]
+    return [placed(torch.randn(4, 256, generator=generator)) for _ in range(steps)]
 
 
 def alone(
@@ -71,7 +72,7 @@ def alone(
 
     ``masters``: the optimizer updates float32 copies of the weights, as in DeepSpeed.
     """
-    model = Net().to(dtype)
+    model = placed(Net().to(dtype))
     weights = list(model.parameters())
     copies = [nn.Parameter(p.detach().float()) if masters else p for p in weights]
     of_copy = dict(zip(weights, copies, strict=True))
@@ -93,7 +94,7 @@ def engine_of(
     config: dict[str, Any], dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[Any, nn.Module, FOAM]:
     zero = {"memory_efficient_linear": False, **config.pop("zero")}  # or ZeRO 3 computes other bits of gradients
-    model = Net().to(dtype)
+    model = placed(Net().to(dtype))
     optimizer = FOAM(param_groups(model, **options), lr=1e-3)
     settings = {
         "train_micro_batch_size_per_gpu": 4,
@@ -157,7 +158,7 @@ def follows_one_process(name: str, steps: int) -> None:
         for _, state in part.state.values()
         if cut.mine.first > cut.first  # counted by the process where the block begins
     )
-    held = torch.tensor([state_bytes(optimizer), doubled])
+    held = placed(torch.tensor([state_bytes(optimizer), doubled]))
     dist.all_reduce(held)
     assert int(held[0]) == whole_state + int(held[1]), (name, held, whole_state)
     assert 0 < int(held[1]) < 0.02 * whole_state or "row" in name, (name, held)
@@ -318,7 +319,8 @@ def check_all(folder: Path) -> None:
 def as_one_rank(check: Callable[..., None], *args: Any) -> None:
     """The function that every process of the launcher runs."""
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo", verbose=False)
+    choose_gpu()
+    deepspeed.init_distributed(BACKEND, verbose=False)
     try:
         check(*args)
     except BaseException:
