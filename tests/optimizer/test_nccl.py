@@ -28,7 +28,7 @@ pytestmark = [
 
 # Cases that are near, as sums over processes have another order; all others have the bits of one process.
 NEAR = {
-    r"FSDP2, (clipping|factored)": "FSDP2 against one process, sums over ranks",
+    r"FSDP2, (clipping|factored|muon.*)": "FSDP2 against one process, sums over ranks",
     r"ZeRO [12], clipping": "clipping under ZeRO, sums over ranks",
     r"ZeRO 3, (Trainer|accumulation|clipping|lora|resume 2 -> 2)": "ZeRO 3 against one process, 10 steps",
 }
