@@ -27,8 +27,8 @@ from foam_hf.optimizer.messages import Exchange, Kind, Layout
 from foam_hf.optimizer.nonfinite import LeftOutReport
 from foam_hf.optimizer.sharding import norms_of
 from foam_hf.optimizer.shared_matrices import Matrix, matrices_of, owners_of
-from foam_hf.rules.all import rule_named, rule_of
-from foam_hf.rules.rule import Halves, OnWhole, Part
+from foam_hf.rules.all import rule_of
+from foam_hf.rules.rule import Halves, Part
 from foam_hf.tensors.places import local
 from foam_hf.tensors.rows import PLAIN, kind_of
 from foam_hf.tensors.step import Hyper, Member
@@ -54,7 +54,7 @@ class Pack:
 
     def _choose(self, parts: list[Part]) -> Halves:
         """The halves of the rule's update: in kernels where one takes such matrices, on all ranks."""
-        on_whole, level = _on_whole(self.member), self.member.level
+        on_whole, level = self.matrices[0].on_whole, self.member.level
         if use_kernels(self._device) and kind_of(parts[0].weight) == PLAIN:
             kernels = importlib.import_module(on_whole.kernel)
             G, m = (torch.empty(self._rows, n, dtype=t, device="meta") for n, t in (self._gradient, self._state))
@@ -207,10 +207,6 @@ def _grad(member: Member) -> Tensor:
     return cast(Tensor, member.p.grad)
 
 
-def _on_whole(member: Member) -> OnWhole:
-    return cast(OnWhole, rule_named(member.rule).on_whole)
-
-
 def _packs_of(groups: list[tuple[dict[str, Any], list[Member]]]) -> list[list[Pack]]:
     """The packs of each process group, in an order that all of its ranks agree upon."""
     by_group: dict[Any, list[tuple[dict[str, Any], Matrix]]] = {}
@@ -232,7 +228,7 @@ def _packs_of_ranks(found: list[tuple[dict[str, Any], Matrix]]) -> list[Pack]:
     packs = []
     for of_ranks in kinds.values():
         matrix = next(itertools.chain.from_iterable(of_ranks))
-        size = _on_whole(matrix.member).at_a_time(*matrix.member.p.shape[-2:])
+        size = matrix.on_whole.at_a_time(*matrix.member.p.shape[-2:])
         for first in range(0, max(map(len, of_ranks)), size):
             packs.append(Pack(group_of[id(matrix.member.p)], [some[first : first + size] for some in of_ranks]))
     return packs

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, distributed
 
 from foam_hf.optimizer.sharding import shared_dimension
 from foam_hf.rules.all import rule_named
-from foam_hf.rules.rule import Part
+from foam_hf.rules.rule import OnWhole, Part
 from foam_hf.tensors.places import Group, is_sharded, local, whole_place
 from foam_hf.tensors.step import Member
 
@@ -35,10 +35,9 @@ class Matrix(NamedTuple):
     sharing: Sharing
 
     @property
-    def cost(self) -> int:
-        """What its update costs, in proportion."""
-        rows, n = self.member.p.shape[-2:]
-        return rows * n * min(rows, n)
+    def on_whole(self) -> OnWhole:
+        """How its rule updates it."""
+        return cast(OnWhole, rule_named(self.member.rule).on_whole)
 
     def of(self, x: Any) -> Tensor:
         """This rank's rows of ``x``, the weight, its gradient or its state: a view."""
@@ -80,12 +79,13 @@ def owners_of(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
     The largest comes first, and goes to the rank with the least work so far.
     """
     ranks = len(matrices[0].sharing.spans)
+    costs = [matrix.on_whole.cost(*matrix.member.p.shape[-2:]) for matrix in matrices]
     loads: list[int] = [0] * ranks
     owned: list[list[int]] = [[] for _ in range(ranks)]
-    for i in sorted(range(len(matrices)), key=lambda i: (-matrices[i].cost, i)):
+    for i in sorted(range(len(matrices)), key=lambda i: (-costs[i], i)):
         # Gradient release has one or two matrices at a time, so that the first rank must not be the same for all.
         turn = matrices[i].member.stream + matrices[i].number
         owner = min(range(ranks), key=lambda rank: (loads[rank], (rank - turn) % ranks))
-        loads[owner] += matrices[i].cost
+        loads[owner] += costs[i]
         owned[owner].append(i)
     return [[matrices[i] for i in sorted(some)] for some in owned]

@@ -49,6 +49,16 @@ def matrices_at_a_time(rows: int, n: int) -> int:
     return max(1, BATCH_ELEMENTS // (rows * n)) if rows * n else 1
 
 
+def cost(rows: int, n: int) -> int:
+    """What the orthogonalisation of a matrix costs: multiplications, but for a factor.
+
+    Eight symmetric products have the shorter side alone; two symmetric and two whole ones have both. A symmetric one
+    takes two thirds of the time.
+    """
+    short, long = sorted((rows, n))
+    return short * short * (16 * short + 10 * long)
+
+
 def element_limit(factor: float) -> float:
     """The largest element of a matrix that counts, where it is multiplied by ``factor``."""
     # No element of a smaller matrix can reach the limit.
@@ -157,7 +167,7 @@ MUON = Rule(
     kernel="foam_hf.rules.muon_kernel",
     unit="tensor",
     shards="rows, gathered",
-    on_whole=OnWhole(matrices_at_a_time, TorchHalves, "foam_hf.rules.muon_halves_kernel"),
+    on_whole=OnWhole(matrices_at_a_time, cost, TorchHalves, "foam_hf.rules.muon_halves_kernel"),
     betas=lambda group: (group["momentum"], group["betas"][1]),
     table_fields={"second_moment": "factored", "scale": 1.0},  # a table of vectors is no matrix to orthogonalise
     temporary=_temporary_bytes,

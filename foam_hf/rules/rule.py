@@ -175,11 +175,13 @@ class OnWhole:
 
     Attributes:
         at_a_time: how many matrices, of so many rows and columns, a rank updates at a time.
+        cost: what the update of one costs, in any unit.
         halves: in torch operations.
         kernel: name of a module with a class ``Halves`` in kernels, and a function ``takes`` that says for what.
     """
 
     at_a_time: Callable[[int, int], int]
+    cost: Callable[[int, int], int]
     halves: type[Halves]
     kernel: str
 
