@@ -157,6 +157,7 @@ MESSAGES: dict[str, Callable[..., str]] = {
     "... its save did not finish": source("foam_hf/trainer/manifest.py"),
     "... will not resume: ...": source("foam_hf/trainer/weights.py"),
     "... is being saved here while another save of it has not finished": source("foam_hf/trainer/saving.py"),
+    "... a collective failed, as another process has ended or hangs, ...": source("foam_hf/trainer/lost_process.py"),
     "... holds checkpoints of an earlier run, ...: this one starts at step 0": earlier_run,
 }
 
