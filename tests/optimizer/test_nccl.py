@@ -30,7 +30,7 @@ pytestmark = [
 NEAR = {
     r"FSDP2, (clipping|factored|muon.*)": "FSDP2 against one process, sums over ranks",
     r"ZeRO [12], clipping": "clipping under ZeRO, sums over ranks",
-    r"ZeRO 3, (Trainer|accumulation|clipping|lora|resume 2 -> 2)": "ZeRO 3 against one process, 10 steps",
+    r"ZeRO 3, (Trainer|accumulation|clipping|lora|mini|resume 2 -> 2)": "ZeRO 3 against one process, 10 steps",
 }
 
 

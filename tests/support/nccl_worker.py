@@ -121,6 +121,7 @@ def of_int8(folder: Path, world: int, again: bool) -> None:
         fsdp = {"FSDP_STATE_DICT_TYPE": KINDS[0]}
         return worker.run(place, world=n, model=worker.model(), fsdp=fsdp, max_steps=steps, resume=resume, **saves)[1]
 
+    cases["DDP, INT8"] = lambda place, n: worker.run(place, world=n, model=worker.model())[1]
     cases["FSDP2, INT8"] = lambda place, n: (
         train(place, n, worker.STEPS, None)
         if n > 1
@@ -142,7 +143,7 @@ def of_zero_trainer(folder: Path, world: int, again: bool) -> None:
         cases[f"ZeRO {stage}, Trainer"] = lambda place, n, zero=zero: worker.run(
             place, world=n, deepspeed=zero if n > 1 else None, max_steps=worker.STEPS
         )[1]
-        for name in ("accumulation", "clipping", "lora"):
+        for name in ("accumulation", "clipping", "lora", *(["mini"] if stage == 3 else [])):
             cases[f"ZeRO {stage}, {name}"] = lambda place, n, name=name, stage=stage: worker.feature(
                 place, name, stage if n > 1 else None, world=n
             )
