@@ -22,7 +22,7 @@ from foam_hf.rules.all import rule_named
 from foam_hf.rules.by_rows import RowMoment
 from foam_hf.tensors.folding import block_width
 from foam_hf.tensors.places import local
-from foam_hf.tensors.step import Member
+from foam_hf.tensors.step import Member, State
 
 SECOND = "folded_exp_avg_sq"  # the second moment of the block rule, a mean of squares
 BY_SIZE = 0.01  # of the expected shares: second moments do not foresee a gradient that was zero so far
@@ -77,6 +77,7 @@ class ClipByAll:
         self._squares: Tensor | None = None
         self._seen: Tensor | None = None
         self._undo: list[Undo] = []
+        self._members: dict[int, tuple[State, tuple[Any, ...], Member]] = {}  # by parameter, with what it depends on
         self._micros = 1
         self._numbering: Numbering = {}
 
@@ -87,6 +88,7 @@ class ClipByAll:
             self._released = released
             self._number = {id(p): i for i, p in enumerate(released)}
             self._index.clear()
+            self._members.clear()
             sizes = torch.tensor([float(p.numel()) for p in released])
             self._sizes = (sizes / sizes.sum()).to(local(released[0]).device if released else "cpu")
             self._widths = None
@@ -125,8 +127,19 @@ class ClipByAll:
         expected = self._squares * self._micros / self._seen.clamp_min(LEAST_SEEN)
         scale = divisors(expected.sqrt_(), self.largest).reshape(1)
         if self._micros == 1:
-            self._undo.append(Undo(self._optimizer, params, scale, self._numbering))
+            self._undo.append(Undo(self._optimizer, [*map(self._member, params)], scale))
         return scale.to(local(grads[0]).device)
+
+    def _member(self, p: Tensor) -> tuple[Group, Member]:
+        """The group of ``p`` and its member, which is made when what it depends on has changed."""
+        index, stream = self._numbering[id(p)]
+        group = self._optimizer.param_groups[index]
+        fields = index, stream, group["level"], group["second_moment"]
+        state, known = self._optimizer.state.get(p), self._members.get(id(p))
+        if known is None or known[0] is not state or known[1] != fields:
+            member = member_of(self._optimizer._owned, p, group, stream)  # makes the state if it is missing
+            known = self._members[id(p)] = member.state, fields, member
+        return group, known[2]
 
     def squares(self) -> Tensor | None:
         """The sum of the squared norms of what ``before`` has got in this step."""
@@ -138,51 +151,96 @@ class ClipByAll:
         self._undo.clear()
 
     def correct(self, scale: Tensor) -> None:
-        """Let the moments hold gradients over ``scale``, not over what ``before`` has returned."""
-        for each in self._undo:
-            each.correct(scale)
+        """Let the moments hold gradients over ``scale``, not over what ``before`` has returned.
+
+        No bit changes where that was right. If ``scale`` is not finite, the moments are those of before.
+        """
+        if self._undo:
+            for each, ratio in zip(self._undo, _ratios([each.scale for each in self._undo], scale), strict=True):
+                each.correct(ratio)
         self._undo.clear()
 
 
+class Ratio(NamedTuple):
+    """The scale that an update has used over the one that it should have used, as tensors of one element.
+
+    Attributes:
+        first: the ratio; 0 if it is not finite.
+        square: of that.
+        is_one: 1 if the ratio is one, else 0.
+        known: 1 if the ratio is finite, else 0.
+        unknown: 1 - ``known``.
+    """
+
+    first: Tensor
+    square: Tensor
+    is_one: Tensor
+    known: Tensor
+    unknown: Tensor
+
+    def to(self, device: torch.device) -> Ratio:
+        return Ratio(*(x.to(device) for x in self))
+
+
+def _ratios(used: list[Tensor], scale: Tensor) -> list[Ratio]:
+    """The ``Ratio`` of each of ``used`` (1,) to ``scale`` (1,): all at once, as launches take the host's time."""
+    ratios = torch.cat(used) / scale
+    known, finite = ratios.isfinite().float(), ratios.nan_to_num(0.0, posinf=0.0)
+    fields = finite, finite.square(), (finite == 1).float(), known, 1 - known
+    return [Ratio(*each) for each in zip(*(x.unbind() for x in fields), strict=True)]
+
+
 class Undo:
-    """The moments of some parameters before an update by gradients over ``scale``, which can be corrected.
+    """The moments of some parameters before an update by gradients over ``scale`` (1,), which can be corrected.
 
     Every moment is ``b`` times the old one plus a part that is linear in the gradient or in its squares.
     """
 
-    def __init__(self, optimizer: FOAM, params: list[Tensor], scale: Tensor, numbering: Numbering) -> None:
-        self._scale = scale
+    def __init__(self, optimizer: FOAM, members: list[tuple[Group, Member]], scale: Tensor) -> None:
+        self.scale = scale
         self._rounded: list[_Rounded] = []
-        moments: dict[tuple[float, int, torch.device], list[Tensor]] = {}
-        for p in params:
-            index, stream = numbering[id(p)]
-            group = optimizer.param_groups[index]
-            member = member_of(optimizer._owned, p, group, stream)  # makes the state if it is missing
+        moments: dict[tuple[torch.device, bool], tuple[list[Tensor], list[float]]] = {}
+        for group, member in members:
             b1, b2 = rule_named(member.rule).betas(group)
             for number, name in enumerate(member.names, 1):
-                decay, power = (b2, 2) if name.endswith("_sq") else (b1, 1)
-                x = local(member.state[name])
+                squared = name.endswith("_sq")
+                x, decay = local(member.state[name]), b2 if squared else b1
                 if x.dtype == torch.float32:
-                    moments.setdefault((decay, power, x.device), []).append(x)
+                    xs, decays = moments.setdefault((x.device, squared), ([], []))
+                    xs.append(x)
+                    decays.append(decay)
                     continue
-                for piece in members_of_one(optimizer._owned, p, group, stream):
+                for piece in members_of_one(optimizer._owned, member.p, group, member.stream):
                     before = piece.moments[name].float().clone()
-                    self._rounded.append(_Rounded(group, piece, name, number, decay, power, before))
-        self._parts = [(decay, power, xs, [x.clone() for x in xs]) for (decay, power, _), xs in moments.items()]
+                    self._rounded.append(_Rounded(group, piece, name, number, decay, squared, before))
+        self._parts = []
+        for device in {device for device, _ in moments}:
+            (first, b1s), (second, b2s) = (moments.get((device, squared), ([], [])) for squared in (False, True))
+            xs = first + second
+            clones = torch._foreach_mul(xs, 1.0)  # in one launch
+            self._parts.append(_Moments(xs, [*clones], b1s + b2s, len(first)))
 
-    def correct(self, scale: Tensor) -> None:
-        """Scale what the update has added; no bit changes where ``scale`` was right.
-
-        If it is not finite, the moments are those of before.
-        """
-        ratio = (self._scale / scale).squeeze()
-        for decay, power, xs, before in self._parts:
-            _rescale(xs, before, decay, ratio, power)
+    def correct(self, ratio: Ratio) -> None:
+        """Scale what the update has added by ``ratio``."""
+        for part in self._parts:
+            _rescale(part, ratio)
         for each in self._rounded:
             x = each.member.moments[each.name]
             value = x.float()
-            _rescale([value], [each.before], each.decay, ratio, each.power)
+            _rescale(_Moments([value], [each.before], [each.decay], int(not each.squared)), ratio)
             each.store(x, value)
+
+
+class _Moments(NamedTuple):
+    """Moments in float32 on one device, what they were ``before``, and by what an update has multiplied that.
+
+    The first ``firsts`` are linear in the gradient, the others in its square.
+    """
+
+    xs: list[Tensor]
+    before: list[Tensor]
+    decays: list[float]
+    firsts: int
 
 
 class _Rounded(NamedTuple):
@@ -193,7 +251,7 @@ class _Rounded(NamedTuple):
     name: str
     number: int
     decay: float
-    power: int
+    squared: bool
     before: Tensor
 
     def store(self, x: Tensor, value: Tensor) -> None:
@@ -206,26 +264,27 @@ class _Rounded(NamedTuple):
         moment.store(range(len(moment.rows)), value.view(moment.rows.shape), h)
 
 
-def _rescale(xs: list[Tensor], before: list[Tensor], decay: float, ratio: Tensor, power: int) -> None:
-    """Let each of ``xs`` be ``decay * before`` plus ``ratio ** power`` times the rest, in place.
+def _rescale(moments: _Moments, ratio: Ratio) -> None:
+    """Let each moment be its decay times ``before`` plus ``ratio``, or its square, times the rest, in place.
 
     A small ratio must not cancel, and a square must not get below zero. With a ratio of 1 no bit changes. With one
-    that is not finite, ``xs`` become ``before``, which is overwritten.
+    that is not finite, the moments become ``before``, which is overwritten.
     """
-    known = ratio.isfinite().float().to(xs[0].device)
-    ratio = ratio.nan_to_num(0.0, posinf=0.0)
-    decayed = torch._foreach_mul(before, decay)
+    xs, before = moments.xs, moments.before
+    ratio = ratio.to(xs[0].device)
+    decayed = [*torch._foreach_mul(before, moments.decays)]
     change = torch._foreach_sub(xs, decayed)
-    if power == 2:
-        torch._foreach_clamp_min_(change, 0.0)  # rounding may leave less than ``decayed``
+    first, second = change[: moments.firsts], change[moments.firsts :]
+    if second:
+        torch._foreach_clamp_min_(second, 0.0)  # rounding may leave less than ``decayed``
     lost = torch._foreach_sub(xs, torch._foreach_add(decayed, change))
-    device = xs[0].device
-    torch._foreach_mul_(change, (ratio**power).to(device))
-    torch._foreach_mul_(lost, (ratio == 1).float().to(device))
+    for some, factor in ((first, ratio.first), (second, ratio.square), (lost, ratio.is_one)):
+        if some:
+            torch._foreach_mul_(some, factor)
     torch._foreach_add_(decayed, change)
     torch._foreach_add_(decayed, lost)
-    torch._foreach_mul_(decayed, known)
-    torch._foreach_mul_(before, 1 - known)
+    torch._foreach_mul_(decayed, ratio.known)
+    torch._foreach_mul_(before, ratio.unknown)
     torch._foreach_add_(decayed, before)
     torch._foreach_copy_(xs, decayed)
 
