@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     clip: float | None = None
     lr: float = 1e-2
-    checkpointing: bool = False
+    reentrant: bool | None = None  # how gradient checkpointing is done, if it is
     kernel: str = "reference"
     passes: tuple[int, ...] = PASSES
     ways: tuple[str, ...] = WAYS
@@ -68,24 +69,26 @@ CASES = {
     "float32": Case(),
     "bfloat16": Case(dtype=BF16, options={"state_dtype": BF16}, clip=1e9),
     "INT8": Case(build=int8_llama, dtype=BF16),
-    "row": Case(dtype=BF16, options={"level": "row"}),
+    "row": Case(dtype=BF16, options={"level": "row"}, ways=("process group", "FSDP2")),
     "LoRA": Case(build=tiny_lora_llama),
-    "checkpointing": Case(checkpointing=True),
+    "checkpointing": Case(reentrant=False),
+    "reentrant checkpointing": Case(dtype=BF16, reentrant=True, ways=("process group",)),
     "tied embeddings": Case(build=tiny_qwen2, ways=("process group", "FSDP2")),
     "clipping": Case(clip=0.02, lr=0.0),
     "clipping, one pass": Case(clip=0.02, lr=0.0, passes=(1, 1), ways=("process group", "FSDP2")),
     "INT8, clipping": Case(build=int8_llama, dtype=BF16, clip=0.02, lr=0.0, ways=("DDP", "FSDP2")),
     "kernels": Case(build=least_llama, dtype=BF16, kernel="triton", passes=(2,), ways=("process group", "FSDP2")),
 }
-IN_FOUR = ("bfloat16", "INT8")
+IN_FOUR = {"bfloat16": ("process group", "FSDP2", "HSDP"), "INT8": ("FSDP2",)}
 
 
 def make(case: Case) -> tuple[nn.Module, Any]:
     """A model, and a function that makes its optimizer when it is wrapped."""
     os.environ["FOAM_HF_KERNEL"] = "auto" if DEVICE == "cuda" else case.kernel
     model = case.build().to(case.dtype).to(device()).train()
-    if case.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if case.reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": case.reentrant})
+        model.enable_input_require_grads()
     return model, lambda: optimizer_of(model, case)
 
 
@@ -104,8 +107,9 @@ def optimizer_of(model: nn.Module, case: Case) -> FOAM:
 def wrapped(case: Case, way: str) -> tuple[nn.Module, FOAM, Any]:
     """The model that is called, its optimizer, and the handle of gradient release."""
     model, optimizer = make(case)
-    if way == "FSDP2":
-        mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
+    if way in ("FSDP2", "HSDP"):
+        shape = (2, dist.get_world_size() // 2) if way == "HSDP" else (dist.get_world_size(),)
+        mesh = init_device_mesh(DEVICE, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         for module in (*layers_of(model), model):
             fully_shard(module, mesh=mesh)
     outer = DDP(model) if way == "DDP" else model
@@ -124,6 +128,7 @@ def train(model: Any, optimizer: FOAM, handle: Any, passes: tuple[int, ...], fir
             last = micro == count - 1
             if hasattr(model, "set_requires_gradient_sync"):
                 model.set_requires_gradient_sync(last)
+                model.set_requires_all_reduce(last)
             with model.no_sync() if isinstance(model, DDP) and not last else nullcontext():
                 inputs = {name: x.to(device()) for name, x in batch(step, micro, rank=0).items()}
                 (model(**inputs).loss / count).backward()
@@ -163,7 +168,7 @@ def alone(names: list[str]) -> dict[str, dict[str, Tensor]]:
 def compare(expected: dict[str, dict[str, Tensor]]) -> None:
     for name, one in expected.items():
         case = CASES[name]
-        for way in case.ways:
+        for way in case.ways if dist.get_world_size() == 2 else IN_FOUR[name]:
             model, optimizer, handle = wrapped(case, way)
             live = LiveGradients(model)
             mine = found_in(model, optimizer, train(model, optimizer, handle, case.passes))
@@ -180,19 +185,31 @@ def compare(expected: dict[str, dict[str, Tensor]]) -> None:
             handle.remove()
 
 
+def check_each(expected: dict[str, dict[str, Tensor]]) -> None:
+    """Compare each case, and raise the errors of all at the end."""
+    errors = []
+    for name, one in expected.items():
+        try:
+            compare({name: one})
+        except Exception:  # the next case may tell why
+            errors.append(traceback.format_exc())
+            print(f"rank {dist.get_rank()}: {name}: {errors[-1][-2000:]}", file=sys.stderr, flush=True)
+    assert not errors, f"{len(errors)} of {len(expected)} cases"
+
+
 def assert_same(mine: dict[str, Tensor], one: dict[str, Tensor], clips: bool, where: tuple[str, str]) -> None:
     """The bits of one process on all ranks, but for norms, sums over shards, and moments if it ``clips``."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)  # first, as an error on one rank must not leave the others waiting
+    for other in gathered:
+        assert all(torch.equal(x, mine[key]) for key, x in other.items()), where
     assert mine.keys() == one.keys()
     others = [key for key, x in one.items() if not torch.equal(mine[key], x)]
     for key in others:
-        assert clips or (key.startswith("norm") and where[1] == "FSDP2"), (where, others)
+        assert clips or (key.startswith("norm") and where[1] in ("FSDP2", "HSDP")), (where, others)
         if key.startswith("norm") or "_exp_avg" in key:
             kind = "norms" if key.startswith("norm") else "moments"
             assert_within(mine[key], one[key], f"{kind} of a clipped step, several processes against one")
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
-    for other in gathered:
-        assert all(torch.equal(x, mine[key]) for key, x in other.items()), where
 
 
 class Routed(nn.Module):
@@ -267,12 +284,14 @@ def check_all(folder: Path) -> None:
     names = [*CASES] if world == 2 else [*IN_FOUR]
     if DEVICE == "cuda":
         torch.cuda.set_device(device())
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if rank == 0:
         torch.save(alone(names), folder / f"alone {world}.pt")
     dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
     dist.barrier()
     expected = torch.load(folder / f"alone {world}.pt")
-    compare(expected)
+    check_each(expected)
     if world == 2:
         layers_that_not_all_ranks_use()
         resume(expected["bfloat16"])
