@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from foam_hf.optimizer.buckets import gradients
 from foam_hf.optimizer.foam import FOAM
 from foam_hf.optimizer.members import Group, Numbering, hyper_of, member_of, members_of_one, numbering_of
 from foam_hf.optimizer.sharding import add_over_shards, norms_of
@@ -292,7 +293,7 @@ def _rescale(moments: _Moments, ratio: Ratio) -> None:
 def squares_of(params: Iterable[Tensor]) -> list[Tensor]:
     """The squared norms of the gradients that ``params`` still have, one float32 for each device."""
     by_device: dict[torch.device, list[Any]] = {}
-    for p in params:
-        if p.grad is not None:
-            by_device.setdefault(local(p).device, []).append(p.grad)
+    for grad in gradients([*params]):
+        if grad is not None:
+            by_device.setdefault(local(grad).device, []).append(grad)
     return [norms_of(some).square_() for some in by_device.values()]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from foam_hf.kernels.choice import use_kernels
+from foam_hf.optimizer.buckets import gradients
 from foam_hf.optimizer.checks import check_gradient, check_options, check_rule
 from foam_hf.optimizer.nonfinite import LeftOutReport
 from foam_hf.optimizer.sharding import empty_state, follow_placements, pieces_of
@@ -64,6 +65,8 @@ def members_of(owned: Owned) -> list[list[Member]]:
     params = list(parameters_of(owned.groups))
     if len({id(p) for p in params}) < len(params):  # a caller has changed the lists of the groups
         raise ValueError("a parameter is listed twice in the param groups; expected each parameter once")
+    if all(grad is None for grad in gradients(params)):  # gradient release has updated all
+        return [[] for _ in owned.groups]
     for i, p in enumerate(params):
         check_gradient(p, i)
         if p.grad is not None and visiting_layer(p) is not None:
@@ -74,14 +77,12 @@ def members_of(owned: Owned) -> list[list[Member]]:
             )
         if p.grad is not None and is_sharded(p):
             follow_placements(p)
-    any_gradient = any(p.grad is not None for p in params)
     stream = itertools.count()  # counts all, so that a stream does not depend on which others have gradients
     return [
         [
             member
             for p, i in zip(group["params"], stream, strict=False)
-            if p.grad is not None
-            or (any_gradient and owned.state.get(p) and not is_sharded(p) and use_kernels(p.device))
+            if p.grad is not None or (owned.state.get(p) and not is_sharded(p) and use_kernels(p.device))
             for member in _pieces(owned, p, group, i)
         ]
         for group in owned.groups

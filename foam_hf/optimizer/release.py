@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from foam_hf.optimizer.buckets import waiting_limit
+from foam_hf.optimizer.buckets import gradients, waiting_limit
 from foam_hf.optimizer.foam import FOAM
 from foam_hf.optimizer.members import parameters_of
 from foam_hf.optimizer.micro_batches import check_accumulation
@@ -237,7 +237,8 @@ class GradientRelease:
             self._hooks.begin()
         self._hooks.finish()
         self._updates.complete()
-        rest = [p for p in parameters_of(self._optimizer.param_groups) if p.grad is not None]
+        params = [*parameters_of(self._optimizer.param_groups)]
+        rest = [p for p, grad in zip(params, gradients(params), strict=True) if grad is not None]
         unkept = [p for p in rest if not self._hooks.keeps(p)]
         if unkept:
             refuse_again(unkept, self._updates.taken, self._names, self._hooks.excess)
