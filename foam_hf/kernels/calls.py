@@ -55,16 +55,18 @@ class KernelCall:
             self._run(compiled, programs, values, varying)
 
     def _key(self, values: list[Any], varying: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (*varying, *[values[i].bit_length() // 32 for i in self._integers])  # seeds are int32, int64 or uint64
+        for i in self._integers:
+            varying += (values[i].bit_length() // 32,)  # seeds are int32, int64 or uint64
+        return varying
 
     def _run(self, compiled: Any, programs: int, values: list[Any], varying: tuple[Any, ...]) -> None:
         """As ``compiled[programs, 1, 1]`` does where nobody listens to launches."""
         for i in self._tensors:
             values[i] = values[i].data_ptr()
         stream = triton.runtime.driver.active.get_current_stream(self._device)
-        nobody = None, None, None  # of whom launches are told
+        # The three that are None would be told of the launch.
         compiled.run(
-            programs, 1, 1, stream, compiled.function, compiled.packed_metadata, *nobody,
+            programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
             *values, *self._constants, *varying,
         )  # fmt: skip
 

@@ -191,7 +191,7 @@ class AddressTable:
 
     def move_gradients(self, addresses: numpy.ndarray) -> None:
         """Point to gradients of the same kind elsewhere; ``addresses`` has one for each of ``streams``."""
-        self._rows["gradient"] = addresses + self.grad_offsets
+        numpy.add(addresses, self.grad_offsets, out=self._rows["gradient"])
         self.changed = True
 
     def constants(self, kernel: Any, **own: Any) -> dict[str, Any]:

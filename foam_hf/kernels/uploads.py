@@ -37,8 +37,8 @@ class SharedTables:
         self._tables = tables
         sizes = [-(-table.words // 2) * 2 for table in tables]  # so that each begins on 16 bytes
         self._host = numpy.zeros(sum(sizes), dtype=numpy.int64)
-        on_host = torch.from_numpy(self._host)
-        self._device = on_host if device.type == "cpu" else torch.empty_like(on_host, device=device)
+        self._source = torch.from_numpy(self._host)
+        self._device = self._source if device.type == "cpu" else torch.empty_like(self._source, device=device)
         start = 0
         for table, size in zip(tables, sizes, strict=True):
             end = start + table.words
@@ -54,7 +54,7 @@ class SharedTables:
         device = self._device.device
         if device.type == "cpu":  # the same memory
             return
-        source = torch.from_numpy(self._host)
+        source = self._source
         if device.type == "cuda" and self._host.nbytes >= PINNED:
             # torch keeps this memory from others until the copy has ended.
             source = torch.empty_like(source, pin_memory=True).copy_(source)

@@ -137,9 +137,12 @@ class Micro(NamedTuple):
     shares: int = 1
 
 
+WHOLE_STEP = Micro(0, 1)
+
+
 def hyper_of(group: Group, member: Member, micro: Micro | None = None) -> Hyper:
     """The numbers of the current step of ``member``, whose state has counted it already."""
-    micro = micro or Micro(0, 1)
+    number, of, shares = micro or WHOLE_STEP
     b1, b2 = rule_named(member.rule).betas(group)
     if not (0 <= b1 < 1 and 0 <= b2 < 1):  # a schedule or a user has changed them since the last check
         check_options(group)
@@ -151,14 +154,14 @@ def hyper_of(group: Group, member: Member, micro: Micro | None = None) -> Hyper:
         c1=1 - b1**t,
         c2=1 - b2**t,
         eps=group["eps"],
-        weight_decay=0.0 if micro.number else group["weight_decay"],  # once a step
+        weight_decay=0.0 if number else group["weight_decay"],  # once a step
         scale=group["scale"] if member.p.dim() > 1 else 1.0,
         rho=group["residual_scale"],
         stochastic=group["stochastic_rounding"] is not False,
         seed=group["seed"],
         step=t,
         stream=member.stream,
-        micro=micro.number,
-        micros=micro.of,
-        shares=micro.shares,
+        micro=number,
+        micros=of,
+        shares=shares,
     )

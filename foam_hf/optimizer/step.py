@@ -145,15 +145,14 @@ class PreparedStep:
         watched = self._watched
         if watched is None or not (self._counts.unchanged() and watched.unchanged(groups, params, states)):
             return False
-        last = self._gradients.last
+        missing = self._gradients.last.missing
         if not self._gradients.follow(params):
             return False
-        found = self._gradients.last
-        if found.addresses != last.addresses:
-            addresses = numpy.array(found.addresses, dtype=numpy.int64)
+        found, moved = self._gradients.last, self._gradients.moved
+        if moved is not None:
             for each in self.launches:
-                each.launch.move_gradients(addresses[each.numbers])
-        if found.missing != last.missing:
+                each.launch.move_gradients(moved if each.in_order else moved[each.numbers])
+        if found.missing != missing:
             self._follow_missing(here(found))
         return True
 
@@ -250,6 +249,8 @@ def refuse_capture() -> None:
     """Raise RuntimeError while a CUDA graph is captured."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "FOAM's update cannot be captured in a CUDA graph: the learning rate and the step count it was captured "
-            "with would never change; expected a capture of forward and backward only, and step() after its replay"
+            "FOAM's update cannot be captured in a CUDA graph: its kernels take the learning rate, the weight decay, "
+            "the step count and its bias corrections as numbers of the host, not as tensors on the GPU, so every "
+            "replay would repeat the step of the capture; expected a capture of forward and backward only, and step() "
+            "after its replay"
         )

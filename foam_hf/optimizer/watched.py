@@ -118,7 +118,12 @@ class Gradients(NamedTuple):
 
 
 class WatchedGradients:
-    """The kinds of gradients that the kernels' tables were made for, and the gradients of the last step."""
+    """The kinds of gradients that the kernels' tables were made for, and the gradients of the last step.
+
+    Attributes:
+        last: those that ``follow`` has found.
+        moved: their addresses, int64, if they are not those of before.
+    """
 
     def __init__(self, params: list[Tensor], members: list[Member], sharded: bool) -> None:
         self._sharded = sharded
@@ -130,6 +135,7 @@ class WatchedGradients:
         for member in members:
             i = number[id(member.p)]
             self._kinds[0][i], self._kinds[1][i] = member.p.dtype, True
+        self.moved: numpy.ndarray | None = None
         self._alignments = numpy.array(last.addresses, dtype=numpy.int64) & 15
         self._same_kinds = SameKinds()
         if sharded:
@@ -151,12 +157,14 @@ class WatchedGradients:
                 return False
             if found.missing is None and not self._sharded:
                 self._same_kinds.learn(grads)
-        # The kernels were compiled for the alignment of these addresses. A missing gradient has none.
+        moved = None
         if found.addresses != self.last.addresses:
-            addresses = numpy.array(found.addresses, dtype=numpy.int64)
-            if (((addresses & 15) != self._alignments) & (addresses != 0)).any():
+            moved = numpy.array(found.addresses, dtype=numpy.int64)
+            # The kernels were compiled for the alignment of these addresses. A missing gradient has none.
+            misfits = (moved & 15) != self._alignments
+            if misfits.any() and moved[misfits].any():
                 return False
-        self.last = found
+        self.last, self.moved = found, moved
         return True
 
     def _as_before(self, grads: list[Any]) -> Gradients | None:
