@@ -23,7 +23,9 @@ def start_server(preload: Sequence[str]) -> None:
     multiprocessing.forkserver.ensure_running()
 
 
-def run_group(function: Callable[..., dict], *args, world: int, device: str, timeout: float) -> dict:
+def run_group(
+    function: Callable[..., dict], *args, world: int, device: str, timeout: float, env: dict[str, str] | None = None
+) -> dict:
     """`function(*args)` in `world` processes with the environment that torchrun gives, one GPU for each.
 
     Returns the dict of rank 0 with "status": "ok". If a process fails, its status and reason, see
@@ -35,9 +37,9 @@ def run_group(function: Callable[..., dict], *args, world: int, device: str, tim
         port = _free_port()
         processes = []
         for rank, answer in enumerate(answers):
-            env = _environment(rank, world, port, device)
+            variables = {**_environment(rank, world, port, device), **(env or {})}
             log = Path(folder, f"log{rank}.txt")
-            processes.append(context.Process(target=answer_into, args=(function, args, env, answer, log)))
+            processes.append(context.Process(target=answer_into, args=(function, args, variables, answer, log)))
         for process in processes:
             process.start()
         late = _wait(processes, answers, timeout)

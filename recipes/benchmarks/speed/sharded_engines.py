@@ -27,6 +27,8 @@ class Case:
         engine: ddp, fsdp2, zero2 or zero3.
         release: with gradient release, so that the backward pass updates weights.
         int8: INT8 weights in the linear layers of the decoder.
+        own_units: embedding and head are units of FSDP2 of their own, as else the outermost unit gathers both at the
+            same time; and under ``int8`` the head is INT8 too.
         model, batch, sequence: in place of the command line's. The model has all its layers then.
         limit_gib: no more than this may be allocated on a GPU.
         gpus: the case is of these numbers alone.
@@ -37,6 +39,7 @@ class Case:
     optimizer: str
     release: bool = False
     int8: bool = False
+    own_units: bool = False
     model: str | None = None
     batch: int | None = None
     sequence: int | None = None
@@ -55,11 +58,12 @@ CASES = {
     "zero3-adamw": Case(f"ZeRO 3, {ADAMW}", "zero3", "adamw"),
     "fsdp2-foam-release": Case(f"FSDP2, {FOAM8}, gradient release", "fsdp2", "foam", release=True),
     "fsdp2-int8-release-8gib": Case(
-        f"FSDP2, INT8, {FOAM8}, gradient release, at most 8 GiB",
+        f"FSDP2, INT8, {FOAM8}, gradient release, head INT8, embedding and head units of their own, at most 8 GiB",
         "fsdp2",
         "foam",
         release=True,
         int8=True,
+        own_units=True,
         limit_gib=8,
         **EIGHT,
     ),
@@ -84,6 +88,11 @@ class Running:
     optimizers: list[torch.optim.Optimizer]
     backward: Callable[[torch.Tensor], None]
     step: Callable[[], None]
+
+
+def environment_of(case: Case) -> dict[str, str]:
+    """Under a limit no memory may be lost between blocks of other sizes."""
+    return {} if case.limit_gib is None else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 def start(device: str, limit_gib: float | None) -> None:
@@ -119,7 +128,7 @@ def whole_model(config: Any, device: str) -> Any:
 
 
 @torch.no_grad()
-def sharded_model(config: Any, device: str, int8: bool) -> Any:
+def sharded_model(config: Any, device: str, int8: bool, own_units: bool) -> Any:
     """A model of random weights under FSDP2, of which each process allocates its shard alone."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -129,10 +138,10 @@ def sharded_model(config: Any, device: str, int8: bool) -> Any:
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(BF16)
         if int8:
-            convert_linears(model.model.layers)
+            convert_linears(model if own_units else model.model.layers)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
+    for unit in [*model.model.layers, *([model.model.embed_tokens, model.lm_head] if own_units else [])]:
+        fully_shard(unit, mesh=mesh)
     fully_shard(model, mesh=mesh)
     model.to_empty(device=device)
     torch.manual_seed(dist.get_rank())
@@ -144,10 +153,10 @@ def sharded_model(config: Any, device: str, int8: bool) -> Any:
     return model.train()
 
 
-def convert_linears(layers: nn.Module) -> None:
+def convert_linears(model: nn.Module) -> None:
     from foam_hf.int8.models import convert_
 
-    for module in layers.modules():
+    for module in [*model.modules()]:
         if isinstance(module, nn.Linear):
             convert_(module, 128 if module.in_features % 128 == 0 else 16)
 
@@ -183,7 +192,7 @@ def of_torch(case: Case, config: Any, device: str) -> Running:
     from foam_hf import enable_gradient_release
 
     if case.engine == "fsdp2":
-        model: Any = sharded_model(config, device, case.int8)
+        model: Any = sharded_model(config, device, case.int8, case.own_units)
     else:
         model = whole_model(config, device)
         if not case.release:

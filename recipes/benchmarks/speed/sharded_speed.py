@@ -19,7 +19,7 @@ from recipes.benchmarks.common.harness import Results, add_options, machine_of, 
 from recipes.benchmarks.common.report_parts import sharded_table
 from recipes.benchmarks.memory.memory_peak import LLAMAS
 from recipes.benchmarks.speed.self_check import check_kernels
-from recipes.benchmarks.speed.sharded_engines import CASES, WARM_UP, measure
+from recipes.benchmarks.speed.sharded_engines import CASES, WARM_UP, environment_of, measure
 
 PRELOAD = "torch,transformers.models.llama.modeling_llama"
 
@@ -76,9 +76,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     def one(key: dict) -> dict:
         name = key["case"]
-        row = run_group(
-            measure, name, key, options.steps, device, world=key["gpus"], device=device, timeout=options.case_s
-        )
+        group = {"world": key["gpus"], "device": device, "timeout": options.case_s}
+        row = run_group(measure, name, key, options.steps, device, **group, env=environment_of(CASES[name]))
         return {"label": CASES[name].label, **row}
 
     run_cases(results, keys_of(options, names, numbers), one, options)
