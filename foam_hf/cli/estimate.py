@@ -19,9 +19,10 @@ from foam_hf.cli.estimate_options import (
     chosen_optimizers,
     positive_integer,
     size_in_bytes,
+    take_up_offload,
     workload,
 )
-from foam_hf.cli.way_out import SWITCHES, WayOut, describe, find_way_out
+from foam_hf.cli.way_out import SWITCHES, WayOut, describe, find_way_out, offload_notes
 from foam_hf.display import format_bytes
 from foam_hf.optim_args import FOAM_NAMES, one_of_ours
 
@@ -69,11 +70,12 @@ def _run(options: argparse.Namespace) -> int:
     for name in ("batch", "seq", "lora_rank", "gpus"):
         setattr(options, name, positive_integer(name, getattr(options, name)))
     check_sharing(options)
+    take_up_offload(options)
     names = options.optim or [COMPARED_IF_SHARED if options.zero or options.fsdp2 else COMPARED]
     choices = chosen_optimizers(names, options.level, options.optim_args)
-    foam_only = [flag for flag in ("gradient_release", "int8_weights") if getattr(options, flag)]
+    foam_only = [flag for flag in ("gradient_release", "int8_weights", "offload_weights") if getattr(options, flag)]
     if foam_only and not any(_is_foam(name) for name, _ in choices):
-        flag = foam_only[0].replace("_", "-")
+        flag = "offload" if options.offload_weights else foam_only[0].replace("_", "-")
         raise ValueError(
             f"--{flag} is FOAM's, and it is not among the optimizers; expected {one_of_ours()} in --optim"
         )
@@ -110,8 +112,8 @@ def _as_json(found: WayOut | None) -> dict[str, Any] | None:
 def _row(planner: Planner, name: str, arguments: dict[str, str], options: Any, foam_only: list[str]) -> Row:
     from foam_hf.planner.report import Row
 
-    release, int8 = ((flag in foam_only and _is_foam(name)) for flag in ("gradient_release", "int8_weights"))
-    plan = planner.plan(name, arguments, gradient_release=release, int8_weights=int8)
+    choices = {flag: _is_foam(name) for flag in foam_only}
+    plan = planner.plan(name, arguments, **choices)
     if options.gpu is None:
         return Row(plan)
     return Row(plan, plan.total <= options.gpu, planner.largest_batch(plan, options.gpu))
@@ -140,8 +142,10 @@ def _notes(rows: list[Row], foam_only: list[str], planner: Planner) -> list[str]
         f"(logits and temporary memory too), an estimate: {rows[0].plan.activations_note}.",
     ]
     if foam_only and not all(_is_foam(row.plan.optim) for row in rows):
-        flags = " and ".join(flag.replace("_", " ").replace("int8", "INT8") for flag in foam_only)
+        flags = " and ".join(flag.replace("_", " ").replace("int8", "INT8") for flag in foam_only[:2])
         notes.append(f"Only FOAM has {flags}: the other optimizers are planned without.")
+    if found := [row.plan for row in rows if row.plan.offload_weights]:
+        notes += offload_notes(found[0])
     if planner.fsdp2:
         notes.append(
             "Buffers are gathered weights and whole gradients, of the two layers where most are alive at a time."
@@ -183,16 +187,16 @@ def _command(options: Any, planner: Planner) -> list[str]:
     for name in ("architecture", "dtype", "attention", "lora_rank", "zero", "gpus"):
         if getattr(options, name) is not None:
             command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    for name in ("bf16", "fp16", "gradient_accumulation", "trust_remote_code", "fsdp2", "offload"):
+    for name in ("bf16", "fp16", "gradient_accumulation", "trust_remote_code", "fsdp2"):
         command += [f"--{name.replace('_', '-')}"] if getattr(options, name) else []
-    return command
+    return [*command, *(["--offload"] if options.zero and options.offload else [])]
 
 
 def _way_out(planner: Planner, rows: list[Row], options: Any, choices: list[tuple[str, dict[str, str]]]) -> Any:
     """The switches of FOAM that make it fit; None without a card, or if a row fits with its batch or a smaller one."""
     if options.gpu is None or any(row.largest_batch for row in rows):
         return None
-    names = (*SWITCHES, "lora_rank", "zero")
+    names = (*SWITCHES, "lora_rank", "zero", "fsdp2")
     asked = {name: bool(getattr(options, name)) for name in names}
     return find_way_out(planner, options.gpu, asked, choices)
 

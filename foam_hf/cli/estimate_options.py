@@ -80,7 +80,11 @@ def add_parser(commands: Any) -> None:
         help="DeepSpeed's ZeRO 1, 2 or 3, or the .json file of a DeepSpeed config: what one of --gpus takes",
     )
     parser.add_argument("--gpus", metavar="N", help="GPUs that share the model; --batch is each one's")
-    parser.add_argument("--offload", action="store_true", help="with --zero: the optimizer in host memory")
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="INT8 weights in host memory, with gradient release (FOAM alone); with --zero: the optimizer there",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table; sizes in bytes")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the table as stacked bars (extra: plot)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
@@ -166,8 +170,15 @@ def workload(options: argparse.Namespace) -> dict[str, Any]:
         "fsdp2": options.fsdp2,
         "zero": options.zero,
         "gpus": options.gpus,
-        "offload": options.offload,
+        "offload": bool(options.offload and options.zero),
     }
+
+
+def take_up_offload(options: Any) -> None:
+    """Let `offload_weights` say whether --offload means INT8 weights, and switch on what these need."""
+    options.offload_weights = bool(options.offload and not options.zero)
+    if options.offload_weights:
+        options.int8_weights = options.gradient_release = True
 
 
 def check_sharing(options: Any) -> None:
@@ -184,8 +195,6 @@ def check_sharing(options: Any) -> None:
                 "--gpus is for models that are divided; expected --fsdp2, or --zero 1, 2 or 3, with it. Under DDP "
                 "each GPU takes what one takes, and a copy of the gradients"
             )
-        if options.offload:
-            raise ValueError("--offload is for ZeRO; expected --zero 1, 2 or 3 with it")
         return
     if options.gpus is None:
         raise ValueError(f"--zero {options.zero} divides a model over GPUs, and their number is not given: --gpus 2")

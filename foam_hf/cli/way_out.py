@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from foam_hf.planner.plan import Plan
     from foam_hf.planner.planner import Planner
 
-SWITCHES = ("gradient_release", "gradient_checkpointing", "int8_weights")  # the cheapest one first
+# The cheapest one first; the last needs the first and the one before it.
+SWITCHES = ("gradient_release", "gradient_checkpointing", "int8_weights", "offload_weights")
+_FLAGS = {"offload_weights": "--offload"}  # where it is not the name
 _FOLDING = {"fold_embeddings": "true", "fold_head": "true"}
 
 
@@ -54,7 +56,8 @@ def find_way_out(
     Args:
         planner: of the model and the workload that did not fit.
         gpu: bytes of the card.
-        asked: name -> whether the user asked for it: `SWITCHES`, and "lora_rank" and "zero", which exclude some.
+        asked: name -> whether the user asked for it: `SWITCHES`, and "lora_rank", "zero" and "fsdp2", which exclude
+            some.
         choices: (name, options) of the planned optimizers; the first FOAM among them is used.
     """
     optim, options = next(((n, o) for n, o in choices if n in FOAM_NAMES), ("foam", {}))
@@ -62,17 +65,19 @@ def find_way_out(
         "gradient_release": asked["lora_rank"] or asked["zero"],
         "gradient_checkpointing": False,
         "int8_weights": asked["lora_rank"] or asked["zero"],
+        "offload_weights": asked["lora_rank"] or asked["zero"] or asked["fsdp2"],
     }
     missing = [name for name in SWITCHES if not asked[name] and not excluded[name]]
     last = None
     for added, arguments in _attempts(missing, options):
         on = {name: asked[name] or name in added for name in SWITCHES}
+        if on["offload_weights"] and not (on["gradient_release"] and on["int8_weights"]):
+            continue
         variant = planner.variant(batch=1, gradient_checkpointing=on["gradient_checkpointing"])
         try:
-            plan = variant.count(
-                optim, arguments, gradient_release=on["gradient_release"], int8_weights=on["int8_weights"]
-            )
-        except (ValueError, ImportError):  # no weight of this model can become INT8, or transformers is too old
+            of_plan: dict[str, Any] = {name: on[name] for name in SWITCHES if name != "gradient_checkpointing"}
+            plan = variant.count(optim, arguments, **of_plan)
+        except (ValueError, ImportError):  # no weight of this model can become INT8 or visit, or an old transformers
             continue
         everything = len(added) == len(missing)
         if plan.total > gpu and not everything:  # too large even without activations, which take time to trace
@@ -105,20 +110,36 @@ def describe(found: WayOut, model: str, planner: Planner, command: list[str]) ->
         planner: of the model.
         command: the words of the estimate, without optimizers and switches.
     """
-    flags = " ".join("--" + name.replace("_", "-") for name in found.switches)
+    flags = " ".join(_FLAGS.get(name, "--" + name.replace("_", "-")) for name in found.switches)
     would = "takes" if found.fits else "would still take"
     with_options = f" ({found.plan.options})" if found.plan.options else ""
+    host = f", and {format_bytes(found.plan.host)} of host memory" if found.plan.host else ""
     lines = [
-        f"{found.plan.optim}{with_options} with {flags} and a batch of 1 {would} {format_bytes(found.plan.total)}."
+        f"{found.plan.optim}{with_options} with {flags} and a batch of 1 {would} "
+        f"{format_bytes(found.plan.total)}{host}."
     ]
     if not found.fits:
         return lines
+    lines += offload_notes(found.plan) if found.plan.offload_weights else []
     lines += ["In a script:", *(f"    {line}" for line in _script(found, model, planner))]
     if recipe := recipe_command(found, model, planner.sequence):
         lines += ["By the recipe, whose config has these settings:", *(f"    {line}" for line in recipe)]
     command += ["--optim", found.plan.optim]
     command += ["--optim-args", found.plan.options] if found.plan.options else []
     return [*lines, "Planned by:", f"    {shlex.join([*command, *flags.split()])}"]
+
+
+def offload_notes(plan: Plan) -> list[str]:
+    """The lines on a plan with INT8 weights in host memory: what crosses the bus, and when that is hidden."""
+    from foam_hf.planner.offload import ARITHMETIC, BUS
+
+    return [
+        f"INT8 weights cross the bus three times a step, {format_bytes(plan.host)} each: in for the forward pass, in "
+        "for the backward pass, and back.",
+        f"That is hidden behind the arithmetic from {plan.hidden_from:,} tokens a step: bytes / bus = 2 x weights x "
+        "tokens / arithmetic",
+        f"in the forward pass, if the bus has {BUS} GB/s each way and the arithmetic {ARITHMETIC} TFLOPS.",
+    ]
 
 
 def _script(found: WayOut, model: str, planner: Planner) -> list[str]:
@@ -130,7 +151,8 @@ def _script(found: WayOut, model: str, planner: Planner) -> list[str]:
     dtype = str(planner.dtype).removeprefix("torch.")
     loading = f"dtype={dtype!r}"
     if "int8_weights" in found.switches:
-        loading += ", quantization_config=foam_hf.Int8Config()"
+        where = "offload='cpu'" if "offload_weights" in found.switches else ""
+        loading += f", quantization_config=foam_hf.Int8Config({where})"
     return [
         f"model = {planner.architecture}.from_pretrained({hub_name(model)!r}, {loading})",
         f"args = TrainingArguments(..., {', '.join(arguments)})",
@@ -151,6 +173,7 @@ def recipe_command(found: WayOut, model: str, sequence: int) -> list[str]:
             flags += ["--optim_args", ",".join(f"{k}={v}" for k, v in {**have, **wanted}.items())] if wanted else []
         if "gradient_checkpointing" in found.switches and not settings.get("gradient_checkpointing"):
             flags += ["--gradient_checkpointing", "true"]
+        flags += ["--int8_offload", "true"] if "offload_weights" in found.switches else []
         run = ["python", "instruct/train.py", "--config", f"{name}/{path.name}", *flags]
         copies = [f"foam-hf recipes copy {each}" for each in dict.fromkeys(("instruct", name))]
         return ["; ".join(copies), f"{shlex.join(run)} --dataset_path DATA --output_dir RUN"]

@@ -31,6 +31,7 @@ class Plan:
         batch, sequence: sequences on the device at a time, and tokens in each.
         gradient_release: whether the update runs inside the backward pass.
         int8_weights: whether the weights that fold are INT8.
+        offload_weights: whether INT8 weights are in host memory, and visit the device layer by layer.
         parameters: how many parameters the model has; tied ones count once.
         trainable: how many of them are trained.
         weights: bytes of parameters and buffers.
@@ -46,7 +47,8 @@ class Plan:
         buffers: bytes of DeepSpeed or FSDP2: gradients on their way, and gathered weights.
         step: bytes beside weights, masters and state while ZeRO's optimizer steps; what it has beyond gradients and
             buffers counts as activations if it is more than those.
-        host: bytes in host memory, of each process, if the optimizer is offloaded.
+        host: bytes in host memory, of each process, if the optimizer or INT8 weights are offloaded.
+        hidden_from: tokens a step from which the bus is hidden by which these weights come, see `planner.offload`.
     """
 
     optim: str
@@ -69,13 +71,16 @@ class Plan:
     buffers: int = 0
     step: int = 0
     host: int = 0
+    offload_weights: bool = False
+    hidden_from: int = 0
 
     @property
     def label(self) -> str:
         """The optimizer and the chosen options, as the first cell of a table's row."""
         chosen = [self.options] if self.options else []
         chosen += ["gradient release"] if self.gradient_release else []
-        chosen += ["INT8 weights"] if self.int8_weights else []
+        where = " in host memory" if self.offload_weights else ""
+        chosen += [f"INT8 weights{where}"] if self.int8_weights else []
         return f"{self.optim} ({', '.join(chosen)})" if chosen else self.optim
 
     @property

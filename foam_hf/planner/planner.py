@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from foam_hf.int8.models import convert_, module_of, plan_int8
 from foam_hf.optim_args import FOAM_NAMES, foam_options, one_of_ours, split_optim_args
 from foam_hf.planner.activations import activation_curve, optimizer_temporary_bytes
 from foam_hf.planner.counting import count_bytes
 from foam_hf.planner.fsdp2 import buffer_bytes, refuse_whole_weights, shard_of
 from foam_hf.planner.meta_models import meta_model, on_meta, positions, with_adapters
 from foam_hf.planner.model_configs import ModelError, load_config
+from foam_hf.planner.offload import offloaded
 from foam_hf.planner.plan import Estimate, Plan
 from foam_hf.planner.zero import Zero, zero_settings
 from foam_hf.planner.zero_bytes import count_zero
@@ -32,6 +34,7 @@ def estimate_memory(
     *,
     gradient_release: bool = False,
     int8_weights: bool = False,
+    offload_weights: bool = False,
     target_modules: str | list[str] | None = None,
     **workload: Any,
 ) -> Plan:
@@ -47,6 +50,7 @@ def estimate_memory(
             `torch.optim.Muon` for the weights that FOAM folds, "adam_mini" is the adam-mini package's.
         gradient_release: the update runs inside the backward pass (FOAM only).
         int8_weights: the weights that `foam_hf.Int8Config` quantizes are INT8 (FOAM only).
+        offload_weights: they are in host memory, as by `Int8Config(offload="cpu")`; with gradient_release.
         target_modules: Trainer's `optim_target_modules`; without it GaLore and APOLLO project the `nn.Linear` weights
             that FOAM folds.
         **workload: the arguments of `Planner`: batch, sequence, dtype and so on.
@@ -61,6 +65,7 @@ def estimate_memory(
         optim_args,
         gradient_release=gradient_release,
         int8_weights=int8_weights,
+        offload_weights=offload_weights,
         target_modules=target_modules,
     )
 
@@ -168,6 +173,7 @@ class Planner:
         *,
         gradient_release: bool = False,
         int8_weights: bool = False,
+        offload_weights: bool = False,
         target_modules: str | list[str] | None = None,
     ) -> Plan:
         """The plan without activations: batch and activations are 0."""
@@ -179,6 +185,12 @@ class Planner:
             what = "gradient_release" if gradient_release else "int8_weights"
             raise ValueError(
                 f"{what} does not run under DeepSpeed's ZeRO: got zero={self.zero.stage}; expected one of them"
+            )
+        if offload_weights and not (int8_weights and gradient_release and not self.fsdp2):
+            raise ValueError(
+                "offload_weights is for INT8 weights and gradient release on one GPU: got "
+                f"int8_weights={int8_weights}, gradient_release={gradient_release} and fsdp2={bool(self.fsdp2)}; "
+                "expected True, True and False"
             )
         model = self._model_with(int8_weights)
         if self.fsdp2:
@@ -202,6 +214,11 @@ class Planner:
             activations=0,
             activations_note="",
         )
+        if offload_weights:
+            found = offloaded(model, plan_int8(self.model).blocks)
+            weights = plan.weights - found.weights + found.slots
+            plan = replace(plan, weights=weights, host=found.host, hidden_from=found.hidden_from)
+            return replace(plan, offload_weights=True)
         if self.fsdp2:
             computing = None if self._step["autocast"] is None else getattr(torch, self._step["autocast"])
             return replace(
@@ -279,8 +296,6 @@ class Planner:
     def _model_with(self, int8_weights: bool) -> nn.Module:
         """The model on the meta device; with `int8_weights`, those that `foam_hf.Int8Config` quantizes are INT8."""
         if int8_weights not in self._models:
-            from foam_hf.int8.models import convert_, module_of, plan_int8
-
             quantized = copy.deepcopy(self.model)
             for name, block in plan_int8(quantized).blocks.items():
                 convert_(module_of(quantized, name), block)
@@ -297,8 +312,8 @@ def _check_sharing(fsdp2: bool, zero: Any, gpus: int | None, offload: bool) -> N
     if not fsdp2 and zero is None and (gpus is not None or offload):
         raise ValueError(
             f"gpus and offload are FSDP2's and ZeRO's, got gpus={gpus} and offload={offload} without them; expected "
-            "fsdp2=True, or zero=1, 2 or 3. DDP takes on each GPU what one takes, and a copy of the gradients "
-            "unless they are released"
+            "fsdp2=True, or zero=1, 2 or 3, or offload_weights=True for INT8 weights. DDP takes on each GPU what one "
+            "takes, and a copy of the gradients unless they are released"
         )
     if zero is not None and gpus is None:
         raise ValueError(f"zero={zero!r} needs the number of GPUs, got none; expected gpus=2 or more")

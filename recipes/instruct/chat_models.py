@@ -27,7 +27,7 @@ def load(recipe: InstructArguments, output_dir: Path):
         if path and recipe.method in WHOLE:
             model, tokenizer = load_gguf(path, dtype, recipe.attn_implementation)
             if recipe.method == "int8":
-                quantize_model_(model, quantization_of("int8", dtype, recipe.int8_head))
+                quantize_model_(model, quantization_of(recipe, dtype))
             return model, tokenizer
         if path:  # adapters name the folder of the model under them, and bitsandbytes loads no GGUF
             name = str((output_dir / "base_model").resolve())
@@ -43,7 +43,8 @@ def load(recipe: InstructArguments, output_dir: Path):
         if quantized and recipe.method not in WHOLE:
             say(f"{name} is quantized already ({quantization_kind(quantized)}): the adapters go on it as it is.")
         tokenizer = AutoTokenizer.from_pretrained(name)
-        quantization = None if quantized else quantization_of(recipe.method, dtype, recipe.int8_head)
+        # A saved INT8 model is read as it is, but where it is kept is not in its config.
+        quantization = None if quantized and not recipe.int8_offload else quantization_of(recipe, dtype)
         model = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
@@ -64,10 +65,11 @@ def load(recipe: InstructArguments, output_dir: Path):
     return model, tokenizer
 
 
-def quantization_of(method: str, dtype: torch.dtype, int8_head: bool = False):
+def quantization_of(recipe: InstructArguments, dtype: torch.dtype):
     """`from_pretrained`'s quantization_config, or None."""
+    method = recipe.method
     if method == "int8":
-        return Int8Config(head=int8_head)
+        return Int8Config(head=recipe.int8_head, offload="cpu" if recipe.int8_offload else None)
     if method == "lora8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     if method == "qlora":

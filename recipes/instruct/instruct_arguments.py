@@ -47,6 +47,10 @@ class InstructArguments:
     int8_head: bool = dataclasses.field(
         default=False, metadata={"help": "method int8: an LM head that is not the embedding becomes INT8 too"}
     )
+    int8_offload: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "method int8: weights in host memory, which visit the GPU one layer at a time"},
+    )
     lora_r: int = dataclasses.field(default=16, metadata={"help": "rank of the adapters"})
     lora_alpha: int = dataclasses.field(default=32, metadata={"help": "adapters are scaled by lora_alpha / lora_r"})
     lora_dropout: float = dataclasses.field(default=0.0, metadata={"help": "dropout before the adapters"})
@@ -183,8 +187,14 @@ def check(recipe: InstructArguments, args: SFTConfig) -> None:
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise SystemExit(f"--{name}: got {value}; expected at least 1.")
-    if recipe.int8_head and recipe.method != "int8":
-        raise SystemExit(f"--int8_head is of --method int8, got --method {recipe.method}.")
+    for name in ("int8_head", "int8_offload"):
+        if getattr(recipe, name) and recipe.method != "int8":
+            raise SystemExit(f"--{name} is of --method int8, got --method {recipe.method}.")
+    if recipe.int8_offload and "gradient_release=true" not in (args.optim_args or ""):
+        raise SystemExit(
+            f"--int8_offload needs weights to be updated in the backward pass, got --optim_args {args.optim_args}; "
+            "expected gradient_release=true in it."
+        )
     try:
         if not isinstance(recipe.template_kwargs, dict):
             raise ValueError("not a mapping")

@@ -18,17 +18,21 @@ from foam_hf.int8.models import plan_int8
 from foam_hf.memory import adamw_state_bytes, expected_state_bytes
 from foam_hf.planner.meta_models import meta_model, with_adapters
 from foam_hf.planner.model_configs import load_config
+from foam_hf.planner.offload import offloaded
 from foam_hf.recipe_kit import renew_page
 
 START, END = "<!-- table: made by recipes/quantized/method_bytes.py -->", "<!-- end of table -->"
 MODELS = {"Qwen2.5-0.5B": "qwen2.5-0.5b", "Qwen2.5-7B": "qwen2.5-7b", "LLaMA-3.1-8B": "llama-3.1-8b"}
 RANK = 16
-WHOLE = ("full", "int8")
+OFFLOAD = "int8, offloaded"
+WHOLE = ("full", "int8", OFFLOAD)
 LEAN = "FOAM, released"  # with gradient_release: one gradient at a time
-OPTIMIZERS = {"full": ("AdamW", "FOAM", LEAN), "int8": ("FOAM", LEAN)}  # AdamW does not train INT8 weights
+# AdamW does not train INT8 weights, and those in host memory are trained with gradient_release alone.
+OPTIMIZERS = {"full": ("AdamW", "FOAM", LEAN), "int8": ("FOAM", LEAN), OFFLOAD: (LEAN,)}
 METHODS = {  # method -> how it is described
     "full": "every weight, bf16",
     "int8": "every weight, INT8",
+    OFFLOAD: "every weight, INT8, in host memory",
     "lora": "adapters on bf16",
     "lora8bit": "adapters on 8 bits",
     "qlora": "adapters on 4 bits",
@@ -62,7 +66,10 @@ def count(model: nn.Module, method: str) -> dict[str, int]:
     # The layers under adapters are those that are quantized.
     linear = {id(module.base_layer.weight) for module in model.modules() if hasattr(module, "base_layer")}
     weights = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    blocks = plan_int8(model).blocks if method == "int8" else {}
+    blocks = plan_int8(model).blocks if method in ("int8", OFFLOAD) else {}
+    if method == OFFLOAD:
+        found = offloaded(model, blocks)
+        weights += found.slots - found.weights
     for name, p in model.named_parameters():
         if name in blocks:
             weights += p.numel() + 4 * p.numel() // blocks[name]  # a code a weight, an fp32 scale a block
@@ -71,16 +78,16 @@ def count(model: nn.Module, method: str) -> dict[str, int]:
             weights += quantized_bytes(p, method) if quantized else p.numel() * p.element_size()
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = [p.numel() * p.element_size() for p in trained]
-    found = {
+    counted = {
         "weights": weights,
         "gradients": sum(gradients),
         "AdamW": adamw_state_bytes(trained),
         "FOAM": expected_state_bytes(foam_param_groups(model)),
     }
     if method in WHOLE:
-        found[LEAN] = found["FOAM"]
-        found["largest gradient"] = max(gradients)
-    return found
+        counted[LEAN] = counted["FOAM"]
+        counted["largest gradient"] = max(gradients)
+    return counted
 
 
 def cell(weights: int, gradients: int, state: int) -> str:
@@ -98,7 +105,8 @@ def table() -> str:
         for optimizer in OPTIMIZERS.get(method, ("AdamW", "FOAM")):
             gradients = "largest gradient" if optimizer == LEAN else "gradients"
             cells = [cell(found["weights"], found[gradients], found[optimizer]) for found in counts]
-            lines.append(f"| `{method}` | {what} | {optimizer} | {' | '.join(cells)} |")
+            name = "`int8 --int8_offload true`" if method == OFFLOAD else f"`{method}`"
+            lines.append(f"| {name} | {what} | {optimizer} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

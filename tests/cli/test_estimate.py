@@ -180,7 +180,8 @@ def test_nothing_fits_under_zero_and_only_what_runs_there_is_tried(estimate):
     ("arguments", "message"),
     [
         (["--gpus", "4"], "--gpus is for models that are divided; expected --fsdp2, or --zero 1, 2 or 3, with it."),
-        (["--offload"], "--offload is for ZeRO"),
+        (["--offload", "--optim", "adamw_torch"], "--offload is FOAM's, and it is not among the optimizers"),
+        (["--offload", "--fsdp2", "--gpus", "2"], "--offload excludes --fsdp2"),
         (["--zero", "2"], "their number is not given: --gpus 2"),
         (["--zero", "5", "--gpus", "2"], "zero is no stage, got '5'"),
         (["--zero", "2", "--gpus", "two"], "--gpus: not a count, 'two'"),
@@ -396,6 +397,29 @@ def test_qwen_of_7_b_on_a_card_of_12_gb_by_a_bundled_config(estimate):
     assert total and {"--gradient-release", "--int8-weights"} <= set(total[1].split())
     assert "from_pretrained('Qwen/Qwen2.5-7B', dtype='bfloat16', quantization_config=foam_hf.Int8Config())" in out
     assert "--config quantized/qwen2.5-7b-int8.yaml --per_device_train_batch_size 1 --max_length 512" in out
+
+
+def test_eight_billion_on_a_card_of_8_gb_by_weights_in_host_memory(estimate):
+    code, out, err = estimate("llama-3.1-8b", "--gpu", "8GB", "--optim", "foam", "--gradient-checkpointing")
+    assert (code, err) == (0, "")
+    words = r"^foam with --gradient-release --gradient-checkpointing --int8-weights --offload and a batch of 1 takes "
+    assert re.search(words + r"4\.\d\d GB, and 7\.20 GB of host memory\.$", out, re.MULTILINE)
+    assert re.search(r"hidden behind the arithmetic from 2,0\d\d tokens a step: .* 2 x weights x tokens", out)
+    assert "quantization_config=foam_hf.Int8Config(offload='cpu'))" in out
+    assert "quantized/llama-3.1-8b-int8.yaml" in out and "--int8_offload true" in out
+    command = out.rstrip().splitlines()[-1].split()
+    assert command[-1] == "--offload"
+
+
+def test_weights_in_host_memory_are_planned_for_foam_alone(estimate, model):
+    code, out, _ = estimate(model, *SMALL, "--offload", "--optim", "foam,adamw_torch", "--json")
+    assert code == 0
+    rows = {plan["optim"]: plan for plan in plans(out)}
+    assert rows["foam"]["int8_weights"] and rows["foam"]["gradient_release"] and rows["foam"]["offload_weights"]
+    assert rows["foam"]["host"] > 0 == rows["adamw_torch"]["host"]
+    _, out, _ = estimate(model, *SMALL, "--offload", "--optim", "foam,adamw_torch")
+    assert "INT8 weights in host memory" in out and "INT8 weights cross the bus three times a step" in out
+    assert "the other optimizers are planned without" in out and "host memory" in out.splitlines()[3]
 
 
 def test_a_recipes_config_lends_what_it_lacks_as_flags():

@@ -107,8 +107,8 @@ def test_every_python_block_runs_for_a_user_with_a_model_and_data(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     trained = re.findall(r"^optimizer of \S+ \d+ (\w+)$", done.stdout, re.MULTILINE)
     assert len(trained) == len(code)
-    # README's first block and the one without Trainer, resuming, two with gradient release, INT8 weights, Muon.
-    assert trained.count("FOAM") == 7
+    # README's first block and the one without Trainer, resuming, two with gradient release, two of INT8 weights, Muon.
+    assert trained.count("FOAM") == 8
     assert done.stderr.count("of optimizer state, ") >= 6  # the line that a run begins with
     assert "Optimizer memory: FOAM" in done.stdout + done.stderr  # the callback's table
     assert "at the peak, of which" in done.stdout

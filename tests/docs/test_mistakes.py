@@ -145,6 +145,9 @@ MESSAGES: dict[str, Callable[..., str]] = {
     "... by the block rule alone: got gradient_accumulation_steps=4 with second_moment=factored": release(
         gradient_accumulation_steps=4, optim_args="second_moment=factored"
     ),
+    "INT8 weights that are offloaded ... are updated in the backward pass: got ...": source(
+        "foam_hf/trainer/offload.py"
+    ),
     "... before a loss scaler could look for overflows in all of them: got fp16=True": release(fp16=True),
     "... does not run with this DeepSpeed config: ...": source("foam_hf/trainer/deepspeed.py"),
     "... and accelerate would replace FOAM by DeepSpeed's CPU Adam": source("foam_hf/trainer/deepspeed.py"),

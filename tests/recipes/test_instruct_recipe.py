@@ -170,6 +170,14 @@ def test_int8_weights_are_trained_saved_and_resumed_on(models, data, tmp_path, c
     assert again["before"]["eval_loss"] == pytest.approx(first["after"]["eval_loss"], abs=1e-3)
     assert "cannot train INT8" in error_of(flags(models["llama"], data, tmp_path / "c", *more[:4], "--optim", "sgd"))
     assert "--int8_head is of --method int8" in error_of(flags(models["llama"], data, tmp_path / "c", *more[2:4]))
+    offload = ["--int8_offload", "true"]
+    visiting = train.main(flags(models["llama"], data, tmp_path / "d", *more, *offload))
+    assert visiting["after"]["eval_loss"] == first["after"]["eval_loss"]
+    for some, words in (
+        (offload, "--int8_offload is of --method int8"),
+        ([*more[:4], *offload], "expected gradient_"),
+    ):
+        assert words in error_of(flags(models["llama"], data, tmp_path / "c", *some))
 
 
 # ---- the loss ----
@@ -488,6 +496,7 @@ QUANTIZED_README = ROOT / "recipes" / "quantized" / "README.md"
         ("full", method_bytes.LEAN),
         ("int8", "FOAM"),
         ("int8", method_bytes.LEAN),
+        (method_bytes.OFFLOAD, method_bytes.LEAN),
         ("lora", "FOAM"),
         ("lora8bit", "AdamW"),
         ("qlora", "FOAM"),
@@ -503,7 +512,8 @@ def test_counted_bytes_are_those_of_a_run(method, optim, models, data, tmp_path,
     }[optim]
     meters = []
     monkeypatch.setattr(train, "Meter", lambda: meters.append(measuring.Meter()) or meters[0])
-    train.main(flags(models["llama"], data, tmp_path, "--method", method, *options))
+    run = ["int8", "--int8_offload", "true"] if method == method_bytes.OFFLOAD else [method]
+    train.main(flags(models["llama"], data, tmp_path, "--method", *run, *options))
     found = meters[0].memory
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(chat_models.AutoConfig.from_pretrained(models["llama"])).bfloat16()
