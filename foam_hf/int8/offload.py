@@ -45,6 +45,10 @@ class Offload:
         }
         refuse_too_little(self.visits.host_bytes)
 
+    def __deepcopy__(self, memo: Any) -> Offload:
+        """Itself: a copy of its model that can exist, on the meta device, holds its quantizer and no weight of it."""
+        return self
+
     def take(self, name: str, weight: Int8Weight) -> Int8Weight:
         """Copy the weight called ``name`` to host memory, and return one that visits the device of ``weight``.
 
@@ -103,7 +107,7 @@ class OffloadedWeight(Int8Weight):
         return codes, scales
 
     def written(self) -> None:
-        self.foam_layer.written()
+        self.foam_layer.written(self._number)
 
     def _like(self, dtype: torch.dtype | None = None, device: Any = None) -> OffloadedWeight:
         place = self._place if device is None else torch.empty(0, device=device).device  # with its index

@@ -3,9 +3,9 @@
 Any use of one of its weights brings a layer to a slot on the device; three slots take turns. While a layer works, the
 one that is expected next is on its way, and the one before goes back if gradient release has updated it. Which layer
 follows which is learned from the last time, so that order, reuse and direction do not matter to the result: a wrong
-guess costs the time of a copy.
+guess costs the time of a copy. Gradient release updates the weights of a bucket layer by layer, aside from this order:
+they belong to the layer at work, or to the one before it, which is there still.
 
-Before a layer is left, gradient release updates the weights of its bucket, so that an update never meets two layers.
 Copies run on streams of their own; a layer waits for its copy, a copy for the last work on its slot.
 """
 
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from foam_hf.int8.host_memory import Pages, lock_all
 from foam_hf.int8.linear import in_backward
-from foam_hf.optimizer.releases import update_waiting
 
 SLOTS = 3  # layers on the device: one that works, one that comes, one that goes
 ALIGNMENT = 512  # bytes, of each tensor in a layer's memory
@@ -40,7 +39,8 @@ class Visits:
         self._device: torch.device | None = None
         self._slots: list[_Slot] = []
         self._current: Layer | None = None
-        self._backward = False  # brought the current layer
+        self._working: Layer | None = None  # the current one, but for updates aside
+        self._backward = False  # brought the layer that works
         self._next: dict[tuple[int, bool], int] = {}  # layer, and whether backward brought it -> layer that followed
 
     @property
@@ -53,20 +53,28 @@ class Visits:
         """The memory of the slots on the device, uint8; empty before the first visit."""
         return [slot.memory for slot in self._slots]
 
-    def bring(self, layer: Layer, device: torch.device) -> None:
-        """Let ``layer`` be on ``device`` for all work that the current stream gets from now on."""
-        if layer is self._current and device == self._device:
+    def bring(self, layer: Layer, device: torch.device, aside: bool) -> None:
+        """As ``Layer.bring``."""
+        there = layer is self._current and device == self._device
+        if there and (aside or layer is self._working):
             return
-        backward = in_backward()
-        self._leave()
+        if not there:
+            self._to(layer, device)
+        if aside or layer is self._working:
+            return
+        if self._working is not None:
+            self._next[self._working.index, self._backward] = layer.index
+        self._working, self._backward = layer, in_backward()
+        self._load(self._expected(layer, self._backward))
+
+    def _to(self, layer: Layer, device: torch.device) -> None:
+        if self._current is not None:
+            self._current.leave()
         if device != self._device:
             self._use(device)
-        if self._current is not None:
-            self._next[self._current.index, self._backward] = layer.index
         self._load(layer)
         layer.await_copy()
-        self._current, self._backward = layer, backward
-        self._load(self._expected(layer, backward))
+        self._current = layer
 
     def _expected(self, layer: Layer, backward: bool) -> Layer | None:
         """The layer that follows, from the last time or by its number; None if it would take the slot of ``layer``."""
@@ -79,7 +87,7 @@ class Visits:
         for layer in self.layers:
             self.settle(layer)
             layer.forget_device()
-        self._current, self._device = None, device
+        self._current, self._working, self._device = None, None, device
         cuda = device.type == "cuda"
         if cuda:
             lock_all([layer.pages for layer in self.layers])
@@ -90,12 +98,6 @@ class Visits:
             into.wait_stream(torch.cuda.current_stream(device))  # which may still use what the slots' memory was
         for layer in self.layers:
             layer.visit(self._slots[layer.index % len(sizes)])
-
-    def _leave(self) -> None:
-        """Update what waits in the current layer, and send it back if it was written to."""
-        if self._current is not None:
-            update_waiting()
-            self._current.leave()
 
     def _load(self, layer: Layer | None) -> None:
         if layer is not None and layer.slot is not None and layer.slot.holder is not layer:
@@ -124,13 +126,13 @@ class _Slot:
         """Copy ``layer`` here when the last work on the slot is done."""
         old, self.holder = self.holder, layer
         if self.into is None:
-            layer.copy(to_device=True)
+            layer.copy_in()
             return
         for event in (old and old.left, old and old.saved, layer.saved):
             if event is not None:
                 self.into.wait_event(event)
         with torch.cuda.stream(self.into):
-            layer.copy(to_device=True)
+            layer.copy_in()
         layer.come = self.into.record_event()
 
 
@@ -156,7 +158,7 @@ class Layer:
         self.left: Any = None
         self.saved: Any = None
         self._pages: Pages | None = None
-        self._written = False
+        self._written: set[int] = set()  # weights to be copied back
 
     @property
     def pages(self) -> Pages:
@@ -165,9 +167,13 @@ class Layer:
             self._pages = Pages(self.nbytes)
         return self._pages
 
-    def bring(self, device: torch.device) -> None:
-        """Let it be on ``device`` for all work that the current stream gets from now on."""
-        self.visits.bring(self, device)
+    def bring(self, device: torch.device, aside: bool = False) -> None:
+        """Let it be on ``device`` for all work that the current stream gets from now on.
+
+        Args:
+            aside: to update its weights, which says nothing on the order of layers.
+        """
+        self.visits.bring(self, device, aside)
 
     def home(self) -> list[tuple[Tensor, ...]]:
         """Codes and scales of each weight in host memory, complete: what the device has written is there."""
@@ -190,9 +196,9 @@ class Layer:
         self.slot, self.there = None, []
         self.come = self.left = self.saved = None
 
-    def written(self) -> None:
-        """Its weights were changed on the device."""
-        self._written = True
+    def written(self, number: int) -> None:
+        """This weight of it was changed on the device."""
+        self._written.add(number)
 
     def await_copy(self) -> None:
         """Let the current stream wait until it is on the device."""
@@ -208,19 +214,30 @@ class Layer:
             self.left = torch.cuda.current_stream(slot.memory.device).record_event()
         if not self._written:
             return
-        self._written = False
         if slot.back is None:
-            self.copy(to_device=False)
+            self.copy_back()
             return
         slot.back.wait_event(self.left)
         with torch.cuda.stream(slot.back):
-            self.copy(to_device=False)
+            self.copy_back()
         self.saved = slot.back.record_event()
 
-    def copy(self, *, to_device: bool) -> None:
-        """Copy all of it between host memory and its slot, in the current stream."""
+    def copy_in(self) -> None:
+        """Copy all of it to its slot, in the current stream."""
+        self._copy(0, self.nbytes, to_device=True)
+
+    def copy_back(self) -> None:
+        """Copy the weights that were changed to host memory, in the current stream; neighbours at once."""
+        numbers, self._written = sorted(self._written), set()
+        ends = [number for number in numbers if number + 1 not in numbers]
+        starts = [number for number in numbers if number - 1 not in numbers]
+        begins = [codes[0] for codes, _ in self.parts] + [self.nbytes]
+        for start, end in zip(starts, ends, strict=True):
+            self._copy(begins[start], begins[end + 1], to_device=False)
+
+    def _copy(self, start: int, end: int, *, to_device: bool) -> None:
         assert self.slot is not None
-        here, there = self.pages.view(0, torch.Size((self.nbytes,)), torch.uint8), self.slot.memory[: self.nbytes]
+        here, there = self.pages.view(start, torch.Size((end - start,)), torch.uint8), self.slot.memory[start:end]
         if to_device:
             there.copy_(here, non_blocking=True)
         else:

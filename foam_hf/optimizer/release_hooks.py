@@ -14,7 +14,6 @@ from foam_hf.optimizer.processes import Processes
 from foam_hf.optimizer.release_checks import Names, too_many
 from foam_hf.optimizer.release_updates import Updates
 from foam_hf.tensors.places import local
-from foam_hf.tensors.rows import visiting_layer
 
 
 class Hooks:
@@ -147,8 +146,6 @@ class Hooks:
             raise self._too_many(p)
         if updates.micros > 1 and any(p is waiting for waiting in bucket.params):
             return  # its gradient has got another part
-        if (layer := visiting_layer(p)) is not None:
-            layer.bring(p.device)  # the layer before is updated as it leaves
         updates.take_up(p)
         if not bucket.params:  # the end of the backward pass updates what is left in the bucket
             torch.autograd.Variable._execution_engine.queue_callback(self.update_waiting)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ class Updates:
         self.optimizer = optimizer
         self.clip_all = ClipByAll(optimizer, largest) if largest and clip_by == "all" else None
         self.clip_each = ClipByWeight(largest) if largest and clip_by == "weight" else None
+        self._visits = any(visiting_layer(p) is not None for p in parameters_of(optimizer.param_groups))
         self.numbering: Numbering = {}
         self.micros = 1
         self.taken: dict[int, int] = {}
@@ -87,19 +90,35 @@ class Updates:
             self._update_micro(params, scale)
 
     def _update_whole(self, params: list[Tensor], scale: Tensor | None) -> None:
-        """Update ``params`` in one launch by what is the whole gradient of the step."""
-        first = id(params[0])
-        prepared = step_some(self.optimizer, params, self.numbering, self._prepared.get(first), scale)
-        self._prepared[first] = self._used[first] = prepared
+        """Update ``params`` in one launch by what is the whole gradient of the step; visiting ones layer by layer."""
+        for layer, some, numbers in self._by_layer(params):
+            if layer is not None:
+                layer.bring(some[0].device, aside=True)
+            own = scale if scale is None or scale.numel() == 1 or numbers is None else scale[numbers]
+            first = id(some[0])
+            prepared = step_some(self.optimizer, some, self.numbering, self._prepared.get(first), own)
+            self._prepared[first] = self._used[first] = prepared
         _free(params)
+
+    def _by_layer(self, params: list[Tensor]) -> list[tuple[Any, list[Tensor], list[int] | None]]:
+        """The layers of visiting ``params``, each with those that are its own and their numbers; None for all."""
+        if not self._visits:
+            return [(None, params, None)]
+        found: dict[Any, list[int]] = {}
+        for number, p in enumerate(params):
+            found.setdefault(visiting_layer(p), []).append(number)
+        return [(layer, [params[i] for i in numbers], numbers) for layer, numbers in found.items()]
 
     def _update_micro(self, params: list[Tensor], scale: Tensor | None) -> None:
         """Update ``params`` by the gradients of a micro-batch: those in one launch that have the same number of it."""
-        alike: dict[tuple[int, int], list[Tensor]] = {}
-        for p in params:
-            done, step = self._collected.number(p), self.optimizer.state.get(p, {}).get("step", 0)
-            alike.setdefault((done, step), []).append(p)
-        for (done, _), some in alike.items():
+        alike: dict[tuple[Any, int, int], list[Tensor]] = {}
+        for layer, mine, _ in self._by_layer(params):
+            for p in mine:
+                done, step = self._collected.number(p), self.optimizer.state.get(p, {}).get("step", 0)
+                alike.setdefault((layer, done, step), []).append(p)
+        for (layer, done, _), some in alike.items():
+            if layer is not None:
+                layer.bring(some[0].device, aside=True)
             first, micro = -id(some[0]), Micro(done, self.micros)
             prepared = self._collected.update(
                 self.optimizer, some, self.numbering, self._prepared.get(first), scale, micro
@@ -122,8 +141,8 @@ class Updates:
             self.clip_all.correct(scale)
         if self._collected:
             self._collected.finish(self.optimizer, scale)
-        for device, layer in dict.fromkeys((p.device, visiting_layer(p)) for p in rest):
-            some = [p for p in rest if p.device == device and visiting_layer(p) is layer]
+        for device in {p.device for p in rest}:
+            some = [p for p in rest if p.device == device]
             if self.clip_each is not None:
                 scale = self.clip_each.before(some, gradients(some))
             self._update_whole(some, None if scale is None else scale.to(device))

@@ -18,12 +18,6 @@ def is_released(optimizer: Optimizer) -> bool:
     return any(release._optimizer is optimizer for release in active)
 
 
-def update_waiting() -> None:
-    """Update all parameters that wait in buckets: called before the layer that they belong to leaves the device."""
-    for release in [*active]:
-        release._hooks.update_waiting()
-
-
 def expect_release(optimizer: Optimizer) -> None:
     """Make the first step of `optimizer` raise RuntimeError if gradient release is not enabled by then."""
     unchecked = True

@@ -104,9 +104,9 @@ def kind_of(p: Tensor) -> str:
 
 
 def visiting_layer(p: Tensor) -> Any:
-    """What brings ``p`` to its device, ``.bring(device)``, if it is there at times only; None if it always is.
+    """The layer that brings ``p`` to its device, if ``p`` is there at times only; None if it always is.
 
-    Weights of one such layer can be updated together, those of two cannot.
+    ``layer.bring(device, aside=True)`` does it for an update. Weights of two layers cannot be updated together.
     """
     return getattr(p, "foam_layer", None)
 
