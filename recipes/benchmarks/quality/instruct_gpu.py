@@ -1,7 +1,8 @@
 """Ways to tune a chat model, compared on one GPU: a learning-rate search on a seed of its own, then the seeds.
 
 A study (instruct_study.yaml) names arms and data sets. An arm has learning rates to search, or takes (`swap`) those
-that the search of another has chosen; a data set is searched, or takes those of another (`rates_of`). Each run is
+that the search of another has chosen; a data set is searched, or takes those of another (`rates_of`). Arms and data
+sets with a higher `last` wait for the others, or for one seed of theirs a step of it (`by_seed`). Each run is
 recipes/instruct/train.py, by instruct_run.py, or the script that the study names as its `runner`; `--jobs` of them
 share the GPU. Speed and memory are measured apart (`alone`), one run at a time, the first after a rehearsal; the peak
 at other settings beside other runs (`memory`). Rerun the same command to go on: finished runs are lines of

@@ -60,7 +60,8 @@ class Job:
         number = study["arms"].index(arm)
         stage = study["seeds"].index(seed) + 1 if part == "final" else 0
         last = int(arm.get("last", 0)) + (int(data.get("last", 0)) if part in ("search", "final") else 0)
-        self.order = (part != "alone", last, stage, options.datasets.index(dataset), number)
+        rank = last + stage if study.get("by_seed") else last
+        self.order = (part != "alone", rank, stage, options.datasets.index(dataset), number)
         self.folder = options.out / part / dataset / f"arm-{number + 1}-lr-{rate:g}-seed-{seed}"
         words = {
             **as_before(settings),
