@@ -29,9 +29,8 @@ def sharded_table(rows: list[dict]) -> str:
     for (model, layers, sequence, batch), same in split(rows, "model", "layers", "sequence", "batch").items():
         good = [row for row in same if row["status"] == "ok"]
         tokens = {(row["case"], row["gpus"]): row["tokens_per_s"] for row in good}
-        order = list(dict.fromkeys(row["case"] for row in same))
         lines = []
-        for row in sorted(good, key=lambda row: (order.index(row["case"]), row["gpus"])):
+        for row in sorted(good, key=lambda row: (row["label"], row["gpus"])):
             one, peak = tokens.get((row["case"], 1)), row["peak_bytes_per_gpu"]
             lines.append(
                 [

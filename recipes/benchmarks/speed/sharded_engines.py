@@ -26,9 +26,9 @@ class Case:
     Attributes:
         engine: ddp, fsdp2, zero2 or zero3.
         release: with gradient release, so that the backward pass updates weights.
-        int8: INT8 weights in the linear layers of the decoder.
-        own_units: embedding and head are units of FSDP2 of their own, as else the outermost unit gathers both at the
-            same time; and under ``int8`` the head is INT8 too.
+        int8: which linear layers have INT8 weights: "", "layers" of the decoder, or "all", the head too.
+        own_units: embedding and head are units of FSDP2 of their own, as in accelerate; else the outermost unit
+            gathers both at the same time.
         model, batch, sequence: in place of the command line's. The model has all its layers then.
         limit_gib: no more than this may be allocated on a GPU.
         gpus: the case is of these numbers alone.
@@ -38,7 +38,7 @@ class Case:
     engine: str
     optimizer: str
     release: bool = False
-    int8: bool = False
+    int8: str = ""
     own_units: bool = False
     model: str | None = None
     batch: int | None = None
@@ -47,8 +47,10 @@ class Case:
     gpus: tuple[int, ...] = (1, 2, 4, 8)
 
 
-EIGHT = {"model": "llama-3.1-8b", "batch": 1, "sequence": 512, "gpus": (2, 4)}
+EIGHT: dict[str, Any] = {"engine": "fsdp2", "optimizer": "foam", "release": True, "gpus": (2, 4)}
+EIGHT |= {"model": "llama-3.1-8b", "batch": 1, "sequence": 512}
 FOAM8, ADAMW = "foam, level 8", "torch AdamW, fused"
+INT8 = f"FSDP2, INT8, {FOAM8}, gradient release"
 CASES = {
     "fsdp2-foam": Case(f"FSDP2, {FOAM8}", "fsdp2", "foam"),
     "fsdp2-adamw": Case(f"FSDP2, {ADAMW}", "fsdp2", "adamw"),
@@ -58,18 +60,16 @@ CASES = {
     "zero3-adamw": Case(f"ZeRO 3, {ADAMW}", "zero3", "adamw"),
     "fsdp2-foam-release": Case(f"FSDP2, {FOAM8}, gradient release", "fsdp2", "foam", release=True),
     "fsdp2-int8-release-8gib": Case(
-        f"FSDP2, INT8, {FOAM8}, gradient release, head INT8, embedding and head units of their own, at most 8 GiB",
-        "fsdp2",
-        "foam",
-        release=True,
-        int8=True,
+        f"{INT8}, head INT8, embedding and head units of their own, at most 8 GiB",
+        int8="all",
         own_units=True,
         limit_gib=8,
         **EIGHT,
     ),
-    "fsdp2-int8-release": Case(
-        f"FSDP2, INT8, {FOAM8}, gradient release", "fsdp2", "foam", release=True, int8=True, **EIGHT
+    "fsdp2-int8-release-units": Case(
+        f"{INT8}, embedding and head units of their own", int8="layers", own_units=True, **EIGHT
     ),
+    "fsdp2-int8-release": Case(INT8, int8="layers", **EIGHT),
     "fsdp2-muon": Case("FSDP2, foam_muon, level 8", "fsdp2", "muon"),
     "fsdp2-torch-muon": Case("FSDP2, torch Muon; AdamW for the rest", "fsdp2", "torch-muon"),
     "zero2-deepspeed-muon": Case("ZeRO 2, DeepSpeed's Muon; Adam for the rest", "zero2", "deepspeed-muon"),
@@ -128,7 +128,7 @@ def whole_model(config: Any, device: str) -> Any:
 
 
 @torch.no_grad()
-def sharded_model(config: Any, device: str, int8: bool, own_units: bool) -> Any:
+def sharded_model(config: Any, device: str, int8: str, own_units: bool) -> Any:
     """A model of random weights under FSDP2, of which each process allocates its shard alone."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -138,7 +138,7 @@ def sharded_model(config: Any, device: str, int8: bool, own_units: bool) -> Any:
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(BF16)
         if int8:
-            convert_linears(model if own_units else model.model.layers)
+            convert_linears(model if int8 == "all" else model.model.layers)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for unit in [*model.model.layers, *([model.model.embed_tokens, model.lm_head] if own_units else [])]:
         fully_shard(unit, mesh=mesh)
