@@ -2,7 +2,7 @@
 
 DDP keeps a copy of all gradients. Here each gradient is sent when it is complete, and freed after its update. As in
 DDP, each rank divides its gradients by the number of ranks, and all are added up, so the bits are DDP's. Of several
-backward passes a step, each is averaged for itself, and all ranks must make as many.
+backward passes a step, each is averaged for itself, and all ranks must make as many: ``PassNumbers`` compares.
 
 All ranks must send the same gradients in the same order, so weights are sent in packs whose order is agreed upon: at
 first the reverse of the model's, vectors last, and after one step that of the first rank. A weight without a gradient
@@ -32,7 +32,7 @@ class _Sent(NamedTuple):
         works: what to wait for.
         params: of the pack.
         grads: what will be their averaged gradients.
-        used: on how many ranks each has a gradient, float32 (len(params),).
+        used: on how many ranks each has a gradient, float32 (len(params),), and two sums of ``PassNumbers``.
         size: bytes of the gradients.
     """
 
@@ -43,6 +43,63 @@ class _Sent(NamedTuple):
     size: int
 
 
+class PassNumbers:
+    """Finds out that ranks made different numbers of backward passes, whose gradients would be averaged silently.
+
+    Each pack carries the numbers of its step and of its pass. On a GPU the answer is read a pass later, or more.
+    """
+
+    def __init__(self, world: int) -> None:
+        self._world, self._step, self._pass = world, 0, 0
+        self._wrong: Tensor | None = None
+        self._host: Tensor | None = None
+        self._event: Any = None
+
+    def write(self, numbers: Tensor) -> None:
+        """Write the numbers that a pack carries."""
+        numbers[0].fill_(self._step)
+        numbers[1].fill_(self._pass)
+
+    def read(self, sums: Tensor) -> None:
+        """Compare with the sums of the numbers over ranks.
+
+        Raises:
+            RuntimeError: other ranks sent another pass.
+        """
+        wrong = (sums[0] != self._step * self._world) | (sums[1] != self._pass * self._world)
+        if sums.device.type == "cpu":
+            self._refuse(bool(wrong))
+        else:
+            self._wrong = wrong if self._wrong is None else self._wrong | wrong
+
+    def end_pass(self) -> None:
+        """Count the pass; raises as ``read``, of an earlier one."""
+        self._pass += 1
+        if self._wrong is None:
+            return
+        if self._host is None:
+            self._host = torch.zeros((), dtype=torch.bool).pin_memory()
+            self._event = getattr(torch, self._wrong.device.type).Event()
+        elif not self._event.query():
+            return
+        self._refuse(bool(self._host))
+        self._host.copy_(self._wrong, non_blocking=True)
+        self._event.record()
+
+    def end_step(self) -> None:
+        """Count the step, unless it had no pass, as one that a single process makes to have state to load into."""
+        if self._pass:
+            self._step, self._pass = (self._step + 1) % 1000, 0  # small, so that sums are exact
+
+    def _refuse(self, wrong: bool) -> None:
+        if wrong:
+            raise RuntimeError(
+                "processes made different numbers of backward passes before optimizer.step(), so that gradients of "
+                f"other passes were averaged: this one is at pass {self._pass + 1} of a step; expected as many on "
+                "every process, as gradient release averages each"
+            )
+
+
 class Averaging:
     """Sends gradients, and hands out the parameters whose gradients are averaged.
 
@@ -50,10 +107,14 @@ class Averaging:
         params: all that get a gradient, of floating dtypes and on one device; the same on all ranks, in this order.
         group: the process group.
         largest_pack: bytes.
+        accumulates: whether a step may have several passes.
     """
 
-    def __init__(self, params: Sequence[Tensor], group: Any, largest_pack: int = LARGEST_PACK) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], group: Any, largest_pack: int = LARGEST_PACK, accumulates: bool = False
+    ) -> None:
         self.group, self._world = group, distributed.get_world_size(group)
+        self._pass_numbers = PassNumbers(self._world) if accumulates else None
         self._params, self._numbers = list(params), {id(p): i for i, p in enumerate(params)}
         self._limit = min(largest_pack, max((_bytes(p) for p in params), default=0))
         self._agreed = False
@@ -84,6 +145,12 @@ class Averaging:
         self._came: list[int] = []
         self._here: set[int] = set()
         self._lacking = [len(pack) for pack in self._packs]
+
+    def end_step(self) -> None:
+        """Forget the gradients of the step, whether it was completed or not."""
+        self.forget()
+        if self._pass_numbers is not None:
+            self._pass_numbers.end_step()
 
     def averages(self, p: Tensor) -> bool:
         """Whether ``p`` is one of its parameters."""
@@ -149,6 +216,8 @@ class Averaging:
         if not self._agreed:
             self._agree()
         self.forget()
+        if self._pass_numbers is not None:
+            self._pass_numbers.end_pass()
         self._finished = True  # gradients that are kept until the step are not averaged again
 
     def _agree(self) -> None:
@@ -177,7 +246,9 @@ class Averaging:
             works.append(distributed.all_reduce(flat, group=self.group, async_op=True))
             params += mine
             grads += parts
-        used = torch.ones(len(params), device=params[0].device)
+        used = torch.ones(len(params) + 2, device=params[0].device)
+        if self._pass_numbers is not None:
+            self._pass_numbers.write(used[-2:])
         for i, p in enumerate(params):
             if id(p) not in self._here:
                 used[i].zero_()  # no copy from the host, which would wait for the GPU
@@ -192,8 +263,10 @@ class Averaging:
         sent = self._sent.popleft()
         for work in sent.works:
             work.wait()  # on a GPU the stream waits, not the host
+        if self._pass_numbers is not None:
+            self._pass_numbers.read(sent.used[-2:])
         lacks = any(id(p) not in self._here for p in sent.params)
-        counts = sent.used.tolist() if lacks else [1.0] * len(sent.params)  # only then must the host wait for a GPU
+        counts = sent.used[:-2].tolist() if lacks else [1.0] * len(sent.params)  # only then must the host wait
         found = [(p, grad) for p, grad, count in zip(sent.params, sent.grads, counts, strict=True) if count]
         with torch._C.DisableTorchFunctionSubclass():
             for p, grad in found:

@@ -93,7 +93,7 @@ class Processes:
                 "the whole model on one, or training without gradient release"
             )
         largest = getattr(model, "bucket_bytes_cap", LARGEST_PACK)
-        self.averaging = Averaging(averaged, group, largest)
+        self.averaging = Averaging(averaged, group, largest, self._accumulates)
 
     @property
     def reduces(self) -> bool:

@@ -106,7 +106,7 @@ class Hooks:
         for bucket in self._buckets.values():
             bucket.take()
         if self._processes.averaging is not None:
-            self._processes.averaging.forget()
+            self._processes.averaging.end_step()
 
     def close(self) -> None:
         """Free all that is kept between steps."""

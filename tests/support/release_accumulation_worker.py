@@ -247,6 +247,29 @@ def layers_that_not_all_ranks_use() -> None:
             assert_within(found[1][name], x, "moments of micro-batches of several processes against DDP's")
 
 
+def ranks_that_make_other_numbers_of_passes() -> None:
+    """The second rank goes on to its next step, whose first pass meets the other one's second pass."""
+    torch.manual_seed(0)
+    model = nn.Linear(HIDDEN, HIDDEN).to(device())
+    optimizer = FOAM(model.parameters(), lr=0.1, level=3)
+    enable_gradient_release(model, optimizer, accumulation=2, process_group=dist.group.WORLD)
+    inputs = torch.randn(4, HIDDEN).to(device())
+    model(inputs).square().sum().backward()
+    if dist.get_rank() == 1:
+        optimizer.step()
+    before = model.weight.detach().clone()
+
+    def go_on() -> None:
+        for _ in range(4):  # a GPU's answer comes later
+            model(inputs).square().sum().backward()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            optimizer.step()
+
+    refused("made different numbers of backward passes before optimizer.step()", go_on)
+    assert DEVICE == "cuda" or torch.equal(model.weight, before)
+
+
 def resume(expected: dict[str, Tensor]) -> None:
     """A checkpoint of each way goes on with the bits of the uninterrupted run."""
     case = CASES["bfloat16"]
@@ -296,6 +319,7 @@ def check_all(folder: Path) -> None:
         layers_that_not_all_ranks_use()
         resume(expected["bfloat16"])
         gives_back_and_refuses()
+        ranks_that_make_other_numbers_of_passes()  # last, as the ranks are then in other steps
     (folder / f"done {world} {rank}").touch()
 
 
