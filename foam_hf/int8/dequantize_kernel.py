@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foam_hf.kernels.calls import DIRECT_LAUNCH
+from foam_hf.kernels.calls import DIRECT_LAUNCH, index_for_run, launch
 from foam_hf.kernels.parts import store
 from foam_hf.kernels.tables import MAX_COLUMNS, TRITON_DTYPES, device_of, takes_ptx
 
@@ -43,8 +43,8 @@ def store_values(out, start, numel, q, s, B: tl.constexpr, C: tl.constexpr, DTYP
         store(out + at, x, 0, at < numel, DTYPE, False)
 
 
-# What a kernel is compiled for, and the sizes of its launch -> how to launch it with addresses alone.
-_launchers: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+# What a kernel is compiled for, and the sizes of its launch -> what ``launch`` takes, but for addresses.
+_launches: dict[tuple[Any, ...], tuple[Any, int, int | None, tuple[Any, ...]]] = {}
 
 
 def dequantize_into(out: Tensor, codes: Tensor, scales: Tensor) -> bool:
@@ -56,22 +56,22 @@ def dequantize_into(out: Tensor, codes: Tensor, scales: Tensor) -> bool:
     key = device, out.dtype, numel, scales.numel()
     places = codes.data_ptr(), scales.data_ptr(), out.data_ptr()
     aligned = (places[0] | places[1] | places[2]) % 16 == 0
-    known = _launchers.get(key) if aligned else None
+    known = _launches.get(key) if aligned else None
     with device_of(device):
         if known is not None:  # addresses: for tensors it would ask the driver
-            launcher, constants = known
-            launcher(*places, *constants)
+            compiled, programs, index, constants = known
+            launch(compiled, programs, index, (*places, *constants))
             return True
         block = numel // scales.numel()
         if not fits_kernels(block):
             return False
         columns = max(DEQUANTIZED, block)
-        grid = -(-numel // (2 * columns)), 1, 1
+        programs = -(-numel // (2 * columns))
         constants = numel, block, columns, TRITON_DTYPES[out.dtype], takes_ptx(device)
-        compiled = _dequantize_kernel[grid](codes, scales, out, *constants, num_warps=8)
+        compiled = _dequantize_kernel[programs, 1, 1](codes, scales, out, *constants, num_warps=8)
         # As in KernelCall: what Triton compiled is called directly wherever it would find the same again.
         if DIRECT_LAUNCH and aligned and compiled is not None:  # None from Triton's interpreter
-            _launchers[key] = compiled[grid], constants
+            _launches[key] = compiled, programs, index_for_run(device), constants
     return True
 
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -63,12 +64,7 @@ class KernelCall:
         """As ``compiled[programs, 1, 1]`` does where nobody listens to launches."""
         for i in self._tensors:
             values[i] = values[i].data_ptr()
-        stream = triton.runtime.driver.active.get_current_stream(self._device)
-        # The three that are None would be told of the launch.
-        compiled.run(
-            programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
-            *values, *self._constants, *varying,
-        )  # fmt: skip
+        _run(compiled, programs, self._device, (*values, *self._constants, *varying))
 
     def _compile(self, programs: int, arguments: Mapping[str, Any], constants: Mapping[str, Any]) -> None:
         """Launch it as Triton does, and keep what that has compiled."""
@@ -79,8 +75,7 @@ class KernelCall:
         compiled = self._kernel[programs, 1, 1](*values, *self._constants, *varying, **self._options)
         if DIRECT_LAUNCH and compiled is not None:  # None from Triton's interpreter
             self._compiled[self._key(values, varying)] = compiled
-            device = values[self._tensors[0]].device
-            self._device = device.index if KNOWN_RUN and device.type == "cuda" else None
+            self._device = index_for_run(values[self._tensors[0]].device)
 
     def _check_names(self, given: list[str]) -> None:
         expected = parameter_names(self._kernel)
@@ -88,6 +83,32 @@ class KernelCall:
             raise TypeError(
                 f"the names are not the parameters of {self._kernel.fn.__name__}: got {given}; expected {expected}"
             )
+
+
+def launch(compiled: Any, programs: int, device: int | None, values: tuple[Any, ...]) -> None:
+    """What ``compiled[programs, 1, 1](*values)`` does; ``values`` has addresses in place of tensors.
+
+    Args:
+        compiled: what a launch by Triton has returned.
+        device: what ``index_for_run`` says of the tensors' device.
+    """
+    if device is None or _has_hooks():
+        compiled[programs, 1, 1](*values)
+    else:
+        _run(compiled, programs, device, values)
+
+
+def index_for_run(device: torch.device) -> int | None:
+    """The index of a GPU on which ``run`` of a compiled kernel launches it; None of others, or if that is unknown."""
+    return device.index if KNOWN_RUN and device.type == "cuda" else None
+
+
+def _run(compiled: Any, programs: int, device: int | None, values: tuple[Any, ...]) -> None:
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    # The three that are None would be told of the launch.
+    compiled.run(
+        programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values
+    )  # fmt: skip
 
 
 def parameter_names(kernel: Any) -> list[str]:

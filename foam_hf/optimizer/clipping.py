@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from foam_hf.kernels.choice import use_kernels
 from foam_hf.optimizer.buckets import gradients
 from foam_hf.optimizer.foam import FOAM
 from foam_hf.optimizer.members import Group, Numbering, hyper_of, member_of, members_of_one, numbering_of
@@ -79,6 +80,7 @@ class ClipByAll:
         self._seen: Tensor | None = None
         self._undo: list[Undo] = []
         self._members: dict[int, tuple[State, tuple[Any, ...], Member]] = {}  # by parameter, with what it depends on
+        self._rescaling: Any = None  # a ``Rescaling``, of which there is none without Triton
         self._micros = 1
         self._numbering: Numbering = {}
 
@@ -156,10 +158,42 @@ class ClipByAll:
 
         No bit changes where that was right. If ``scale`` is not finite, the moments are those of before.
         """
-        if self._undo:
-            for each, ratio in zip(self._undo, _ratios([each.scale for each in self._undo], scale), strict=True):
-                each.correct(ratio)
-        self._undo.clear()
+        undo, self._undo = self._undo, []
+        if not undo:
+            return
+        ratios = torch.cat([each.scale for each in undo]) / scale
+        by_device: dict[torch.device, list[tuple[int, _Moments]]] = {}
+        for number, each in enumerate(undo):
+            for part in each.parts:
+                by_device.setdefault(part.xs[0].device, []).append((number, part))
+        plain = []
+        for device, parts in by_device.items():
+            if use_kernels(device) and all(x.is_contiguous() for _, part in parts for x in part.xs):
+                self._rescale_together(parts, ratios.to(device))
+            else:
+                plain += parts
+        if plain or any(each.rounded for each in undo):
+            each_ratio = _ratios(ratios)
+            for number, part in plain:
+                _rescale(part, each_ratio[number])
+            for each, ratio in zip(undo, each_ratio, strict=True):
+                for one in each.rounded:
+                    one.correct(ratio)
+
+    def _rescale_together(self, parts: list[tuple[int, _Moments]], ratios: Tensor) -> None:
+        """As ``_rescale`` for each of ``parts``, in one launch; a part has the number of its ratio."""
+        from foam_hf.optimizer.clipping_kernel import Rescaling  # imported here because Triton may be missing
+
+        if self._rescaling is None:
+            self._rescaling = Rescaling()
+        self._rescaling.run(
+            [x for _, part in parts for x in part.xs],
+            [x for _, part in parts for x in part.before],
+            [decay for _, part in parts for decay in part.decays],
+            [i >= part.firsts for _, part in parts for i in range(len(part.xs))],
+            [number for number, part in parts for _ in part.xs],
+            ratios,
+        )
 
 
 class Ratio(NamedTuple):
@@ -183,23 +217,22 @@ class Ratio(NamedTuple):
         return Ratio(*(x.to(device) for x in self))
 
 
-def _ratios(used: list[Tensor], scale: Tensor) -> list[Ratio]:
-    """The ``Ratio`` of each of ``used`` (1,) to ``scale`` (1,): all at once, as launches take the host's time."""
-    ratios = torch.cat(used) / scale
+def _ratios(ratios: Tensor) -> list[Ratio]:
+    """The ``Ratio`` for each of ``ratios``: all at once, as launches take the host's time."""
     known, finite = ratios.isfinite().float(), ratios.nan_to_num(0.0, posinf=0.0)
     fields = finite, finite.square(), (finite == 1).float(), known, 1 - known
     return [Ratio(*each) for each in zip(*(x.unbind() for x in fields), strict=True)]
 
 
 class Undo:
-    """The moments of some parameters before an update by gradients over ``scale`` (1,), which can be corrected.
+    """The moments of some parameters before an update by gradients over ``scale`` (1,), so that it can be corrected.
 
     Every moment is ``b`` times the old one plus a part that is linear in the gradient or in its squares.
     """
 
     def __init__(self, optimizer: FOAM, members: list[tuple[Group, Member]], scale: Tensor) -> None:
         self.scale = scale
-        self._rounded: list[_Rounded] = []
+        self.rounded: list[_Rounded] = []
         moments: dict[tuple[torch.device, bool], tuple[list[Tensor], list[float]]] = {}
         for group, member in members:
             b1, b2 = rule_named(member.rule).betas(group)
@@ -213,23 +246,13 @@ class Undo:
                     continue
                 for piece in members_of_one(optimizer._owned, member.p, group, member.stream):
                     before = piece.moments[name].float().clone()
-                    self._rounded.append(_Rounded(group, piece, name, number, decay, squared, before))
-        self._parts = []
+                    self.rounded.append(_Rounded(group, piece, name, number, decay, squared, before))
+        self.parts: list[_Moments] = []
         for device in {device for device, _ in moments}:
             (first, b1s), (second, b2s) = (moments.get((device, squared), ([], [])) for squared in (False, True))
             xs = first + second
             clones = torch._foreach_mul(xs, 1.0)  # in one launch
-            self._parts.append(_Moments(xs, [*clones], b1s + b2s, len(first)))
-
-    def correct(self, ratio: Ratio) -> None:
-        """Scale what the update has added by ``ratio``."""
-        for part in self._parts:
-            _rescale(part, ratio)
-        for each in self._rounded:
-            x = each.member.moments[each.name]
-            value = x.float()
-            _rescale(_Moments([value], [each.before], [each.decay], int(not each.squared)), ratio)
-            each.store(x, value)
+            self.parts.append(_Moments(xs, [*clones], b1s + b2s, len(first)))
 
 
 class _Moments(NamedTuple):
@@ -255,7 +278,14 @@ class _Rounded(NamedTuple):
     squared: bool
     before: Tensor
 
-    def store(self, x: Tensor, value: Tensor) -> None:
+    def correct(self, ratio: Ratio) -> None:
+        """Scale what the update has added by ``ratio``."""
+        x = self.member.moments[self.name]
+        value = x.float()
+        _rescale(_Moments([value], [self.before], [self.decay], int(not self.squared)), ratio)
+        self._store(x, value)
+
+    def _store(self, x: Tensor, value: Tensor) -> None:
         member = self.member
         if not self.name.startswith("folded_"):
             x.copy_(value)
