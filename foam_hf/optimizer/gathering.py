@@ -199,7 +199,8 @@ def gathering_bytes(p: Tensor, group: Mapping[str, Any], ranks: int) -> int:
     gradients, answers = held * n * p.element_size(), held * n * 2
     states = held * state.shape[-1] * state.dtype.itemsize
     # A pack is whole, the next one sent and received; an answer is made, that of the pack before sent and received.
-    return matrices * (3 * (gradients + states) + 3 * (answers + states))
+    # One more pack of gradients: NCCL holds what it has sent until its stream is done.
+    return matrices * (4 * gradients + 3 * states + 3 * (answers + states))
 
 
 def _grad(member: Member) -> Tensor:

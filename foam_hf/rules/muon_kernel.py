@@ -271,6 +271,7 @@ class Launch(AddressTable):
                 count = min(self._batch, matrices - first)
                 X, scales = self.find(first, count, factors, numbers)
                 self.subtract(first, X, scales, factors, numbers)
+                del X  # before the next ones take theirs
 
     def factors(self, numbers: OfStep) -> tuple[Tensor, Tensor]:
         """What to multiply each matrix by, so that its rows (columns, if it is tall) have the mean square norm 1.

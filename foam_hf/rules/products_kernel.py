@@ -46,15 +46,15 @@ def _product_kernel(
     """
     matrix = tl.program_id(0) // tiles
     tile = tl.program_id(0) - matrix * tiles
+    wide = matrix.to(tl.int64)  # sizes have no .to: Triton makes an argument of 1 a constant
     if SYMMETRIC:
         i, j = _lower_tile(tile)
     else:
         i, j = tile // tile_columns, tile % tile_columns
     row, column, lane = i * T + tl.arange(0, T), j * T + tl.arange(0, T), tl.arange(0, D)
-    a = A + matrix.to(tl.int64) * a_size + row[:, None] * a_row + lane[None, :] * a_column
-    b = B + matrix.to(tl.int64) * b_size + lane[:, None] * b_row + column[None, :] * b_column
+    a = A + wide * a_size + row[:, None] * a_row + lane[None, :] * a_column
+    b = B + wide * b_size + lane[:, None] * b_row + column[None, :] * b_column
     inside_row, inside_column = (row < m)[:, None], (column < n)[None, :]
-    size = m.to(tl.int64) * n
     offset = row[:, None] * n + column[None, :]
     mask = inside_row & inside_column
     scale = tl.load(numbers + matrix)
@@ -62,7 +62,7 @@ def _product_kernel(
         alpha = alpha * scale
     total = tl.zeros((T, T), tl.float32)
     for term in tl.static_range(TERMS):  # before the products, while registers are free
-        earlier = tl.load(ladder + term * slab + matrix.to(tl.int64) * size + offset, mask=mask, other=0.0)
+        earlier = tl.load(ladder + term * slab + wide * m * n + offset, mask=mask, other=0.0)
         if term == 0:
             total += c0 * scale / alpha * earlier.to(tl.float32)
         elif term == 1:
@@ -81,7 +81,7 @@ def _product_kernel(
     if SUMS:  # of the mirrored tile too
         both = tl.where(i == j, 1.0, 2.0)
         tl.store(sums + tl.program_id(0), both * tl.sum(tl.sum(tl.where(mask, total * total, 0.0), 1), 0))
-    C += matrix.to(tl.int64) * size
+    C += wide * m * n
     rounded = total.to(C.dtype.element_ty)
     tl.store(C + offset, rounded, mask=mask)
     if SYMMETRIC and i > j:

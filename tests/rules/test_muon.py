@@ -96,7 +96,7 @@ def test_a_zero_matrix_stays_zero_and_a_vanishing_one_is_not_blown_up():
 
 
 @pytest.mark.parametrize("by_library", [False, True])
-@pytest.mark.parametrize("shape", [(40, 72), (70, 37), (9, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 72), (70, 37), (9, 1), (1, 9)], ids=str)
 def test_the_kernels_orthogonalise_as_torch_does_and_each_matrix_by_itself(monkeypatch, shape, by_library):
     monkeypatch.setattr(products_kernel, "TILE", 64)
     monkeypatch.setattr(products_kernel, "LARGE", 0 if by_library else 1 << 40)
@@ -185,7 +185,7 @@ def test_the_folded_rule_follows_the_float64_reference(shape, level, rho):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("shape", [(96, 256), (2, 256, 96)], ids=str)
+@pytest.mark.parametrize("shape", [(96, 256), (2, 256, 96), (1, 24), (24, 1), (1, 1)], ids=str)
 def test_a_gpu_follows_the_float64_reference(shape):
     weight, grads = torch.randn(shape), [torch.randn(shape) for _ in range(3)]
     trained, _ = train(weight.cuda(), [grad.cuda() for grad in grads], level=2)
