@@ -1,15 +1,25 @@
-"""The table of docs/several_gpus.md: each cell names a test that shows it, and the case of that test."""
+"""The table of docs/several_gpus.md: each cell names a test that shows it, and the case of that test.
+
+A cell has a mark where two GPUs were compared with one, over NCCL, and gave what it says.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "several_gpus.md"
+from recipes.benchmarks.common.report_parts import sharded_table
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGE = REPOSITORY / "docs" / "several_gpus.md"
+RESULTS = REPOSITORY / "recipes" / "benchmarks" / "results"
+NCCL = RESULTS / "nccl-nvidia-h200.json"
+MARK = "✓"
 COLUMNS = ("DDP", "FSDP2", "ZeRO 1", "ZeRO 2", "ZeRO 3")
 
 
@@ -99,13 +109,60 @@ ROWS: dict[str, list[Proof | None]] = {
 }
 
 
+# Cells -> their case in the results of tests/support/nccl_worker.py.
+OVER_NCCL: dict[str, list[str]] = {
+    "`foam`": ["DDP, float32", "FSDP2, float32", "ZeRO 1", "ZeRO 2", "ZeRO 3, Trainer"],
+    "`foam_mini` (`level=row`)": ["DDP, row", "FSDP2, mini", "ZeRO 1, row", "ZeRO 2, row", "ZeRO 3, mini"],
+    "`second_moment=factored`": ["DDP, factored", "FSDP2, factored"],
+    "`foam_muon`": ["DDP, muon", "FSDP2, muon"],
+    "`foam_adam_mini`": ["DDP, adam_mini"],
+    "`plain_state=8bit`": ["DDP, plain_state=8bit"],
+    "INT8 weights": ["DDP, INT8", "FSDP2, INT8"],
+    "gradient release": ["DDP, release, float32", "FSDP2, release, block"],
+    "release and accumulation": ["DDP, release, accumulation", "FSDP2, release, accumulation"],
+    "accumulation": [f"{engine}, accumulation" for engine in COLUMNS],
+    "clipping": [f"{engine}, clipping" for engine in COLUMNS],
+    "LoRA": [f"{engine}, lora" for engine in COLUMNS],
+    "resume, as many processes": ["", "", *(f"ZeRO {stage}, resume by hand" for stage in (1, 2, 3))],
+    "resume, another number": ["DDP, resume 2 -> 1 -> 2", "FSDP2 SHARDED_STATE_DICT, resume 2 -> 1 -> 2"],
+}
+
+
+def word_of(row: str, column: int, proof: Proof | None, found: dict[str, str]) -> str:
+    if proof is None:
+        return ""
+    case = [*OVER_NCCL.get(row, []), *[""] * len(COLUMNS)][column]
+    over_nccl = found.get(case, "").split(":")[0]
+    return f"{proof.word} {MARK}" if over_nccl == proof.word or over_nccl == "bits" else proof.word
+
+
 def test_the_table_says_what_the_tests_show() -> None:
     table = re.search(r"<!-- table: each cell.*?-->\n(.*?)\n<!--", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert table
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()]
     assert tuple(header[1:]) == COLUMNS
     shown = {row[0]: row[1:] for row in rows}
-    assert shown == {row: [proof.word if proof else "" for proof in proofs] for row, proofs in ROWS.items()}
+    rows_found = json.loads(NCCL.read_text())["rows"] if NCCL.is_file() else []
+    found = {row["case"]: row["found"] for row in rows_found}
+    expected = {row: [word_of(row, i, proof, found) for i, proof in enumerate(ROWS[row])] for row in ROWS}
+    assert shown == expected
+    assert not found or f"{MARK}: also over NCCL" in PAGE.read_text(encoding="utf-8")
+
+
+def test_measured_rows_are_those_of_the_results() -> None:
+    rows = json.loads((RESULTS / "sharded_speed-nvidia-h200.json").read_text())["rows"]
+    page = PAGE.read_text(encoding="utf-8")
+    table = re.search(r"<!-- measured: .*?-->\n(.*?)\n<!-- end of measured", page, re.DOTALL)
+    assert table and len(table[1].splitlines()) > 10
+    measured = sharded_table(rows).splitlines()
+    assert [line for line in table[1].splitlines() if line not in measured] == []
+    for case in ("fsdp2-foam", "fsdp2-adamw"):
+        found = [f"{row['optimizer_ms']:.2f}" for row in by_gpus(rows, case)]
+        assert f"{found[0]}, {found[1]} and {found[2]}" in " ".join(page.split()), (case, found)
+
+
+def by_gpus(rows: list[dict[str, Any]], case: str) -> list[dict[str, Any]]:
+    return sorted((r for r in rows if r["case"] == case and r["layers"] == 8), key=lambda row: row["gpus"])
 
 
 @pytest.mark.slow
