@@ -39,7 +39,8 @@ class Visits:
         self._device: torch.device | None = None
         self._slots: list[_Slot] = []
         self._current: Layer | None = None
-        self._working: Layer | None = None  # the current one, but for updates aside
+        self._aside = False  # the current layer was brought to be updated
+        self._working: Layer | None = None  # the last one that was not
         self._backward = False  # brought the layer that works
         self._next: dict[tuple[int, bool], int] = {}  # layer, and whether backward brought it -> layer that followed
 
@@ -55,12 +56,12 @@ class Visits:
 
     def bring(self, layer: Layer, device: torch.device, aside: bool) -> None:
         """As ``Layer.bring``."""
-        there = layer is self._current and device == self._device
-        if there and (aside or layer is self._working):
-            return
-        if not there:
+        if layer is not self._current or device != self._device:
             self._to(layer, device)
-        if aside or layer is self._working:
+            self._aside = aside
+        elif aside:
+            self._aside = True
+        if self._aside or layer is self._working:
             return
         if self._working is not None:
             self._next[self._working.index, self._backward] = layer.index

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import nn
 
 from foam_hf.int8.offload import weights_of
-from foam_hf.int8.visits import layout, slot_sizes
+from foam_hf.int8.visits import Part, layout, slot_sizes
+from foam_hf.tensors.rows import visiting_layer
 
 # Assumed of a card: GB/s each way of PCIe 4.0 with 16 lanes, and what an RTX 4090 reaches of its 165 TFLOPS in bf16.
 BUS, ARITHMETIC = 25, 100
@@ -42,7 +43,19 @@ def offloaded(model: nn.Module, blocks: Mapping[str, int]) -> Offloaded:
     Raises:
         ValueError: the model has no layers with INT8 weights.
     """
-    layers = [layout(weights) for weights in weights_of(model, blocks)]
+    return _counted([layout(weights) for weights in weights_of(model, blocks)])
+
+
+def slots_instead(model: nn.Module) -> int:
+    """Bytes of the slots of a model that is offloaded, less those of the weights that visit them; 0 for any other."""
+    layers = [layer for p in model.parameters() if (layer := visiting_layer(p)) is not None]
+    if not layers:
+        return 0
+    found = _counted([(layer.parts, layer.nbytes) for layer in layers[0].visits.layers])
+    return found.slots - found.weights
+
+
+def _counted(layers: list[tuple[list[tuple[Part, Part]], int]]) -> Offloaded:
     parts = [part for parts, _ in layers for pair in parts for part in pair]
     sizes = [size for _, size in layers]
     return Offloaded(

@@ -14,6 +14,7 @@ from foam_hf.optim_args import FOAM_NAMES, foam_options
 from foam_hf.planner.activations import activation_bytes, optimizer_temporary_bytes
 from foam_hf.planner.counting import OPTIMIZERS, count_bytes
 from foam_hf.planner.meta_models import on_meta
+from foam_hf.planner.offload import slots_instead
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ def predict(
         on_gpu: whether to estimate activations.
         whole: a module with all trained weights, if some are outside of `model`.
     """
-    whole = on_meta(model if whole is None else whole)
+    whole = model if whole is None else whole
+    visiting = slots_instead(whole)
+    whole = on_meta(whole)
     optim = _countable_optim(args, optimizer)
     release = optim in FOAM_NAMES and bool(foam_options(optim, args.optim_args).get("gradient_release"))
     counted, state = count_bytes(whole, "sgd"), None  # sgd counts weights and gradients without any state
@@ -94,6 +97,7 @@ def predict(
             accumulation=args.gradient_accumulation_steps > 1,
         )
         state = counted.state
+    counted = replace(counted, weights=counted.weights + visiting)
     predicted = Predicted(counted.weights, counted.gradients, state)
     if not on_gpu or watch.largest is None:
         return predicted

@@ -19,11 +19,12 @@ from recipes.benchmarks.common.report_parts import (
 )
 from recipes.benchmarks.memory.memory_report import MEMORY_PICTURE, memory_picture, memory_tables
 from recipes.benchmarks.memory.memory_report import pictured as pictured_memory
+from recipes.benchmarks.memory.offload_report import offload_tables
 
 START, END = "<!-- results: made by report.py from results/*.json -->", "<!-- end of results -->"
 NONE = "*Not yet measured: no JSON in results/.*"
 PICTURE = "step_speed.png"
-KNOWN = ("step_speed", "training_speed", "memory_peak", "cpu_step", "sharded_speed", "int8_speed")
+KNOWN = ("step_speed", "training_speed", "memory_peak", "offload_peak", "cpu_step", "sharded_speed", "int8_speed")
 
 # What a step must reach: shapes, dtype, optimizer, a field of its row or the optimizer to divide by, limit.
 BUDGET = [
@@ -150,6 +151,8 @@ def section(contents: list[dict]) -> str:
     for content in memory:
         shown = f"![What the peak of training holds, by optimizer](results/{MEMORY_PICTURE})"
         parts += ["### Peak memory", shown if pictured_memory(content) else "", memory_tables(content)]
+    for content in (content for content in contents if content["benchmark"] == "offload_peak"):
+        parts += ["### INT8 weights in host memory", offload_tables(content)]
     return "\n\n".join(part for part in parts if part) or NONE
 
 
