@@ -35,6 +35,7 @@ DOCS = sorted((REPO / "docs").glob("*.md"))
 README = REPO / "README.md"
 PAGES = {path.relative_to(REPO).as_posix(): path.read_text(encoding="utf-8") for path in [README, *DOCS]}
 FIGURES = REPO / "docs" / "figures"
+RESULTS = REPO / "recipes" / "benchmarks" / "results"
 SHELLS = ("bash", "console", "sh")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -293,6 +294,14 @@ def test_what_a_run_says_first_is_what_the_pages_show():
     assert f"\n\n    {headline(optimizer)}\n" in PAGES["README.md"]
     shown = between("docs/options.md", "<!-- summary:", "\n\n**")
     assert [line.strip() for line in shown.splitlines()] == summarize(optimizer).splitlines()
+
+
+def test_peaks_with_and_without_micro_batches_are_those_of_the_measured_runs():
+    rows = json.loads((RESULTS / "memory_peak-nvidia-h200.json").read_text(encoding="utf-8"))["rows"]
+    peak = {row["case"]: row["peak_bytes"] / 2**30 for row in rows}
+    added, plain = peak["8b-int8-release-accumulation"], peak["8b-int8-release"]
+    said = f"peaks at {added:.2f} GiB with four micro-batches, and at {plain:.2f} without"
+    assert said in PAGES["docs/gradient_release.md"] and added / plain < 1.05
 
 
 def test_bounds_of_a_step_are_those_of_the_tests():
