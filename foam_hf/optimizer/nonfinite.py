@@ -49,8 +49,6 @@ class DeviceRecord:
         self._now = self._host.numpy()
         self._seen = self._now.copy()
         self._seen_bytes = self._seen.tobytes()
-        self._event: Any = None  # ends the copies to the host, one after the other
-        self._sent: Any = None  # the event, if a copy was started
 
     def resized(self, size: int) -> DeviceRecord:
         """A copy of the record for ``size`` parameters."""
@@ -64,35 +62,24 @@ class DeviceRecord:
         """Reset parameter ``i`` to 0. The caller must have called ``take_new`` before, or its report is lost."""
         if i < len(self.steps):
             self.steps[i] = 0
-            self._seen[i] = 0
+            self._now[i] = self._seen[i] = 0
             self._seen_bytes = self._seen.tobytes()
 
     def send(self) -> None:
-        """Start a copy to the host, unless one has not ended yet."""
-        device = self.steps.device
-        if device.type == "cpu" or self._sent is not None:
-            return
-        backend = getattr(torch, device.type)
-        self._host.copy_(self.steps, non_blocking=True)
-        if self._event is None:
-            self._event = backend.Event()
-        self._event.record(backend.current_stream(device))
-        self._sent = self._event
+        """Start a copy to the host. No event tells its end: each number there is of this copy or of one before."""
+        if self._host is not self.steps:
+            self._host.copy_(self.steps, non_blocking=True)
 
     def take_new(self, wait: bool) -> dict[int, int]:
         """Parameter -> step that left out a block of it, for all that the host has learned since the last call.
 
         With ``wait`` the host waits for the device, so that nothing is missing.
         """
-        if self._host is not self.steps:
-            if wait:
-                self._host.copy_(self.steps)
-            elif self._sent is None or not self._sent.query():
-                return {}
-            self._sent = None
+        if wait and self._host is not self.steps:
+            self._host.copy_(self.steps)
         if self._now.tobytes() == self._seen_bytes:  # nearly always, and the fastest comparison of few numbers
             return {}
-        now = self._now.copy()
+        now = numpy.maximum(self._now, self._seen)  # copies in several streams may end in another order
         found = {i: int(now[i]) for i in numpy.flatnonzero(now != self._seen).tolist()}
         self._seen, self._seen_bytes = now, now.tobytes()
         return found

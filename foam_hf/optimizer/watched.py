@@ -5,6 +5,7 @@ The checks run in every step over hundreds of small tensors. For speed they use 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,9 @@ from foam_hf.tensors.places import is_sharded, local
 from foam_hf.tensors.step import Member, State
 
 _GRAD, _DTYPE, _STEP = operator.attrgetter("grad"), operator.attrgetter("dtype"), operator.itemgetter("step")
+# torch's own comparison of many addresses in C++. It is private, and only builds for CUDA have it. For parameters it
+# takes as long as to ask each for its address, for other tensors half of that.
+_ALL_EQUAL = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
 _GUARDS: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
 # The fields of a group that are read only when a step is prepared.
 _PREPARED_FOR = operator.itemgetter(*names_of(lambda each: each.field and not each.may_change))
@@ -36,7 +40,11 @@ class Watched:
         self._weights = unique(member.p for member in members)
         self._tensors = _getters(unique(member.state for member in members))
         self.sharded = any(is_sharded(p) for p in self._weights)
-        self._addresses = list(map(Tensor.data_ptr, self._held()))
+        self._addresses = list(map(Tensor.data_ptr, self._own(self._weights)))
+        moments = self._moments()
+        self._moment_addresses = list(map(Tensor.data_ptr, moments))
+        # A tensor subclass may say itself where its memory is, which torch's comparison does not ask.
+        self._plain = all(type(x) is Tensor for x in moments)
 
     def unchanged(self, groups: list[dict[str, Any]], params: list[Tensor], states: list[State]) -> bool:
         """Whether all is the same, without regard to steps, gradients and options that every step reads anew."""
@@ -49,17 +57,22 @@ class Watched:
         )
 
     def _holds_its_state(self) -> bool:
+        """Whether all tensors are where the kernels' tables say, but gradients."""
         try:
-            return list(map(Tensor.data_ptr, self._held())) == self._addresses
+            return list(map(Tensor.data_ptr, self._own(self._weights))) == self._addresses and have_addresses(
+                self._moments(), self._moment_addresses, self._plain
+            )
         except (KeyError, RuntimeError, TypeError):  # a caller has removed state
             return False
 
-    def _held(self) -> list[Tensor]:
-        """All tensors whose addresses the kernels' tables hold, but gradients."""
-        held = [*self._weights]
+    def _moments(self) -> list[Tensor]:
+        found: list[Tensor] = []
         for get, states in self._tensors:
-            held += map(get, states)
-        return list(map(local, held)) if self.sharded else held
+            found += map(get, states)
+        return self._own(found)
+
+    def _own(self, tensors: list[Tensor]) -> list[Tensor]:
+        return list(map(local, tensors)) if self.sharded else tensors
 
 
 class StepCounts:
@@ -158,7 +171,7 @@ class WatchedGradients:
             if found.missing is None and not self._sharded:
                 self._same_kinds.learn(grads)
         moved = None
-        if found.addresses != self.last.addresses:
+        if found is not self.last and found.addresses != self.last.addresses:
             moved = numpy.array(found.addresses, dtype=numpy.int64)
             # The kernels were compiled for the alignment of these addresses. A missing gradient has none.
             misfits = (moved & 15) != self._alignments
@@ -173,7 +186,9 @@ class WatchedGradients:
         if last.missing is not None or not self._same_kinds.found_in(grads):
             return None
         try:
-            return Gradients(None, last.kinds, list(map(Tensor.data_ptr, grads)))
+            if _ALL_EQUAL is not None and have_addresses(grads, last.addresses):
+                return last
+            return last._replace(addresses=list(map(Tensor.data_ptr, grads)))
         except RuntimeError:  # a sparse gradient has no address
             return None
 
@@ -218,6 +233,23 @@ class SameKinds:
 def here(gradients: Gradients) -> list[bool]:
     """Which parameters have a gradient, one value for each."""
     return [not missing for missing in gradients.missing or [False] * len(gradients.addresses)]
+
+
+def have_addresses(tensors: list[Tensor], addresses: list[int], plain: bool = True) -> bool:
+    """Whether ``tensors`` are at ``addresses``; not ``plain`` are subclasses that say where their memory is.
+
+    Raises:
+        TypeError: one is not a tensor.
+        RuntimeError: the same, or one has no address, as sparse ones.
+    """
+    if plain and _ALL_EQUAL is not None and len(tensors) == len(addresses):
+        return bool(_ALL_EQUAL(tensors, addresses, _every(len(addresses))))
+    return list(map(Tensor.data_ptr, tensors)) == addresses
+
+
+@functools.lru_cache(maxsize=8)
+def _every(count: int) -> list[int]:
+    return list(range(count))
 
 
 def unique(values: Iterable[Any]) -> list[Any]:

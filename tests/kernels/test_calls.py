@@ -109,6 +109,21 @@ def test_tables_in_one_memory_are_apart_and_follow_the_host():
             assert table.table.tolist() == table.host.tolist()
 
 
+@pytest.mark.parametrize("bulk", [True, False])
+def test_addresses_are_those_of_before_or_not(monkeypatch, bulk):
+    """By torch's comparison of all at once where it has one, and one by one."""
+    if not bulk:
+        monkeypatch.setattr(watched, "_ALL_EQUAL", None)
+    tensors = [torch.zeros(4, device=DEVICE) for _ in range(5)]
+    addresses = [x.data_ptr() for x in tensors]
+    assert watched.have_addresses(tensors, addresses)
+    assert not watched.have_addresses(tensors[:4], addresses) and not watched.have_addresses(tensors, addresses[:4])
+    tensors[4].data = torch.ones(4, device=DEVICE)
+    assert not watched.have_addresses(tensors, addresses)
+    with pytest.raises((RuntimeError, TypeError)):
+        watched.have_addresses([*tensors[:4], None], addresses)
+
+
 class Compiled:
     """What Triton has compiled, as far as a launch asks it."""
 

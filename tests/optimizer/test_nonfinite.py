@@ -142,38 +142,26 @@ def test_groups_have_their_own_word():
         optimizer.step()
 
 
-class Later:
-    """A copy to the host that arrives when the test says so."""
-
-    arrived = False
-
-    def query(self):
-        return Later.arrived
-
-
 def test_what_arrives_late_is_told_late_but_before_a_state_dict(monkeypatch):
-    """As on a GPU, where the host runs ahead."""
-
-    def start(self):
-        if self._sent is None:
-            self._host.copy_(self.steps)
-            self._sent = Later()
-
-    original = nonfinite.DeviceRecord.__init__
+    """As on a GPU, where the host runs ahead: a copy arrives when the test says so."""
+    original, sent = nonfinite.DeviceRecord.__init__, []
 
     def with_a_copy(self, device, size):
         original(self, device, size)
         self._host = self.steps.clone()
+        self._now = self._host.numpy()
 
     monkeypatch.setattr(nonfinite.DeviceRecord, "__init__", with_a_copy)
-    monkeypatch.setattr(nonfinite.DeviceRecord, "send", start)
+    monkeypatch.setattr(nonfinite.DeviceRecord, "send", lambda self: sent.append(self))
     for arrived in (True, False):
-        Later.arrived = False
+        sent.clear()
         p = torch.nn.Parameter(torch.ones(2, 4))
         optimizer = FOAM([p])
         p.grad = torch.full((2, 4), math.nan)
         optimizer.step()
-        Later.arrived = arrived
+        if arrived:
+            (record,) = sent
+            record._host.copy_(record.steps)
         p.grad = torch.ones(2, 4)
         with pytest.raises(NonfiniteGradientError, match="step 1"):
             optimizer.step() if arrived else optimizer.state_dict()
