@@ -118,15 +118,35 @@ def unfold(x, R: tl.constexpr, C: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def ratio(x, y, NVIDIA: tl.constexpr):
-    """``x / y`` for positive normal ``y``. A division spends most of its time on the cases that are left out here."""
+def inverse(x, NVIDIA: tl.constexpr):
+    """``1 / x`` for positive normal ``x``. A division spends most of its time on the cases that are left out here."""
     if NVIDIA:
-        inverse = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-        return x * inverse
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def ratio(x, y, NVIDIA: tl.constexpr):
+    """``x / y`` for positive normal ``y``."""
+    if NVIDIA:
+        return x * inverse(y, NVIDIA)
     else:
         return x / y
+
+
+@triton.jit
+def within(x, limit, NVIDIA: tl.constexpr):
+    """``x``, at least ``-limit`` and at most ``limit``; NaN if one of them is."""
+    if NVIDIA:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 low; neg.f32 low, $2; min.NaN.f32 $0, $1, $2; max.NaN.f32 $0, $0, low; }",
+            "=&f,f,f", [x, limit], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from foam_hf.kernels.calls import KernelCall
 from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STREAM, WEIGHT
+from foam_hf.kernels.lanes import block_sums, in_chunks, lane_sums
 from foam_hf.kernels.parts import (
-    add_pairs,
     after_loads,
     float32_of,
     kept_finite,
@@ -65,12 +65,6 @@ ROW_CHUNKS = 6  # of a row at most, while there are lanes
 
 
 @triton.jit
-def _in_chunks(x, count: tl.constexpr):
-    """What each of (T,) lanes holds, for ``count`` chunks of it: (count * T, 1)."""
-    return tl.reshape(tl.broadcast_to(x[None, :], (count, x.shape[0])), (count * x.shape[0], 1))
-
-
-@triton.jit
 def _chunks(
     start, column, inside, n, draw, first: tl.constexpr, count: tl.constexpr, L: tl.constexpr, V: tl.constexpr,
     EVEN: tl.constexpr, ALIGNED: tl.constexpr,
@@ -82,26 +76,14 @@ def _chunks(
     T: tl.constexpr = start.shape[0]
     chunk = first + tl.arange(0, count * T) // T
     within = (chunk * (L * V))[:, None] + tl.arange(0, V)[None, :]
-    offset, mask = _in_chunks(start, count) + within, _in_chunks(inside, count)
+    offset, mask = in_chunks(start, count) + within, in_chunks(inside, count)
     if not EVEN:
         if ALIGNED:  # in units of 16 columns, so that the compiler sees that a mask never splits an access
-            mask = mask & (_in_chunks(column, count) // 16 + within // 16 < n // 16)
+            mask = mask & (in_chunks(column, count) // 16 + within // 16 < n // 16)
         else:
-            mask = mask & (_in_chunks(column, count) + within < n)
-    draw = tl.reshape(_in_chunks(draw, count), (count * T,)) + chunk * (L * V // 8)
+            mask = mask & (in_chunks(column, count) + within < n)
+    draw = tl.reshape(in_chunks(draw, count), (count * T,)) + chunk * (L * V // 8)
     return offset, mask, draw
-
-
-@triton.jit
-def _sums(g, count: tl.constexpr):
-    """Of each lane's elements and of their squares: (T,)."""
-    T: tl.constexpr = g.shape[0] // count
-    return tl.sum(tl.reshape(tl.sum(g, 1), (count, T)), 0), tl.sum(tl.reshape(tl.sum(g * g, 1), (count, T)), 0)
-
-
-@triton.jit
-def _over_block(x, R: tl.constexpr, L: tl.constexpr):
-    return tl.reshape(tl.broadcast_to(x[:, None], (R, L)), (R * L,))
 
 
 @triton.jit
@@ -119,9 +101,9 @@ def _update(
     W_DTYPE: tl.constexpr, SHIFTED: tl.constexpr, NVIDIA: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """Store the new weights; what is of a block is multiplied by all that its elements share."""
-    residual = tl.fma(g, per_residual, _in_chunks(base, count))
-    denominator = root(tl.fma(residual, residual, _in_chunks(spread, count)), NVIDIA) + eps
-    numerator = tl.fma(g, per_gradient, _in_chunks(direction, count))
+    residual = tl.fma(g, per_residual, in_chunks(base, count))
+    denominator = root(tl.fma(residual, residual, in_chunks(spread, count)), NVIDIA) + eps
+    numerator = tl.fma(g, per_gradient, in_chunks(direction, count))
     w = float32_of(w, NVIDIA) * decay - ratio(numerator, denominator, NVIDIA)
     if STOCHASTIC and W_DTYPE is tl.bfloat16:
         if SHIFTED:
@@ -203,19 +185,19 @@ def _update_kernel(
     old_v = tl.load(M2, mask=inside, other=0.0).to(tl.float32)
     zero = rows >> 31
     g = _gradient(after_loads(g, w, zero, NVIDIA), grad_scale, number, SCALED, NVIDIA)
-    mean, square = _sums(g, Q)
+    mean, square = lane_sums(g, Q)
     if Q2 > 0:
         g_2 = _gradient(after_loads(g_2, w_2, zero, NVIDIA), grad_scale, number, SCALED, NVIDIA)
-        more, more_squares = _sums(g_2, Q2)
+        more, more_squares = lane_sums(g_2, Q2)
         mean, square = mean + more, square + more_squares
 
-    mean, square = tl.reduce((tl.reshape(mean, (R, L)), tl.reshape(square, (R, L))), 1, add_pairs)
-    mean, square = _over_block(mean, R, L) * share, _over_block(square, R, L) * share
+    mean, square = block_sums(mean, square, L)
+    mean, square = mean * share, square * share
     m, v = lerp(old_m, mean, a1, b1), lerp(old_v, square, a2, b2)
     if CHECKED:
         finite = kept_finite(square, left_out_at + stream, step, stores)
         m, v = tl.where(finite, m, old_m), tl.where(finite, v, old_v)
-        mask = mask & _in_chunks(finite, Q)
+        mask = mask & in_chunks(finite, Q)
     per_residual, per_gradient = rho * root(inv_c2, NVIDIA), step_size * inv_c1 * rho
     base, spread = 0.0 - mean * per_residual, v * inv_c2
     direction = m * (step_size * inv_c1) - mean * per_gradient
@@ -225,7 +207,7 @@ def _update_kernel(
     )  # fmt: skip
     if Q2 > 0:
         if CHECKED:
-            mask_2 = mask_2 & _in_chunks(finite, Q2)
+            mask_2 = mask_2 & in_chunks(finite, Q2)
         _update(
             W_2, w_2, g_2, first + offset_2, mask_2, draw_2, base, spread, per_residual, direction, per_gradient, eps,
             decay, seed, step, stream, n, first_row, first_column, whole_n, Q2, W_DTYPE, SHIFTED, NVIDIA, STOCHASTIC,

@@ -69,12 +69,18 @@ def test_kernel_follows_the_float64_reference(monkeypatch, dtype, second_moment,
         assert_within(trained[i].detach().cpu().float(), reference.weight, case)
 
 
-@pytest.mark.parametrize("shape", [(20, 272), (9, 1300), (2, 5, 2064)])
-def test_matrices_of_several_programs_follow_the_float64_reference(monkeypatch, shape):
+@pytest.mark.parametrize(
+    ("level", "shape"),
+    [(3, (20, 272)), (3, (9, 1300)), (3, (2, 5, 2064)), (8, (19, 1296)), (8, (2, 5, 2048)), (9, (9, 512))],
+)
+def test_matrices_of_several_programs_follow_the_float64_reference(monkeypatch, level, shape):
     monkeypatch.setattr(factored_kernels, "STRIPE", 8)
     weight, gradients = drawn(torch.float32, steps=2, shapes=[shape])
-    trained, _ = train(monkeypatch, "triton", weight, gradients, level=3, second_moment="factored")
-    reference = Reference(weight[0].cpu(), lr=0.01, weight_decay=0.1, level=3, second_moment="factored")
+    for step in gradients:  # dead units, and rows that a batch has left out
+        step[0][..., :3] = 0
+        step[0][..., -2:, :] = 0
+    trained, _ = train(monkeypatch, "triton", weight, gradients, level=level, second_moment="factored")
+    reference = Reference(weight[0].cpu(), lr=0.01, weight_decay=0.1, level=level, second_moment="factored")
     for step in gradients:
         expected = reference.step(step[0].cpu())
     assert_within(trained[0].detach().cpu(), expected, "five steps against float64, float32 weights")
