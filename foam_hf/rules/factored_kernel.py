@@ -34,11 +34,12 @@ from foam_hf.tensors.places import Group
 from foam_hf.tensors.step import Hyper, Member
 
 STRIPE = 128  # S, rows of a program of the big pass
-ROW_ELEMENTS = 1024  # R * C: a program reads a stretch of a row that is long enough for the memory's pages
-THREAD_ELEMENTS = 8  # of the narrow kernel, and registers of a thread: fewer spill, more leave fewer programs
-REGISTERS = 80
-LEAST_COLUMNS, MOST_LANES, CHUNKS = 256, 512, 4  # of a block of the wide kernel
-WIDE_LANES = 128  # of a program, or all of a block if it has more
+# Of the narrow kernel. R * C: a program reads a stretch of a row that is long enough for the memory's pages. Fewer
+# registers of a thread would spill, more leave fewer programs to hide the latency of memory.
+ROW_ELEMENTS, THREAD_ELEMENTS, REGISTERS = 1024, 8, 80
+# Of the wide kernel: the columns that a block may have, R * C, lanes of a program, or all of a block if it has more.
+LEAST_COLUMNS, MOST_COLUMNS, WIDE_ELEMENTS, LANES_OF_PROGRAM, CHUNKS = 256, 4096, 512, 32, 2
+STAGES, STAGED = 4, 24 << 10  # of rows that are on their way, and bytes of them in shared memory at most
 
 
 class Passes(NamedTuple):
@@ -87,7 +88,8 @@ class FactoredLaunch(AddressTable):
     def __init__(self, geometry: Geometry, entries: list[Entry]) -> None:
         self.shared = bool(entries[0].place.row_groups)  # other ranks have rows of these matrices
         tallest, widest = (max(entry.weight.shape[k] for entry in entries) for k in (-2, -1))
-        width = min(max(ROW_ELEMENTS, geometry.columns), triton.next_power_of_2(widest))
+        elements = WIDE_ELEMENTS if _is_wide(geometry) else ROW_ELEMENTS
+        width = min(max(elements, geometry.columns), triton.next_power_of_2(widest))
         segments = max(1, width // geometry.columns)  # R
         stripe = min(STRIPE, triton.next_power_of_2(max(1, tallest)))  # S
         extents = [_extent(entry.weight, geometry.columns, segments, stripe) for entry in entries]
@@ -129,33 +131,12 @@ class FactoredLaunch(AddressTable):
             "G_DTYPE": TRITON_DTYPES[g.grad],
             "S_DTYPE": TRITON_DTYPES[g.state],
         }
-        self._update = self._wide_call(common, segments, stripe) or self._narrow_call(common, segments, stripe)
+        self._update = (_wide_call if _is_wide(g) else _narrow_call)(g, common, segments, stripe, self.nvidia)
         mean = {**_some(common, "FIELDS", "S_DTYPE"), "SHARED": self.shared}
-        self._mean = KernelCall(mean_kernel, mean, num_warps=4)
+        self._mean = KernelCall(mean_kernel, mean, num_warps=8)
         self._sums = KernelCall(sums_kernel, {**_some(common, "FIELDS"), "S": stripe}, num_warps=4)
         means = {**_some(common, "FIELDS", "S_DTYPE"), "C": g.columns, "S": stripe, "SHARED": self.shared}
         self._means = KernelCall(means_kernel, means, num_warps=4)
-
-    def _wide_call(self, common: dict[str, Any], segments: int, stripe: int) -> KernelCall | None:
-        """The big pass for blocks that are whole segments; None if they are too narrow or too wide, or not aligned."""
-        g = self.geometry
-        vector = 16 // max(2, min(4, g.weight.itemsize))
-        lanes = g.columns // (CHUNKS * vector)
-        if not g.aligned or g.width != g.columns or g.width < LEAST_COLUMNS or lanes > MOST_LANES:
-            return None
-        rows = max(1, WIDE_LANES // (lanes * segments))
-        wide = {"Q": CHUNKS, "L": lanes, "V": vector, "R": segments, "D": rows, "S": stripe, "EVEN": g.even}
-        wide["NVIDIA"] = self.nvidia
-        return KernelCall(wide_kernel, {**common, **wide}, num_warps=lanes * segments * rows // 32)
-
-    def _narrow_call(self, common: dict[str, Any], segments: int, stripe: int) -> KernelCall:
-        g = self.geometry
-        warps = max(1, min(MAX_WARPS, segments * g.columns // (32 * THREAD_ELEMENTS)))
-        # A limit that only NVIDIA's backend knows.
-        limited = g.device.type == "cuda" and torch.version.cuda and warps <= 8
-        narrow = {"F": g.width, "R": segments, "C": g.columns, "S": stripe, "ALIGNED": g.aligned}
-        options = {"maxnreg": REGISTERS} if limited else {}
-        return KernelCall(narrow_kernel, {**common, **narrow, "NVIDIA": self.nvidia}, num_warps=warps, **options)
 
     @property
     def sums(self) -> list[tuple[tuple[int, int], tuple[Group, ...], Tensor]]:
@@ -209,6 +190,31 @@ class FactoredLaunch(AddressTable):
 def make_launches(members: list[Member]) -> tuple[list[FactoredLaunch], list[Member]]:
     """Launches for ``members``, plain weights of this rule, and the members that no kernel takes."""
     return launches_of(members, _geometry_of, FactoredLaunch)
+
+
+def _is_wide(g: Geometry) -> bool:
+    """Whether the wide kernel takes it: blocks are whole segments, neither narrow nor very wide, and aligned."""
+    return g.aligned and g.width == g.columns and LEAST_COLUMNS <= g.width <= MOST_COLUMNS
+
+
+def _wide_call(g: Geometry, common: dict[str, Any], segments: int, stripe: int, nvidia: bool) -> KernelCall:
+    vector = 16 // max(2, min(4, g.weight.itemsize))
+    lanes = g.columns // (CHUNKS * vector)
+    rows = max(1, LANES_OF_PROGRAM // (lanes * segments))
+    stage = segments * rows * g.columns * (g.weight.itemsize + g.grad.itemsize)
+    wide = {"Q": CHUNKS, "L": lanes, "V": vector, "R": segments, "D": rows, "S": stripe}
+    wide |= {"STAGES": min(STAGES, 1 + STAGED // stage), "EVEN": g.even, "NVIDIA": nvidia}
+    return KernelCall(wide_kernel, {**common, **wide}, num_warps=lanes * segments * rows // 32)
+
+
+def _narrow_call(g: Geometry, common: dict[str, Any], segments: int, stripe: int, nvidia: bool) -> KernelCall:
+    warps = max(1, min(MAX_WARPS, segments * g.columns // (32 * THREAD_ELEMENTS)))
+    # A limit that only NVIDIA's backend knows.
+    limited = g.device.type == "cuda" and torch.version.cuda and warps <= 8
+    narrow = {"F": g.width, "R": segments, "C": g.columns, "S": stripe, "ALIGNED": g.aligned, "NVIDIA": nvidia}
+    return KernelCall(
+        narrow_kernel, {**common, **narrow}, num_warps=warps, **({"maxnreg": REGISTERS} if limited else {})
+    )
 
 
 def _some(values: dict[str, Any], *names: str) -> dict[str, Any]:

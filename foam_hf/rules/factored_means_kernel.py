@@ -12,6 +12,7 @@ from foam_hf.kernels.columns import COLUMNS, STEP, STREAM, number_of, row_of
 from foam_hf.kernels.parts import kept_finite, lerp, program_of, random_bits_at, store
 
 LANES = tl.constexpr(256)  # means of a program
+MEAN_LANES = tl.constexpr(2048)  # of a matrix's mean: one program adds up all of it, so it loads many at a time
 # ``rows`` are those of one of ``matrices``. Where a tensor's part of each buffer of the launch begins: ``row_sums``,
 # ``column_sums``, ``means`` (of row means) and ``shared_sums`` (of columns, for other ranks). A shard begins at
 # ``first_row`` of a whole tensor, whose matrices have ``whole_rows`` each, ``all_rows`` together.
@@ -34,12 +35,12 @@ def mean_kernel(table, owner, means, FIELDS: tl.constexpr, S_DTYPE: tl.constexpr
     count = tl.load(entry + COLUMNS if SHARED else entry + ROWS).to(tl.int32)
     address = tl.load(entry + COL_EXP_AVG_SQ if SHARED else entry + ROW_EXP_AVG_SQ)
     values = address.to(tl.pointer_type(S_DTYPE)) + matrix.to(tl.int64) * count
-    total = tl.zeros((LANES,), tl.float32)
+    total = tl.zeros((MEAN_LANES,), tl.float32)
     start = 0
     while start < count:  # Triton's interpreter takes no loaded value as the bound of a range
-        at = start + tl.arange(0, LANES)
+        at = start + tl.arange(0, MEAN_LANES)
         total += tl.load(values + at, mask=at < count, other=0.0).to(tl.float32)
-        start += LANES
+        start += MEAN_LANES
     tl.store(means + tl.load(entry + MEANS) + matrix, tl.sum(total, 0) / count)
 
 

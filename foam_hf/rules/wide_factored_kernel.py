@@ -13,7 +13,6 @@ import triton.language as tl
 from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STREAM, WEIGHT
 from foam_hf.kernels.lanes import block_sums, in_chunks, lane_sums
 from foam_hf.kernels.parts import (
-    after_loads,
     float32_of,
     inverse,
     kept_finite,
@@ -49,7 +48,7 @@ def wide_kernel(
     grad_scale, left_out_at,
     FIELDS: tl.constexpr, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr,
     Q: tl.constexpr, L: tl.constexpr, V: tl.constexpr, R: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
-    EVEN: tl.constexpr, NVIDIA: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr,
+    STAGES: tl.constexpr, EVEN: tl.constexpr, NVIDIA: tl.constexpr, STOCHASTIC: tl.constexpr, SCALED: tl.constexpr,
     CHECKED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     F: tl.constexpr = Q * L * V
@@ -92,10 +91,12 @@ def wide_kernel(
     own_draw = down.to(tl.int64) * draws + column // 8
 
     # With k the root of (1 - b2) / c2, S of an element is k * root(g * g + r * c) if c is in units of 1 - b2. So the
-    # loop has no factor for g * g: numerator and denominator are over k, and the numerator times the step size.
+    # loop has no factor for g * g if numerator and denominator are over k. Both are over the largest step too, so that
+    # it has none for the limit, which is then S itself. A step of zero leaves zeros of the numerator.
     k = root(a2 * inv_c2, NVIDIA)
-    center_share, per_center, per_gradient = _CENTER_SHARE / k, step_size / k, step_size * rho / k
-    largest, eps = step_size * _LARGEST, eps / k
+    per_step = 1.0 / tl.maximum(step_size * _LARGEST, 1e-37)
+    per_center = tl.where(step_size > 0, 1.0 / (_LARGEST * k), 0.0)
+    center_share, per_gradient, eps = _CENTER_SHARE / k, per_center * rho, eps / k * per_step
     # Where no gradient has ever been, mean(r) is zero, and V must be zero, not 0/0.
     mean = tl.maximum(tl.load(means + tl.load(entry + MEANS) + matrix), 1.1754943508222875e-38)
     c = tl.load(column_mean + matrix * n + columns, mask=there, other=0.0).to(tl.float32) * (1.0 / mean) * (b2 / a2)
@@ -105,9 +106,8 @@ def wide_kernel(
     count = tl.minimum(rows - first, S)
     row = matrix * rows + first
     first_row = tl.load(entry + FIRST_ROW)
-    zero = rows >> 31
-    i = 0
-    while i < count:  # Triton's interpreter takes no loaded value as the bound of a range
+    # Rows are on their way to shared memory while others are computed. Beyond the last there is nothing to load.
+    for i in tl.range(0, S, D, num_stages=STAGES):
         inside = exists & (down < count - i)
         stores = inside & (in_block == 0)
         mask = there & in_chunks(inside, Q)
@@ -117,25 +117,25 @@ def wide_kernel(
         g, w = tl.load(G_at, mask=mask, other=0.0), tl.load(W_at, mask=mask, other=0.0)
         old_m = tl.load(M + row * blocks + at, mask=inside, other=0.0).to(tl.float32)
         r = tl.load(row_mean + row + down, mask=inside, other=0.0).to(tl.float32)
-        g = float32_of(after_loads(g, w, zero, NVIDIA), NVIDIA) * scale
+        g = float32_of(g, NVIDIA) * scale
         block_mean, squares = lane_sums(g, Q)
         block_mean, squares = block_sums(block_mean, squares, L)
         block_mean *= share
         m = lerp(old_m, block_mean, a1, b1)
         center = m * inv_c1 - rho * block_mean
-        gg = g * g
+        new_total = tl.fma(g, g, total)
         if CHECKED:
             finite = kept_finite(squares, left_out_at + stream, step, stores)
             squares, m = tl.where(finite, squares, 0.0), tl.where(finite, m, old_m)
             kept = in_chunks(finite, Q)
-            gg, mask = tl.where(kept, gg, 0.0), mask & kept
-        total += gg
+            new_total, mask = tl.where(kept, new_total, total), mask & kept
+        total = new_total
         tl.store(row_sums + row * blocks + at, squares, mask=stores)
 
         size = root(tl.fma(g, g, in_chunks(r, Q) * c), NVIDIA)
         numerator = tl.fma(g, per_gradient, in_chunks(center * per_center, Q))
-        numerator = within(numerator, size * largest, NVIDIA)
-        denominator = tl.maximum(size, in_chunks(tl.abs(center) * center_share, Q)) + eps
+        numerator = within(numerator, size, NVIDIA)
+        denominator = tl.fma(tl.maximum(size, in_chunks(tl.abs(center) * center_share, Q)), per_step, eps)
         w = float32_of(w, NVIDIA) * decay - numerator * inverse(denominator, NVIDIA)
         if STOCHASTIC and W_DTYPE is tl.bfloat16:
             draw = tl.reshape(in_chunks((first_row + row) * draws + own_draw, Q), (Q * T,)) + chunk * (L * V // 8)
@@ -149,7 +149,6 @@ def wide_kernel(
             m_bits = random_bits_at(seed, step, 4 * stream + 1, first_row + row + down, block, blocks)
         store(M + row * blocks + at, m, m_bits, stores, S_DTYPE, STOCHASTIC)
         row += D
-        i += D
     total = tl.sum(tl.reshape(total, (Q, D, L * R, V)), 1)
     lane = tl.arange(0, L * R)[None, :, None]
     in_chunk = tl.arange(0, Q)[:, None, None] * (L * V) + tl.arange(0, V)[None, None, :]
