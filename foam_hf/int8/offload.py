@@ -122,6 +122,12 @@ class OffloadedWeight(Int8Weight):
         self.foam_layer, self._number, self._place = data.foam_layer, data._number, data._place
         self.outer_dtype = data.outer_dtype
 
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        raise NotImplementedError(
+            f"cannot compile an INT8 weight of shape {tuple(self.shape)} that is offloaded; expected Int8Config() "
+            "without offload, or no torch.compile"
+        )
+
     def share_memory_(self) -> OffloadedWeight:
         """Its pages are shared between forked processes as they are."""
         return self

@@ -83,6 +83,7 @@ class Visits:
         expected = self.layers[index] if 0 <= index < len(self.layers) else None
         return None if expected is None or expected.slot is layer.slot else expected
 
+    @torch.inference_mode(False)  # or slots of a first visit in inference mode could not be written later
     def _use(self, device: torch.device) -> None:
         """Make slots on ``device``, and forget those on another one."""
         for layer in self.layers:

@@ -6,7 +6,7 @@ import copy
 import gc
 import io
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from foam_hf.int8.weight import Int8Weight
 from foam_hf.memory import breakdown
 from foam_hf.optimizer.processes import Processes
 from foam_hf.trainer.run_report import BatchWatch, predict
-from tests.int8.test_quantizer import assert_same_bits, bits
+from tests.int8.test_quantizer import assert_same_bits
 from tests.support.tiny_models import (
     SHORT_RUN,
     VOCAB,
@@ -37,6 +37,19 @@ from tests.support.tiny_models import (
 pytestmark = pytest.mark.usefixtures("forget_mixed_precision")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DEEP = {"num_hidden_layers": 6}  # more layers than slots
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Iterator[None]:
+    """Attention's backward pass on a GPU may add up in any order."""
+    torch.use_deterministic_algorithms(DEVICE == "cuda", warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that the model holds, on the CPU; codes and scales on their own."""
+    return {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
 
 
 def int8_model(build: Callable[..., nn.Module], where: str | None, **config: Any) -> Any:
@@ -230,6 +243,8 @@ def test_a_weight_looks_like_an_int8_weight_wherever_it_is() -> None:
     assert repr(visiting) == repr(resident)
     assert torch.equal(visiting.dequantize(), resident.dequantize())
     assert torch.equal(visiting[:3], resident[:3]) and torch.equal(visiting + 1, resident + 1)
+    with pytest.raises(NotImplementedError, match="cannot compile .* offloaded; expected Int8Config"):
+        visiting.__tensor_flatten__()
     clone = visiting.detach().clone()
     assert type(clone) is Int8Weight and torch.equal(clone.codes, resident.codes)
     with torch.no_grad():
@@ -266,6 +281,13 @@ def test_memory_goes_with_the_model() -> None:
     del model, state
     gc.collect()
     assert pages() is None
+
+
+def test_a_first_visit_in_inference_mode_is_no_obstacle() -> None:
+    model = int8_model(tiny_llama, "cpu")
+    with torch.inference_mode():
+        model(input_ids=torch.arange(4, device=DEVICE).view(1, -1))
+    train(model, steps=1)
 
 
 def test_steps_without_release_are_refused() -> None:
