@@ -20,7 +20,7 @@ from torch import Tensor
 from foam_hf.int8.codes import MAX_CODE, MIN_SCALE
 from foam_hf.int8.dequantize_kernel import fits_kernels
 from foam_hf.kernels.calls import KernelCall
-from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STREAM, WEIGHT, number_of, row_of
+from foam_hf.kernels.columns import STREAM, number_of, row_of
 from foam_hf.kernels.parts import (
     block_moments,
     blocks_of,
@@ -44,6 +44,7 @@ from foam_hf.kernels.tables import (
     launches_of,
     tiles_of,
 )
+from foam_hf.rules.narrow_block_kernel import HEAD, head_of
 from foam_hf.tensors.step import Hyper, Member
 
 if TYPE_CHECKING:
@@ -52,9 +53,9 @@ if TYPE_CHECKING:
 # Elements of a program and of a warp of it, and registers of a thread.
 TILE, WARP, REGISTERS = 4096, 1024, 128
 # ``rows`` are all rows of a tensor, whose weight is the codes; a shard begins at ``first_row`` of a whole one.
-ROW = row_of("exp_avg_sq", "rows", "scales", "first_row")
-EXP_AVG_SQ, ROWS, SCALES = number_of(ROW, "exp_avg_sq"), number_of(ROW, "rows"), number_of(ROW, "scales")
-FIRST_ROW = number_of(ROW, "first_row")
+INT8_ROW = (*HEAD, "scales", "first_row")
+ROW = row_of(*INT8_ROW)
+SCALES, FIRST_ROW = number_of(ROW, "scales"), number_of(ROW, "first_row")
 _MAX = tl.constexpr(MAX_CODE)
 _MIN_SCALE = tl.constexpr(MIN_SCALE)
 _MAGIC_BITS = tl.constexpr(0x4B400000)  # of the float32 1.5 * 2**23: a smaller number added to it loses its fraction
@@ -158,13 +159,8 @@ def _update_kernel(
 ):  # fmt: skip
     number, entry, tile = program_of(table, owner, FIELDS)
     step, inv_c1, inv_c2 = own_numbers(entry, step, inv_c1, inv_c2, MIXED)
-    Q = tl.load(entry + WEIGHT).to(tl.pointer_type(tl.int8))
-    G = tl.load(entry + GRADIENT).to(tl.pointer_type(G_DTYPE))
-    M = tl.load(entry + EXP_AVG).to(tl.pointer_type(S_DTYPE))
-    V = tl.load(entry + EXP_AVG_SQ).to(tl.pointer_type(S_DTYPE))
+    Q, G, M, V, rows, n, stream = head_of(entry, tl.int8, G_DTYPE, S_DTYPE)
     S = tl.load(entry + SCALES).to(tl.pointer_type(tl.float32))
-    rows, n = tl.load(entry + ROWS).to(tl.int32), tl.load(entry + COLUMNS).to(tl.int32)
-    stream = tl.load(entry + STREAM).to(tl.int32)
 
     segment, offset, mask = segments_of(tile, rows, n, R, C, EVEN, ALIGNED)
     m_offset, m_mask, share = blocks_of(segment, rows, n, C, F, EVEN)

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foam_hf.int8.block_kernel import (
+    INT8_ROW,
     Int8Launch,
     block_max,
     block_min,
@@ -17,7 +18,7 @@ from foam_hf.int8.block_kernel import (
     one_to_two,
 )
 from foam_hf.int8.codes import MAX_CODE
-from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STREAM, WEIGHT, number_of, row_of
+from foam_hf.kernels.columns import number_of, row_of
 from foam_hf.kernels.parts import (
     blocks_of,
     draws_of,
@@ -41,12 +42,12 @@ from foam_hf.rules.micro_batches_kernel import (
     residual_of,
     sums_of,
 )
+from foam_hf.rules.narrow_block_kernel import head_of
 from foam_hf.tensors.rounding import MICRO_SHIFT
 from foam_hf.tensors.step import Hyper, Member
 
-ROW = row_of("exp_avg_sq", *SUMS, "rows", "scales", "first_row")
-EXP_AVG_SQ, ROWS, SCALES = number_of(ROW, "exp_avg_sq"), number_of(ROW, "rows"), number_of(ROW, "scales")
-FIRST_ROW = number_of(ROW, "first_row")
+ROW = row_of(*INT8_ROW, *SUMS)
+SCALES, FIRST_ROW = number_of(ROW, "scales"), number_of(ROW, "first_row")
 SUM, SQUARE, SKETCH = (number_of(ROW, name) for name in SUMS)
 _SIGNS, _SHIFT = tl.constexpr(SIGNS), tl.constexpr(MICRO_SHIFT)
 _MAX = tl.constexpr(MAX_CODE)
@@ -77,16 +78,11 @@ def _update_kernel(
 ):  # fmt: skip
     tl.static_assert(not MIXED, "all tensors of a launch are at the same step")
     number, entry, tile = program_of(table, owner, FIELDS)
-    Q = tl.load(entry + WEIGHT).to(tl.pointer_type(tl.int8))
-    G = tl.load(entry + GRADIENT).to(tl.pointer_type(G_DTYPE))
-    M = tl.load(entry + EXP_AVG).to(tl.pointer_type(S_DTYPE))
-    V = tl.load(entry + EXP_AVG_SQ).to(tl.pointer_type(S_DTYPE))
+    Q, G, M, V, rows, n, stream = head_of(entry, tl.int8, G_DTYPE, S_DTYPE)
     S = tl.load(entry + SCALES).to(tl.pointer_type(tl.float32))
     sums = tl.load(entry + SUM).to(tl.pointer_type(tl.float32))
     square_sums = tl.load(entry + SQUARE).to(tl.pointer_type(tl.float32))
     sketches = tl.load(entry + SKETCH).to(tl.pointer_type(tl.float32))
-    rows, n = tl.load(entry + ROWS).to(tl.int32), tl.load(entry + COLUMNS).to(tl.int32)
-    stream = tl.load(entry + STREAM).to(tl.int32)
 
     segment, offset, mask = segments_of(tile, rows, n, R, C, EVEN, ALIGNED)
     m_offset, m_mask, share = blocks_of(segment, rows, n, C, F, EVEN)

@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from foam_hf.kernels.calls import KernelCall
-from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STREAM, WEIGHT
 from foam_hf.kernels.lanes import block_sums, in_chunks, lane_sums
 from foam_hf.kernels.parts import (
     after_loads,
@@ -46,14 +45,11 @@ from foam_hf.kernels.tables import (
     power_of_two,
 )
 from foam_hf.rules.narrow_block_kernel import (
-    EXP_AVG_SQ,
-    FIRST_COLUMN,
-    FIRST_ROW,
     ROW,
-    ROWS,
-    WHOLE_COLUMNS,
     NarrowLaunch,
+    head_of,
     own_columns,
+    place_of,
 )
 from foam_hf.tensors.step import Hyper, Member
 
@@ -130,16 +126,8 @@ def _update_kernel(
     C: tl.constexpr = (Q + Q2) * L * V
     number, entry, index = program_of(table, owner, FIELDS)
     step, inv_c1, inv_c2 = own_numbers(entry, step, inv_c1, inv_c2, MIXED)
-    W = tl.load(entry + WEIGHT).to(tl.pointer_type(W_DTYPE))
-    G = tl.load(entry + GRADIENT).to(tl.pointer_type(G_DTYPE))
-    M = tl.load(entry + EXP_AVG).to(tl.pointer_type(S_DTYPE))
-    M2 = tl.load(entry + EXP_AVG_SQ).to(tl.pointer_type(S_DTYPE))
-    rows, n = tl.load(entry + ROWS).to(tl.int32), tl.load(entry + COLUMNS).to(tl.int32)
-    stream = tl.load(entry + STREAM).to(tl.int32)
-    whole_n, first_row, first_column = n, 0, 0
-    if STOCHASTIC:  # random bits belong to places in the whole tensor
-        first_row, first_column = tl.load(entry + FIRST_ROW), tl.load(entry + FIRST_COLUMN)
-        whole_n = tl.load(entry + WHOLE_COLUMNS).to(tl.int32)
+    W, G, M, M2, rows, n, stream = head_of(entry, W_DTYPE, G_DTYPE, S_DTYPE)
+    first_row, first_column, whole_n = place_of(entry, n, STOCHASTIC)
     draws = tl.cdiv(whole_n, 8)
     first_draw = first_row * draws + first_column // 8
 

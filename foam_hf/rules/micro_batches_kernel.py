@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foam_hf.kernels.calls import KernelCall
-from foam_hf.kernels.columns import COLUMNS, EXP_AVG, GRADIENT, STREAM, WEIGHT, number_of, row_of
+from foam_hf.kernels.columns import number_of, row_of
 from foam_hf.kernels.parts import (
     blocks_of,
     draws_of,
@@ -37,18 +37,15 @@ from foam_hf.kernels.tables import (
     tiles_of,
 )
 from foam_hf.rules.micro_batches import SIGNS
-from foam_hf.rules.narrow_block_kernel import own_columns
+from foam_hf.rules.narrow_block_kernel import PLAIN_ROW, head_of, own_columns, place_of
 from foam_hf.rules.rule import LARGEST_STEP
 from foam_hf.tensors.rounding import MICRO_SHIFT
 from foam_hf.tensors.step import Hyper, Member
 
 WARP_ELEMENTS = 512
 SUMS = ("sums", "squares", "sketches")
-ROW = row_of("exp_avg_sq", *SUMS, "rows", "first_row", "first_column", "whole_columns")
-EXP_AVG_SQ, ROWS = number_of(ROW, "exp_avg_sq"), number_of(ROW, "rows")
+ROW = row_of(*PLAIN_ROW, *SUMS)
 SUM, SQUARE, SKETCH = (number_of(ROW, name) for name in SUMS)
-FIRST_ROW, FIRST_COLUMN = number_of(ROW, "first_row"), number_of(ROW, "first_column")
-WHOLE_COLUMNS = number_of(ROW, "whole_columns")
 _SIGNS, _SHIFT = tl.constexpr(SIGNS), tl.constexpr(MICRO_SHIFT)
 
 
@@ -110,17 +107,11 @@ def _update_kernel(
 ):  # fmt: skip
     tl.static_assert(not MIXED, "all tensors of a launch are at the same step")
     number, entry, tile = program_of(table, owner, FIELDS)
-    W = tl.load(entry + WEIGHT).to(tl.pointer_type(W_DTYPE))
-    G = tl.load(entry + GRADIENT).to(tl.pointer_type(G_DTYPE))
-    M = tl.load(entry + EXP_AVG).to(tl.pointer_type(S_DTYPE))
-    V = tl.load(entry + EXP_AVG_SQ).to(tl.pointer_type(S_DTYPE))
+    W, G, M, V, rows, n, stream = head_of(entry, W_DTYPE, G_DTYPE, S_DTYPE)
     P = tl.load(entry + SUM).to(tl.pointer_type(tl.float32))
     Q = tl.load(entry + SQUARE).to(tl.pointer_type(tl.float32))
     Z = tl.load(entry + SKETCH).to(tl.pointer_type(tl.float32))
-    rows, n = tl.load(entry + ROWS).to(tl.int32), tl.load(entry + COLUMNS).to(tl.int32)
-    stream = tl.load(entry + STREAM).to(tl.int32)
-    first_row, first_column = tl.load(entry + FIRST_ROW), tl.load(entry + FIRST_COLUMN)
-    whole_n = tl.load(entry + WHOLE_COLUMNS).to(tl.int32)
+    first_row, first_column, whole_n = place_of(entry, n, True)
 
     segment, offset, mask = segments_of(tile, rows, n, R, C, EVEN, ALIGNED)
     m_offset, m_mask, share = blocks_of(segment, rows, n, C, F, EVEN)

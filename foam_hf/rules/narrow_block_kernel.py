@@ -42,10 +42,33 @@ from foam_hf.tensors.step import Hyper
 WARP_ELEMENTS = 512
 # ``rows`` are all rows of a tensor; a shard begins at ``first_row`` and ``first_column`` of a whole one, whose rows
 # have ``whole_columns``.
-ROW = row_of("exp_avg_sq", "rows", "first_row", "first_column", "whole_columns")
+HEAD = ("exp_avg_sq", "rows")  # the first own columns of every table that ``head_of`` reads
+PLAIN_ROW = (*HEAD, "first_row", "first_column", "whole_columns")
+ROW = row_of(*PLAIN_ROW)
 EXP_AVG_SQ, ROWS = number_of(ROW, "exp_avg_sq"), number_of(ROW, "rows")
 FIRST_ROW, FIRST_COLUMN = number_of(ROW, "first_row"), number_of(ROW, "first_column")
 WHOLE_COLUMNS = number_of(ROW, "whole_columns")
+
+
+@triton.jit
+def head_of(entry, W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, S_DTYPE: tl.constexpr):
+    """A tensor's weight, gradient and two moments, its rows and columns, and its random stream."""
+    W = tl.load(entry + WEIGHT).to(tl.pointer_type(W_DTYPE))
+    G = tl.load(entry + GRADIENT).to(tl.pointer_type(G_DTYPE))
+    M = tl.load(entry + EXP_AVG).to(tl.pointer_type(S_DTYPE))
+    V = tl.load(entry + EXP_AVG_SQ).to(tl.pointer_type(S_DTYPE))
+    rows, n = tl.load(entry + ROWS).to(tl.int32), tl.load(entry + COLUMNS).to(tl.int32)
+    return W, G, M, V, rows, n, tl.load(entry + STREAM).to(tl.int32)
+
+
+@triton.jit
+def place_of(entry, n, STOCHASTIC: tl.constexpr):
+    """Where a tensor of a ``ROW`` begins in a whole one, and the columns of that: random bits belong to its places."""
+    first_row, first_column, whole_n = 0, 0, n
+    if STOCHASTIC:
+        first_row, first_column = tl.load(entry + FIRST_ROW), tl.load(entry + FIRST_COLUMN)
+        whole_n = tl.load(entry + WHOLE_COLUMNS).to(tl.int32)
+    return first_row, first_column, whole_n
 
 
 @triton.jit(do_not_specialize=["step", "seed"])
@@ -58,16 +81,8 @@ def _update_kernel(
 ):  # fmt: skip
     number, entry, tile = program_of(table, owner, FIELDS)
     step, inv_c1, inv_c2 = own_numbers(entry, step, inv_c1, inv_c2, MIXED)
-    W = tl.load(entry + WEIGHT).to(tl.pointer_type(W_DTYPE))
-    G = tl.load(entry + GRADIENT).to(tl.pointer_type(G_DTYPE))
-    M = tl.load(entry + EXP_AVG).to(tl.pointer_type(S_DTYPE))
-    V = tl.load(entry + EXP_AVG_SQ).to(tl.pointer_type(S_DTYPE))
-    rows, n = tl.load(entry + ROWS).to(tl.int32), tl.load(entry + COLUMNS).to(tl.int32)
-    stream = tl.load(entry + STREAM).to(tl.int32)
-    whole_n, first_row, first_column = n, 0, 0
-    if STOCHASTIC:  # random bits belong to places in the whole tensor
-        first_row, first_column = tl.load(entry + FIRST_ROW), tl.load(entry + FIRST_COLUMN)
-        whole_n = tl.load(entry + WHOLE_COLUMNS).to(tl.int32)
+    W, G, M, V, rows, n, stream = head_of(entry, W_DTYPE, G_DTYPE, S_DTYPE)
+    first_row, first_column, whole_n = place_of(entry, n, STOCHASTIC)
 
     segment, offset, mask = segments_of(tile, rows, n, R, C, EVEN, ALIGNED)
     m_offset, m_mask, share = blocks_of(segment, rows, n, C, F, EVEN)

@@ -14,12 +14,13 @@ import triton.language as tl
 
 from foam_hf import FOAM
 from foam_hf.int8 import block_kernel as int8_block_kernel
+from foam_hf.int8 import micro_batches_kernel as int8_micro_batches_kernel
 from foam_hf.kernels.calls import KernelCall
 from foam_hf.kernels.columns import count_of, filled, number_of, row_of
 from foam_hf.kernels.tables import owner_table
 from foam_hf.kernels.uploads import PINNED, share_tables
 from foam_hf.optimizer import watched
-from foam_hf.rules import block_kernel, factored_means_kernel, narrow_block_kernel
+from foam_hf.rules import block_kernel, factored_means_kernel, micro_batches_kernel, narrow_block_kernel
 from tests.support.tolerances import assert_within
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,10 +69,26 @@ def test_a_row_is_filled_by_names_wherever_its_columns_stand():
             filled(row, broken)
 
 
-@pytest.mark.parametrize("module", [block_kernel, narrow_block_kernel, int8_block_kernel, factored_means_kernel])
+MODULES = [
+    block_kernel,
+    narrow_block_kernel,
+    micro_batches_kernel,
+    int8_block_kernel,
+    int8_micro_batches_kernel,
+    factored_means_kernel,
+]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_every_column_that_a_kernel_reads_is_the_one_of_its_name(module):
-    numbers = {name: x.value for name, x in vars(module).items() if name.lower() in module.ROW.names}
-    assert len(numbers) >= 5
+    constants = {name: x.value for name, x in vars(module).items() if isinstance(x, tl.constexpr)}
+    numbers = {name: value for name, value in constants.items() if name.lower() in module.ROW.names}
+    if hasattr(module, "head_of"):
+        numbers |= {name: number_of(narrow_block_kernel.ROW, name.lower()).value for name in ("EXP_AVG_SQ", "ROWS")}
+    if hasattr(module, "place_of"):
+        places = ("FIRST_ROW", "FIRST_COLUMN", "WHOLE_COLUMNS")
+        numbers |= {name: number_of(narrow_block_kernel.ROW, name.lower()).value for name in places}
+    assert len(numbers) >= 4
     assert numbers == {name: module.ROW.names.index(name.lower()) for name in numbers}
 
 
