@@ -146,6 +146,7 @@ class Planner:
             sizes[p.dtype] += p.numel()
         self.dtype = max(sizes, key=lambda dtype: sizes[dtype])
         self.model = on_meta(model) if lora_rank is None else with_adapters(on_meta(model), lora_rank)
+        self._adapted = lora_rank
         self.fsdp2 = gpus if fsdp2 and gpus else 0
         self.zero: Zero | None = None
         if zero is not None and gpus is not None:
@@ -186,11 +187,11 @@ class Planner:
             raise ValueError(
                 f"{what} does not run under DeepSpeed's ZeRO: got zero={self.zero.stage}; expected one of them"
             )
-        if offload_weights and not (int8_weights and gradient_release and not self.fsdp2):
+        if offload_weights and (self.fsdp2 or self._adapted or not (int8_weights and gradient_release)):
             raise ValueError(
-                "offload_weights is for INT8 weights and gradient release on one GPU: got "
-                f"int8_weights={int8_weights}, gradient_release={gradient_release} and fsdp2={bool(self.fsdp2)}; "
-                "expected True, True and False"
+                "offload_weights is for INT8 weights and gradient release on one GPU, without adapters: got "
+                f"int8_weights={int8_weights}, gradient_release={gradient_release}, fsdp2={bool(self.fsdp2)} and "
+                f"lora_rank={self._adapted}; expected True, True, False and None"
             )
         model = self._model_with(int8_weights)
         if self.fsdp2:

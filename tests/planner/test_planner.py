@@ -207,7 +207,11 @@ def test_a_users_model_is_left_alone():
             {"gradient_release": True, "accumulation": True, "optim_args": "second_moment=factored"},
             "by the block rule alone: got second_moment=factored",
         ),
-        ("llama-60m", {"offload_weights": True, "int8_weights": True}, "expected True, True and False"),
+        (
+            "llama-60m",
+            {"offload_weights": True, "int8_weights": True},
+            "lora_rank=None; expected True, True, False and None",
+        ),
         ("llama-60m", {"batch": 0}, "batch is not a size, got 0"),
         ("llama-60m", {"sequence": 1.5}, "sequence is not a size, got 1.5"),
         ("llama-60m", {"lora_rank": True}, "lora_rank is not a size, got True"),
