@@ -109,6 +109,7 @@ ROWS: dict[str, list[Proof | None]] = {
 }
 
 
+MICRO = "DDP and FSDP2, release and accumulation"
 # Cells -> their case in the results of tests/support/nccl_worker.py.
 OVER_NCCL: dict[str, list[str]] = {
     "`foam`": ["DDP, float32", "FSDP2, float32", "ZeRO 1", "ZeRO 2", "ZeRO 3, Trainer"],
@@ -120,6 +121,10 @@ OVER_NCCL: dict[str, list[str]] = {
     "INT8 weights": ["DDP, INT8", "FSDP2, INT8"],
     "gradient release": ["DDP, release, float32", "FSDP2, release, block"],
     "release and accumulation": ["DDP, release, accumulation", "FSDP2, release, accumulation"],
+    "release and clipping": [f"{MICRO}, clipping"] * 2,
+    "release and INT8 weights": [f"{MICRO}, INT8"] * 2,
+    "release and LoRA": [f"{MICRO}, LoRA"] * 2,
+    "release and checkpointing": [f"{MICRO}, checkpointing"] * 2,
     "accumulation": [f"{engine}, accumulation" for engine in COLUMNS],
     "clipping": [f"{engine}, clipping" for engine in COLUMNS],
     "LoRA": [f"{engine}, lora" for engine in COLUMNS],

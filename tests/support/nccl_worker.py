@@ -176,10 +176,14 @@ def of_release(folder: Path, world: int, again: bool) -> None:
     """Gradient release under FSDP2 and in place of DDP, against the same engine without it."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    from tests.support import release_ddp_worker
+    from tests.support import release_accumulation_worker, release_ddp_worker
     from tests.support import release_worker as worker
 
+    alone = folder / "alone.pt"
+    if os.environ["RANK"] == "0":
+        torch.save(release_accumulation_worker.alone([*release_accumulation_worker.CASES]), alone)
     start_group()
+    dist.barrier()
     mesh = init_device_mesh(DEVICE, (world,))
     checks: dict[str, Callable[[], None]] = {}
     for name, case in worker.FSDP2_CASES.items():
@@ -188,6 +192,10 @@ def of_release(folder: Path, world: int, again: bool) -> None:
     checks["FSDP2, release, resume"] = lambda: worker.resume(mesh)
     for name, one in release_ddp_worker.CASES.items():
         checks[f"DDP, release, {name}"] = lambda name=name, one=one: release_ddp_worker.compare({name: one})
+    for name, found in torch.load(alone).items():
+        checks[f"DDP and FSDP2, release and accumulation, {name}"] = lambda name=name, found=found: (
+            release_accumulation_worker.compare({name: found})
+        )
     each(folder, checks)
 
 
@@ -196,7 +204,7 @@ FAMILIES: dict[str, tuple[Callable[[Path, int, bool], None], tuple[int, ...], st
     "trainer": (of_trainer, (2, 1, 2), "ddp_worker"),
     "int8": (of_int8, (2, 1, 2), "int8_sharding_worker"),
     "zero_engine": (of_zero_engine, (2,), "zero_worker"),
-    "release": (of_release, (2,), "release_ddp_worker"),
+    "release": (of_release, (2,), "release_accumulation_worker"),
     "zero_trainer": (of_zero_trainer, (2, 1), "zero_trainer_worker"),
 }
 

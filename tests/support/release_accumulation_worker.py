@@ -1,7 +1,7 @@
 """Checks of gradient release with several backward passes a step in several processes, for test_release_processes.py.
 
 The first process trains each case alone. Then all ranks do, on the same batches, under DDP, with a process group in
-its place, and under FSDP2, and compare all bits. With ``FOAM_TEST_DEVICE=cuda`` each rank has a GPU, over NCCL.
+its place, and under FSDP2, and compare all bits. With ``FOAM_HF_TEST_DEVICE=cuda`` each rank has a GPU, over NCCL.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from foam_hf import FOAM, enable_gradient_release, foam_param_groups
 from foam_hf.int8.models import convert_
+from tests.support.devices import DEVICE, choose_gpu, kernel, placed, start_group
 from tests.support.int8_sharding_worker import stored_in
 from tests.support.interpreter import patch_once
 from tests.support.release_worker import BF16, LiveGradients, batch, layers_of, least_llama, refused
@@ -33,7 +34,6 @@ from tests.support.tiny_models import HIDDEN, tiny_llama, tiny_lora_llama, tiny_
 from tests.support.tolerances import assert_within
 from tests.support.torchrun import launch
 
-DEVICE = os.environ.get("FOAM_TEST_DEVICE", "cpu")
 PASSES = (3, 2, 3)  # of each step; the second one has fewer, and says so
 WAYS = ("DDP", "process group", "FSDP2")
 
@@ -84,16 +84,12 @@ IN_FOUR = {"bfloat16": ("process group", "FSDP2", "HSDP"), "INT8": ("FSDP2",)}
 
 def make(case: Case) -> tuple[nn.Module, Any]:
     """A model, and a function that makes its optimizer when it is wrapped."""
-    os.environ["FOAM_HF_KERNEL"] = "auto" if DEVICE == "cuda" else case.kernel
-    model = case.build().to(case.dtype).to(device()).train()
+    os.environ["FOAM_HF_KERNEL"] = kernel(case.kernel)
+    model = placed(case.build().to(case.dtype)).train()
     if case.reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": case.reentrant})
         model.enable_input_require_grads()
     return model, lambda: optimizer_of(model, case)
-
-
-def device() -> torch.device:
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if DEVICE == "cuda" else torch.device("cpu")
 
 
 def optimizer_of(model: nn.Module, case: Case) -> FOAM:
@@ -130,8 +126,7 @@ def train(model: Any, optimizer: FOAM, handle: Any, passes: tuple[int, ...], fir
                 model.set_requires_gradient_sync(last)
                 model.set_requires_all_reduce(last)
             with model.no_sync() if isinstance(model, DDP) and not last else nullcontext():
-                inputs = {name: x.to(device()) for name, x in batch(step, micro, rank=0).items()}
-                (model(**inputs).loss / count).backward()
+                (model(**batch(step, micro, rank=0)).loss / count).backward()
             assert handle.unfinished
         handle.finish()
         if handle.grad_norm is not None:
@@ -228,7 +223,7 @@ def layers_that_not_all_ranks_use() -> None:
     """At a learning rate of 0 the moments are those of DDP, which keeps all gradients."""
     rank, found = dist.get_rank(), []
     for released in (False, True):
-        model = Routed().to(device())
+        model = placed(Routed())
         outer = DDP(model, find_unused_parameters=True) if not released else model
         optimizer = FOAM(model.parameters(), lr=0.0, level=3)
         if released:
@@ -237,7 +232,7 @@ def layers_that_not_all_ranks_use() -> None:
             for micro in range(3):
                 torch.manual_seed(100 * step + 10 * micro + rank)
                 which = micro // 2 if rank else (micro + step) % 3  # only the end of a pass tells which is the next
-                outer(torch.randn(8, HIDDEN).to(device()), which).div(3).backward()
+                outer(placed(torch.randn(8, HIDDEN)), which).div(3).backward()
             optimizer.step()
             optimizer.zero_grad()
         found.append({name: optimizer.state[p].get("folded_exp_avg") for name, p in model.named_parameters()})
@@ -250,10 +245,10 @@ def layers_that_not_all_ranks_use() -> None:
 def ranks_that_make_other_numbers_of_passes() -> None:
     """The second rank goes on to its next step, whose first pass meets the other one's second pass."""
     torch.manual_seed(0)
-    model = nn.Linear(HIDDEN, HIDDEN).to(device())
+    model = placed(nn.Linear(HIDDEN, HIDDEN))
     optimizer = FOAM(model.parameters(), lr=0.1, level=3)
     enable_gradient_release(model, optimizer, accumulation=2, process_group=dist.group.WORLD)
-    inputs = torch.randn(4, HIDDEN).to(device())
+    inputs = placed(torch.randn(4, HIDDEN))
     model(inputs).square().sum().backward()
     if dist.get_rank() == 1:
         optimizer.step()
@@ -285,7 +280,7 @@ def resume(expected: dict[str, Tensor]) -> None:
 
 def gives_back_and_refuses() -> None:
     """One pass too many is an error in each way, and so is a step after it; ``remove()`` lets others reduce again."""
-    inputs = {name: x.to(device()) for name, x in batch(0, rank=0).items()}
+    inputs = batch(0, rank=0)
     for way in WAYS:
         model, optimizer, handle = wrapped(Case(passes=(2,)), way)
         for _ in range(2):
@@ -305,13 +300,10 @@ def check_all(folder: Path) -> None:
     """The function that every process of the launcher runs."""
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     names = [*CASES] if world == 2 else [*IN_FOUR]
-    if DEVICE == "cuda":
-        torch.cuda.set_device(device())
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    choose_gpu()
     if rank == 0:
         torch.save(alone(names), folder / f"alone {world}.pt")
-    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
+    start_group()
     dist.barrier()
     expected = torch.load(folder / f"alone {world}.pt")
     check_each(expected)
