@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foam_hf.kernels.calls import KernelCall
-from foam_hf.kernels.columns import EXP_AVG, GRADIENT, STEP, STREAM, WEIGHT, count_of, number_of, row_of
+from foam_hf.kernels.columns import EXP_AVG, GRADIENT, STEP, STREAM, WEIGHT, number_of, row_of
 from foam_hf.kernels.parts import (
     blocks_of,
     draws_of,
@@ -33,7 +33,6 @@ from foam_hf.kernels.parts import (
 from foam_hf.kernels.tables import (
     MAX_WARPS,
     TILE_ELEMENTS,
-    TRITON_DTYPES,
     AddressTable,
     Entry,
     Geometry,
@@ -233,16 +232,12 @@ class Launch(AddressTable):
         self._shape = {"rows": geometry.rows, "n": geometry.n}
         self._batch = matrices_at_a_time(geometry.rows, geometry.n)
         self._orthogonalize = Orthogonalizer(geometry.rows, geometry.n, geometry.device)
-        dtypes = {"G_DTYPE": TRITON_DTYPES[geometry.grad], "S_DTYPE": TRITON_DTYPES[geometry.state]}
-        tile = {"R": segments, "C": geometry.columns, "EVEN": geometry.even, "ALIGNED": geometry.aligned}
-        fields, folded = {"FIELDS": count_of(ROW)}, {**dtypes, "F": geometry.width, **tile}
         warps = max(1, min(MAX_WARPS, geometry.columns * segments // WARP_ELEMENTS))
-        self._add_squares = KernelCall(_squares_kernel, fields | folded, num_warps=warps)
+        self._add_squares, self._write_directions, self._update_weights = (
+            KernelCall(kernel, self.constants(kernel, R=segments), num_warps=warps)
+            for kernel in (_squares_kernel, _direction_kernel, _weight_kernel)
+        )
         self._total = KernelCall(_totals_kernel, {}, num_warps=4)
-        self._write_directions = KernelCall(_direction_kernel, fields | folded, num_warps=warps)
-        weight = {"W_DTYPE": TRITON_DTYPES[geometry.weight]}
-        self._update_weights = KernelCall(_weight_kernel, fields | weight | tile, num_warps=warps)
-
         self._present = numpy.arange(len(matrices))
         self._tensors: Tensor | None = None
 
