@@ -19,9 +19,9 @@ from foam_hf.tensors.rounding import random_bits, stochastic_round_
 from foam_hf.tensors.step import Hyper
 
 PLAIN = "plain"
-# Elements that are updated at a time: on a CPU so few that they stay in a core's cache, on a GPU so few that
-# temporaries stay small.
-CHUNK_CPU, CHUNK_GPU = 1 << 18, 1 << 24
+# Elements that are updated at a time: on a CPU so few that they stay in its cache, and so many that threads have more
+# to do than to wait for each other; on a GPU so few that temporaries stay small.
+CHUNK_CPU, CHUNK_GPU = 1 << 19, 1 << 24
 
 
 class Rows(Protocol):
