@@ -57,8 +57,9 @@ def targets(content: dict) -> str:
         row, resident = found.get(case), found.get(other)
         if row and resident:
             ratio = row["tokens_per_s"] / resident["tokens_per_s"]
-            where = "the bus is hidden" if hidden(row, resident) else "the bus is not hidden in the forward pass"
+            asked = hidden(row, resident)
+            where = "the bus is hidden" if asked else "the bus is not hidden in the forward pass"
             what = f"{row['batch']} x {row['sequence']} tokens ({where}): tokens a second over the resident run's"
-            lines.append([what, f">= {SPEED}", number(ratio), ratio >= SPEED])
-    rows = [[what, limit, value, "yes" if met else "no"] for what, limit, value, met in lines]
+            lines.append([what, f">= {SPEED}" if asked else "", number(ratio), ratio >= SPEED if asked else None])
+    rows = [[what, limit, value, {True: "yes", False: "no", None: ""}[met]] for what, limit, value, met in lines]
     return table(["target", "limit", "measured", "met"], rows) if rows else ""
