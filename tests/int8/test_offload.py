@@ -34,7 +34,7 @@ from tests.support.tiny_models import (
     tiny_t5,
 )
 
-pytestmark = pytest.mark.usefixtures("forget_mixed_precision")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("forget_mixed_precision")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DEEP = {"num_hidden_layers": 6}  # more layers than slots
 
