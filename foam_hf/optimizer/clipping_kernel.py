@@ -1,4 +1,7 @@
-"""The correction of moments after clipping as a Triton kernel: those of all parameters in one launch."""
+"""Clipping by the norm of all gradients as Triton kernels, where a dozen small operations take the host's time.
+
+One finds what a bucket's gradients are divided by, the other corrects the moments of all parameters afterwards.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from foam_hf.kernels.tables import device_of, owner_table
 from foam_hf.kernels.uploads import PINNED
 
 ELEMENTS = 4096  # of a program
+NORMS = 128  # at a time
 _FIELDS = 5  # of a row of the table: where a moment is, and its value before; its elements, decay, and ratio's number
 
 
@@ -35,6 +39,50 @@ def _rescale_kernel(table, owner, ratios, FIELDS: tl.constexpr, C: tl.constexpr)
     new = tl.fma(before, decay, change * factor)
     new = tl.where(tl.abs(ratio) < float("inf"), new, before)  # NaN is not less either
     tl.store(X + at, tl.where(ratio == 1.0, x, new), mask=mask)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _scale_kernel(norms, shares, index, sums, scale, count, micros, largest, least, C: tl.constexpr):
+    squares, seen = tl.load(sums), tl.load(sums + 1)
+    start = 0
+    while start < count:
+        at = start + tl.arange(0, C)
+        norm = tl.load(norms + at, mask=at < count, other=0.0)
+        share = tl.load(shares + tl.load(index + at, mask=at < count, other=0), mask=at < count, other=0.0)
+        squares += tl.sum(norm * norm, 0)
+        seen += tl.sum(share, 0)
+        start += C
+    tl.store(sums, squares)
+    tl.store(sums + 1, seen)
+    expected = tl.sqrt(squares * micros / tl.maximum(seen, least))
+    tl.store(scale, tl.maximum((expected + 1e-6) / largest, 1.0) + expected * 0.0)  # NaN if it is not finite
+
+
+class Scaling:
+    """Launches the kernel that adds a bucket's gradients to the sums of a step, and finds their scale."""
+
+    def __init__(self) -> None:
+        self._call = KernelCall(_scale_kernel, {"C": NORMS}, num_warps=1)
+
+    def run(
+        self, norms: Tensor, shares: Tensor, index: Tensor, sums: Tensor, micros: int, largest: float, least: float
+    ) -> Tensor:
+        """What to divide the gradients by, float32 (1,), as ``ClipByAll.before``; all tensors are on one device.
+
+        Args:
+            norms: of the gradients, float32 (n,).
+            shares: float32, of all parameters; ``index``, int64 (n,), has the numbers of these.
+            sums: float32 (2,), of the squares and shares of the step so far, to which those of these are added.
+            micros: how many micro-batches the step has.
+            largest: the norm that is allowed.
+            least: the least share that the step counts as seen.
+        """
+        scale = torch.empty(1, dtype=torch.float32, device=sums.device)
+        tensors = {"norms": norms, "shares": shares, "index": index, "sums": sums, "scale": scale}
+        numbers = {"count": len(norms), "micros": float(micros), "largest": float(largest), "least": float(least)}
+        with device_of(sums.device):
+            self._call(1, {**tensors, **numbers}, {})
+        return scale
 
 
 class Rescaling:

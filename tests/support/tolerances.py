@@ -50,6 +50,7 @@ TOLERANCES = {
     "what micro-batches move against the step": Tolerance(2e-5, 0.0),
     "what micro-batches of a Trainer move against the step": Tolerance(1.6e-2, 5.4e-3),
     "moments after clipping in the hook": Tolerance(3e-5, 0.0),
+    "clipping's kernels against the plain path": Tolerance(4e-7, 0.0),  # a GPU adds up in another order
     "norms of a clipped step, several processes against one": Tolerance(4e-7, 8.2e-8),
     "moments of a clipped step, several processes against one": Tolerance(1.1e-6, 3.6e-7),
     "moments of micro-batches of several processes against DDP's": Tolerance(3.2e-7, 1.1e-7),
