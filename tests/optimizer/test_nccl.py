@@ -17,7 +17,7 @@ import tests.support.nccl_worker as worker
 from tests.support.tolerances import TOLERANCES
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_S = 400
+LIMIT_S = 600
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,6 +30,9 @@ pytestmark = [
 NEAR = {
     r"FSDP2, (clipping|factored|muon.*)": "FSDP2 against one process, sums over ranks",
     r"ZeRO [12], clipping": "clipping under ZeRO, sums over ranks",
+    r"ZeRO [123](, (row|round robin|sub groups|bfloat16 state))?": "ZeRO against one GPU, 50 steps",
+    r"ZeRO [12], (Trainer|accumulation|lora|resume 2 -> 2)": "ZeRO against one GPU, 50 steps",
+    r"ZeRO [123], bfloat16": "ZeRO against one GPU, bfloat16, 4 steps",
     r"ZeRO 3, (Trainer|accumulation|clipping|lora|mini|resume 2 -> 2)": "ZeRO 3 against one process, 10 steps",
 }
 
@@ -56,7 +59,7 @@ def test_two_gpus_follow_one(rows: list[dict[str, Any]], family: str) -> None:
 
 def _allowed(case: str, found: str) -> bool:
     tolerance = next((name for pattern, name in NEAR.items() if re.fullmatch(pattern, case)), None)
-    near = re.match(r"near: (\S+) ", found)
+    near = re.match(r"near: ([^\s,]+)", found)
     return found == "bits" or bool(near and tolerance and float(near[1]) <= TOLERANCES[tolerance].allowed)
 
 

@@ -71,6 +71,9 @@ TOLERANCES = {
     # ZeRO 3's hooks let autograd add up some gradients in another order.
     "ZeRO 3 against one process, 10 steps": Tolerance(3.5e-7, 1.2e-7),
     "clipping under ZeRO, sums over ranks": Tolerance(3.5e-7, 1.2e-7),
+    # Measured on two H200. There weights lie at other addresses, for which cuBLAS and kernels add up in another order.
+    "ZeRO against one GPU, 50 steps": Tolerance(3.5e-5, 1.1e-5),
+    "ZeRO against one GPU, bfloat16, 4 steps": Tolerance(0.15, 4.7e-2),
     "bfloat16 under ZeRO against float32, 3 steps": Tolerance(1.5e-3, 4.9e-4),
     "float16 under ZeRO against float32, 4 steps": Tolerance(6e-3, 2.1e-3),
     "factored over ranks, 3 steps, float32 state": Tolerance(6e-7, 1.7e-7),

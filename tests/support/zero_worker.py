@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from foam_hf import FOAM, enable_gradient_release
 from foam_hf.memory import expected_state_bytes, state_bytes
-from tests.support.devices import BACKEND, choose_gpu, placed
-from tests.support.tolerances import assert_within
+from tests.support.devices import BACKEND, DEVICE, choose_gpu, placed
+from tests.support.tolerances import assert_within, error
 from tests.support.torchrun import launch
 
 deepspeed.ops.__compatible_ops__.clear()  # else every process compiles C++ for collectives, or waits for it
@@ -126,6 +126,17 @@ def assert_same(mine: list[Tensor], theirs: list[Tensor], what: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)), (what, worst)
 
 
+def assert_follows(mine: list[Tensor], alone: list[Tensor], what: str) -> float:
+    """The bits of one process. On GPUs kernels depend on addresses, so there it is the largest relative difference."""
+    if DEVICE == "cpu":
+        assert_same(mine, alone, what)
+        return 0.0
+    for a, b in zip(mine, alone, strict=True):
+        half = what.startswith("bfloat16")
+        assert_within(a, b, "ZeRO against one GPU, bfloat16, 4 steps" if half else "ZeRO against one GPU, 50 steps")
+    return max(error(a, b) for a, b in zip(mine, alone, strict=True))
+
+
 # ZeRO configs, and FOAM's options, whose runs have the bits of one process.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "zero 1": ({"zero": {"stage": 1}}, {}),
@@ -143,12 +154,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def follows_one_process(name: str, steps: int) -> None:
+def follows_one_process(name: str, steps: int) -> float:
     config, options = CASES[name]
     expected, one = alone(steps, **options)
     engine, model, optimizer = engine_of({**config, "zero": dict(config["zero"])}, **options)
     train(engine, batches(steps))
-    assert_same(whole(model), expected, name)
+    differing = assert_follows(whole(model), expected, name)
     whole_state = expected_state_bytes(one.param_groups)
     assert whole_state == state_bytes(one)
     doubled = sum(
@@ -162,6 +173,7 @@ def follows_one_process(name: str, steps: int) -> None:
     dist.all_reduce(held)
     assert int(held[0]) == whole_state + int(held[1]), (name, held, whole_state)
     assert 0 < int(held[1]) < 0.02 * whole_state or "row" in name, (name, held)
+    return differing
 
 
 BF16_CONFIG = {"bf16": {"enabled": True}}
@@ -171,19 +183,20 @@ BF16_MASTERS = {
 }
 
 
-def bfloat16(stage: int) -> None:
+def bfloat16(stage: int) -> float:
     """DeepSpeed keeps float32 copies of bfloat16 weights; if told not to, they round stochastically, by place."""
     expected, _ = alone(SHORT, BF16, masters=True)
     engine, model, _ = engine_of({"zero": {"stage": stage}, **BF16_CONFIG}, BF16)
     train(engine, batches(SHORT))
     mine = [safe_get_full_fp32_param(p) for p in model.parameters()]
-    assert_same(mine, expected, f"bfloat16, zero {stage}")
+    differing = assert_follows(mine, expected, f"bfloat16, zero {stage}")
     if stage > 1:
         expected, _ = alone(SHORT, BF16)
         engine, model, optimizer = engine_of({"zero": {"stage": stage}, **BF16_MASTERS}, BF16)
         train(engine, batches(SHORT))
         assert {parts.flat.tensor.dtype for parts in optimizer.flat_parts} == {BF16}
-        assert_same(whole(model), expected, f"bfloat16 copies, zero {stage}")
+        differing = max(differing, assert_follows(whole(model), expected, f"bfloat16 copies, zero {stage}"))
+    return differing
 
 
 def float16() -> None:
