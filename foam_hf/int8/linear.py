@@ -32,10 +32,16 @@ def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
     else:
         dtype = weight.dtype if torch.compiler.is_compiling() else weight.outer_dtype
     if not torch.is_grad_enabled():  # for example in the first pass of a checkpointed layer
-        return torch.nn.functional.linear(x, dequantize(weight.codes, weight.scales, dtype), bias)
+        return torch.nn.functional.linear(x, _floating(weight, dtype), bias)
     if in_backward() and weight.requires_grad and not torch.compiler.is_compiling():
         return _Linear.apply(_Kept.apply(x, weight), weight, bias, dtype, True)
     return _Linear.apply(x, weight, bias, dtype, False)
+
+
+def _floating(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
+    if torch.compiler.is_compiling():
+        return dequantize(weight.codes, weight.scales, dtype)
+    return weight.dequantize(dtype)  # which an offloaded weight does while no other thread brings another layer
 
 
 def in_backward() -> bool:
@@ -74,7 +80,7 @@ class _Linear(torch.autograd.Function):
             if not kept:
                 ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
             ctx.weight, ctx.version = weight, _version(weight)
-        out = torch.nn.functional.linear(x, dequantize(weight.codes, weight.scales, dtype), bias)
+        out = torch.nn.functional.linear(x, _floating(weight, dtype), bias)
         if not torch.compiler.is_compiling() and out._is_view():
             # autograd refuses `out += 1` for a view that a Function returns; this has the same memory and is no view
             out = torch.ops.aten._unsafe_view(out, out.shape)
@@ -125,7 +131,7 @@ def _unchanged(ctx: Any, dtype: torch.dtype) -> Tensor:
             f"an INT8 weight of shape {tuple(weight.shape)}, needed for gradient computation, has been modified by an "
             f"inplace operation: it is at version {version}; expected version {ctx.version}"
         )
-    return dequantize(weight.codes, weight.scales, dtype)
+    return weight.dequantize(dtype)
 
 
 @torch.library.custom_op("foam_hf::dequantize_in_backward", mutates_args=())

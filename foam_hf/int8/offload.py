@@ -49,6 +49,10 @@ class Offload:
         """Itself: a copy of its model that can exist, on the meta device, holds its quantizer and no weight of it."""
         return self
 
+    def __reduce__(self) -> Any:
+        """None: weights are pickled as INT8 weights that are not offloaded."""
+        return type(None), ()
+
     def take(self, name: str, weight: Int8Weight) -> Int8Weight:
         """Copy the weight called ``name`` to host memory, and return one that visits the device of ``weight``.
 
@@ -102,8 +106,13 @@ class OffloadedWeight(Int8Weight):
         """What it holds on the device, with all other weights that visit it: the slots."""
         return self.foam_layer.visits.slots
 
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        with self.foam_layer.visits.lock:
+            return super().dequantize(dtype)
+
     def stored(self) -> tuple[Tensor, Tensor]:
-        codes, scales = self.foam_layer.home()[self._number]
+        with self.foam_layer.visits.lock:
+            codes, scales = self.foam_layer.home()[self._number]
         return codes, scales
 
     def written(self) -> None:
@@ -147,7 +156,9 @@ class OffloadedWeight(Int8Weight):
                 return self._like()
             if func is _aten._to_copy.default and kwargs.get("dtype") in (None, *DTYPES):
                 if torch.device(kwargs.get("device") or self._place).type != "meta":
-                    return self._like(kwargs.get("dtype"), kwargs.get("device"))
+                    if hasattr(self, "_is_param"):  # as `Module.to` has it, whose model keeps its host memory
+                        return self._like(kwargs.get("dtype"), kwargs.get("device"))
+                    return super().__torch_dispatch__(func, types, args, kwargs)
                 codes, scales = (torch.empty(part[1], dtype=part[2], device="meta") for part in self._parts)
                 return Int8Weight(codes, scales, kwargs.get("dtype") or self.dtype)
             if func in _SPLITS:

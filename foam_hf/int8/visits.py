@@ -11,6 +11,7 @@ Copies run on streams of their own; a layer waits for its copy, a copy for the l
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,11 +32,13 @@ class Visits:
 
     Attributes:
         layers: in the order of the model's parameters.
+        lock: held from a visit to the last use of it, where several threads may compute with the model.
     """
 
     def __init__(self, layers: Iterable[tuple[str, Sequence[tuple[torch.Size, int]]]]) -> None:
         """``layers`` have a name, and the shape of each weight with the columns of its blocks."""
         self.layers = [Layer(self, index, name, weights) for index, (name, weights) in enumerate(layers)]
+        self.lock = threading.RLock()
         self._device: torch.device | None = None
         self._slots: list[_Slot] = []
         self._current: Layer | None = None
@@ -89,7 +92,7 @@ class Visits:
         for layer in self.layers:
             self.settle(layer)
             layer.forget_device()
-        self._current, self._working, self._device = None, None, device
+        self._current, self._working, self._device, self._slots = None, None, None, []
         cuda = device.type == "cuda"
         if cuda:
             lock_all([layer.pages for layer in self.layers])
@@ -100,9 +103,10 @@ class Visits:
             into.wait_stream(torch.cuda.current_stream(device))  # which may still use what the slots' memory was
         for layer in self.layers:
             layer.visit(self._slots[layer.index % len(sizes)])
+        self._device = device  # not before: what fails for want of memory is tried again
 
     def _load(self, layer: Layer | None) -> None:
-        if layer is not None and layer.slot is not None and layer.slot.holder is not layer:
+        if layer is not None and layer.slot is not None and (layer.slot.holder is not layer or layer.stale):
             layer.slot.take(layer)
 
     def settle(self, layer: Layer) -> None:
@@ -111,6 +115,15 @@ class Visits:
             layer.leave()
         if layer.saved is not None:
             layer.saved.synchronize()
+
+    def hand_out(self, layer: Layer) -> None:
+        """Let the caller read and write the host memory of ``layer``; at its next use it comes anew."""
+        self.settle(layer)
+        if layer.come is not None:
+            layer.come.synchronize()
+        layer.stale = True
+        if layer is self._current:
+            self._current = None
 
 
 class _Slot:
@@ -127,6 +140,7 @@ class _Slot:
     def take(self, layer: Layer) -> None:
         """Copy ``layer`` here when the last work on the slot is done."""
         old, self.holder = self.holder, layer
+        layer.stale = False
         if self.into is None:
             layer.copy_in()
             return
@@ -148,6 +162,7 @@ class Layer:
         nbytes: of all of them.
         slot: where it visits the device; None before the first visit.
         there: codes and scales of each weight in that slot.
+        stale: whether host memory may have been written to since it came there.
         come, left, saved: CUDA events at the end of the copy to the device, of the work there, of the copy back.
     """
 
@@ -156,6 +171,7 @@ class Layer:
         self.parts, self.nbytes = layout(weights)
         self.slot: _Slot | None = None
         self.there: list[tuple[Tensor, ...]] = []
+        self.stale = False
         self.come: Any = None
         self.left: Any = None
         self.saved: Any = None
@@ -178,8 +194,11 @@ class Layer:
         self.visits.bring(self, device, aside)
 
     def home(self) -> list[tuple[Tensor, ...]]:
-        """Codes and scales of each weight in host memory, complete: what the device has written is there."""
-        self.visits.settle(self)
+        """Codes and scales of each weight in host memory, complete: what the device has written is there.
+
+        A caller may write to them, before the next use of the layer.
+        """
+        self.visits.hand_out(self)
         return [tuple(self.pages.view(*part) for part in parts) for parts in self.parts]
 
     def visit(self, slot: _Slot) -> None:

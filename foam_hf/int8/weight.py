@@ -301,8 +301,9 @@ def _copy_into(weight: Int8Weight, source: Tensor) -> None:
             f"cannot copy an INT8 weight of shape {tuple(source.shape)} in blocks of {source.block_size} into one of "
             f"shape {tuple(weight.shape)} in blocks of {weight.block_size}; expected the same shape and block size"
         )
-    weight.codes.copy_(source.codes)
-    weight.scales.copy_(source.scales)
+    codes, scales = source.stored()  # to bring an offloaded source to the device could send `weight` away
+    weight.codes.copy_(codes)
+    weight.scales.copy_(scales)
     weight.written()
 
 

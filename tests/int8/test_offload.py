@@ -253,8 +253,11 @@ def test_a_weight_looks_like_an_int8_weight_wherever_it_is() -> None:
         clone.scales, visiting.scales
     )
     half = visiting.detach().to(torch.bfloat16)
-    assert isinstance(half, OffloadedWeight) and half.dtype == torch.bfloat16
+    assert type(half) is Int8Weight and half.dtype == torch.bfloat16
     assert torch.equal(half.dequantize(), visiting.dequantize(torch.bfloat16))
+    with torch.no_grad():
+        visiting.copy_(resident)
+    assert not torch.equal(half.scales, visiting.scales)  # a copy, as of any other tensor
     meta = visiting.detach().to("meta")
     assert meta.is_meta and meta.codes.shape == visiting.shape
     file = io.BytesIO()
@@ -262,7 +265,9 @@ def test_a_weight_looks_like_an_int8_weight_wherever_it_is() -> None:
     file.seek(0)
     read = torch.load(file, weights_only=True)
     assert type(read) is Int8Weight and torch.equal(read.codes, visiting.stored()[0])
-    visiting.data = visiting.data.to(torch.bfloat16)
+    moved = nn.ParameterList([visiting]).to(torch.bfloat16)[0]
+    assert isinstance(moved, OffloadedWeight) and moved.dtype == torch.bfloat16
+    moved.data = moved.data
     with pytest.raises(TypeError, match="cannot make a Int8Weight the data of an INT8 weight that is offloaded"):
         visiting.data = clone
     with pytest.raises(NotImplementedError, match="cannot split an INT8 weight .* as fully_shard does"):
