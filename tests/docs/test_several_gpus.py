@@ -110,17 +110,19 @@ ROWS: dict[str, list[Proof | None]] = {
 
 
 MICRO = "DDP and FSDP2, release and accumulation"
+RESUMED = ["DDP, resume 2 -> 1 -> 2", "FSDP2 SHARDED_STATE_DICT, resume 2 -> 1 -> 2"]
 # Cells -> their case in the results of tests/support/nccl_worker.py.
 OVER_NCCL: dict[str, list[str]] = {
     "`foam`": ["DDP, float32", "FSDP2, float32", "ZeRO 1", "ZeRO 2", "ZeRO 3, Trainer"],
     "`foam_mini` (`level=row`)": ["DDP, row", "FSDP2, mini", "ZeRO 1, row", "ZeRO 2, row", "ZeRO 3, mini"],
     "`second_moment=factored`": ["DDP, factored", "FSDP2, factored"],
     "`foam_muon`": ["DDP, muon", "FSDP2, muon"],
+    "`foam_muon`, embeddings and head plain": ["DDP, muon"],
     "`foam_adam_mini`": ["DDP, adam_mini"],
     "`plain_state=8bit`": ["DDP, plain_state=8bit"],
     "INT8 weights": ["DDP, INT8", "FSDP2, INT8"],
     "gradient release": ["DDP, release, float32", "FSDP2, release, block"],
-    "release and accumulation": [f"{MICRO}, float32"] * 2,
+    "release and accumulation": ["DDP, release, accumulation", "FSDP2, release, accumulation"],
     "release and clipping": [f"{MICRO}, clipping"] * 2,
     "release and INT8 weights": [f"{MICRO}, INT8"] * 2,
     "release and LoRA": [f"{MICRO}, LoRA"] * 2,
@@ -128,8 +130,8 @@ OVER_NCCL: dict[str, list[str]] = {
     "accumulation": [f"{engine}, accumulation" for engine in COLUMNS],
     "clipping": [f"{engine}, clipping" for engine in COLUMNS],
     "LoRA": [f"{engine}, lora" for engine in COLUMNS],
-    "resume, as many processes": ["", "", *(f"ZeRO {stage}, resume by hand" for stage in (1, 2, 3))],
-    "resume, another number": ["DDP, resume 2 -> 1 -> 2", "FSDP2 SHARDED_STATE_DICT, resume 2 -> 1 -> 2"],
+    "resume, as many processes": [*RESUMED, *(f"ZeRO {stage}, resume by hand" for stage in (1, 2, 3))],
+    "resume, another number": RESUMED,
 }
 
 

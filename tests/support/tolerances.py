@@ -71,6 +71,8 @@ TOLERANCES = {
     # ZeRO 3's hooks let autograd add up some gradients in another order.
     "ZeRO 3 against one process, 10 steps": Tolerance(3.5e-7, 1.2e-7),
     "clipping under ZeRO, sums over ranks": Tolerance(3.5e-7, 1.2e-7),
+    # Measured on two H200: what embeddings differ by goes on into the matrices.
+    "Muon under FSDP2 against one GPU, 3 steps": Tolerance(1e-4, 3.2e-5),
     # Measured on two H200. There weights lie at other addresses, for which cuBLAS and kernels add up in another order.
     "ZeRO against one GPU, 50 steps": Tolerance(3.5e-5, 1.1e-5),
     "ZeRO against one GPU, bfloat16, 4 steps": Tolerance(0.15, 4.7e-2),
