@@ -34,11 +34,11 @@ from foam_hf.tensors.places import Group
 from foam_hf.tensors.step import Hyper, Member
 
 STRIPE = 128  # S, rows of a program of the big pass
-# Of the narrow kernel. R * C: a program reads a stretch of a row that is long enough for the memory's pages. Fewer
-# registers of a thread would spill, more leave fewer programs to hide the latency of memory.
-ROW_ELEMENTS, THREAD_ELEMENTS, REGISTERS = 1024, 8, 80
-# Of the wide kernel: the columns that a block may have, R * C, lanes of a program, or all of a block if it has more.
-LEAST_COLUMNS, MOST_COLUMNS, WIDE_ELEMENTS, LANES_OF_PROGRAM, CHUNKS = 256, 4096, 512, 32, 2
+ROW_ELEMENTS = 1024  # R * C: a program reads a stretch of a row that is long enough for the memory's pages
+# Of the narrow kernel. Fewer registers of a thread would spill, more leave fewer programs to hide memory's latency.
+THREAD_ELEMENTS, REGISTERS = 8, 80
+# Of the wide kernel: the columns that a block may have, lanes of a program, or all of a block if it has more.
+LEAST_COLUMNS, MOST_COLUMNS, LANES_OF_PROGRAM, CHUNKS = 256, 4096, 64, 2
 STAGES, STAGED = 4, 24 << 10  # of rows that are on their way, and bytes of them in shared memory at most
 
 
@@ -88,8 +88,7 @@ class FactoredLaunch(AddressTable):
     def __init__(self, geometry: Geometry, entries: list[Entry]) -> None:
         self.shared = bool(entries[0].place.row_groups)  # other ranks have rows of these matrices
         tallest, widest = (max(entry.weight.shape[k] for entry in entries) for k in (-2, -1))
-        elements = WIDE_ELEMENTS if _is_wide(geometry) else ROW_ELEMENTS
-        width = min(max(elements, geometry.columns), triton.next_power_of_2(widest))
+        width = min(max(ROW_ELEMENTS, geometry.columns), triton.next_power_of_2(widest))
         segments = max(1, width // geometry.columns)  # R
         stripe = min(STRIPE, triton.next_power_of_2(max(1, tallest)))  # S
         extents = [_extent(entry.weight, geometry.columns, segments, stripe) for entry in entries]
