@@ -60,11 +60,8 @@ class Collected:
         return step_some(optimizer, params, numbering, prepared, scale, micro, pending)
 
     def _sums_of(self, optimizer: FOAM, p: Tensor, numbering: Numbering) -> tuple[Tensor, ...]:
-        found = self._sums.get(id(p))
-        if found is None or found[0].device != local(p).device:
-            index, _ = numbering[id(p)]
-            state = member_of_state(optimizer, p, numbering)
-            like = local(next(iter(state)))
+        found, like = self._sums.get(id(p)), local(next(iter(member_of_state(optimizer, p, numbering))))
+        if found is None or found[0].device != like.device or found[0].shape != like.shape:
             found = tuple(torch.zeros(like.shape, dtype=torch.float32, device=like.device) for _ in range(3))
             self._sums[id(p)] = found
         return found
@@ -89,13 +86,16 @@ class Collected:
                 folded[i] -= sums[i][..., -1].square().sum() * (widths[i] - rest)
         return add_over_shards(params, folded + torch.stack(torch._foreach_norm(sketches)).square_())
 
-    def complete(self, optimizer: FOAM, numbering: Numbering, count: int) -> None:
-        """Give weights that had a gradient in only some of ``count`` micro-batches the rest of their first moment."""
+    def complete(self, optimizer: FOAM, numbering: Numbering, count: int, scale: Tensor | None) -> None:
+        """Give weights that had a gradient in only some of ``count`` micro-batches the rest of their first moment.
+
+        ``scale`` is what the gradients are divided by, as in ``finish``; the sums were collected before that.
+        """
         for p in self._params.values():
             missing = count - self.number(p)
             if missing > 0:
-                p.grad = zero_gradient(p)
-                self.update(optimizer, [p], numbering, None, None, Micro(self.number(p), count, missing))
+                p.grad, own = zero_gradient(p), None if scale is None else scale.to(local(p).device)
+                self.update(optimizer, [p], numbering, None, own, Micro(self.number(p), count, missing))
                 p.grad = None
 
     @torch.no_grad()

@@ -184,7 +184,8 @@ class GradientRelease:
     def finish(self) -> None:
         """End a backward pass before ``optimizer.step()``, which does it otherwise. All ranks must call it.
 
-        It updates weights whose gradient this rank lacks and others have.
+        It updates weights whose gradient this rank lacks and others have. With several backward passes a step, call it
+        after one that raised an error, if the training goes on.
         """
         self._hooks.finish()
 
@@ -236,7 +237,6 @@ class GradientRelease:
         if not self._updates.taken and not (averaging is not None and averaging.began):
             self._hooks.begin()
         self._hooks.finish()
-        self._updates.complete()
         params = [*parameters_of(self._optimizer.param_groups)]
         rest = [p for p, grad in zip(params, gradients(params), strict=True) if grad is not None]
         unkept = [p for p in rest if not self._hooks.keeps(p)]

@@ -126,13 +126,8 @@ class Updates:
             self._prepared[first] = self._used[first] = prepared
             _free(some)
 
-    def complete(self) -> None:
-        """Complete what micro-batches have begun, before the norm is asked for."""
-        if self._collected:
-            self._collected.complete(self.optimizer, self.numbering, self.micros)
-
     def finish(self, rest: list[Tensor]) -> None:
-        """Correct the moments by the norm, and update ``rest``, whose gradients were kept."""
+        """Complete what micro-batches began, correct moments by the norm, and update ``rest``, which were kept."""
         for p in rest:
             self.take_up(p)
         scale = None
@@ -140,6 +135,7 @@ class Updates:
             scale = divisors(norm.reshape(1), self.clip_all.largest)
             self.clip_all.correct(scale)
         if self._collected:
+            self._collected.complete(self.optimizer, self.numbering, self.micros, scale)
             self._collected.finish(self.optimizer, scale)
         for device in {p.device for p in rest}:
             some = [p for p in rest if p.device == device]

@@ -128,6 +128,24 @@ def test_what_the_micro_batches_move_adds_up_to_the_step(k: int = 5) -> None:
         assert optimizer.state[p]["step"] == plain.state[q]["step"]
 
 
+def test_clipping_makes_a_step_the_same_however_large_the_gradients_are() -> None:
+    """Also that of a weight without a gradient in some micro-batches, whose first moment goes on."""
+    found = []
+    for size in (1.0, 1024.0):
+        torch.manual_seed(0)
+        weights = [torch.randn(4, 32), torch.randn(4, 32)]
+        params, optimizer, _ = made([w.clone() for w in weights], 3, 0.01, level=3)
+        for step, parts in enumerate(gradients((4, 32), 5, 3)):
+            for i, grad in enumerate(parts):
+                for number, p in enumerate(params):
+                    if number == 0 or i == step % 3:
+                        backward(p, size * grad)
+            optimizer.step()
+        found.append([p.detach().cpu() - w for p, w in zip(params, weights, strict=True)])
+    for small, large in zip(*found, strict=True):
+        assert_within(large, small, "clipped micro-batches, gradients of another size")
+
+
 def test_the_norm_of_all_gradients_is_known_without_them() -> None:
     """Micro-batches that agree, that cancel and that are independent; 4,096 blocks, so within a tenth."""
     torch.manual_seed(0)
