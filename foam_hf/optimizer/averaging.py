@@ -12,6 +12,8 @@ rank is not updated.
 
 from __future__ import annotations
 
+import functools
+import operator
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,8 +23,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import BackwardCFunction
 
+from foam_hf.optimizer.packs import bytes_of, flat_gradients, references
+
 LARGEST_PACK = 25 * 2**20  # bytes, as in DDP: one collective for many small gradients, and time to hide it behind
-_ALIGNMENT = 16  # elements; kernels read aligned addresses faster
 
 
 class _Sent(NamedTuple):
@@ -32,7 +35,7 @@ class _Sent(NamedTuple):
         works: what to wait for.
         params: of the pack.
         grads: what will be their averaged gradients.
-        used: on how many ranks each has a gradient, float32 (len(params),), and two sums of ``PassNumbers``.
+        used: on how many ranks each has a gradient, float32 (len(params),), and the sums of ``PassNumbers``.
         size: bytes of the gradients.
     """
 
@@ -46,27 +49,39 @@ class _Sent(NamedTuple):
 class PassNumbers:
     """Finds out that ranks made different numbers of backward passes, whose gradients would be averaged silently.
 
-    Each pack carries the numbers of its step and of its pass. On a GPU the answer is read a pass later, or more.
+    Each pack carries the numbers of its step and of its pass, and how many the step has at most: updates depend on it.
+    On a GPU the answer is read a pass later, or more.
+
+    Attributes:
+        count: how many numbers there are.
+        micros: the most passes of the current step.
     """
 
+    count = 3
+
     def __init__(self, world: int) -> None:
-        self._world, self._step, self._pass = world, 0, 0
+        self._world, self._step, self._pass, self.micros = world, 0, 0, 1
         self._wrong: Tensor | None = None
         self._host: Tensor | None = None
         self._event: Any = None
 
+    @property
+    def _numbers(self) -> tuple[int, ...]:
+        return self._step, self._pass, self.micros
+
     def write(self, numbers: Tensor) -> None:
         """Write the numbers that a pack carries."""
-        numbers[0].fill_(self._step)
-        numbers[1].fill_(self._pass)
+        for place, number in zip(numbers, self._numbers, strict=True):
+            place.fill_(number)  # no copy from the host
 
     def read(self, sums: Tensor) -> None:
         """Compare with the sums of the numbers over ranks.
 
         Raises:
-            RuntimeError: other ranks sent another pass.
+            RuntimeError: other ranks sent another pass, or one of a step of another length.
         """
-        wrong = (sums[0] != self._step * self._world) | (sums[1] != self._pass * self._world)
+        pairs = zip(sums, self._numbers, strict=True)
+        wrong = functools.reduce(operator.or_, (found != number * self._world for found, number in pairs))
         if sums.device.type == "cpu":
             self._refuse(bool(wrong))
         else:
@@ -94,9 +109,9 @@ class PassNumbers:
     def _refuse(self, wrong: bool) -> None:
         if wrong:
             raise RuntimeError(
-                "processes made different numbers of backward passes before optimizer.step(), so that gradients of "
-                f"other passes were averaged: this one is at pass {self._pass + 1} of a step; expected as many on "
-                "every process, as gradient release averages each"
+                "processes made different numbers of backward passes before optimizer.step(), or were told of "
+                f"different ones: this one is at pass {self._pass + 1} of a step with accumulation={self.micros}; "
+                "expected as many on every process, as gradient release averages each, and the same accumulation"
             )
 
 
@@ -115,9 +130,10 @@ class Averaging:
     ) -> None:
         self.group, self._world = group, distributed.get_world_size(group)
         self._pass_numbers = PassNumbers(self._world) if accumulates else None
+        self._told = self._pass_numbers.count if self._pass_numbers is not None else 0
         self._params, self._numbers = list(params), {id(p): i for i, p in enumerate(params)}
-        self._limit = min(largest_pack, max((_bytes(p) for p in params), default=0))
-        self._agreed = False
+        self._limit = min(largest_pack, max((bytes_of(p) for p in params), default=0))
+        self._agreed, self._references = False, references()
         # Vectors last: a norm that is defined far from where it is used would hold up much, and they are small.
         self._pack(sorted(range(len(self._params)), key=lambda i: (self._params[i].dim() < 2, -i)))
         self._sent: deque[_Sent] = deque()
@@ -127,11 +143,11 @@ class Averaging:
         self._packs: list[list[Tensor]] = []
         held = 0
         for p in (self._params[i] for i in order):
-            if not self._packs or held + _bytes(p) > self._limit:
+            if not self._packs or held + bytes_of(p) > self._limit:
                 self._packs.append([])
                 held = 0
             self._packs[-1].append(p)
-            held += _bytes(p)
+            held += bytes_of(p)
         self._order = [self._numbers[id(p)] for pack in self._packs for p in pack]
         self._pack_of = {id(p): i for i, pack in enumerate(self._packs) for p in pack}
 
@@ -141,6 +157,7 @@ class Averaging:
             for work in sent.works:
                 work.wait()
         self._sent.clear()
+        self._coming: Tensor | None = None  # whose hook this is
         self._next, self._task, self._finished = 0, -1, False
         self._came: list[int] = []
         self._here: set[int] = set()
@@ -151,6 +168,11 @@ class Averaging:
         self.forget()
         if self._pass_numbers is not None:
             self._pass_numbers.end_step()
+
+    def expect(self, micros: int) -> None:
+        """A step begins that has so many passes at most."""
+        if self._pass_numbers is not None:
+            self._pass_numbers.micros = micros
 
     def averages(self, p: Tensor) -> bool:
         """Whether ``p`` is one of its parameters."""
@@ -194,12 +216,13 @@ class Averaging:
 
     def add(self, p: Tensor) -> Iterator[list[Tensor]]:
         """The gradient of ``p`` is complete on this rank. Yields parameters whose gradients are averaged now."""
-        self._finished = False
+        self._finished, self._coming = False, p
         self._here.add(id(p))
         self._came.append(self._numbers[id(p)])
         self._lacking[self._pack_of[id(p)]] -= 1
         while self._next < len(self._packs) and not self._lacking[self._next]:
             yield from self._send_next()
+        self._coming = None
 
     def land(self) -> Iterator[list[Tensor]]:
         """Wait for all that was sent; yields its parameters."""
@@ -233,7 +256,7 @@ class Averaging:
         """Send the next pack. Yields what must land before, so that no more than two packs are on the way."""
         pack = self._packs[self._next]
         self._next += 1
-        size = sum(map(_bytes, pack))
+        size = sum(map(bytes_of, pack))
         while self._sent and self.bytes_on_the_way + size > 2 * self._limit:
             yield self._land_first()
         works: list[Any] = []
@@ -241,14 +264,14 @@ class Averaging:
         params: list[Tensor] = []
         for dtype in dict.fromkeys(p.dtype for p in pack):
             mine = [p for p in pack if p.dtype == dtype]
-            flat, parts = _flat(mine)
+            flat, parts = flat_gradients(mine, self._references[mine[0] is self._coming])
             flat.mul_(1.0 / self._world)
             works.append(distributed.all_reduce(flat, group=self.group, async_op=True))
             params += mine
             grads += parts
-        used = torch.ones(len(params) + 2, device=params[0].device)
+        used = torch.ones(len(params) + self._told, device=params[0].device)
         if self._pass_numbers is not None:
-            self._pass_numbers.write(used[-2:])
+            self._pass_numbers.write(used[len(params) :])
         for i, p in enumerate(params):
             if id(p) not in self._here:
                 used[i].zero_()  # no copy from the host, which would wait for the GPU
@@ -264,39 +287,16 @@ class Averaging:
         for work in sent.works:
             work.wait()  # on a GPU the stream waits, not the host
         if self._pass_numbers is not None:
-            self._pass_numbers.read(sent.used[-2:])
+            self._pass_numbers.read(sent.used[len(sent.params) :])
         lacks = any(id(p) not in self._here for p in sent.params)
-        counts = sent.used[:-2].tolist() if lacks else [1.0] * len(sent.params)  # only then must the host wait
+        counts = (
+            sent.used[: len(sent.params)].tolist() if lacks else [1.0] * len(sent.params)
+        )  # only then must the host wait
         found = [(p, grad) for p, grad, count in zip(sent.params, sent.grads, counts, strict=True) if count]
         with torch._C.DisableTorchFunctionSubclass():
             for p, grad in found:
                 p.grad = grad
         return [p for p, _ in found]
-
-
-def _bytes(p: Tensor) -> int:
-    return p.numel() * p.element_size()
-
-
-def _flat(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of ``params``, which lose them, in one tensor of their dtype, and each one's part of it.
-
-    A missing gradient is zeros. The gradient of a single parameter is not copied if it is contiguous.
-    """
-    with torch._C.DisableTorchFunctionSubclass():  # or tensor subclasses would run Python code
-        grads = [p.grad for p in params]
-        for p in params:
-            p.grad = None
-    dtype, device = params[0].dtype, params[0].device
-    if len(params) == 1 and grads[0] is not None and grads[0].dtype == dtype and grads[0].is_contiguous():
-        return grads[0].view(-1), [grads[0]]
-    sizes = [-(-p.numel() // _ALIGNMENT) * _ALIGNMENT for p in params]
-    flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
-    parts = [part[: p.numel()].view(p.shape) for part, p in zip(flat.split(sizes), params, strict=True)]
-    pairs = [(part, grad) for part, grad in zip(parts, grads, strict=True) if grad is not None]
-    if pairs:
-        torch._foreach_copy_([part for part, _ in pairs], [grad for _, grad in pairs])
-    return flat, parts
 
 
 @torch.no_grad()

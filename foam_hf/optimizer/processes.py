@@ -126,10 +126,12 @@ def _reduce_always(model: nn.Module) -> Callable[[], None]:
     Returns:
         a function that lets it do as it is told again.
     """
-    names = ("set_requires_gradient_sync", "set_requires_all_reduce")
+    # Without the wait that ``set_is_last_backward(False)`` leaves out, a forward pass would race with updates.
+    names = ("set_requires_gradient_sync", "set_requires_all_reduce", "set_is_last_backward")
     modules: list[Any] = [module for module in model.modules() if hasattr(type(module), names[0])]
     for module in modules:
         module.set_requires_gradient_sync(True, recurse=False)
+        module.set_is_last_backward(True)
         for name in names:
             setattr(module, name, _do_nothing)
 
@@ -142,7 +144,7 @@ def _reduce_always(model: nn.Module) -> Callable[[], None]:
 
 
 def _do_nothing(*_: Any, **__: Any) -> None:
-    """Stands in for what tells FSDP2 not to reduce."""
+    """Stands in for what tells FSDP2 not to reduce, or not to wait for it."""
 
 
 def _refuse_unreduced(model: nn.Module, trained: list[Tensor], wrapper: str) -> None:

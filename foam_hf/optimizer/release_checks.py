@@ -77,6 +77,15 @@ def too_many(name: str, micros: int) -> RuntimeError:
     )
 
 
+def unended(name: str) -> RuntimeError:
+    """The error for the gradient of another backward pass, when those of the last one are on their way."""
+    return RuntimeError(
+        f"{name} got the gradient of another backward pass, and the one before did not reach its end: what it sent to "
+        "other processes is on its way; expected finish() of gradient release's handle, on every process, after a "
+        "backward pass that raised an error"
+    )
+
+
 def refuse_again(rest: list[Tensor], updated: Iterable[int], names: Names, excess: bool) -> None:
     """Raise RuntimeError if one of ``rest``, which have a gradient at the end of a step, is updated already.
 

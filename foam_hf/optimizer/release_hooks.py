@@ -11,7 +11,7 @@ from torch import Tensor
 from foam_hf.optimizer.buckets import Bucket, gradients, stream_of
 from foam_hf.optimizer.checks import check_gradient
 from foam_hf.optimizer.processes import Processes
-from foam_hf.optimizer.release_checks import Names, too_many
+from foam_hf.optimizer.release_checks import Names, too_many, unended
 from foam_hf.optimizer.release_updates import Updates
 from foam_hf.tensors.places import local
 
@@ -65,6 +65,8 @@ class Hooks:
         if id(p) not in updates.numbering:
             return  # it was removed from the optimizer
         if averaging.has(p) and updates.micros > 1:
+            if averaging.bytes_on_the_way:
+                raise unended(self._names.get(id(p), "a parameter"))
             self.finish()  # a backward pass whose end was not seen
         if updates.taken.get(id(p), 0) >= updates.micros or averaging.has(p):
             raise self._too_many(p)
@@ -79,6 +81,8 @@ class Hooks:
     def begin(self) -> None:
         """Prepare for the first gradient of a step."""
         self._updates.begin(self._released, self.accumulation)
+        if self._processes.averaging is not None:
+            self._processes.averaging.expect(self.accumulation)
 
     def finish(self) -> None:
         """As ``GradientRelease.finish``."""
@@ -117,8 +121,8 @@ class Hooks:
     def _take_averaged(self, params: list[Tensor]) -> None:
         """Update ``params``, whose gradients have been averaged over processes."""
         self._updates.gradient_came()
-        found = gradients(params)
-        params = [p for p, grad in zip(params, found, strict=True) if grad is not None]
+        found, known = gradients(params), self._updates.numbering
+        params = [p for p, grad in zip(params, found, strict=True) if grad is not None and id(p) in known]
         for p in params:
             if id(p) in self._kept:
                 _own_storage(p)

@@ -28,6 +28,11 @@ from foam_hf.int8.models import convert_
 from tests.support.devices import DEVICE, choose_gpu, kernel, placed, start_group
 from tests.support.int8_sharding_worker import stored_in
 from tests.support.interpreter import patch_once
+from tests.support.release_troubles import (
+    a_pass_that_fails,
+    a_weight_that_left_the_optimizer,
+    ranks_that_make_other_numbers_of_passes,
+)
 from tests.support.release_worker import BF16, LiveGradients, batch, layers_of, least_llama, refused
 from tests.support.sharding_worker import full_tensor
 from tests.support.tiny_models import HIDDEN, tiny_llama, tiny_lora_llama, tiny_qwen2
@@ -125,6 +130,8 @@ def train(model: Any, optimizer: FOAM, handle: Any, passes: tuple[int, ...], fir
             if hasattr(model, "set_requires_gradient_sync"):
                 model.set_requires_gradient_sync(last)
                 model.set_requires_all_reduce(last)
+                model.set_is_last_backward(last)
+                assert model._get_fsdp_state()._state_ctx.is_last_backward, "updates would race with the next pass"
             with model.no_sync() if isinstance(model, DDP) and not last else nullcontext():
                 (model(**batch(step, micro, rank=0)).loss / count).backward()
             assert handle.unfinished
@@ -242,29 +249,6 @@ def layers_that_not_all_ranks_use() -> None:
             assert_within(found[1][name], x, "moments of micro-batches of several processes against DDP's")
 
 
-def ranks_that_make_other_numbers_of_passes() -> None:
-    """The second rank goes on to its next step, whose first pass meets the other one's second pass."""
-    torch.manual_seed(0)
-    model = placed(nn.Linear(HIDDEN, HIDDEN))
-    optimizer = FOAM(model.parameters(), lr=0.1, level=3)
-    enable_gradient_release(model, optimizer, accumulation=2, process_group=dist.group.WORLD)
-    inputs = placed(torch.randn(4, HIDDEN))
-    model(inputs).square().sum().backward()
-    if dist.get_rank() == 1:
-        optimizer.step()
-    before = model.weight.detach().clone()
-
-    def go_on() -> None:
-        for _ in range(4):  # a GPU's answer comes later
-            model(inputs).square().sum().backward()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            optimizer.step()
-
-    refused("made different numbers of backward passes before optimizer.step()", go_on)
-    assert DEVICE == "cuda" or torch.equal(model.weight, before)
-
-
 def resume(expected: dict[str, Tensor]) -> None:
     """A checkpoint of each way goes on with the bits of the uninterrupted run."""
     case = CASES["bfloat16"]
@@ -311,6 +295,8 @@ def check_all(folder: Path) -> None:
         layers_that_not_all_ranks_use()
         resume(expected["bfloat16"])
         gives_back_and_refuses()
+        a_pass_that_fails()
+        a_weight_that_left_the_optimizer()
         ranks_that_make_other_numbers_of_passes()  # last, as the ranks are then in other steps
     (folder / f"done {world} {rank}").touch()
 
