@@ -14,19 +14,21 @@ def content(name: str) -> dict:
 
 def test_the_page_has_the_tables_of_the_results() -> None:
     page = release_table.PAGE.read_text(encoding="utf-8")
-    for name, rows in (("release_study", release_table.accumulation), ("release_spikes", release_table.spikes)):
+    for name, rows in release_table.TABLES.items():
         assert release_table.markdown(rows(content(name))) in page
 
 
 def test_accumulation_costs_at_most_five_thousandths_of_loss() -> None:
-    study, compared = content("release_study"), 0
-    for kind in ("bf16, 4 x 4", "bf16, 16 x 1", "INT8, 4 x 4", "INT8, 16 x 1"):
-        for dataset in ("gsm8k", "alpaca"):
-            mine = release_table.losses(study, dataset, f"release, share squares, {kind}")
-            found, count = release_table.difference(mine, release_table.losses(study, dataset, f"plain, {kind}"))
-            assert found <= 0.005
-            compared += count
-    assert compared >= 12
+    for name, arm, least in (("release_study", "release, share squares", 12), ("release_shipped", "release", 11)):
+        study, compared = content(name), 0
+        for kind in ("bf16, 4 x 4", "bf16, 16 x 1", "INT8, 4 x 4", "INT8, 16 x 1"):
+            for dataset in ("gsm8k", "alpaca"):
+                if mine := release_table.losses(study, dataset, f"{arm}, {kind}"):
+                    plain = release_table.losses(study, dataset, f"plain, {kind}")
+                    found, count = release_table.difference(mine, plain)
+                    assert found <= 0.005
+                    compared += count
+        assert compared >= least
 
 
 def test_after_a_spike_release_ends_where_true_clipping_does() -> None:
