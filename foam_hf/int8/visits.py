@@ -74,6 +74,7 @@ class Visits:
     def _to(self, layer: Layer, device: torch.device) -> None:
         if self._current is not None:
             self._current.leave()
+        self._current = None  # until another one is there: it may take this one's slot
         if device != self._device:
             self._use(device)
         self._load(layer)
@@ -92,7 +93,7 @@ class Visits:
         for layer in self.layers:
             self.settle(layer)
             layer.forget_device()
-        self._current, self._working, self._device, self._slots = None, None, None, []
+        self._working, self._device, self._slots = None, None, []
         cuda = device.type == "cuda"
         if cuda:
             lock_all([layer.pages for layer in self.layers])
@@ -139,17 +140,20 @@ class _Slot:
 
     def take(self, layer: Layer) -> None:
         """Copy ``layer`` here when the last work on the slot is done."""
-        old, self.holder = self.holder, layer
-        layer.stale = False
+        if self.into is not None:
+            old = self.holder
+            for event in (old and old.left, old and old.saved, layer.saved):
+                if event is not None:
+                    self.into.wait_event(event)
+        layer.stale = True  # until it is copied, which an interrupt may prevent
+        self.holder = layer
         if self.into is None:
             layer.copy_in()
-            return
-        for event in (old and old.left, old and old.saved, layer.saved):
-            if event is not None:
-                self.into.wait_event(event)
-        with torch.cuda.stream(self.into):
-            layer.copy_in()
-        layer.come = self.into.record_event()
+        else:
+            with torch.cuda.stream(self.into):
+                layer.copy_in()
+            layer.come = self.into.record_event()
+        layer.stale = False
 
 
 class Layer:
@@ -237,11 +241,12 @@ class Layer:
             return
         if slot.back is None:
             self.copy_back()
-            return
-        slot.back.wait_event(self.left)
-        with torch.cuda.stream(slot.back):
-            self.copy_back()
-        self.saved = slot.back.record_event()
+        else:
+            slot.back.wait_event(self.left)
+            with torch.cuda.stream(slot.back):
+                self.copy_back()
+            self.saved = slot.back.record_event()
+        self._written.clear()  # not before, as an interrupt may prevent the copy
 
     def copy_in(self) -> None:
         """Copy all of it to its slot, in the current stream."""
@@ -249,7 +254,7 @@ class Layer:
 
     def copy_back(self) -> None:
         """Copy the weights that were changed to host memory, in the current stream; neighbours at once."""
-        numbers, self._written = sorted(self._written), set()
+        numbers = sorted(self._written)
         ends = [number for number in numbers if number + 1 not in numbers]
         starts = [number for number in numbers if number - 1 not in numbers]
         begins = [codes[0] for codes, _ in self.parts] + [self.nbytes]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from foam_hf import FOAM, enable_gradient_release, foam_param_groups
 from foam_hf.int8 import visits
 from foam_hf.int8.weight import Int8Weight
 from tests.int8.test_offload import DEEP, DEVICE, int8_model
@@ -43,6 +44,31 @@ def test_what_a_caller_writes_is_what_the_model_computes_with(write: Callable[[A
         losses.append(model(input_ids=tokens, labels=tokens).loss)
     assert torch.equal(*losses)
     assert_same_bits(bits(models[1]), bits(models[0]))
+
+
+@pytest.mark.parametrize("when", [2, 9, 14])  # a copy to the device, one in the backward pass, one back
+def test_an_interrupt_in_a_copy_leaves_no_layer_stale(when: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [int8_model(lambda: tiny_llama(**DEEP), where) for where in (None, "cpu")]
+    copy, count = visits.Layer._copy, 0
+
+    def interrupted(*args: Any, **options: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == when:
+            raise KeyboardInterrupt
+        copy(*args, **options)
+
+    optimizer = FOAM(foam_param_groups(models[1]), lr=0.01, level=3)
+    enable_gradient_release(models[1], optimizer)
+    tokens = torch.arange(8, device=DEVICE).view(1, -1)
+    with monkeypatch.context() as patched:
+        patched.setattr(visits.Layer, "_copy", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            models[1](input_ids=tokens, labels=tokens).loss.backward()
+    with torch.no_grad():
+        loss = models[1](input_ids=tokens, labels=tokens).loss
+        models[0].load_state_dict(models[1].state_dict())
+        assert torch.equal(loss, models[0](input_ids=tokens, labels=tokens).loss)
 
 
 def test_slots_that_found_no_memory_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
