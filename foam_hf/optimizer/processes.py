@@ -13,6 +13,7 @@ keep until the last pass are whole gradients.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,6 +23,8 @@ from foam_hf.optimizer.averaging import LARGEST_PACK, Averaging, send_from_first
 from foam_hf.optimizer.ddp import ignored_by, take_over
 from foam_hf.tensors.places import is_sharded
 from foam_hf.tensors.rows import visiting_layer
+
+_always_reduced: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # -> how many ask for it
 
 
 class Processes:
@@ -124,12 +127,15 @@ def _reduce_always(model: nn.Module) -> Callable[[], None]:
     """Let FSDP2 reduce the gradients of every backward pass of ``model``, whatever it is told.
 
     Returns:
-        a function that lets it do as it is told again.
+        a function that lets it do as it is told again, when nobody else has asked for this.
     """
     # Without the wait that ``set_is_last_backward(False)`` leaves out, a forward pass would race with updates.
     names = ("set_requires_gradient_sync", "set_requires_all_reduce", "set_is_last_backward")
     modules: list[Any] = [module for module in model.modules() if hasattr(type(module), names[0])]
     for module in modules:
+        asked = _always_reduced[module] = _always_reduced.get(module, 0) + 1
+        if asked > 1:
+            continue
         module.set_requires_gradient_sync(True, recurse=False)
         module.set_is_last_backward(True)
         for name in names:
@@ -137,7 +143,8 @@ def _reduce_always(model: nn.Module) -> Callable[[], None]:
 
     def give_back() -> None:
         for module in modules:
-            for name in names:
+            _always_reduced[module] -= 1
+            for name in names if not _always_reduced[module] else ():
                 vars(module).pop(name, None)
 
     return give_back

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from foam_hf.optimizer.packs import flat_gradients, references
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [*([pytest.mark.gpu] if DEVICE == "cuda" else [])]
+
 
 def loss_of_views(p: Tensor, q: Tensor, x: Tensor) -> Tensor:
     return ((x @ q) + p.unsqueeze(0)).square().sum()  # the gradient of p is a view of one that q still needs
@@ -26,7 +29,8 @@ def test_only_a_gradient_whose_memory_is_shared_is_copied(
     loss: Callable[..., Tensor], shared: bool, in_hook: bool
 ) -> None:
     torch.manual_seed(0)
-    p, q, x = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8)), torch.randn(1, 8, 8)
+    p, q = (nn.Parameter(torch.randn(8, 8, device=DEVICE)) for _ in range(2))
+    x = torch.randn(1, 8, 8, device=DEVICE)
     found: list[bool] = []
 
     def pack(p: Any) -> None:

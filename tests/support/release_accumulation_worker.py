@@ -32,6 +32,7 @@ from tests.support.release_troubles import (
     a_pass_that_fails,
     a_weight_that_left_the_optimizer,
     ranks_that_make_other_numbers_of_passes,
+    two_optimizers_of_one_model,
 )
 from tests.support.release_worker import BF16, LiveGradients, batch, layers_of, least_llama, refused
 from tests.support.sharding_worker import full_tensor
@@ -297,6 +298,7 @@ def check_all(folder: Path) -> None:
         gives_back_and_refuses()
         a_pass_that_fails()
         a_weight_that_left_the_optimizer()
+        two_optimizers_of_one_model()
         ranks_that_make_other_numbers_of_passes()  # last, as the ranks are then in other steps
     (folder / f"done {world} {rank}").touch()
 

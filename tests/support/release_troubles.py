@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from foam_hf import FOAM, enable_gradient_release
 from tests.support.devices import DEVICE, placed
@@ -56,6 +57,22 @@ def a_pass_that_fails() -> None:
     refused("failed", model[1](Fails.apply(model[0](inputs))).sum().backward)
     refused("the one before did not reach its end", model(inputs).sum().backward)
     handle.remove()
+
+
+def two_optimizers_of_one_model() -> None:
+    """When the first one's release ends, FSDP2 goes on to reduce each pass for the second."""
+    model = placed(nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)))
+    fully_shard(model)
+    params = [*model.parameters()]
+    first, second = (
+        enable_gradient_release(model, FOAM(some, level=3), accumulation=2) for some in (params[:2], params[2:])
+    )
+    first.remove()
+    model.set_requires_gradient_sync(False)
+    model(placed(torch.ones(2, HIDDEN))).sum().backward()
+    assert second.unfinished == 1
+    second.remove()
+    assert not any(name.startswith("set_") for name in vars(model))
 
 
 def a_weight_that_left_the_optimizer() -> None:
