@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import mmap
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ logger = logging.getLogger("foam_hf")
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every device
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 class Pages(mmap.mmap):
@@ -73,7 +75,7 @@ def lock_all(pages: list[Pages]) -> None:
 
 
 def refuse_too_little(needed: int) -> None:
-    """Raise RuntimeError if this machine or this container has less than ``needed`` bytes of host memory left."""
+    """Raise RuntimeError if machine, container or batch job have less than ``needed`` bytes of host memory left."""
     left = available()
     if left is not None and needed > left:
         raise RuntimeError(
@@ -97,10 +99,29 @@ def _of_machine() -> int | None:
 
 
 def _of_container() -> int | None:
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        most = int((_CGROUP / "memory.max").read_text(encoding="ascii"))  # "max" without a limit
-        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
-        lines = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
-        files = dict(line.split() for line in lines)
-        return most - used + int(files["inactive_file"])  # the cache of files gives way
-    return None
+    """What is left to the control groups of this process: a container's, or a batch job's below the machine's root."""
+    found = []
+    for folder, (limit, usage, cache) in _control_groups():
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            most = int((folder / limit).read_text(encoding="ascii"))  # "max" without a limit
+            used = int((folder / usage).read_text(encoding="ascii"))
+            lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+            files = dict(line.split() for line in lines)
+            found.append(most - used + int(files[cache]))  # the cache of files gives way
+    return min(found, default=None)
+
+
+def _control_groups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """The folder of each group that this process is in, and the names of limit, usage and cache in it."""
+    second = "memory.max", "memory.current", "inactive_file"
+    first = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    yield _CGROUP, second
+    with contextlib.suppress(OSError, ValueError):
+        for line in _OWN_CGROUPS.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            inside = [part for part in path.split("/") if part]
+            groups = ["/".join(inside[:end]) for end in range(len(inside) + 1)]
+            if not controllers:
+                yield from ((_CGROUP / group, second) for group in groups[1:])
+            elif "memory" in controllers.split(","):
+                yield from ((_CGROUP / "memory" / group, first) for group in groups)

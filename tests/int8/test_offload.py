@@ -366,6 +366,7 @@ def test_the_memory_left_is_that_of_the_machine_and_of_the_container(
     assert host_memory.available() is None or host_memory.available() > 0
     monkeypatch.setattr(host_memory, "_MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(host_memory, "_OWN_CGROUPS", tmp_path / "own")
     assert host_memory.available() is None
     (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable:  700 kB\n")
     assert host_memory.available() == 700 * 1024
@@ -374,6 +375,15 @@ def test_the_memory_left_is_that_of_the_machine_and_of_the_container(
     assert host_memory.available() == 250_000
     (tmp_path / "memory.max").write_text("max\n")
     assert host_memory.available() == 700 * 1024
+    (tmp_path / "own").write_text("4:cpu,memory:/job\n0::/user/job 1/step\n")
+    job, older = tmp_path / "user/job 1", tmp_path / "memory/job"  # of both versions of control groups
+    job.mkdir(parents=True), older.mkdir(parents=True)
+    for name, text in (("max", "90000"), ("current", "20000"), ("stat", "inactive_file 1000")):
+        (job / f"memory.{name}").write_text(text)
+    assert host_memory.available() == 71_000
+    for name, text in (("limit_in_bytes", "8000"), ("usage_in_bytes", "3000"), ("stat", "total_inactive_file 0")):
+        (older / f"memory.{name}").write_text(text)
+    assert host_memory.available() == 5_000
 
 
 def test_pages_that_cannot_be_locked_are_said_in_one_line(
