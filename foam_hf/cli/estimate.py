@@ -145,7 +145,7 @@ def _notes(rows: list[Row], foam_only: list[str], planner: Planner) -> list[str]
         flags = " and ".join(flag.replace("_", " ").replace("int8", "INT8") for flag in foam_only[:2])
         notes.append(f"Only FOAM has {flags}: the other optimizers are planned without.")
     if found := [row.plan for row in rows if row.plan.offload_weights]:
-        notes += offload_notes(found[0])
+        notes += offload_notes(found[0], planner.accumulates)
     if planner.fsdp2:
         notes.append(
             "Buffers are gathered weights and whole gradients, of the two layers where most are alive at a time."

@@ -120,7 +120,7 @@ def describe(found: WayOut, model: str, planner: Planner, command: list[str]) ->
     ]
     if not found.fits:
         return lines
-    lines += offload_notes(found.plan) if found.plan.offload_weights else []
+    lines += offload_notes(found.plan, planner.accumulates) if found.plan.offload_weights else []
     lines += ["In a script:", *(f"    {line}" for line in _script(found, model, planner))]
     if recipe := recipe_command(found, model, planner.sequence):
         lines += ["By the recipe, whose config has these settings:", *(f"    {line}" for line in recipe)]
@@ -129,14 +129,18 @@ def describe(found: WayOut, model: str, planner: Planner, command: list[str]) ->
     return [*lines, "Planned by:", f"    {shlex.join([*command, *flags.split()])}"]
 
 
-def offload_notes(plan: Plan) -> list[str]:
-    """The lines on a plan with INT8 weights in host memory: what crosses the bus, and when that is hidden."""
+def offload_notes(plan: Plan, accumulates: bool) -> list[str]:
+    """The lines on a plan with INT8 weights in host memory: what crosses the bus, and when that is hidden.
+
+    A step that accumulates gradients updates weights, and so brings them back, in each of its micro-batches.
+    """
     from foam_hf.planner.offload import ARITHMETIC, BUS
 
+    unit = "micro-batch" if accumulates else "step"
     return [
-        f"INT8 weights cross the bus three times a step, {format_bytes(plan.host)} each: in for the forward pass, in "
-        "for the backward pass, and back.",
-        f"That is hidden behind the arithmetic from {plan.hidden_from:,} tokens a step: bytes / bus = 2 x weights x "
+        f"INT8 weights cross the bus three times a {unit}, {format_bytes(plan.host)} each: in for the forward pass, "
+        "in for the backward pass, and back.",
+        f"That is hidden behind the arithmetic from {plan.hidden_from:,} tokens a {unit}: bytes / bus = 2 x weights x "
         "tokens / arithmetic",
         f"in the forward pass, if the bus has {BUS} GB/s each way and the arithmetic {ARITHMETIC} TFLOPS.",
     ]

@@ -242,6 +242,11 @@ class Planner:
         return replace(plan, zero=self.zero.words, gpus=self.zero.gpus, **asdict(found))
 
     @property
+    def accumulates(self) -> bool:
+        """Whether a step has several micro-batches."""
+        return bool(self._step["accumulation"])
+
+    @property
     def sharing(self) -> str:
         """How several GPUs share the model, in words, or ""."""
         if self.fsdp2:

@@ -417,8 +417,10 @@ def test_weights_in_host_memory_are_planned_for_foam_alone(estimate, model):
     rows = {plan["optim"]: plan for plan in plans(out)}
     assert rows["foam"]["int8_weights"] and rows["foam"]["gradient_release"] and rows["foam"]["offload_weights"]
     assert rows["foam"]["host"] > 0 == rows["adamw_torch"]["host"]
-    _, out, _ = estimate(model, *SMALL, "--offload", "--optim", "foam,adamw_torch")
+    _, out, _ = estimate(model, *SMALL, "--offload", "--optim", "foam")
     assert "INT8 weights in host memory" in out and "INT8 weights cross the bus three times a step" in out
+    _, out, _ = estimate(model, *SMALL, "--offload", "--optim", "foam,adamw_torch", "--gradient-accumulation")
+    assert "cross the bus three times a micro-batch" in out and "tokens a micro-batch: bytes / bus" in out
     assert "the other optimizers are planned without" in out and "host memory" in out.splitlines()[3]
 
 
