@@ -95,7 +95,7 @@ def _run(options: argparse.Namespace) -> int:
         each = ", on each GPU" if planner.sharing else ""
         print(f"The peak of a training step of {about['step']}{each}:\n")
         print_table(rows, gpu=options.gpu)
-        print("\n" + "\n".join(_notes(rows, foam_only, planner)))
+        print("\n" + "\n".join(_notes(rows, foam_only, planner) + _or_adapters(rows, foam_only, options)))
     if options.gpu is None or any(row.fits for row in rows):
         return 0
     if not options.json:
@@ -151,6 +151,16 @@ def _notes(rows: list[Row], foam_only: list[str], planner: Planner) -> list[str]
             "Buffers are gathered weights and whole gradients, of the two layers where most are alive at a time."
         )
     return notes + (_zero_notes(planner.zero) if planner.zero else [])
+
+
+def _or_adapters(rows: list[Row], foam_only: list[str], options: Any) -> list[str]:
+    """Where FOAM fits with plain weights and gradients, adapters fit too: the choice, and where it was measured."""
+    if options.lora_rank or foam_only or not any(row.fits and _is_foam(row.plan.optim) for row in rows):
+        return []
+    return [
+        "Every weight can be trained here, and so can LoRA adapters (--lora-rank 16 plans them): which learn more,",
+        "by the size of the data, is in docs/choosing.md.",
+    ]
 
 
 def _zero_notes(zero: Zero) -> list[str]:

@@ -132,6 +132,14 @@ def test_what_only_foam_has_is_said(estimate, model):
     assert "Only FOAM has gradient release: the other optimizers are planned without." in out
 
 
+def test_where_every_weight_fits_adapters_are_named_as_the_other_choice(estimate, model):
+    said = "so can LoRA adapters (--lora-rank 16 plans them)"
+    assert said in estimate(model, *SMALL, "--gpu", "1GB", "--optim", "foam,adamw_torch")[1]
+    for flags in (["1GB", "--lora-rank", "4"], ["1GB", "--int8-weights"], ["1KB"]):
+        assert said not in estimate(model, *SMALL, "--optim", "foam", "--gpu", *flags)[1]
+    assert said not in estimate(model, *SMALL, "--optim", "foam")[1]
+
+
 def test_adapters_instead_of_weights(estimate, model):
     code, out, _ = estimate(model, *SMALL, "--optim", "foam", "--lora-rank", "4", "--json")
     assert code == 0

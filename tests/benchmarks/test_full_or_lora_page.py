@@ -1,0 +1,127 @@
+"""The pages on every weight against adapters hold the numbers of the results, and say what has not run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from statistics import fmean
+
+from recipes.benchmarks.quality import full_or_lora as page
+from recipes.benchmarks.quality import full_or_lora_pictures as pictures
+from tests.support.instruct_runs import ROOT
+
+
+def made_up(folder: Path) -> dict[str, page.Part]:
+    """Results of two files of one plan: two seeds of one arm on two sizes, one seed of another on one."""
+    data = {"file": "gsm8k_train.jsonl", "settings": {"eval_exact_match": True}}
+    study = {
+        "settings": {"num_train_epochs": 1},
+        "seeds": [1, 2],
+        "datasets": {"gsm8k_4th": data, "gsm8k": {**data, "rates_of": "gsm8k_4th"}},
+        "arms": [{"name": "AdamW, fp32", "rates": {"gsm8k_4th": [0.1, 0.2]}}],
+    }
+    cost = {"trained_parameters": 10**6, "optimizer_state_bytes": 8 * 10**6, "peak_bytes": {"total": 2**30}}
+
+    def run(dataset: str, arm: str, seed: int, loss: float | None, used: int) -> dict:
+        before = {"eval_loss": 2.0, "exact_match": 0.1} if (dataset, seed) == ("gsm8k_4th", 1) else None
+        after = {"eval_loss": loss, "exact_match": 0.5, "other_loss": 1.5}
+        named = {"dataset": dataset, "arm": arm, "seed": seed, "before": before, "after": after, "device": "GPU"}
+        return {**named, **cost, "data": {"train": {"used": used}}, "trained_tokens": 100 * used}
+
+    first = [run("gsm8k_4th", "AdamW, fp32", 1, 1.0, 20), run("gsm8k_4th", "AdamW, fp32", 2, 1.5, 20)]
+    first += [run("gsm8k", "AdamW, fp32", 1, 0.75, 80), run("gsm8k", "AdamW, fp32", 2, None, 80)]
+    alone = [{"arm": "AdamW, fp32", "tokens_per_second": 500.0, **cost}]
+    chosen = [{"dataset": "gsm8k_4th", "arm": "AdamW, fp32", "learning_rate": 0.2}]
+    second = [run("gsm8k", "LoRA 16, AdamW", 1, 0.5, 80)]
+    for name, runs, more in (("full", first, alone), ("lora", second, [])):
+        search = [{"dataset": "gsm8k_4th", "arm": "AdamW, fp32", "learning_rate": rate} for rate in (0.1, 0.2)]
+        content = {"study": study, "runs": runs, "search": search, "alone": more, "memory": more, "chosen": chosen}
+        (folder / f"full_or_lora_qwen_{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return page.read(folder)
+
+
+def test_means_errors_and_what_is_missing_are_in_the_tables(tmp_path: Path) -> None:
+    parts = made_up(tmp_path)
+    text = page.tables(parts)
+    assert "|  | 20 of GSM8K | 80 of GSM8K |" in text
+    assert "| AdamW, all weights, fp32 | 1.2500 ± 0.2500 | 0.7500, 1 of 2 seeds |" in text  # one has diverged
+    assert "| LoRA, rank 16, AdamW | not run | 0.5000, 1 of 2 seeds |" in text
+    assert "| untrained | 10.0 | 10.0 |" in text  # the same held-out examples
+    assert "| AdamW, all weights, fp32 | 1.0 M | 8.0 | 1.00 | 1.00 | 500 | 4 | 16 |" in text
+    assert "AdamW, all weights, fp32, on 20 of GSM8K: 0.2, the highest tried" in text
+    assert "Not run: `foam`, all weights, bf16; " in text
+    points = pictures.curve(parts["qwen"], ["gsm8k_4th", "gsm8k"], "AdamW, fp32", page.loss)
+    assert points == [(20, 1.25, 0.25), (80, 0.75, 0.0)]
+    assert [path.stat().st_size > 10_000 for path in pictures.draw(parts, tmp_path)] == [True, True]
+    assert page.tables({}) == page.answer({}) == "Not measured yet." and pictures.draw({}, tmp_path) == []
+
+
+def test_the_pages_have_the_tables_of_the_results() -> None:
+    parts = page.read()
+    assert parts, "no results"
+    for path, name, text in (
+        (page.PAGE, "tables", page.tables(parts)),
+        (page.CHOOSING, "full or lora", page.answer(parts)),
+    ):
+        start, end = (mark.format(name) for mark in page.MARKS)
+        assert "\n".join([start, text, end]) in path.read_text(encoding="utf-8")
+    for name in (pictures.SIZE_PICTURE, pictures.PEAK_PICTURE):
+        assert (page.RESULTS / name).is_file() and name in page.PAGE.read_text(encoding="utf-8")
+    assert pictures.SIZE_PICTURE in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def said(path: Path, start: str, end: str) -> str:
+    """What a page says between two of its lines."""
+    return path.read_text(encoding="utf-8").split(start)[1].split(end)[0]
+
+
+def test_every_number_that_the_texts_give_is_in_the_tables() -> None:
+    parts = page.read()
+    tables = page.tables(parts) + page.answer(parts)
+    texts = [
+        said(page.PAGE, "# Every weight or adapters, by size of data", "<!-- tables"),
+        said(page.CHOOSING, "## Every weight or LoRA?", "## From scratch"),
+        said(ROOT / "README.md", "## Why not LoRA?", "## What it saves"),
+    ]
+    for text in texts:
+        found = re.findall(r"\d+\.\d{2,}(?: ± \d+\.\d+)?", text.replace("0.006", ""))
+        assert len(found) > 5 and [number for number in found if number not in tables] == []
+
+
+def test_what_the_texts_say_of_the_arms_is_so() -> None:
+    parts = page.read()
+    qwen, text = parts["qwen"], parts["text"]
+
+    def of(part: page.Part, dataset: str, value: page.Value = page.loss) -> dict[str, list[float]]:
+        found = {arm: part.values(dataset, arm, value) for arm in page.ARMS}
+        return {arm: values for arm, values in found.items() if values}
+
+    whole, matches = of(qwen, "gsm8k"), of(qwen, "gsm8k", page.match)
+    three = [fmean(values) for values in whole.values() if len(values) == 3]
+    assert len(three) == 5 and max(three) - min(three) <= 0.006  # all of them but QLoRA and LoRA with FOAM
+    assert whole["LoRA 128, FOAM"][0] < min(three) and len(whole["LoRA 128, FOAM"]) == 1
+    means = [fmean(values) for arm, values in matches.items() if arm != "QLoRA 16, AdamW"]
+    assert f"{min(means):.1f} to {max(means):.1f}%" in said(page.PAGE, "# Every", "<!-- tables")
+    for dataset in ("gsm8k_16th", "gsm8k_4th"):  # FOAM ahead where examples are few, under LoRA nearly as much
+        few = {arm: fmean(values) for arm, values in of(qwen, dataset).items()}
+        errors = page.error(of(qwen, dataset)["FOAM, bf16"])
+        for arm in ("AdamW, fp32", "LoRA 16, AdamW", "LoRA 128, AdamW"):
+            assert few["FOAM, bf16"] < few[arm] - 5 * errors
+        full, adapters = (few[f"{arm}"] - few[foam] for arm, foam in PAIRS)
+        assert 0.7 * full < adapters < full
+        smollm2 = {arm: fmean(values) for arm, values in of(parts["smollm2"], dataset).items()}
+        assert smollm2["FOAM, bf16"] < min(smollm2["LoRA 16, AdamW"], smollm2["LoRA 128, AdamW"]) - 0.02
+    forgotten = {arm: fmean(values) for arm, values in of(qwen, "gsm8k", page.other).items()}
+    assert forgotten["LoRA 16, AdamW"] < forgotten["AdamW, fp32"] < forgotten["FOAM, bf16"]
+    peaks = {arm: page.gib(run) for arm, run in qwen.memory.items()}
+    assert peaks["LoRA 16, AdamW"] < peaks["FOAM, INT8"] < peaks["LoRA 128, AdamW"] < peaks["FOAM, bf16"]
+    assert not [arm for arm in of(text, "text_8m") if "LoRA" in arm] and "AdamW, fp32" not in of(
+        parts["smollm2"], "gsm8k"
+    )
+    assert (
+        of(text, "text_2m")["AdamW, fp32"] < of(text, "text_2m")["LoRA 128, AdamW"] < of(text, "text_2m")["FOAM, bf16"]
+    )
+
+
+PAIRS = (("AdamW, fp32", "FOAM, bf16"), ("LoRA 16, AdamW", "LoRA 16, FOAM"))  # an optimizer swapped
