@@ -70,8 +70,8 @@ class OffloadedWeight(Int8Weight):
     """An INT8 weight whose codes and scales are in host memory, and on its device while its layer visits it.
 
     ``codes`` and ``scales`` bring the layer there: they are valid until another layer is brought. ``stored`` reads
-    host memory. ``weight.to(device)`` of a parameter gives a weight of the same memory that visits another device, which is
-    what ``model.to`` needs; of ``weight.detach()`` it gives a copy that is not offloaded, as ``clone()`` does.
+    host memory. ``weight.to(device)`` of a parameter gives a weight of the same memory that visits another device,
+    as ``model.to`` needs it; of ``weight.detach()`` it gives a copy that is not offloaded, as ``clone()`` does.
     """
 
     _OWN = ("foam_layer", "_number", "_place", "outer_dtype", "_whole")
