@@ -345,3 +345,13 @@ def test_versions_are_those_of_pyproject():
     for name, version in lowest.items():
         line = rf"^\| {name} \| {re.escape(version)} (or newer|to 5\.x) \|$"
         assert re.search(line, PAGES["README.md"], re.MULTILINE), name
+
+
+def test_the_steps_that_the_readme_states_were_measured():
+    rows = json.loads((RESULTS / "step_speed-nvidia-h200.json").read_text(encoding="utf-8"))["rows"]
+    ms = {row["optimizer"]: row["ms"] for row in rows if (row["shapes"], row["dtype"]) == ("llama-7b", "bf16")}
+    text = " ".join(PAGES["README.md"].split())
+    assert f"FOAM {ms['foam']:.2f} ms a step, as long as a plain copy of its bytes" in text
+    assert f"fused AdamW {ms['adamw-fused']:.2f} ms, FlashAdamW {ms['flash']:.1f} ms" in text
+    foam = next(row for row in rows if row["optimizer"] == "foam" and row["shapes"] == "llama-7b")
+    assert foam["floor_ratio"] <= 1.0
