@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -19,6 +20,19 @@ if not torch.cuda.is_available():  # read by Triton when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if importlib.util.find_spec("triton"):
         patch_once()
+
+
+_modules = 0
+
+
+@pytest.fixture(autouse=True)
+def _imports_are_no_garbage() -> None:
+    """Every Trainer collects garbage; to look through torch and transformers takes longer than a tiny model trains."""
+    global _modules
+    if len(sys.modules) > _modules:
+        gc.collect()
+        gc.freeze()
+        _modules = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -28,4 +29,6 @@ def launch(world: int, function: Callable[..., None], *args: Any) -> None:
         start_method="fork" if DEVICE == "cpu" else "spawn",
         max_restarts=0,
     )
+    gc.collect()
+    gc.freeze()  # what was imported is no garbage, and every process would look for it there
     elastic_launch(config, function)(*args)

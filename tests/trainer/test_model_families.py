@@ -23,6 +23,8 @@ def _alone() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     gc.unfreeze()
+    gc.collect()
+    gc.freeze()  # what was imported
 
 
 @pytest.fixture(autouse=True)
