@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.benchmark_runs import BENCHMARKS, refused, run
+from tests.support.benchmark_runs import BENCHMARKS, call, refused
 
 pytestmark = pytest.mark.long
 
 
 def test_int8_speed_measures_every_kind_of_case(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--shapes", "tiny", "--results", str(tmp_path), "--cases", "dequantize,linear"]
-    printed = run("speed.int8_speed", *words).stdout
+    printed = call("speed.int8_speed", *words)
     (path,) = tmp_path.iterdir()
     rows = json.loads(path.read_text())["rows"]
     assert {row["status"] for row in rows} == {"ok"} and all(row["ms"] > 0 for row in rows)
@@ -36,7 +36,7 @@ def test_int8_speed_times_the_update(tmp_path: Path) -> None:
 
 def test_int8_drift_compares_every_variant_with_fp32(tmp_path: Path) -> None:
     words = ["--steps", "40", "--first-steps", "20", "--results", str(tmp_path)]
-    printed = run("robustness.int8_drift", *words).stdout
+    printed = call("robustness.int8_drift", *words)
     content = json.loads((tmp_path / "int8_drift.json").read_text())
     variants = {row["variant"]: row for row in content["summary"]}
     assert variants["fp32"]["loss_above_fp32"] == 0 and variants["fp32"]["slopes"] == 1

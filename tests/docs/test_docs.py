@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from foam_hf import FOAM, foam_param_groups
+from foam_hf.cli import main
 from foam_hf.memory import format_bytes, headline, summarize
 from foam_hf.optim_args import FOAM_NAMES, SCALES, parse_optim_args, table_of_keys
 from foam_hf.optimizer.groups import foam_parameter_names
@@ -19,6 +21,7 @@ from foam_hf.planner.counting import count_state
 from foam_hf.planner.meta_models import meta_model
 from foam_hf.planner.model_configs import load_config
 from foam_hf.rules.rule import LARGEST_STEP
+from tests.support.printing import printed
 from tests.support.tiny_models import tiny_llama
 from tests.support.tolerances import TOLERANCES
 from tests.test_imports import GROUND, MAY_IMPORT
@@ -99,6 +102,12 @@ def run(*command, cwd=REPO):
     )
 
 
+def run_figure(name, monkeypatch):
+    """What the script of a figure prints."""
+    monkeypatch.setattr(sys, "argv", [name])
+    return printed(lambda: runpy.run_path(str(FIGURES / name), run_name="__main__"))
+
+
 @pytest.mark.slow
 def test_every_python_block_runs_for_a_user_with_a_model_and_data(tmp_path):
     script = tmp_path / "blocks.py"
@@ -152,10 +161,9 @@ def test_every_foam_hf_command_exists():
         if actions == ("recipes", "copy"):
             assert (REPO / "recipes" / names[2] / "README.md").is_file(), names
     for actions, named in flags.items():
-        done = run(sys.executable, "-m", "foam_hf.cli", *actions, "--help")
-        assert done.returncode == 0, done.stderr
+        said = printed(main, [*actions, "--help"])
         for flag in named:
-            assert re.search(rf"{flag}(?![\w-])", done.stdout), f"foam-hf {' '.join(actions)} has no {flag}"
+            assert re.search(rf"{flag}(?![\w-])", said), f"foam-hf {' '.join(actions)} has no {flag}"
 
 
 @pytest.mark.slow
@@ -165,10 +173,10 @@ def test_shown_output_is_what_the_command_prints():
     shown = [found for text in PAGES.values() for found in command_and_text.findall(text)]
     assert len(shown) == sum(text.count("```text\n") for text in PAGES.values()) > 0
     for command, text in shown:
-        done = run(sys.executable, "-m", "foam_hf.cli", *shlex.split(command)[1:])
-        printed = [line.rstrip() for line in done.stdout.splitlines()]
+        found = printed(main, shlex.split(command)[1:])
+        lines = [line.rstrip() for line in found.splitlines()]
         for line in text.splitlines():
-            assert line in printed, done.stdout + done.stderr
+            assert line in lines, found
 
 
 def test_quoted_reserves_are_those_of_the_measured_runs():
@@ -179,12 +187,11 @@ def test_quoted_reserves_are_those_of_the_measured_runs():
     assert f"reserved {min(more):.0f}% to {max(more):.0f}% more" in said
 
 
-def test_figure_of_pretraining_is_what_the_planner_counts():
-    done = run(sys.executable, FIGURES / "pretraining_state.py")
-    assert done.returncode == 0, done.stderr
-    assert "FOAM-Muon" in done.stdout
+def test_figure_of_pretraining_is_what_the_planner_counts(monkeypatch):
+    numbers = run_figure("pretraining_state.py", monkeypatch).rstrip()
+    assert "FOAM-Muon" in numbers
     # The figure carries the numbers that it was drawn from.
-    assert done.stdout.rstrip().encode("latin-1") in (FIGURES / "pretraining_state.png").read_bytes()
+    assert numbers.encode("latin-1") in (FIGURES / "pretraining_state.png").read_bytes()
     assert 'src="figures/pretraining_state.png"' in PAGES["docs/memory.md"]
 
 
@@ -264,10 +271,8 @@ def test_links_of_other_pages_to_the_readme_and_docs_lead_to_headings_too():
             assert "#" not in link or link.partition("#")[2] in anchors, f"{path}: {link}"
 
 
-def test_memory_table_and_figure_are_what_the_code_counts():
-    done = run(sys.executable, FIGURES / "state_bytes.py")
-    assert done.returncode == 0, done.stderr
-    table = done.stdout.strip()
+def test_memory_table_and_figure_are_what_the_code_counts(monkeypatch):
+    table = run_figure("state_bytes.py", monkeypatch).strip()
     start, end = "<!-- table: made by docs/figures/state_bytes.py", "<!-- end of table -->"
     assert between("README.md", start, end) == table
     # The figure carries the table that it was drawn from.

@@ -81,21 +81,31 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 # ---- registration ----
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        "import foam_hf; import transformers.quantizers.auto as auto",
-        "import transformers.quantizers.auto as auto; import foam_hf",
-        "import foam_hf; foam_hf.Int8Config(); import transformers.quantizers.auto as auto",
-        "from foam_hf import Int8Config; import transformers.quantizers.auto as auto; import foam_hf.int8.quantizer",
-    ],
-)
-def test_the_quantizer_is_registered_whatever_is_imported_first(script: str) -> None:
-    asked = "print(auto.AUTO_QUANTIZER_MAPPING['foam_int8'], auto.AUTO_QUANTIZATION_CONFIG_MAPPING['foam_int8'])"
-    done = subprocess.run([sys.executable, "-c", f"{script}; {asked}"], capture_output=True, text=True, check=False)
-    assert done.stdout == (
-        "<class 'foam_hf.int8.quantizer.Int8Quantizer'> <class 'foam_hf.int8.config.Int8Config'>\n"
-    ), done.stderr
+ORDERS = [
+    "import foam_hf; import transformers.quantizers.auto as auto",
+    "import transformers.quantizers.auto as auto; import foam_hf",
+    "import foam_hf; foam_hf.Int8Config(); import transformers.quantizers.auto as auto",
+    "from foam_hf import Int8Config; import transformers.quantizers.auto as auto; import foam_hf.int8.quantizer",
+]
+# Each order in a process of its own; they are forked from one that has imported what the orders have in common.
+IN_FORKS = """
+import os, sys
+import huggingface_hub, safetensors.torch, tokenizers, torch, torch._dynamo
+assert not {"foam_hf", "transformers"} & sys.modules.keys()
+for order in sys.argv[1:]:
+    if os.fork() == 0:
+        exec(order)
+        print(auto.AUTO_QUANTIZER_MAPPING["foam_int8"], auto.AUTO_QUANTIZATION_CONFIG_MAPPING["foam_int8"], flush=True)
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit(order)
+"""
+
+
+def test_the_quantizer_is_registered_whatever_is_imported_first() -> None:
+    done = subprocess.run([sys.executable, "-c", IN_FORKS, *ORDERS], capture_output=True, text=True, check=False)
+    registered = "<class 'foam_hf.int8.quantizer.Int8Quantizer'> <class 'foam_hf.int8.config.Int8Config'>\n"
+    assert done.stdout == registered * len(ORDERS), done.stderr
 
 
 # ---- loading ----

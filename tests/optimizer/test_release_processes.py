@@ -19,16 +19,20 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.long, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_release_under_fsdp2_has_the_bits_of_fsdp2_without_it(tmp_path: Path, processes: int) -> None:
-    """Every rank compares, see the worker; it also counts gradients, resumes, clips, and provokes what is refused."""
-    _run(worker, tmp_path, processes)
+def test_release_under_fsdp2_has_the_bits_of_fsdp2_without_it(tmp_path: Path) -> None:
+    """In two processes and in four.
+
+    Every rank compares, see the worker; it also counts gradients, resumes, clips, and provokes what is refused.
+    """
+    _run(worker, tmp_path, 2, 4)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_release_that_averages_has_the_bits_of_ddp(tmp_path: Path, processes: int) -> None:
-    """With DDP's wrapper and without it. The worker also counts gradients, and provokes what is refused."""
-    _run(ddp_worker, tmp_path, processes)
+def test_release_that_averages_has_the_bits_of_ddp(tmp_path: Path) -> None:
+    """In two processes and in three, with DDP's wrapper and without it.
+
+    The worker also counts gradients, and provokes what is refused.
+    """
+    _run(ddp_worker, tmp_path, 2, 3)
 
 
 def test_micro_batches_of_several_processes_have_the_bits_of_one(tmp_path: Path) -> None:

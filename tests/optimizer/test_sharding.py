@@ -56,7 +56,7 @@ def test_every_step_has_the_bits_of_one_process(runs: Any, alone: Any, run: str,
     """With equal batches the means of gradients are exact, so nothing else may differ, random bits included."""
     world, kind = run.split()
     found = runs[int(world)][f"{kind} {dtype}"]
-    assert len(found) == (10 if run == "4 fsdp" and dtype == torch.bfloat16 else worker.STEPS)
+    assert len(found) == worker.steps_of(kind, dtype, int(world))
     assert_same_bits(found, alone[dtype][: len(found)])
 
 

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.printing import printed
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 BENCHMARKS = REPOSITORY / "recipes" / "benchmarks"
 # Importing these takes about ten seconds. The server that cases are forked from imports them once.
@@ -30,9 +32,7 @@ def run(script: str, *words: str, check: bool = True) -> subprocess.CompletedPro
 def call(script: str, *words: str) -> str:
     """Call the main() of a script and return what it prints. It still runs every case in its own process."""
     start_server()
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        importlib.import_module(f"recipes.benchmarks.{script}").main([*words])
-    return printed.getvalue()
+    return printed(importlib.import_module(f"recipes.benchmarks.{script}").main, [*words])
 
 
 def refused(script: str, *words: str) -> str:

@@ -204,6 +204,13 @@ def saved(folder: Path, kind: str, **more: Any) -> list[Tensor]:
     return run(folder / kind, fsdp=variables, save_strategy="steps", save_steps=save_steps, **more)[1]
 
 
+def steps_of(kind: str, dtype: torch.dtype, world: int) -> int:
+    """STEPS once for DDP, in bfloat16, and once for FSDP2, in float32; what differs shows in fewer steps elsewhere."""
+    if world == 2 and dtype == {"ddp": BF16, "fsdp": torch.float32}[kind]:
+        return STEPS
+    return OTHER if world == 2 else 10
+
+
 def main(folder: Path, world: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     same = {"world": world}
@@ -221,8 +228,8 @@ def main(folder: Path, world: int) -> dict[str, Any]:
         return found
     for dtype in (torch.float32, BF16):
         if world == 2:
-            found[f"ddp {dtype}"] = run(folder, dtype=dtype, max_steps=STEPS, **same)[1]
-        steps = STEPS if world == 2 or dtype == torch.float32 else 10
+            found[f"ddp {dtype}"] = run(folder, dtype=dtype, max_steps=steps_of("ddp", dtype, world), **same)[1]
+        steps = steps_of("fsdp", dtype, world)
         found[f"fsdp {dtype}"] = run(folder, dtype=dtype, fsdp={}, max_steps=steps, **same)[1]
         steps = MUON_STEPS if world == 2 else SHORT
         found[f"muon {dtype}"] = run(folder, dtype=dtype, fsdp={}, max_steps=steps, **same, **MUON)[1]

@@ -91,7 +91,11 @@ def cases(world: int, factored: bool) -> list[tuple[DeviceMesh, list[Case]]]:
 def compare_with_one_process(world: int) -> dict[str, float]:
     """Compare sharded parameters with whole ones after three steps. Returns the largest error of each kind of case."""
     worst: dict[str, float] = {}
-    plain = itertools.product(["reference"], SHARDED, [torch.float32, BF16], [torch.float32, BF16])
+    plain = [
+        ("reference", rule, dtype, state_dtype)
+        for rule, dtype, state_dtype in itertools.product(SHARDED, [torch.float32, BF16], [torch.float32, BF16])
+        if world == 2 or dtype == state_dtype
+    ]
     fused = itertools.product(["triton"], SHARDED, [BF16], [BF16]) if world == 2 else ()
     for kernel, rule, dtype, state_dtype in (*plain, *fused):
         os.environ["FOAM_HF_KERNEL"] = kernel
@@ -247,7 +251,8 @@ def safe_steps(world: int) -> None:
     """Steps are bounded on shards too: for columns without gradients, rows that seldom have any, and spikes."""
     mesh = init_device_mesh("cpu", (world,))
     torch.manual_seed(3)
-    for rule, kind, kernel in itertools.product(SHARDED, (torch.float32, BF16), ("reference", "triton")):
+    kernels = ("reference", "triton") if world == 2 else ("reference",)  # the interpreter is slow
+    for rule, kind, kernel in itertools.product(SHARDED, (torch.float32, BF16), kernels):
         os.environ["FOAM_HF_KERNEL"] = kernel
         p = nn.Parameter(distribute_tensor(torch.zeros(9, 32), mesh, [Shard(0)]))
         optimizer = FOAM([p], lr=1e-3, scale=2.0, level=4, second_moment=rule, state_dtype=kind)

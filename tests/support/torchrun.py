@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tests.support.devices import DEVICE
+
+# What models, Trainers and adapters import when they are first used, which each process would do for itself.
+IMPORTED_ONCE = ("peft", "torch._dynamo", "transformers.models.llama.modeling_llama", "transformers.trainer")
 
 
 def launch(world: int, function: Callable[..., None], *args: Any) -> None:
@@ -29,6 +33,8 @@ def launch(world: int, function: Callable[..., None], *args: Any) -> None:
         start_method="fork" if DEVICE == "cpu" else "spawn",
         max_restarts=0,
     )
+    for name in IMPORTED_ONCE if DEVICE == "cpu" else ():
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()  # what was imported is no garbage, and every process would look for it there
     elastic_launch(config, function)(*args)
