@@ -49,6 +49,16 @@ def _default_log_level() -> None:
         logging.set_verbosity_warning()
 
 
+@pytest.fixture(autouse=True)
+def _compile_nothing_else() -> Iterator[None]:
+    """``torch_compile=True`` of one Trainer stays in the environment, where accelerate reads it for the next."""
+    before = {name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
+        if name not in before:
+            del os.environ[name]
+
+
 @pytest.fixture
 def forget_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One process runs many Trainers, and accelerate would keep the first bf16=True for the others."""

@@ -73,28 +73,6 @@ def test_int8_weights_are_those_of_a_quantized_model(builder):
     assert plan.int8_weights and plan.label == "foam (INT8 weights)"
 
 
-def test_weights_in_host_memory_leave_slots_on_the_device():
-    from foam_hf import Int8Config, enable_gradient_release
-    from foam_hf.int8.quantizer import quantize_model_
-
-    config = tiny_models.tiny_llama(**WIDE, num_hidden_layers=5).config
-    plan = estimate_memory(config, int8_weights=True, gradient_release=True, offload_weights=True, **SIZE)
-    resident = estimate_memory(config, int8_weights=True, gradient_release=True, **SIZE)
-    model = quantize_model_(tiny_models.tiny_llama(**WIDE, num_hidden_layers=5), Int8Config(offload="cpu"))
-    optimizer = FOAM(foam_param_groups(model))
-    handle = enable_gradient_release(model, optimizer)
-    model(input_ids=torch.arange(8).view(1, -1), labels=torch.arange(8).view(1, -1)).loss.backward()
-    optimizer.step()
-    handle.remove()
-    measured = breakdown(model, optimizer)
-    assert (plan.weights, plan.state) == (measured.weights, measured.state)
-    assert plan.host == model.hf_quantizer.offload.visits.host_bytes
-    assert plan.weights < resident.weights and plan.activations == resident.activations
-    assert plan.label == "foam (gradient release, INT8 weights in host memory)"
-    # A forward pass at 100 TFLOPS takes as long as its bytes at 25 GB/s: two operations an element and token.
-    assert plan.hidden_from == pytest.approx(100e12 / 25e9 / 2, rel=0.06)  # scales come on top
-
-
 def test_lora_counts_adapters_as_peft_makes_them():
     from peft import LoraConfig, get_peft_model
 

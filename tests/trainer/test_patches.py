@@ -42,6 +42,8 @@ def test_a_row_is_where_the_table_says(row: Row) -> None:
         return
     module = importlib.import_module(row.module)
     owner = getattr(module, row.owner) if row.owner else module
+    if row.name == "map_pytorch_optim_to_deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        return  # accelerate imports it only beside DeepSpeed
     assert hasattr(owner, row.name) == (row in HERE), f"{named(row)} in transformers {transformers.__version__}"
     if row.wrapper and row in HERE:
         assert row.module in AWAITED
@@ -93,7 +95,7 @@ def test_files_of_a_checkpoint_have_the_names_that_trainer_gives_them() -> None:
 # private names elsewhere
 
 TABLES = ("trainer/patches.py", "int8/quantizer.py", "planner/fsdp2.py")
-TORCHS = ("_orig_mod", "_parameters", "_local_tensor")
+TORCHS = ("_orig_mod", "_parameters", "_local_tensor", "_dynamo")
 THEIRS = (
     *("trainer", "trainer_callback", "trainer_utils", "training_args", "trainer_optimizer", "modelcard"),
     *("modeling_utils", "core_model_loading", "conversion_mapping", "integrations/peft"),
