@@ -27,7 +27,7 @@ def load(recipe: InstructArguments, output_dir: Path):
         if path and recipe.method in WHOLE:
             model, tokenizer = load_gguf(path, dtype, recipe.attn_implementation)
             if recipe.method == "int8":
-                quantize_model_(model, quantization_of(recipe, dtype))
+                quantize_model_(model, quantization_of(recipe.method, dtype, recipe))
             return model, tokenizer
         if path:  # adapters name the folder of the model under them, and bitsandbytes loads no GGUF
             name = str((output_dir / "base_model").resolve())
@@ -44,7 +44,7 @@ def load(recipe: InstructArguments, output_dir: Path):
             say(f"{name} is quantized already ({quantization_kind(quantized)}): the adapters go on it as it is.")
         tokenizer = AutoTokenizer.from_pretrained(name)
         # A saved INT8 model is read as it is, but where it is kept is not in its config.
-        quantization = None if quantized and not recipe.int8_offload else quantization_of(recipe, dtype)
+        quantization = None if quantized and not recipe.int8_offload else quantization_of(recipe.method, dtype, recipe)
         model = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
@@ -65,10 +65,10 @@ def load(recipe: InstructArguments, output_dir: Path):
     return model, tokenizer
 
 
-def quantization_of(recipe: InstructArguments, dtype: torch.dtype):
-    """`from_pretrained`'s quantization_config, or None."""
-    method = recipe.method
+def quantization_of(method: str, dtype: torch.dtype, recipe: InstructArguments | None = None):
+    """`from_pretrained`'s quantization_config, or None; ``recipe`` has the options of INT8 weights."""
     if method == "int8":
+        recipe = recipe or InstructArguments()
         return Int8Config(head=recipe.int8_head, offload="cpu" if recipe.int8_offload else None)
     if method == "lora8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
