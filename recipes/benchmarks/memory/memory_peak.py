@@ -14,6 +14,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,19 @@ def measured(case: Case, model_name: str, sequence: int, batch: int, steps: int,
     return row, model
 
 
+def keys_of(cases: Mapping[str, Case], tiny: bool) -> list[dict]:
+    """What tells a row from others: of each case its name, model and tokens."""
+    return [
+        {
+            "case": name,
+            "model": "tiny" if tiny else case.model,
+            "sequence": 16 if tiny else case.sequence,
+            "batch": case.batch,
+        }
+        for name, case in cases.items()
+    ]
+
+
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--cases", default=",".join(CASES), help="of the default, all")
@@ -314,16 +328,7 @@ def main(argv: list[str] | None = None) -> dict:
             row["ms"] = row["tokens_per_s"] = None
         return row
 
-    keys = [
-        {
-            "case": name,
-            "model": "tiny" if options.tiny else CASES[name].model,
-            "sequence": 16 if options.tiny else CASES[name].sequence,
-            "batch": CASES[name].batch,
-        }
-        for name in names
-    ]
-    run_cases(results, keys, one, options)
+    run_cases(results, keys_of({name: CASES[name] for name in names}, options.tiny), one, options)
     from recipes.benchmarks.memory.memory_report import memory_tables
 
     print(memory_tables(results.content))

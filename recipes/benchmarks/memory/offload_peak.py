@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from recipes.benchmarks.common.harness import Results, add_options, machine_of, names_of, run_alone, run_cases
-from recipes.benchmarks.memory.memory_peak import EIGHT, RELEASED, Case, measured
+from recipes.benchmarks.memory.memory_peak import EIGHT, RELEASED, Case, keys_of, measured
 
 DRIVER_GIB = 0.7  # what CUDA itself takes of a card
 COPIES = 8  # of each layer's memory, to time the bus
@@ -91,16 +91,7 @@ def main(argv: list[str] | None = None) -> dict:
     def one(key: dict) -> dict:
         return {"label": CASES[key["case"]].label, **run_alone(measure, *key.values(), options.steps, options.device)}
 
-    keys = [
-        {
-            "case": name,
-            "model": "tiny" if options.tiny else CASES[name].model,
-            "sequence": 16 if options.tiny else CASES[name].sequence,
-            "batch": CASES[name].batch,
-        }
-        for name in names
-    ]
-    run_cases(results, keys, one, options)
+    run_cases(results, keys_of({name: CASES[name] for name in names}, options.tiny), one, options)
     from recipes.benchmarks.memory.offload_report import offload_tables
 
     print(offload_tables(results.content))
