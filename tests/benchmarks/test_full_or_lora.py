@@ -94,6 +94,28 @@ def test_the_rates_of_one_size_serve_the_others(tmp_path: Path) -> None:
         opened(tmp_path / "plan.yaml", tmp_path, "--parts", "memory")  # this study has none
 
 
+def test_what_ran_out_of_memory_waits_behind_all_others_until_the_gpu_is_free(tmp_path: Path) -> None:
+    study = opened(QUALITY / PLANS[2], tmp_path, "--parts", "search,final", "--jobs", "4")
+    late = next(job for job in study.waiting if job.arm == "AdamW, fp32")
+    study.waiting.remove(late)
+    late.tries = 1
+    study.put_off(late)
+    searched = [job for job in study.waiting if job.arm == "LoRA 16, AdamW"]
+    for job in searched:
+        job.record = {"after": {"eval_loss": job.rate}}
+        study.waiting.remove(job)
+        study.finished.append(job)
+    study.choose()  # runs join that come with later seeds
+    assert max(job.order[1] for job in study.waiting[:-1]) == 5 and study.waiting[-1] is late
+    study.waiting = [*study.waiting[:2], late, study.waiting[2]]
+    started: list = []
+    study.fill(started.append)
+    assert len(started) == 2 and late not in started  # there is room for more, but not for all of the memory
+    study.running.clear()
+    study.fill(started.append)
+    assert started[2:] == [late]  # and nothing beside it
+
+
 def test_continued_pretraining_and_tuning_tell_what_is_forgotten(tmp_path: Path) -> None:
     save_model(tmp_path / "model")
     pairs = write_jsonl(tmp_path / "pairs.jsonl", sums(24))

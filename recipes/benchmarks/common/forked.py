@@ -7,6 +7,7 @@ at its import. Where that does not work out, `warm` returns None and runs are st
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -176,7 +177,7 @@ class Queue:
 
     def put_off(self, job) -> None:
         """Let a job wait that ran out of memory the first time: behind all others, when the GPU has emptied."""
-        job.order = (True, True, *job.order)
+        job.order = (math.inf, *job.order)  # whatever numbers the orders of others begin with
         self.waiting.append(job)
 
     def ended(self, job) -> str:

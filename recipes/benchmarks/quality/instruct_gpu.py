@@ -162,6 +162,7 @@ class Study(Queue):
 
     def put_off(self, job: Job) -> None:
         super().put_off(job)
+        job.runs_alone = True
         print(f"{self.elapsed():6.0f} s  out of memory, put off: {job.folder}", flush=True)
 
     def ended(self, job: Job) -> str:
@@ -178,10 +179,9 @@ class Study(Queue):
         return said
 
     def fill(self, start) -> None:
-        """Start what there is room for; a run that is measured alone waits for the others, and they for it."""
+        """Start what there is room for; what needs the GPU for itself waits for the others, and they for it."""
         while self.waiting and len(self.running) < self.options.jobs:
-            alone = self.waiting[0].part == "alone" or any(job.part == "alone" for job in self.running)
-            if alone and self.running:
+            if self.running and any(job.runs_alone for job in (self.waiting[0], *self.running)):
                 break
             job = self.waiting.pop(0)
             self.running.append(job)

@@ -77,11 +77,12 @@ class Job:
         self.run: Run | None = None
         self.record: dict | None = None
         self.tries = 0
+        self.runs_alone = part == "alone"  # and what ran out of memory beside others
 
     def start(self, train, jobs: int, memory: float = 1.0) -> None:
         """Run beside as many others as `jobs` allows; what runs alone, or a second time, may take all memory."""
+        share = memory if self.runs_alone else memory / jobs - CONTEXT
         self.began, self.tries = time.monotonic(), self.tries + 1
-        share = memory if self.part == "alone" or self.tries > 1 else memory / jobs - CONTEXT
         threads = max(1, (os.cpu_count() or 1) // jobs)
         self.run = Run(train, self.words, self.folder / LOG, threads, share, self.runner)
 
