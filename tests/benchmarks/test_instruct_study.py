@@ -15,6 +15,7 @@ import datasets
 import pytest
 import yaml
 
+from recipes.benchmarks.common import forked
 from recipes.benchmarks.quality import before, instruct_gpu, instruct_run
 from tests.support.instruct_runs import RECIPE, ROOT, load_script, save_model, sums, write_jsonl
 
@@ -106,7 +107,8 @@ def test_a_study_goes_on_from_its_json_alone(finished, tmp_path: Path) -> None:
     folder, _, content = finished
     where = ["--study", str(folder / "tiny.yaml"), "--data", str(folder), "--model", "m", "--out", str(tmp_path)]
     (tmp_path / "results.json").write_text(json.dumps(content))
-    where.append("--resume")
+    where += ["--label", "tiny", "--resume"]
+    (tmp_path / "runs.jsonl").write_text('{"key": "[]", "rec')  # killed as it was writing
     again = instruct_gpu.Study(*instruct_gpu.parse(where))
     assert [(job.part, job.arm, job.rate) for job in again.waiting] == [
         ("alone", "FOAM", -1),
@@ -115,8 +117,11 @@ def test_a_study_goes_on_from_its_json_alone(finished, tmp_path: Path) -> None:
     ]
     of_lora = [run for run in content["runs"] if run["arm"] == "LoRA"]  # FOAM's seeds wait for its search
     assert len(again.finished) == len(content["alone"]) + len(content["search"]) + len(of_lora)
+    assert (tmp_path / "runs.jsonl").read_text() == ""  # the next line stands alone
     with pytest.raises(SystemExit, match="of another study or other settings; expected the same ones"):
         instruct_gpu.Study(*instruct_gpu.parse([*where, "--max_length", "32"]))
+    with pytest.raises(SystemExit, match="results.json is of tiny, got other; expected another --json"):
+        instruct_gpu.Study(*instruct_gpu.parse([*where, "--label", "other"]))
     # What a command is not asked for stays.
     part = instruct_gpu.Study(*instruct_gpu.parse([*where, "--arms", "1", "--parts", "search,final"]))
     assert [job.arm for job in part.finished] == ["LoRA"] * 4
@@ -187,6 +192,15 @@ def test_a_study_goes_on_where_it_was_cut_off(finished) -> None:
     assert "Rehearsed" not in said and said.count("search sums") == 1 and said.count("final sums") == 2
     losses = [run["after"]["eval_loss"] for run in before["search"] if run["arm"] == "LoRA"]
     assert [run["after"]["eval_loss"] for run in content["search"]] == losses
+
+
+def test_a_run_that_fails_does_not_take_the_results_of_one_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "fails.py").write_text("raise SystemExit('no results')")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text("{}")  # the study was killed before it read them
+    run = forked.Run(None, [], tmp_path / "run" / forked.LOG, 1, 1.0, tmp_path / "fails.py")
+    assert run.process.wait(60) == 1
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [forked.LOG]
 
 
 @pytest.mark.parametrize("study", STUDIES)

@@ -87,6 +87,7 @@ class Run:
 
     def __init__(self, train, words: list[str], log: Path, threads: int, share: float, script: Path):
         log.parent.mkdir(parents=True, exist_ok=True)
+        (log.parent / "results.json").unlink(missing_ok=True)  # of a run whose study was killed before it was read
         self.code: int | None = None
         self.process = None
         with open(log, "w", encoding="utf-8") as stream:

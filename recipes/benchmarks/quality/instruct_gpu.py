@@ -26,6 +26,7 @@ import yaml
 from foam_hf.recipe_kit import write_json
 from recipes.benchmarks.common.forked import CONTEXT, LOG, Queue, warm
 from recipes.benchmarks.quality.instruct_jobs import LISTS, PARTS, Job, best_rate, runner, source
+from recipes.benchmarks.quality.table import mend, read_runs
 
 HERE = Path(__file__).resolve().parent
 
@@ -86,6 +87,8 @@ def kept(options: argparse.Namespace, rest: list[str]) -> dict:
         return {}
     content = json.loads(options.json.read_text(encoding="utf-8"))
     before, now = content["study"], options.study
+    if content["model"] != (model := options.label or options.model):
+        raise SystemExit(f"--resume: {options.json} is of {content['model']}, got {model}; expected another --json")
     shared = [arm for arm in now["arms"] if arm in before["arms"]]
     if content["extra"] != rest or {**before, "arms": now["arms"]} != now or shared != before["arms"]:
         raise SystemExit(f"--resume: {options.json} is of another study or other settings; expected the same ones")
@@ -100,8 +103,8 @@ class Study(Queue):
         self.options, self.rest = options, rest
         study = options.study
         self.lines = options.out / "runs.jsonl"
-        text = self.lines.read_text(encoding="utf-8") if self.lines.is_file() else ""
-        self.earlier = {entry["key"]: entry["record"] for entry in map(json.loads, text.splitlines())}
+        mend(self.lines)
+        self.earlier = {entry["key"]: entry["record"] for entry in read_runs([self.lines])}
         before = kept(options, rest) if options.resume else {}
         self.kept = {
             (part, *(run[name] for name in ("dataset", "arm", "learning_rate", "seed"))): run

@@ -208,13 +208,6 @@ class Study(Queue):
                 start(job)
 
 
-def mend(runs: Path) -> None:
-    """Take off a last line that was cut off, so that the next one stands alone."""
-    content = runs.read_bytes() if runs.is_file() else b""
-    if content and not content.endswith(b"\n"):
-        runs.write_bytes(content[: content.rfind(b"\n") + 1])
-
-
 def print_end(study: Any, markdown: Callable[[dict, list[dict]], str], what: str) -> None:
     """Print the table that `markdown` makes of the plan and the records, and how many jobs there were."""
     records = [job.record for job in study.finished if job.record]
@@ -241,7 +234,7 @@ def main(argv: list[str] | None = None) -> Study | None:
         print(f"{options.plan_name}: {numbers['tuning']} + {numbers['result']} runs, {len(options.arms)} arms")
         return None
     options.runs.parent.mkdir(parents=True, exist_ok=True)
-    mend(options.runs)
+    quality_table.mend(options.runs)
     study = Study(options)
     module, threads = None, 1
     if study.waiting:

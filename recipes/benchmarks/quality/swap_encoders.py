@@ -29,8 +29,8 @@ import yaml
 from recipes.benchmarks.common.forked import LOG, Queue, Run, read_log, warm
 from recipes.benchmarks.quality import swap_table
 from recipes.benchmarks.quality.plan import next_rate
-from recipes.benchmarks.quality.study import mend, print_end
-from recipes.benchmarks.quality.table import best_rate, read_runs
+from recipes.benchmarks.quality.study import print_end
+from recipes.benchmarks.quality.table import best_rate, mend, read_runs
 
 HERE = Path(__file__).resolve().parent
 

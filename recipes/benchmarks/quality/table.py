@@ -32,6 +32,13 @@ def read_runs(paths: list[Path]) -> list[dict]:
     return runs
 
 
+def mend(runs: Path) -> None:
+    """Take off a last line that was cut off, so that the next one stands alone."""
+    content = runs.read_bytes() if runs.is_file() else b""
+    if content and not content.endswith(b"\n"):
+        runs.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
 def best_rate(records: list[dict], better: str) -> float | None:
     """The learning rate with the best mean score over the tuning seeds; one that diverged on any is out.
 
