@@ -36,6 +36,7 @@ SHORT = {
     "LoRA 16, FOAM": "LoRA, rank 16, `foam`",
     "LoRA 128, FOAM": "LoRA, rank 128, `foam`",
 }
+APART = ("gsm8k_x3", "alpaca")  # no larger size of the data before them: more passes, and other pairs
 ARMS = tuple(SHORT)
 CORE = ("AdamW, fp32", "FOAM, bf16", "LoRA 16, AdamW", "LoRA 128, AdamW")  # what runs first
 Value = Callable[[dict], float | None]
@@ -54,9 +55,17 @@ class Part:
     study: dict = field(default_factory=dict)
 
     def add(self, content: dict) -> None:
+        """Take in a file. Raises ValueError where it has another plan than one before it, or the same run again."""
+        plan = {name: value for name, value in content["study"].items() if name != "arms"}  # these may have joined
+        if {**self.study, **plan} != {**plan, **self.study}:
+            raise ValueError("two files have plans that differ in more than arms; expected one plan")
         self.study = content["study"]
         for run in content["runs"]:
-            self.runs.setdefault((run["dataset"], run["arm"]), {})[run["seed"]] = run
+            known = self.runs.setdefault((run["dataset"], run["arm"]), {})
+            if known.setdefault(run["seed"], run) != run:
+                raise ValueError(
+                    f"{run['dataset']}, {run['arm']}: two files have seed {run['seed']}; expected it once"
+                )
             if run["before"]:
                 self.untrained[run["dataset"]] = run["before"]
         self.alone |= {run["arm"]: run for run in content["alone"]}
@@ -65,10 +74,28 @@ class Part:
             self.tried.setdefault((run["dataset"], run["arm"]), set()).add(run["learning_rate"])
         self.chosen |= {(one["dataset"], one["arm"]): one["learning_rate"] for one in content["chosen"]}
 
+    def check_rates(self) -> None:
+        """Raise ValueError where runs of one arm and data set are at several learning rates, or not at the chosen."""
+        for key, runs in self.runs.items():
+            rates = {run["learning_rate"] for run in runs.values()} | {self.chosen.get(key)} - {None}
+            if len(rates) > 1:
+                raise ValueError(
+                    f"{', '.join(key)}: got learning rates {sorted(rates)}; expected the chosen one alone"
+                )
+
     def values(self, dataset: str, arm: str, value: Value) -> list[float]:
         """One number a seed; a run that diverged has none."""
         found = [value(run) for _, run in sorted(self.runs.get((dataset, arm), {}).items())]
         return [number for number in found if number is not None]
+
+    def diverged(self, dataset: str, arm: str) -> int:
+        """How many seeds ended without a loss."""
+        return sum(loss(run) is None for run in self.runs.get((dataset, arm), {}).values())
+
+    def cell(self, dataset: str, arm: str, value: Value, digits: int) -> str:
+        """What a table says of these seeds."""
+        wanted = self.seeds(dataset)
+        return shown(self.values(dataset, arm, value), wanted, digits, self.diverged(dataset, arm))
 
     def before(self, dataset: str, name: str) -> float | None:
         """A score of the untrained model, which only one of the data sets with the same held-out examples has."""
@@ -89,6 +116,8 @@ def read(folder: Path = RESULTS) -> dict[str, Part]:
     for path in sorted(folder.glob("full_or_lora_*.json")):
         name = path.stem.split("_")[3]
         parts.setdefault(name, Part()).add(json.loads(path.read_text(encoding="utf-8")))
+    for part in parts.values():
+        part.check_rates()
     return {name: parts[name] for name in TITLES if name in parts}
 
 
@@ -110,13 +139,14 @@ def error(values: list[float]) -> float | None:
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
-def shown(values: list[float], wanted: int, digits: int) -> str:
-    """Mean and standard error, and how many seeds there are where some are missing."""
+def shown(values: list[float], wanted: int, digits: int, diverged: int) -> str:
+    """Mean and standard error, and how many seeds there are where some are missing or have diverged."""
     if not values:
-        return "not run"
+        return f"{diverged} of {wanted} seeds diverged" if diverged else "not run"
     text = f"{fmean(values):.{digits}f}"
     text += "" if len(values) == 1 else f" ± {error(values):.{digits}f}"
-    return text if len(values) == wanted else f"{text}, {len(values)} of {wanted} seeds"
+    text += "" if len(values) == wanted else f", {len(values)} of {wanted} seeds"
+    return f"{text}, {diverged} diverged" if diverged else text
 
 
 def size(part: Part, dataset: str) -> str:
@@ -150,8 +180,7 @@ def quality(part: Part, name: str, value: Value, score: str, digits: int) -> str
     percent = 100 if score == "exact_match" else 1
     rows.append(["untrained", *("" if one is None else f"{percent * one:.{digits}f}" for one in untrained)])
     for arm in ran(part):
-        cells = [shown(part.values(dataset, arm, value), part.seeds(dataset), digits) for dataset in columns]
-        rows.append([SHORT[arm], *cells])
+        rows.append([SHORT[arm], *(part.cell(dataset, arm, value, digits) for dataset in columns)])
     return _table(rows)
 
 
@@ -191,18 +220,19 @@ def cost(part: Part, name: str) -> str:
         cells = [f"{run['trained_parameters'] / 1e6:.1f} M", f"{run['optimizer_state_bytes'] / 1e6:.1f}"]
         cells += [number(gib(part.memory.get(arm)), ".2f"), number(gib(part.alone.get(arm)), ".2f")]
         cells += [number(speed, ",.0f"), *(number(seconds(part, dataset, arm), ".0f") for dataset in columns)]
-        cells += [] if target is None else [number(seconds_to(part, columns, arm, target), ".0f")]
+        cells += [] if target is None else [seconds_to(part, columns, arm, target)]
         rows.append([SHORT[arm], *cells])
     some = [i for i in range(len(rows[0])) if any(row[i] != "not run" for row in rows[1:])]
     return _table([[row[i] for i in some] for row in rows]) if rows[1:] else ""
 
 
 def goal(part: Part, name: str) -> float | None:
-    """The loss that every core arm reaches on the largest size that all of them have run on, rounded up."""
-    common = shared_sizes(part, name)
-    if not common:
-        return None
-    return math.ceil(1000 * max(fmean(part.values(common[-1], arm, loss)) for arm in CORE)) / 1000
+    """The loss that every core arm reaches on the largest size that all of them have run on, rounded up.
+
+    None without such a size, or where all seeds of one of them have diverged on it.
+    """
+    losses = [part.values(dataset, arm, loss) for dataset in shared_sizes(part, name)[-1:] for arm in CORE]
+    return math.ceil(1000 * max(map(fmean, losses))) / 1000 if losses and all(losses) else None
 
 
 def shared_sizes(part: Part, name: str) -> list[str]:
@@ -210,17 +240,20 @@ def shared_sizes(part: Part, name: str) -> list[str]:
     return [
         dataset
         for dataset in sizes(part, name)
-        if dataset != "alpaca" and all(part.values(dataset, arm, loss) for arm in CORE)
+        if dataset not in APART and all((dataset, arm) in part.runs for arm in CORE)
     ]
 
 
-def seconds_to(part: Part, datasets: list[str], arm: str, target: float) -> float | None:
-    """Of the smallest size on which an arm ends at this loss or below."""
-    for dataset in datasets:
+def seconds_to(part: Part, datasets: list[str], arm: str, target: float) -> str:
+    """Of the smallest size of the growing data on which an arm ends at this loss or below."""
+    took = {dataset: seconds(part, dataset, arm) for dataset in datasets if dataset not in APART}
+    if not any(took.values()):
+        return "not run"
+    for dataset, found in took.items():
         losses = part.values(dataset, arm, loss)
-        if dataset != "alpaca" and losses and fmean(losses) <= target:
-            return seconds(part, dataset, arm)
-    return None
+        if losses and fmean(losses) <= target:
+            return number(found, ".0f")
+    return "not reached"
 
 
 def seconds(part: Part, dataset: str, arm: str) -> float | None:
@@ -234,8 +267,10 @@ def rates(part: Part) -> str:
     """The learning rates, with a word where none beyond was tried."""
     words = []
     for (dataset, arm), tried in sorted(part.tried.items()):
-        rate = part.chosen.get((dataset, arm))
-        if rate is None or dataset not in part.datasets():
+        if (dataset, arm) not in part.chosen or dataset not in part.datasets():
+            continue
+        if (rate := part.chosen[dataset, arm]) is None:
+            words.append(f"{SHORT[arm]}, on {size(part, dataset)}: none, as all {len(tried)} tried diverged")
             continue
         edge = {max(tried): ", the highest tried", min(tried): ", the lowest tried"}.get(rate, "")
         words.append(f"{SHORT[arm]}, on {size(part, dataset)}: {rate:g}{edge}")
@@ -279,13 +314,10 @@ def answer(parts: dict[str, Part]) -> str:
         return "Not measured yet."
     first, rows = next(iter(parts.values())), [["", *titles]]
     for arm in ARMS:
-        cells = [part.values(dataset, arm, value) for part, dataset, value, _ in columns]
-        if any(cells):
-            numbers = [
-                shown(cell, part.seeds(dataset), digits)
-                for cell, (part, dataset, _, digits) in zip(cells, columns, strict=True)
-            ]
-            rows.append([SHORT[arm], f"{number(gib(first.memory.get(arm)), '.2f')} GiB", *numbers])
+        if any((dataset, arm) in part.runs for part, dataset, *_ in columns):
+            numbers = [part.cell(dataset, arm, value, digits) for part, dataset, value, digits in columns]
+            peak = gib(first.memory.get(arm))
+            rows.append([SHORT[arm], number(peak, ".2f") + (" GiB" if peak else ""), *numbers])
     return _table(rows)
 
 

@@ -48,11 +48,11 @@ def curve(part: Part, datasets: list[str], arm: str, value: Value) -> list[Point
 
 def panels(parts: dict[str, Part]) -> list[tuple[str, str, Part, list[str], Value]]:
     """Title, label of the y axis, and where the points of each panel come from; those without runs are left out."""
-    from recipes.benchmarks.quality.full_or_lora import ARMS, TITLES, loss, match, sizes
+    from recipes.benchmarks.quality.full_or_lora import APART, ARMS, TITLES, loss, match, sizes
 
     found = []
     for name, part in parts.items():
-        datasets = [dataset for dataset in sizes(part, name) if dataset not in ("alpaca", "gsm8k_x3")]
+        datasets = [dataset for dataset in sizes(part, name) if dataset not in APART]
         title = TITLES[name].replace(", ", "\n") + ("" if name == "text" else "\nGSM8K")
         kinds = [("exact match, %", match), ("held-out loss", loss)] if name == "qwen" else [("held-out loss", loss)]
         for label, value in kinds:
