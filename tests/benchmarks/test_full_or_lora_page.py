@@ -79,7 +79,7 @@ def test_what_diverged_is_not_called_missing_and_more_passes_are_no_larger_size(
     (row,) = [line for line in page.answer(parts).splitlines() if "rank 128, AdamW" in line]
     assert row.startswith("| LoRA, rank 128, AdamW | not run | 1.0000 ± 0.0000 | 2 of 2 seeds diverged |")
     part.chosen["gsm8k_4th", "AdamW, fp32"] = None
-    assert "AdamW, all weights, fp32, on 20 of GSM8K: none, as all 2 tried diverged" in page.rates(part)
+    assert "AdamW, all weights, fp32, on 80 of GSM8K: none, as all 2 tried diverged" in page.rates(part)
     assert page.goal(part, "qwen") is None
 
 
