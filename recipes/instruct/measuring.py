@@ -28,6 +28,8 @@ class Meter(TrainerCallback):
             self.memory = breakdown(model, optimizer)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the optimizer's kernels are part of this step
         self.steps += 1
         if self.steps == 2:  # the first step compiles kernels and allocates: it counts only if it is the only one
             self.seconds, self.tokens = 0.0, 0

@@ -211,7 +211,8 @@ def main(argv: list[str] | None = None) -> dict:
         say(chat_models.adapter_saving(trainer.model))
     if recipe.eval_before:
         say("Evaluating and answering before training ...")
-    before = evaluate(recipe, trainer, data) if recipe.eval_before else None
+    with torch.random.fork_rng(devices=[]):  # the order of the data does not hang on it
+        before = evaluate(recipe, trainer, data) if recipe.eval_before else None
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

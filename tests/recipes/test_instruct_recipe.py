@@ -561,6 +561,32 @@ def test_a_finished_run_is_kept_and_another_of_its_folder_goes_on(models, data, 
     assert longer["steps"] == 4 and "Resuming from" in capsys.readouterr().out
 
 
+def test_scores_before_training_leave_the_order_of_the_data_as_it_is(models, data, tmp_path):
+    words = flags(
+        models["llama"], data, tmp_path, "--train_sampling_strategy", "group_by_length", "--optim", "adamw_torch"
+    )
+    with_scores, without = (train.main([*words, "--eval_before", value]) for value in ("true", "false"))
+    assert with_scores["before"] and not without["before"]
+    assert (with_scores["train_loss"], with_scores["trained_tokens"]) == (
+        without["train_loss"],
+        without["trained_tokens"],
+    )
+
+
+def test_a_step_is_timed_to_the_end_of_what_the_gpu_does(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: clock.__setitem__(0, clock[0] + 3))
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
+    meter, state = measuring.Meter(), types.SimpleNamespace(num_input_tokens_seen=0)
+    for tokens in (50, 40, 40):
+        meter.on_step_begin(None, state, None)
+        clock[0] += 1
+        state.num_input_tokens_seen += tokens
+        meter.on_step_end(None, state, None)
+    assert (meter.seconds, meter.tokens_per_second) == (8, 10)  # of the last two steps
+
+
 def test_a_second_run_keeps_the_results_and_a_resumed_one_says_whose_settings_hold(models, data, tmp_path, capsys):
     folder = tmp_path / "out"
     words = [*flags(models["llama"], data, folder), "--save_strategy", "steps", "--save_steps", "2"]

@@ -84,7 +84,8 @@ def main(argv: list[str] | None = None) -> dict:
         callbacks=[meter, foam_hf.OptimizerMemoryCallback()],
     )
     trainer.save_model = lambda *_: None  # a grid of saved models fills a disk
-    before = evaluate(trainer, recipe, own.other) if recipe.eval_before else None
+    with torch.random.fork_rng(devices=[]):  # the order of the data does not hang on it
+        before = evaluate(trainer, recipe, own.other) if recipe.eval_before else None
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
