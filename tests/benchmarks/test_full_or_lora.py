@@ -116,6 +116,22 @@ def test_what_ran_out_of_memory_waits_behind_all_others_until_the_gpu_is_free(tm
     assert started[2:] == [late]  # and nothing beside it
 
 
+def test_no_run_starts_that_the_budget_would_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = opened(QUALITY / PLANS[0], tmp_path, "--parts", "search,final", "--jobs", "9", "--budget-s", "100")
+    long, short = (next(job for job in study.waiting if job.dataset == name) for name in ("gsm8k_4th", "alpaca"))
+    study.waiting.remove(long)
+    study.finished.append(long)
+    long.run, long.record = object(), {"seconds": 60}
+    monkeypatch.setattr(study, "elapsed", lambda: 50.0)
+    started: list = []
+    study.fill(started.append)
+    assert short in started and {job.dataset for job in started} == {"alpaca"}  # which may be short
+    assert {job.dataset for job in study.waiting} == {"gsm8k_4th"}
+    monkeypatch.setattr(study, "elapsed", lambda: 30.0)
+    study.fill(started.append)
+    assert len(started) == 9
+
+
 def test_continued_pretraining_and_tuning_tell_what_is_forgotten(tmp_path: Path) -> None:
     save_model(tmp_path / "model")
     pairs = write_jsonl(tmp_path / "pairs.jsonl", sums(24))

@@ -46,7 +46,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--jobs", type=int, default=4, help="runs at a time")
     parser.add_argument("--resume", action="store_true", help="keep the runs that the JSON has of the same study")
     parser.add_argument("--memory", type=float, default=1.0, help="share of the GPU's memory for all jobs together")
-    parser.add_argument("--budget-s", type=float, default=float("inf"), help="stop after so many seconds")
+    parser.add_argument(
+        "--budget-s",
+        type=float,
+        default=float("inf"),
+        help="stop after so many seconds, and start no run that is likely to take longer",
+    )
     options, rest = parser.parse_known_args(argv)
     options.json = options.json or options.out / "results.json"
     options.study = yaml.safe_load(options.study.read_text(encoding="utf-8"))
@@ -181,12 +186,18 @@ class Study(Queue):
         self.choose()
         return said
 
+    def fits(self, job: Job) -> bool:
+        """Whether a run is likely to end within the budget: as long as the longest of its data set in this call."""
+        like = [one.record["seconds"] for one in self.finished if one.run and one.record and one.like(job)]
+        return self.elapsed() + max(like, default=0) < self.budget_s
+
     def fill(self, start) -> None:
-        """Start what there is room for; what needs the GPU for itself waits for the others, and they for it."""
-        while self.waiting and len(self.running) < self.options.jobs:
-            if self.running and any(job.runs_alone for job in (self.waiting[0], *self.running)):
+        """Start what there is room and time for; what needs the whole GPU waits for the others, and they for it."""
+        while len(self.running) < self.options.jobs:
+            job = next((job for job in self.waiting if self.fits(job)), None)
+            if job is None or (self.running and any(one.runs_alone for one in (job, *self.running))):
                 break
-            job = self.waiting.pop(0)
+            self.waiting.remove(job)
             self.running.append(job)
             start(job)
 

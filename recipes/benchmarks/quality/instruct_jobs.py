@@ -101,6 +101,10 @@ class Job:
             self.record = record | {"seconds": round(time.monotonic() - self.began, 1)}
         remove_all_but(self.folder, LOG)
 
+    def like(self, other: "Job") -> bool:
+        """Whether it takes about as long as another."""
+        return (self.part, self.dataset) == (other.part, other.dataset)
+
     @property
     def log(self) -> str:
         return read_log(self.folder)[-1500:]
