@@ -38,6 +38,8 @@ def test_every_setting_is_known_and_arms_differ_in_what_they_train(plan: str, tm
     content, options = study.options.study, study.options
     translate = continued_run.translate if "runner" in content else instruct_run.translate
     jobs = [*study.waiting]
+    of_another = {job.key for job in opened(QUALITY / plan, tmp_path, "--label", "another model").waiting}
+    assert not of_another & {job.key for job in jobs}  # one folder of runs does not mix them up
     assert {job.part for job in jobs} == {"alone", "memory", "search"}
     searched = [name for name, given in content["datasets"].items() if "rates_of" not in given]
     assert {job.dataset for job in jobs if job.part == "search"} == set(searched)

@@ -56,7 +56,8 @@ class Job:
             settings["eval_before"] = True  # the untrained model's scores, once a data set
         self.name = (part, dataset, self.arm, rate, seed)
         self.what = f"{part} {dataset} | {self.arm} | lr {rate:g} seed {seed}"
-        self.key = json.dumps([part, dataset, self.arm, settings, rest], sort_keys=True)
+        model = options.label or options.model
+        self.key = json.dumps([part, dataset, self.arm, settings, rest, model], sort_keys=True)
         number = study["arms"].index(arm)
         stage = study["seeds"].index(seed) + 1 if part == "final" else 0
         last = int(arm.get("last", 0)) + (int(data.get("last", 0)) if part in ("search", "final") else 0)
