@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from foam_hf.trainer.file_checks import Damaged, Unfinished
-from foam_hf.trainer.manifest import check, checkpoints_in
+from foam_hf.trainer.manifest import check_sizes, checkpoints_in
 
 logger = logging.getLogger("foam_hf")
 
-# What gloo says, in RuntimeErrors of no class of their own.
-_OF_GLOO = ("Connection closed by peer", "Connection reset by peer", "caused pair closure", "Timed out waiting")
+# gloo raises RuntimeErrors of no class of their own, which begin with the file of its source.
+_GLOO = ("Connection closed by peer", "Connection reset by peer", "caused pair closure", "Timed out waiting")
+# NCCL's errors about this process itself: its arguments, its GPU, its memory.
+_OF_THIS_PROCESS = ("ncclInvalidUsage", "ncclInvalidArgument", "ncclUnhandledCudaError")
 
 
 @contextmanager
@@ -31,29 +33,52 @@ def explain_lost_process(trainer: Any) -> Iterator[None]:
 def _is_lost(error: Exception) -> bool:
     from torch.distributed import DistError
 
-    return isinstance(error, DistError) or any(words in str(error) for words in _OF_GLOO)
+    text = str(error)
+    if isinstance(error, DistError):
+        return not any(words in text for words in _OF_THIS_PROCESS)
+    # Data that come over a network fail with the same words as gloo.
+    return isinstance(error, RuntimeError) and "gloo/" in text and any(words in text for words in _GLOO)
 
 
 def _explanation(trainer: Any) -> str:
-    args = trainer.args
-    newest = newest_finished(Path(args.output_dir))
-    going_on = (
-        f"the newest checkpoint whose save finished is {newest}, from which resume_from_checkpoint=True goes on"
-        if newest
-        else f"no checkpoint in {args.output_dir} is complete, so a run must start anew"
-    )
+    args, step = trainer.args, trainer.state.global_step
     return (
-        f"process {args.process_index} of {args.world_size} stops after step {trainer.state.global_step}: "
-        f"a collective failed, as another process has ended or hangs, whose own output says why; {going_on}"
+        f"process {args.process_index} of {args.world_size} stops after step {step}: a collective failed, as another "
+        f"process has ended or hangs, whose own output says why; {_going_on(args, step)}"
     )
 
 
-def newest_finished(output: Path) -> Path | None:
-    """The newest checkpoint whose save finished. Large files are not read, as that takes long: resuming does it."""
+def _going_on(args: Any, step: int) -> str:
+    """Where a run that has made `step` steps can go on, in words. An error in here would hide that of the collective."""
+    output = Path(args.output_dir)
+    try:
+        newest, is_first = newest_finished(output, step)
+    except OSError as error:
+        return f"{output} cannot be read: {error}"
+    if newest is None:
+        return f"no checkpoint of step {step} or before is complete in {output}, as this machine sees it"
+    told = f"the newest checkpoint whose save finished is {newest}"
+    if args.save_only_model:
+        return f"{told}, which has weights alone, as save_only_model asks"
+    return f"{told}, from which resume_from_checkpoint={True if is_first else str(newest)!r} goes on"
+
+
+def newest_finished(output: Path, step: int) -> tuple[Path | None, bool]:
+    """The newest checkpoint of `step` or before whose save finished, and whether resume_from_checkpoint=True takes it.
+
+    True takes one of a later step, which is another run's, and refuses one that has lost a file. Contents are not
+    compared, as that takes long: resuming does it.
+    """
+    is_first = True
     for folder in checkpoints_in(output):
         try:
-            check(folder, lambda name: name == "trainer_state.json")
-        except (Unfinished, Damaged):
+            check_sizes(folder)
+        except Unfinished:
             continue
-        return folder
-    return None
+        except (Damaged, OSError):
+            is_first = False
+            continue
+        if int(folder.name.rpartition("-")[2]) <= step:
+            return folder, is_first
+        is_first = False
+    return None, False

@@ -243,6 +243,24 @@ def check(folder: Path, wanted: Callable[[str], bool] = is_read_on_resume) -> No
     if manifest is None:
         check_without_manifest(folder, wanted)
         return
+    saved = _check_sizes(folder, manifest, wanted)
+    found = checksums([folder / name for name in saved], manifest["piece"])
+    for name, sums in saved.items():
+        if found[folder / name] != sums:
+            _refuse_changed(folder / name, name, "has other contents than were saved")
+
+
+def check_sizes(folder: Path) -> None:
+    """As `check`, but large files are not read, unless one has another size than was saved."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        check_without_manifest(folder, lambda name: name == "trainer_state.json")
+    else:
+        _check_sizes(folder, manifest, is_read_on_resume)
+
+
+def _check_sizes(folder: Path, manifest: dict[str, Any], wanted: Callable[[str], bool]) -> dict[str, Any]:
+    """The entries of the `wanted` files in a manifest, once all are there in their sizes."""
     if manifest["complete"] is False:
         raise Unfinished("its save did not finish")
     saved = {name: sums for name, sums in manifest["files"].items() if name != SENTINEL and wanted(name)}
@@ -252,10 +270,7 @@ def check(folder: Path, wanted: Callable[[str], bool] = is_read_on_resume) -> No
             raise Damaged(f"{name} is missing{advice_for_missing(name)}")
         if path.stat().st_size != sums["bytes"]:
             _refuse_changed(path, name, f"has {path.stat().st_size} bytes, it was saved with {sums['bytes']}")
-    found = checksums([folder / name for name in saved], manifest["piece"])
-    for name, sums in saved.items():
-        if found[folder / name] != sums:
-            _refuse_changed(folder / name, name, "has other contents than were saved")
+    return saved
 
 
 def _refuse_changed(path: Path, name: str, how: str) -> None:
