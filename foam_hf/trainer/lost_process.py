@@ -49,7 +49,7 @@ def _explanation(trainer: Any) -> str:
 
 
 def _going_on(args: Any, step: int) -> str:
-    """Where a run that has made `step` steps can go on, in words. An error in here would hide that of the collective."""
+    """Where a run that has made `step` steps can go on, in words. An error here would hide that of the collective."""
     output = Path(args.output_dir)
     try:
         newest, is_first = newest_finished(output, step)
