@@ -183,6 +183,8 @@ def take_up_offload(options: Any) -> None:
 
 def check_sharing(options: Any) -> None:
     """Raise ValueError for options of FSDP2 and ZeRO that lack another, or that exclude each other."""
+    if options.zero == "":  # of a variable that a script has not set
+        raise ValueError("--zero: no stage, got ''; expected 1, 2, 3, or the .json file of a DeepSpeed config")
     if options.fsdp2:
         if options.zero or options.offload:
             raise ValueError(f"{'--zero' if options.zero else '--offload'} excludes --fsdp2; expected one of them")

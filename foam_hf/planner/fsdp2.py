@@ -37,7 +37,13 @@ def refuse_whole_weights(optim: str, optim_args: str | Mapping[str, Any] | None)
 
 
 def shard_of(model: nn.Module, gpus: int) -> nn.Module:
-    """A copy of ``model``, on the meta device, whose weights have the rows of the first of ``gpus`` processes."""
+    """A copy of ``model``, on the meta device, whose weights have the rows of the first of ``gpus`` processes.
+
+    Raises:
+        ValueError: a weight has no dimension, which FSDP2 refuses.
+    """
+    if scalars := [name for name, p in model.named_parameters() if p.dim() == 0]:
+        raise ValueError(f"FSDP2 divides weights by rows, and {scalars[0]} has no dimension; expected a shape of (1,)")
     shard = copy.deepcopy(model)
     parts: dict[int, nn.Parameter] = {}
     for module in shard.modules():

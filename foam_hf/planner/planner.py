@@ -86,7 +86,7 @@ class Planner:
         architecture: the class of transformers to build, as "BertForSequenceClassification"; default: the config's.
         trust_remote_code: run the code that comes with a model.
         zero: a stage of DeepSpeed's ZeRO, or a DeepSpeed config as a .json file or a dict. The plan is then that of
-            one GPU. With `autocast` the weights have its dtype, as DeepSpeed casts the model.
+            one GPU. With `autocast`, or with the config's bf16 or fp16, DeepSpeed casts the weights to it.
         fsdp2: FSDP2 divides the model, as accelerate sets it up. The plan is that of one GPU.
         gpus: how many share the model under FSDP2 or ZeRO; batch is each GPU's own.
         offload: ZeRO's optimizer is in host memory, as by a config's `offload_optimizer`.
@@ -151,7 +151,11 @@ class Planner:
         self.zero: Zero | None = None
         if zero is not None and gpus is not None:
             self.zero = zero_settings(zero, gpus, offload, _hidden_size(model))
-            self.dtype = computing or self.dtype
+            if self.zero.mode is not None and autocast not in (None, self.zero.mode):
+                raise ValueError(
+                    f"zero={zero!r} computes in {self.zero.mode}, got autocast={autocast!r}; expected one of them"
+                )
+            self.dtype = computing or (getattr(torch, self.zero.mode) if self.zero.mode else self.dtype)
             self.model = copy.deepcopy(self.model).to(self.dtype)  # DeepSpeed casts everything
         self.batch, self.sequence = batch, sequence or min(512, most or 512)
         self._step: dict[str, Any] = {

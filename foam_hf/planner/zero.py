@@ -27,7 +27,10 @@ _NOT_PLANNED: dict[str, tuple[Any, ...]] = {
     "parameter_alignment": (False,),
     "contiguous_gradients": (True,),
     "zenflow": (None, {}),
+    "cpu_offload": (None, False),
 }
+_DEVICES = ("none", "cpu", "nvme")  # of offloading
+_MODES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16"}  # sections -> what DeepSpeed casts weights to
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Zero:
         sub_group: elements that stage 3 updates at a time (`sub_group_size`).
         round_robin: `round_robin_gradients`, the order of weights in the flat vectors of stages 1 and 2.
         not_planned: keys of a config that change the memory, and that are not in the plan.
+        mode: "bfloat16" or "float16" if a config has it enabled, to which DeepSpeed casts the weights.
     """
 
     stage: int
@@ -55,6 +59,7 @@ class Zero:
     sub_group: int = 1_000_000_000
     round_robin: bool = False
     not_planned: tuple[str, ...] = ()
+    mode: str | None = None
 
     @property
     def words(self) -> str:
@@ -73,16 +78,16 @@ def zero_settings(
         hidden_size: of the model, from which transformers and accelerate fill in "auto" sizes.
 
     Raises:
-        ValueError: no such stage, a file that is no DeepSpeed config, or one of stage 0.
+        ValueError: no such stage, a file that is no DeepSpeed config, stage 0, or a value that its key cannot have.
     """
     if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
         raise ValueError(f"gpus is not a count, got {gpus!r}; expected an integer of 1 or more")
     if isinstance(given, Mapping):
         return _from_config(given, "the config", gpus, offload, hidden_size)
-    text = os.fspath(given) if not isinstance(given, int) else str(given)
-    if text in map(str, STAGES) and not isinstance(given, bool):
+    text = os.fspath(given) if isinstance(given, str | os.PathLike) else str(given)
+    if text in map(str, STAGES):
         return Zero(int(text), gpus, offload)
-    if isinstance(given, int) or not text.endswith(".json"):
+    if not isinstance(given, str | os.PathLike) or not text.endswith(".json"):
         raise ValueError(f"zero is no stage, got {given!r}; expected 1, 2, 3, or the .json file of a DeepSpeed config")
     try:
         config = json.loads(Path(text).read_text(encoding="utf-8"))
@@ -92,39 +97,69 @@ def zero_settings(
 
 
 def _from_config(config: Any, where: str, gpus: int, offload: bool, hidden_size: int | None) -> Zero:
-    section = config.get("zero_optimization") if isinstance(config, Mapping) else None
-    stage = section.get("stage") if isinstance(section, Mapping) else None
-    if section is None or stage not in STAGES:
+    if not isinstance(config, Mapping):
+        raise ValueError(f"zero: {where} is no DeepSpeed config, got {config!r:.80}; expected a JSON object")
+    given = _section(config, "zero_optimization", where)
+    stage = given.get("stage")
+    if isinstance(stage, bool) or stage not in STAGES:
         raise ValueError(f"zero: {where} has zero_optimization.stage={stage!r}; expected 1, 2 or 3")
-
-    def size(key: str, default: int, automatic: int | None = None) -> int:
-        value = section.get(key, default)
-        if value != "auto":
-            return int(value)
-        if automatic is None:
+    section = {key: value for key, value in given.items() if value != "auto"}  # DeepSpeed takes its default there
+    if given.get("reduce_bucket_size") == "auto":
+        if hidden_size is None:
             raise ValueError(
-                f"zero: {where} has {key}='auto', which nothing fills in for this model; expected a number"
+                f"zero: {where} has reduce_bucket_size='auto', which this model does not fill in; expected a number"
             )
-        return automatic
-
-    device = (section.get("offload_optimizer") or {}).get("device", "none")
-    not_planned = [key for key, legal in _NOT_PLANNED.items() if section.get(key, legal[0]) not in legal]
-    if (section.get("offload_param") or {}).get("device", "none") == "none" and "offload_param" in not_planned:
-        not_planned.remove("offload_param")
-    not_planned += ["offload_optimizer to NVMe"] if device == "nvme" else []
-    not_planned += ["data_types"] if config.get("data_types", {}).get("grad_accum_dtype") else []
-    squared = None if hidden_size is None else hidden_size * hidden_size
+        section["reduce_bucket_size"] = hidden_size * hidden_size
+    devices = [_device(section, f"offload_{part}", where) for part in ("optimizer", "param")]
     return Zero(
-        stage,
+        int(stage),
         gpus,
-        offload or device in ("cpu", "nvme"),
-        reduce_bucket=size("reduce_bucket_size", Zero.reduce_bucket, squared),
+        offload or devices[0] != "none",
+        reduce_bucket=_size(section, "reduce_bucket_size", Zero.reduce_bucket, where, least=1),
         overlap=bool(section.get("overlap_comm")) and stage < 3,
-        live=size("stage3_max_live_parameters", Zero.live),
-        sub_group=size("sub_group_size", Zero.sub_group),
+        live=_size(section, "stage3_max_live_parameters", Zero.live, where),
+        sub_group=_size(section, "sub_group_size", Zero.sub_group, where),
         round_robin=bool(section.get("round_robin_gradients")),
-        not_planned=tuple(not_planned),
+        not_planned=tuple(_not_planned(config, section, devices, where)),
+        mode=next((mode for key, mode in _MODES.items() if _section(config, key, where).get("enabled") is True), None),
     )
+
+
+def _section(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    value = config.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"zero: {where} has {key}={value!r}; expected a section, as {{...}}")
+    return value or {}
+
+
+def _device(section: Mapping[str, Any], key: str, where: str) -> str:
+    device = _section(section, key, where).get("device", "none")
+    if device not in _DEVICES:
+        raise ValueError(f"zero: {where} has {key}.device={device!r}; expected one of {', '.join(_DEVICES)}")
+    return str(device)
+
+
+def _size(section: Mapping[str, Any], key: str, default: int, where: str, least: int = 0) -> int:
+    value = section.get(key, default)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or value < least or not float(value).is_integer():
+        raise ValueError(f"zero: {where} has {key}={value!r}; expected a number of elements, {least} or more")
+    return int(value)
+
+
+def _not_planned(
+    config: Mapping[str, Any], section: Mapping[str, Any], devices: Sequence[str], where: str
+) -> Iterator[str]:
+    """The keys of a config that change the memory, and that the plan leaves out."""
+    for key, legal in _NOT_PLANNED.items():
+        if section.get(key, legal[0]) not in legal and (key != "offload_param" or devices[1] != "none"):
+            yield key
+    if devices[0] == "nvme":
+        yield "offload_optimizer to NVMe"
+    if devices[0] != "none" and section["offload_optimizer"].get("ratio", 1) != 1:
+        yield "offload_optimizer.ratio"
+    if _section(config, "data_types", where).get("grad_accum_dtype"):
+        yield "data_types"
 
 
 class Segment(NamedTuple):

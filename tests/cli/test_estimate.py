@@ -190,6 +190,7 @@ def test_nothing_fits_under_zero_and_only_what_runs_there_is_tried(estimate):
         (["--offload", "--optim", "adamw_torch"], "--offload is FOAM's, and it is not among the optimizers"),
         (["--offload", "--fsdp2", "--gpus", "2"], "--offload excludes --fsdp2"),
         (["--zero", "2"], "their number is not given: --gpus 2"),
+        (["--zero", ""], "--zero: no stage, got ''; expected 1, 2, 3"),
         (["--zero", "5", "--gpus", "2"], "zero is no stage, got '5'"),
         (["--zero", "2", "--gpus", "two"], "--gpus: not a count, 'two'"),
         (["--zero", "2", "--gpus", "2", "--gradient-release"], "--gradient-release does not run under --zero 2"),

@@ -13,6 +13,7 @@ from foam_hf import estimate_memory
 from foam_hf.planner.activations import optimizer_temporary_bytes
 from foam_hf.planner.fsdp2 import shard_of
 from foam_hf.planner.planner import Planner
+from tests.support.tiny_models import tiny_llama
 
 RESULTS = Path(__file__).resolve().parents[2] / "recipes/benchmarks/results/sharded_speed-nvidia-h200.json"
 SIZE = {"batch": 2, "sequence": 8}
@@ -83,3 +84,10 @@ def test_muon_has_buffers_for_the_matrices_that_it_gathers() -> None:
 def test_errors_say_what_would_be_right(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         estimate_memory("llama-60m", fsdp2=True, **arguments)
+
+
+def test_a_weight_without_rows_is_an_error() -> None:
+    model = tiny_llama()
+    model.scale = torch.nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"FSDP2 divides weights by rows, and scale has no dimension"):
+        estimate_memory(model, fsdp2=True, gpus=2, **SIZE)

@@ -74,9 +74,57 @@ def test_a_deepspeed_config_is_read(tmp_path: Path) -> None:
     section = {"stage": 3, "offload_param": {"device": "cpu"}, "zero_hpz_partition_size": 4}
     found = zero_settings({"zero_optimization": section}, 4, False, None)
     assert found.not_planned == ("offload_param", "zero_hpz_partition_size")
+    section = {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}, "cpu_offload": True}
+    found = zero_settings({"zero_optimization": section}, 4, False, None)
+    assert found.not_planned == ("cpu_offload", "offload_optimizer.ratio")
     assert zero_settings({"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}}, 4, False, None) == (
         Zero(3, 4)
     )
+
+
+def test_auto_and_0_mean_what_they_mean_to_deepspeed() -> None:
+    section: dict[str, Any] = {"stage": 3, "sub_group_size": "auto", "stage3_max_live_parameters": 0}
+    section |= {"overlap_comm": "auto", "round_robin_gradients": "auto", "offload_optimizer": None}
+    assert zero_settings({"zero_optimization": section, "data_types": None}, 4, False, None) == Zero(3, 4, live=0)
+
+
+def test_a_configs_bf16_casts_the_model_as_an_argument_does() -> None:
+    config: dict[str, Any] = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+    asked = estimate_memory("roberta-base", autocast="bfloat16", zero=2, gpus=2, **SIZE)
+    assert estimate_memory("roberta-base", zero=config, gpus=2, **SIZE) == asked
+    config["bf16"] = {"enabled": "auto"}
+    plain = estimate_memory("roberta-base", zero=2, gpus=2, **SIZE)
+    assert estimate_memory("roberta-base", zero=config, gpus=2, **SIZE) == plain
+    assert estimate_memory("roberta-base", autocast="bfloat16", zero=config, gpus=2, **SIZE) == asked
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stage": "3"}, "has zero_optimization.stage='3'; expected 1, 2 or 3"),
+        ({"stage": True}, "has zero_optimization.stage=True; expected 1, 2 or 3"),
+        ({"reduce_bucket_size": "5e8"}, "has reduce_bucket_size='5e8'; expected a number of elements, 1 or more"),
+        ({"reduce_bucket_size": None}, "has reduce_bucket_size=None"),
+        ({"reduce_bucket_size": float("inf")}, "has reduce_bucket_size=inf"),
+        ({"stage3_max_live_parameters": -1}, "has stage3_max_live_parameters=-1"),
+        ({"reduce_bucket_size": "auto"}, "has reduce_bucket_size='auto', which this model does not fill in"),
+        ({"offload_optimizer": True}, "has offload_optimizer=True; expected a section"),
+        ({"offload_param": "cpu"}, "has offload_param='cpu'; expected a section"),
+        ({"offload_optimizer": {"device": "gpu"}}, "offload_optimizer.device='gpu'; expected one of none, cpu, nvme"),
+    ],
+)
+def test_a_value_that_its_key_cannot_have_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        zero_settings({"zero_optimization": {"stage": 3, **change}}, 2, False, None)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", '{"zero_optimization": 3}', "{", '{"bf16": true}'])
+def test_a_file_that_is_no_config_is_an_error(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"zero: .*{path}"):
+        zero_settings(str(path), 2, False, None)
 
 
 def test_deepspeed_casts_the_model_where_autocast_would_not() -> None:
@@ -100,6 +148,11 @@ def test_adapters_are_divided_and_frozen_weights_are_not_until_stage_3() -> None
         ({"gpus": 4}, "gpus and offload are FSDP2's and ZeRO's, got gpus=4"),
         ({"offload": True}, "gpus and offload are FSDP2's and ZeRO's"),
         ({"zero": 4, "gpus": 2}, "zero is no stage, got 4; expected 1, 2, 3, or the .json file"),
+        ({"zero": 2.0, "gpus": 2}, "zero is no stage, got 2.0"),
+        (
+            {"zero": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, "gpus": 2, "autocast": "float16"},
+            "computes in bfloat16, got autocast='float16'; expected one of them",
+        ),
         ({"zero": 2, "gpus": 0}, "gpus is not a count, got 0"),
         ({"zero": "ds.json", "gpus": 2}, "zero: cannot read ds.json"),
         (
