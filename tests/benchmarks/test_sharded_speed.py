@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -76,12 +77,18 @@ def test_a_process_that_fails_ends_its_group_and_tells_why() -> None:
     assert row["status"] == "failed" and "the second process has no luck" in row["reason"]
     row = run_group(die_on_the_second, world=2, device="cpu", timeout=60)
     assert row["status"] == "failed" and "process 1 ended with code 3" in row["reason"]
+    row = run_group(kill_the_second, world=2, device="cpu", timeout=60)
+    assert row["status"] == "failed" and "process 1 ended with code -9" in row["reason"]
+    row = run_group(fail_after_the_second, world=2, device="cpu", timeout=60)
+    assert row["status"] == "missing" and "no such package" in row["reason"]
 
 
 def test_a_group_that_hangs_is_ended() -> None:
     row = run_group(time.sleep, 600, world=2, device="cpu", timeout=1)
     assert row["status"] == "failed" and "took too long" in row["reason"]
     assert "unknown no-case; expected some of" in refused("speed.sharded_speed", "--cases", "no-case")
+    for number in ("3", "0", "two", ""):
+        assert f"no case for {number}; expected some of 1, 2, 4, 8" in refused("speed.sharded_speed", "--gpus", number)
 
 
 def fail_on_the_second() -> dict:
@@ -96,3 +103,18 @@ def die_on_the_second() -> dict:
         os._exit(3)
     time.sleep(600)
     return {}
+
+
+def kill_the_second() -> dict:
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+    return {}
+
+
+def fail_after_the_second() -> dict:
+    """As over gloo, where the first process fails because the second one has."""
+    if os.environ["RANK"] == "1":
+        raise ImportError("no such package")
+    time.sleep(1)
+    raise RuntimeError("Connection closed by peer")

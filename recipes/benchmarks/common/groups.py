@@ -42,12 +42,11 @@ def run_group(
             processes.append(context.Process(target=answer_into, args=(function, args, variables, answer, log)))
         for process in processes:
             process.start()
-        late = _wait(processes, answers, timeout)
-        rows = [_row(rank, processes[rank], answer, late) for rank, answer in enumerate(answers)]
-    # What a process says of itself is the cause; the others were stopped because of it.
-    told = [row for row in rows if row["status"] != "ok" and not row.pop("stopped", False)]
-    failed = told or [row for row in rows if row["status"] != "ok"]
-    return failed[0] if failed else rows[0]
+        stopped, late = _wait(processes, answers, timeout)
+        ranks = sorted(range(world), key=lambda rank: _when(answers[rank], rank in stopped))
+        rows = [_row(rank, processes[rank], answers[rank], late) for rank in ranks]
+        failed = [row for row in rows if row["status"] != "ok"]
+        return failed[0] if failed else rows[ranks.index(0)]
 
 
 def _environment(rank: int, world: int, port: int, device: str) -> dict[str, str]:
@@ -57,22 +56,30 @@ def _environment(rank: int, world: int, port: int, device: str) -> dict[str, str
     return {name: str(value) for name, value in found.items()} | {"CUDA_VISIBLE_DEVICES": gpus}
 
 
-def _wait(processes: list, answers: list[Path], timeout: float) -> bool:
-    """Wait for all, or stop those that are left; says whether the time was over."""
+def _when(answer: Path, stopped: bool) -> float:
+    """A time to sort by, so that the cause is the first that failed: who died without a word, then by answers."""
+    if answer.is_file():
+        return answer.stat().st_mtime_ns
+    return float("inf") if stopped else 0.0
+
+
+def _wait(processes: list, answers: list[Path], timeout: float) -> tuple[set[int], bool]:
+    """Wait for all, or stop those that are left; says which these were, and whether the time was over."""
     end = time.monotonic() + timeout
-    failed = None
+    failed, stopped = None, set()
     while any(process.is_alive() for process in processes):
         time.sleep(0.05)
         ended = [rank for rank, process in enumerate(processes) if not process.is_alive()]
         if failed is None and any(not _is_ok(answers[rank]) for rank in ended):
             failed = time.monotonic()
         if time.monotonic() > (end if failed is None else min(end, failed + GRACE_S)):
+            stopped = {rank for rank, process in enumerate(processes) if process.is_alive()}
             for process in processes:
                 process.kill()
             break
     for process in processes:
         process.join()
-    return failed is None and time.monotonic() > end
+    return stopped, failed is None and time.monotonic() > end
 
 
 def _is_ok(answer: Path) -> bool:
@@ -85,7 +92,7 @@ def _row(rank: int, process, answer: Path, late: bool) -> dict:
     log = answer.with_name(f"log{rank}.txt")
     last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] if log.is_file() else []
     what = "took too long" if late else f"process {rank} ended with code {process.exitcode}"
-    return {"status": "failed", "reason": " ".join([what, *last])[:300], "stopped": process.exitcode == -9}
+    return {"status": "failed", "reason": " ".join([what, *last])[:300]}
 
 
 def _free_port() -> int:

@@ -49,6 +49,14 @@ def keys_of(options: argparse.Namespace, names: list[str], numbers: list[int]) -
     ]
 
 
+def numbers_of(parser: argparse.ArgumentParser, text: str, names: list[str]) -> list[int]:
+    """The numbers of GPUs that `text` lists; the parser's error if no case of `names` is of one of them."""
+    known = sorted({gpus for name in names for gpus in CASES[name].gpus})
+    if unknown := [number for number in text.split(",") if number.strip() not in map(str, known)]:
+        parser.error(f"--gpus: no case for {', '.join(unknown)}; expected some of {', '.join(map(str, known))}")
+    return [int(number) for number in text.split(",")]
+
+
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--cases", default=",".join(CASES), help="of the default, all")
@@ -63,7 +71,7 @@ def main(argv: list[str] | None = None) -> dict:
     add_options(parser)
     options = parser.parse_args(argv)
     names = names_of(parser, options, "cases", CASES)
-    numbers = [int(number) for number in options.gpus.split(",")]
+    numbers = numbers_of(parser, options.gpus, names)
     device = options.device
     start_server([name for name in options.preload.split(",") if name])
     machine = machine_of(device)
