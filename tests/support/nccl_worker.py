@@ -41,12 +41,18 @@ Case = Callable[[Path, int], Any]  # of a folder and the number of processes; we
 
 def record(folder: Path, case: str, told: str) -> None:
     """Write the row of a case that every process has a word on: "bits", or an error."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        said: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(said, told)
-        told = next((word for word in said if word != "bits"), "bits")
+    told = agreed(told)
     if os.environ["RANK"] == "0":
         write(folder, case, told)
+
+
+def agreed(told: str) -> str:
+    """The first word that is not "bits" of all processes, of which each must call this."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return told
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, told)
+    return next((word for word in said if word != "bits"), "bits")
 
 
 def write(folder: Path, case: str, told: str) -> None:
@@ -232,14 +238,18 @@ def compared(folder: Path, world: int, cases: dict[str, Case], again: bool, whol
         if again and not resumed:
             continue
         files = [folder / f"{name}, {n}.pt" for n in (2, 1, "again")]
+        told, steps = "bits", []
         try:
             with one_process() if world == 1 and not resumed else nullcontext():
                 steps = case(folder / name, world)
         except Exception:
             traceback.print_exc()
-            record(folder, name, _last_line(traceback.format_exc()))
-            continue
+            told = _last_line(traceback.format_exc())
+        told = agreed(told)  # one process may fail alone, and the others must not begin the next case without it
         if os.environ["RANK"] != "0":
+            continue
+        if told != "bits":
+            write(folder, name, told)
             continue
         torch.save(steps, files[2 if again else 2 - world])
         if again:
