@@ -78,7 +78,7 @@ ROWS: dict[str, list[Proof | None]] = {
     "`foam_mini` (`level=row`)": [ddp("row"), fsdp2("bits", "mini"), *engine(", row"), zero("near", "mini")[2]],
     "`second_moment=factored`": [ddp("factored"), fsdp2("near", "factored"), *NOT_ZERO],
     "`foam_muon`": [ddp("muon"), fsdp2("near", "muon"), *NOT_ZERO],
-    "`foam_muon`, embeddings and head plain": [ddp("muon"), Proof("bits", MUON), *NOT_ZERO],
+    "`foam_muon`, embeddings and head plain": [ddp("muon, embeddings and head plain"), Proof("bits", MUON), *NOT_ZERO],
     "`foam_adam_mini`": [ddp("adam_mini"), NOT_FSDP2, *NOT_ZERO],
     "`plain_state=8bit`": [ddp("plain_state=8bit"), NOT_FSDP2, *NOT_ZERO],
     "INT8 weights": [
@@ -117,7 +117,7 @@ OVER_NCCL: dict[str, list[str]] = {
     "`foam_mini` (`level=row`)": ["DDP, row", "FSDP2, mini", "ZeRO 1, row", "ZeRO 2, row", "ZeRO 3, mini"],
     "`second_moment=factored`": ["DDP, factored", "FSDP2, factored"],
     "`foam_muon`": ["DDP, muon", "FSDP2, muon"],
-    "`foam_muon`, embeddings and head plain": ["DDP, muon"],
+    "`foam_muon`, embeddings and head plain": ["DDP, muon, embeddings and head plain"],
     "`foam_adam_mini`": ["DDP, adam_mini"],
     "`plain_state=8bit`": ["DDP, plain_state=8bit"],
     "INT8 weights": ["DDP, INT8", "FSDP2, INT8"],
