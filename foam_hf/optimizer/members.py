@@ -106,6 +106,7 @@ def members_of_one(owned: Owned, p: Tensor, group: Group, stream: int) -> list[M
         check_rule(p, group)  # again, as FSDP2 may have sharded it after the constructor checked it
         pieces = [*pieces_of(p, *rule_of(p, group))]
     member = member_of(owned, p, group, stream)
+    owned.left_out.forget_beyond(stream, member.state["step"], owned.groups)
     return [member._replace(piece=piece) for piece in pieces]
 
 

@@ -58,6 +58,10 @@ class DeviceRecord:
         more._seen_bytes = more._seen.tobytes()
         return more
 
+    def last(self, i: int) -> int:
+        """The last step that left out a block of parameter ``i``, as far as the host knows."""
+        return max(int(self._now[i]), int(self._seen[i])) if i < len(self.steps) else 0
+
     def forget(self, i: int) -> None:
         """Reset parameter ``i`` to 0. The caller must have called ``take_new`` before, or its report is lost."""
         if i < len(self.steps):
@@ -115,6 +119,14 @@ class LeftOutReport:
             self.report(groups, wait=True)
         for record in self._devices.values():
             record.forget(i)
+
+    def forget_beyond(self, i: int, step: int, groups: list[dict[str, Any]]) -> None:
+        """As ``forget``, if more steps are recorded than parameter ``i`` has counted: somebody has set it back.
+
+        Otherwise its next steps would look like those that were reported.
+        """
+        if any(record.last(i) > step for record in self._devices.values()):
+            self.forget(i, groups)
 
     def send(self) -> None:
         """Start copies to the host."""

@@ -132,6 +132,23 @@ def test_state_that_was_cleared_begins_to_count_and_to_tell_anew():
         optimizer.state.clear()
 
 
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+def test_a_step_count_that_was_set_back_hides_no_gradient(monkeypatch, kernel):
+    monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
+    weight, (good, bad, _) = torch.randn(3, 8, device=DEVICE), poisoned((3, 8), math.nan)
+    _, optimizer = train(weight, [good, good, bad])
+    (group,) = optimizer.param_groups
+    (p,) = group["params"]
+    optimizer.check_gradients()
+    group["nonfinite"] = "error"
+    for count in (2, 0):  # before the step that left a block out, which is taken once more; from the start
+        optimizer.state[p]["step"] = count
+        p.grad = bad.clone()
+        with pytest.raises(NonfiniteGradientError, match=f"step {count + 1}: "):
+            optimizer.step()
+            optimizer.check_gradients()
+
+
 def test_groups_have_their_own_word():
     skipping, raising = (torch.nn.Parameter(torch.ones(2, 4)) for _ in range(2))
     optimizer = FOAM([{"params": [skipping], "nonfinite": "skip"}, {"params": [raising]}])
