@@ -252,6 +252,7 @@ class AddressTable:
         """The scales as a kernel takes them, and its ``SCALED``: 0 for none, 1 for one for all, 2 for one each."""
         if grad_scale is None:
             return self.table, 0  # any tensor: it is unread
+        grad_scale = grad_scale.to(self.device)  # a GradScaler has one, and a model may be on several GPUs
         aligned = grad_scale.clone() if grad_scale.data_ptr() % 16 else grad_scale  # as a tensor of its own is
         return aligned, 1 if grad_scale.numel() == 1 else 2
 

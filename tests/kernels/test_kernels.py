@@ -197,11 +197,12 @@ def test_gradients_that_come_go_and_move(monkeypatch, second_moment):
         assert_within(p, q, "five steps against float64, float32 weights")
 
 
+@pytest.mark.parametrize("device", dict.fromkeys([DEVICE, "cpu"]))  # a scaler has one, a model may be on several
 @pytest.mark.parametrize("second_moment", FUSED)
-def test_scaled_gradients_are_unscaled_in_the_kernel(monkeypatch, second_moment):
+def test_scaled_gradients_are_unscaled_in_the_kernel(monkeypatch, second_moment, device):
     weights, gradients = drawn(torch.float16, steps=1)
     plain, _ = train(monkeypatch, "triton", weights, gradients, level=3, second_moment=second_moment)
-    monkeypatch.setattr(FOAM, "grad_scale", torch.tensor(8.0, device=DEVICE), raising=False)
+    monkeypatch.setattr(FOAM, "grad_scale", torch.tensor(8.0, device=device), raising=False)
     scaled = [[8 * grad for grad in step] for step in gradients]
     unscaled, _ = train(monkeypatch, "triton", weights, scaled, level=3, second_moment=second_moment)
     assert all(torch.equal(p, q) for p, q in zip(plain, unscaled, strict=True))
