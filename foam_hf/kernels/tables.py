@@ -45,7 +45,7 @@ class Entry:
 
     weight: Tensor
     grad: Tensor
-    moments: tuple[Tensor, ...]  # as state holds them, contiguous
+    moments: tuple[Tensor, ...]  # as state holds them
     level: Level
     stream: int
     place: Place
@@ -73,8 +73,11 @@ class Entry:
 
     def fits(self, empty: bool = False) -> bool:
         """Whether a kernel takes it; a weight without elements only if ``empty``. The rest is updated plainly."""
-        contiguous = self.weight.is_contiguous() and self.grad.is_contiguous()
-        if not contiguous or not {x.dtype for x in self.tensors} <= TRITON_DTYPES.keys():
+        # A gradient that autograd has left to be negated is read as it lies.
+        if self.grad.is_neg() or not all(x.is_contiguous() for x in self.tensors):
+            return False
+        dtypes = {x.dtype for x in self.moments}
+        if len(dtypes) != 1 or not {self.weight.dtype, self.grad.dtype, *dtypes} <= TRITON_DTYPES.keys():
             return False
         if self.weight.numel() == 0 and not empty:
             return False

@@ -105,11 +105,24 @@ def check_parameter(p: Tensor) -> None:
 
 
 def check_gradient(p: Tensor, i: int) -> None:
-    """Raise TypeError if the gradient of ``p``, parameter number ``i``, is sparse or complex."""
+    """Check the gradient of ``p``, parameter number ``i``, if there is one.
+
+    Raises:
+        TypeError: it is sparse or complex.
+        ValueError: it has not the shape of ``p``, or is on another device: ``p.data`` was replaced.
+    """
     grad = p.grad
-    if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
+    if grad is None:
+        return
+    if grad.layout != torch.strided or grad.is_complex():
         kind = "complex" if grad.is_complex() else str(grad.layout)
         raise TypeError(
             f"FOAM needs dense real gradients: got {kind} for parameter {i} of shape {tuple(p.shape)}; "
             "for an embedding, expected sparse=False"
+        )
+    if grad.shape != p.shape or grad.device != p.device:
+        raise ValueError(
+            f"the gradient of parameter {i} is not that of the weight as it is now: got a gradient of shape "
+            f"{tuple(grad.shape)} on {grad.device} for a weight of shape {tuple(p.shape)} on {p.device}; expected "
+            "zero_grad() before a weight's data is replaced or moved"
         )

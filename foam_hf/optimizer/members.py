@@ -15,7 +15,7 @@ from foam_hf.optimizer.nonfinite import LeftOutReport
 from foam_hf.optimizer.sharding import empty_state, follow_placements, pieces_of
 from foam_hf.optimizer.state import state_problem
 from foam_hf.rules.all import rule_named, rule_of
-from foam_hf.tensors.places import Piece, is_sharded
+from foam_hf.tensors.places import Piece, is_sharded, local
 from foam_hf.tensors.rows import visiting_layer
 from foam_hf.tensors.step import Hyper, Member
 
@@ -58,7 +58,7 @@ def members_of(owned: Owned) -> list[list[Member]]:
     need not be made anew when they have a gradient again. If no parameter has a gradient, there are no members.
 
     Raises:
-        ValueError: a parameter is listed twice, or its state does not fit its group.
+        ValueError: a parameter is listed twice, or its state or gradient does not fit it.
         TypeError: a sparse or complex gradient.
         RuntimeError: the gradient of an offloaded weight.
     """
@@ -82,11 +82,20 @@ def members_of(owned: Owned) -> list[list[Member]]:
         [
             member
             for p, i in zip(group["params"], stream, strict=False)
-            if p.grad is not None or (owned.state.get(p) and not is_sharded(p) and use_kernels(p.device))
+            if p.grad is not None or _waits(owned, p, group)
             for member in _pieces(owned, p, group, i)
         ]
         for group in owned.groups
     ]
+
+
+def _waits(owned: Owned, p: Tensor, group: Group) -> bool:
+    """Whether ``p``, without a gradient now, gets a place in the kernels' tables for a later one."""
+    state = owned.state.get(p)
+    if not state or is_sharded(p) or not use_kernels(p.device):
+        return False
+    # What does not fit matters when there is a gradient: a frozen weight may be cut, or its state be kept elsewhere.
+    return not _problem(p, group, state)
 
 
 def _pieces(owned: Owned, p: Tensor, group: Group, stream: int) -> list[Member]:
@@ -121,13 +130,29 @@ def member_of(owned: Owned, p: Tensor, group: Group, stream: int) -> Member:
     if not state:
         state["step"] = 0
         state.update({name: empty_state(p, tensor) for name, tensor in expected.items()})
-    problem = state_problem(state, expected)
-    if problem:
-        raise ValueError(
+    if problem := _problem(p, group, state):
+        raise ValueError(problem)
+    return Member(p, state, tuple(expected), level, rule.name, stream)
+
+
+def _problem(p: Tensor, group: Group, state: dict[str, Any]) -> str:
+    """Why ``group`` or ``p`` does not fit ``state``, or an empty string."""
+    rule, level = rule_of(p, group)
+    expected = rule.state(p, level, group)
+    if problem := state_problem(state, expected):
+        return (
             f"level={group['level']!r} and second_moment={group['second_moment']!r} do not fit the state of a "
             f"parameter of shape {tuple(p.shape)}: {problem}; expected them to stay as they were at its first step"
         )
-    return Member(p, state, tuple(expected), level, rule.name, stream)
+    device = local(p).device
+    for name in expected:  # kernels get addresses, which mean another place on another device
+        if (found := local(state[name]).device) != device:
+            return (
+                f"state is not on the device of its weight: got {name} on {found} for a weight of shape "
+                f"{tuple(p.shape)} on {device}; expected a model that is on its device before the first step, or "
+                "state that moves with it, as optimizer.load_state_dict(optimizer.state_dict()) moves it"
+            )
+    return ""
 
 
 class Micro(NamedTuple):

@@ -40,7 +40,10 @@ class Watched:
         self._weights = unique(member.p for member in members)
         self._tensors = _getters(unique(member.state for member in members))
         self.sharded = any(is_sharded(p) for p in self._weights)
-        self._addresses = list(map(Tensor.data_ptr, self._own(self._weights)))
+        weights = self._own(self._weights)
+        self._addresses, self._layouts = list(map(Tensor.data_ptr, weights)), _layouts(weights)
+        self._same_kinds = SameKinds()
+        self._same_kinds.learn(weights)
         moments = self._moments()
         self._moment_addresses = list(map(Tensor.data_ptr, moments))
         # A tensor subclass may say itself where its memory is, which torch's comparison does not ask.
@@ -57,13 +60,25 @@ class Watched:
         )
 
     def _holds_its_state(self) -> bool:
-        """Whether all tensors are where the kernels' tables say, but gradients."""
+        """Whether all tensors are where the kernels' tables say, but gradients, and weights of the same layout."""
+        weights = self._own(self._weights)
         try:
-            return list(map(Tensor.data_ptr, self._own(self._weights))) == self._addresses and have_addresses(
-                self._moments(), self._moment_addresses, self._plain
+            return (
+                list(map(Tensor.data_ptr, weights)) == self._addresses
+                and have_addresses(self._moments(), self._moment_addresses, self._plain)
+                and self._keep_layouts(weights)
             )
         except (KeyError, RuntimeError, TypeError):  # a caller has removed state
             return False
+
+    def _keep_layouts(self, weights: list[Tensor]) -> bool:
+        """Whether ``weights`` have the shapes of before: a part or a transpose of one begins at the same address."""
+        if self._same_kinds.found_in(weights):
+            return True
+        if _layouts(weights) != self._layouts:
+            return False
+        self._same_kinds.learn(weights)
+        return True
 
     def _moments(self) -> list[Tensor]:
         found: list[Tensor] = []
@@ -120,8 +135,8 @@ class Gradients(NamedTuple):
 
     Attributes:
         missing: whether each parameter lacks a gradient; None if none does.
-        kinds: lists of what kernels are compiled for, dtype and contiguity, with an element for each gradient that is
-            not missing. For DTensors also which are missing, and placements.
+        kinds: lists of what tables and kernels are made for, see ``_kinds``, with an element for each gradient that
+            is not missing. For DTensors also which are missing, and placements.
         addresses: one for each parameter, 0 for a missing or sparse gradient.
     """
 
@@ -144,10 +159,11 @@ class WatchedGradients:
         self.last = last = _described(grads, sharded)
         # A missing gradient is expected in the dtype of its weight, and contiguous; one of no member has no kind.
         number = {id(p): i for i, p in enumerate(params)}
-        self._kinds: list[list[Any]] = [[None] * len(params), [None] * len(params)]
+        self._kinds: list[list[Any]] = [[None] * len(params) for _ in range(3)]
         for member in members:
             i = number[id(member.p)]
-            self._kinds[0][i], self._kinds[1][i] = member.p.dtype, True
+            for kinds, expected in zip(self._kinds, (member.p.dtype, True, member.p.numel()), strict=True):
+                kinds[i] = expected
         self.moved: numpy.ndarray | None = None
         self._alignments = numpy.array(last.addresses, dtype=numpy.int64) & 15
         self._same_kinds = SameKinds()
@@ -156,7 +172,8 @@ class WatchedGradients:
             return
         present = range(len(params)) if last.missing is None else itertools.compress(range(len(params)), here(last))
         for j, i in enumerate(present):
-            self._kinds[0][i], self._kinds[1][i] = last.kinds[0][j], last.kinds[1][j]
+            for kinds, found in zip(self._kinds, last.kinds, strict=True):
+                kinds[i] = found[j]
         if last.missing is None:
             self._same_kinds.learn(grads)
 
@@ -297,11 +314,20 @@ def _described(grads: list[Any], sharded: bool) -> Gradients:
         addresses = [0 if is_missing else next(found) for is_missing in missing]
         kinds = _kinds(present)
     except RuntimeError:
-        return Gradients(missing, [[grad.layout for grad in whole]] * 2, [0] * len(grads))
+        return Gradients(missing, [[grad.layout for grad in whole]] * 3, [0] * len(grads))
     if sharded:
         kinds += [missing, [getattr(grad, "placements", None) for grad in whole]]
     return Gradients(missing if any(missing) else None, kinds, addresses)
 
 
-def _kinds(grads: list[Tensor]) -> list[Any]:
-    return [list(map(_DTYPE, grads)), list(map(Tensor.is_contiguous, grads))]
+def _kinds(grads: list[Tensor]) -> list[list[Any]]:
+    """Of each gradient the dtype, whether its memory holds it as kernels read it, and how many elements it has."""
+    counts, contiguous = list(map(Tensor.numel, grads)), list(map(Tensor.is_contiguous, grads))
+    if 1 in counts:  # autograd may leave one number to be negated, as the imaginary part of a conjugate
+        pairs = zip(grads, contiguous, counts, strict=True)
+        contiguous = [flag and not (count == 1 and grad.is_neg()) for grad, flag, count in pairs]
+    return [list(map(_DTYPE, grads)), contiguous, counts]
+
+
+def _layouts(weights: list[Tensor]) -> list[Any]:
+    return [(x.dtype, x.shape, x.stride()) for x in weights]

@@ -230,3 +230,123 @@ def test_memory_and_kinds_that_changed_under_the_same_tensors_are_followed(monke
 
     for found, expected in zip(trained("triton"), trained("reference"), strict=True):
         assert_within(found, expected, "five steps against float64, float32 weights")
+
+
+def on_both_paths(monkeypatch, steps) -> None:
+    """``steps`` trains two parameters, of which the first is compared; kernels do as the updates in torch do."""
+    found = []
+    for kernel in ("triton", "reference"):
+        monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
+        torch.manual_seed(0)
+        p, other = (torch.nn.Parameter(torch.randn(16, 16, device=DEVICE)) for _ in range(2))
+        optimizer = FOAM([p, other], lr=0.01, level=2)
+        found.append(steps(optimizer, p, other).clone())
+    assert_within(*found, "five steps against float64, float32 weights")
+
+
+def stepped(optimizer: FOAM, *params: torch.nn.Parameter, shape: tuple[int, ...] = (16, 16)) -> None:
+    for p in params:
+        p.grad = torch.randn(shape, device=DEVICE)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_weight_that_lies_in_another_way_at_its_address_is_followed(monkeypatch, known):
+    if not known:
+        monkeypatch.setattr(watched, "_GUARDS", None)
+
+    def steps(optimizer, p, other):
+        stepped(optimizer, p, other)
+        p.data = p.data.t()
+        stepped(optimizer, p, other)
+        p.data = p.data.t()
+        stepped(optimizer, p, other)
+        return p.detach()
+
+    on_both_paths(monkeypatch, steps)
+
+
+@pytest.mark.parametrize("kernel", ["triton", "reference"])
+def test_a_weight_that_was_cut_at_its_address_is_refused_and_nothing_is_written(monkeypatch, kernel):
+    monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
+    p = torch.nn.Parameter(torch.randn(32, 16, device=DEVICE))
+    optimizer = FOAM([p], level=2)
+    stepped(optimizer, p, shape=(32, 16))
+    memory = p.data
+    p.data = memory[:8]
+    before, p.grad = memory.clone(), None
+    with pytest.raises(ValueError, match=r"folded_exp_avg has shape \(32, 4\); expected \(8, 4\)"):
+        stepped(optimizer, p, shape=(8, 16))
+    assert torch.equal(memory, before)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first step", "a later one"])
+@pytest.mark.parametrize("kernel", ["triton", "reference"])
+def test_a_gradient_of_another_shape_than_its_weight_is_refused(monkeypatch, kernel, first):
+    monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
+    p = torch.nn.Parameter(torch.randn(32, 16, device=DEVICE))
+    optimizer = FOAM([p], level=2)
+    if not first:
+        stepped(optimizer, p, shape=(32, 16))
+    before = p.detach().clone()
+    p.grad = torch.zeros(32, 16, device=DEVICE)
+    p.grad.data = torch.zeros(8, 16, device=DEVICE)
+    with pytest.raises(ValueError, match=r"got a gradient of shape \(8, 16\) on .* for a weight of shape \(32, 16\)"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("change", ["transposed", "first in bfloat16"])
+def test_state_that_kernels_cannot_read_is_read_plainly(monkeypatch, change):
+    def steps(optimizer, p, other):
+        stepped(optimizer, p, other)
+        state = optimizer.state[p]
+        if change == "transposed":
+            state.update({name: x.t().contiguous().t() for name, x in state.items() if name != "step"})
+        else:
+            state["folded_exp_avg"] = state["folded_exp_avg"].to(torch.bfloat16)
+        stepped(optimizer, p, other)
+        return p.detach()
+
+    on_both_paths(monkeypatch, steps)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_number_that_autograd_has_left_to_be_negated_is_negated(monkeypatch, known):
+    """As the gradient of an imaginary part behind a conjugate; the kernels read memory as it lies."""
+    if not known:
+        monkeypatch.setattr(watched, "_GUARDS", None)
+
+    def steps(optimizer, p, other):
+        (phase,) = phases = [torch.nn.Parameter(torch.ones(1, device=DEVICE))]
+        optimizer.add_param_group({"params": phases})
+        for negated in (True, False, True):
+            z = torch.complex(torch.ones(1, device=DEVICE), phase)
+            (z.conj() if negated else z).mul(1 + 3j).imag.sum().backward()
+            assert phase.grad.is_neg() == negated
+            optimizer.step()
+            optimizer.zero_grad()
+        return phase.detach()
+
+    on_both_paths(monkeypatch, steps)
+
+
+@pytest.mark.parametrize("kernel", ["triton", "reference"])
+def test_state_on_another_device_is_refused_unless_its_weight_has_no_gradient(monkeypatch, kernel):
+    monkeypatch.setenv("FOAM_HF_KERNEL", kernel)
+    p, frozen = (torch.nn.Parameter(torch.randn(16, 16, device=DEVICE)) for _ in range(2))
+    optimizer = FOAM([p, frozen], level=2)
+    stepped(optimizer, p, frozen)
+    state = optimizer.state[frozen]
+    kept = dict(state)
+    state.update({name: x.to("meta") for name, x in state.items() if name != "step"})
+    before, frozen.grad = frozen.detach().clone(), None
+    stepped(optimizer, p)
+    with pytest.raises(
+        ValueError, match=r"got folded_exp_avg on meta for a weight of shape \(16, 16\) on .*; expected"
+    ):
+        stepped(optimizer, p, frozen)
+    assert torch.equal(frozen, before)
+    state.update(kept)
+    optimizer.step()
+    assert not torch.equal(frozen, before)
