@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = _parser()
         options, stray = parser.parse_known_args(ours)
         if stray and options.command != "run":
-            parser.error(f"unrecognized arguments: {shlex.join(stray)}")
+            raise CommandError(f"unrecognized arguments: {shlex.join(stray)}{_with_dashes(stray, options)}")
         if options.command is None:
             parser.print_help()
             return 0
@@ -42,6 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"foam-hf {name}: {error}", file=sys.stderr)
         return error.code
+
+
+def _with_dashes(stray: list[str], options: argparse.Namespace) -> str:
+    """The hint on a flag that is written with underscores, as the Trainer's are; "" if there is none."""
+    for word in stray:
+        flag = word.partition("=")[0]
+        if "_" in flag and hasattr(options, flag.removeprefix("--")):
+            return f"; did you mean {flag.replace('_', '-')}?"
+    return ""
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import shlex
 import shutil
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 
 from foam_hf.cli.errors import CommandError
 from foam_hf.display import PICTURES
-from foam_hf.optim_args import FOAM_NAMES, table_of_keys
+from foam_hf.optim_args import FOAM_NAMES, ours_like, table_of_keys
 
 USAGE = "foam-hf run [--summary] [--report-memory [PICTURE]] -- COMMAND ..."
 SITECUSTOMIZE = Path(__file__).resolve().parents[1] / "_sitecustomize"
@@ -101,16 +102,27 @@ def main(options: argparse.Namespace, words: list[str], stray: list[str], comman
     report = _checked_report(report)
     if not command:
         raise CommandError("no command given; expected: foam-hf run -- python train.py --optim foam ...")
+    _refuse_misspelt_optim(command)
     environment = _environment(report, options.summary)
     try:
         if os.name == "posix":
             _replace_process(command, environment)
         return subprocess.run(command, env=environment, check=False).returncode
     except FileNotFoundError:
-        raise CommandError(f"command not found: {command[0]}", code=127) from None
+        hint = f"; a script needs its Python: python {command[0]} ..." if command[0].endswith(".py") else ""
+        raise CommandError(f"command not found: {command[0]}{hint}", code=127) from None
     except (OSError, ValueError) as error:  # ValueError: an empty command, or a NUL in it
         reason = getattr(error, "strerror", None) or error
         raise CommandError(f"cannot execute {command[0]!r}: {reason}", code=126) from None
+
+
+def _refuse_misspelt_optim(command: list[str]) -> None:
+    """Raise CommandError for `--optim FOAM`: a Trainer's parser would print all its options and some forty names."""
+    given = [after for word, after in itertools.pairwise(command) if word == "--optim"]
+    given += [word.removeprefix("--optim=") for word in command if word.startswith("--optim=")]
+    for name in given:
+        if name not in FOAM_NAMES and (similar := ours_like(name)):
+            raise CommandError(f"--optim {name!r} is no optimizer of the Trainer; did you mean {similar!r}?")
 
 
 def _explain_unexpected(words: list[str], word: str, command: list[str] | None) -> str:

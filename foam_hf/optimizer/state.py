@@ -108,7 +108,8 @@ def check_checkpoint(
                 held = sorted({key for state in saved_state.values() for key in state})
                 raise ValueError(
                     f"the checkpoint is of another optimizer: its param groups have no {name!r}, "
-                    f"its state holds {held}; expected one that FOAM wrote"
+                    f"its state holds {held}; expected one that FOAM wrote. To go on from its weights alone, load the "
+                    "model from that folder and train without resume_from_checkpoint"
                 )
         if problem := field_problem(i, group, saved):
             raise CheckpointMismatchError(problem, state_dict)

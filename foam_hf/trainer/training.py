@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from foam_hf.optim_args import parse_optim_args
@@ -30,8 +31,10 @@ def wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
         refuse_ready_made_optimizer(trainer)
         refuse_with_offload(trainer)
         bind_reports(trainer)
-        watches = _lost_process(trainer), _gradient_release(trainer), _skipped_steps(trainer)
-        with watches[0], watches[1], watches[2], _name_nonfinite_weights(trainer), _suggest_optim_args(trainer):
+        watches = _lost_process(trainer), _unused(trainer), _gradient_release(trainer), _skipped_steps(trainer)
+        with ExitStack() as stack:
+            for watch in (*watches, _name_nonfinite_weights(trainer), _suggest_optim_args(trainer)):
+                stack.enter_context(watch)
             result = with_current_trainer(trainer, original)(trainer, *args, **kwargs)
             if (optimizer := foam_of(trainer)) is not None:
                 optimizer.check_gradients()  # raises for the last step, which no later step has checked
@@ -42,6 +45,14 @@ def wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _lost_process(trainer: Any) -> AbstractContextManager[None]:
     return explain_lost_process(trainer) if uses_foam(trainer.args) else nullcontext()
+
+
+def _unused(trainer: Any) -> AbstractContextManager[None]:
+    if not (uses_foam(trainer.args) or os.environ.get("FOAM_HF_RUN_PREFIX")):  # other runs get no callback
+        return nullcontext()
+    from foam_hf.trainer.unused import tell_if_unused
+
+    return tell_if_unused(trainer)
 
 
 def _gradient_release(trainer: Any) -> AbstractContextManager[None]:

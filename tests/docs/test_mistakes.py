@@ -90,6 +90,22 @@ def step(parameter: nn.Parameter, grad: torch.Tensor) -> Callable[..., str]:
     return error_of(take)
 
 
+def adamw_checkpoint(*_: Any) -> str:
+    adamw = torch.optim.AdamW([nn.Parameter(torch.ones(2, 8))])
+    return error_of(FOAM([nn.Parameter(torch.ones(2, 8))]).load_state_dict, adamw.state_dict())()
+
+
+def foam_checkpoint(*_: Any) -> str:
+    weight = nn.Parameter(torch.ones(2, 8))
+    weight.grad = torch.ones(2, 8)
+    foam, adamw = FOAM([weight]), torch.optim.AdamW([weight])
+    foam.step()
+    adamw.load_state_dict(foam.state_dict())
+    with pytest.raises(KeyError) as raised:
+        adamw.step()
+    return f"KeyError: {raised.value}"
+
+
 def other_scale(*_: Any) -> str:
     saved = FOAM([nn.Parameter(torch.ones(2, 8))], scale=0.25).state_dict()
     with pytest.warns(UserWarning) as warned:
@@ -124,6 +140,11 @@ MESSAGES: dict[str, Callable[..., str]] = {
     ),
     "optim='FOAM' is no optimizer of the Trainer; did you mean 'foam'?": arguments(optim="FOAM"),
     "put -- before the command, got python train.py": command("run", "python", "train.py"),
+    "--optim 'FOAM' is no optimizer of the Trainer; did you mean 'foam'?": command(
+        "run", "--", "python", "train.py", "--optim", "FOAM"
+    ),
+    "... this run trains with optim=... not with FOAM": source("foam_hf/trainer/unused.py"),
+    "... is not used: ... was given ... or makes it itself": source("foam_hf/trainer/unused.py"),
     "no action 'glue'; did you mean `foam-hf recipes copy glue`?": command("recipes", "glue"),
     "learning_rate=1e-4 is TrainingArguments' own": options("learning_rate=1e-4"),
     "pairs are separated by commas, got 'level=8;scale=1'": options("level=8;scale=1"),
@@ -155,6 +176,8 @@ MESSAGES: dict[str, Callable[..., str]] = {
     "FOAM has no amsgrad: got amsgrad=True in a param group": error_of(FOAM, [{"params": [WEIGHT], "amsgrad": True}]),
     "FOAM needs dense real gradients: got torch.sparse_coo": step(WEIGHT, torch.ones(2, 8).to_sparse()),
     "... To go on with this checkpoint: optim='foam', optim_args=...": source("foam_hf/trainer/training.py"),
+    "the checkpoint is of another optimizer: ...": adamw_checkpoint,
+    "KeyError: 'exp_avg'": foam_checkpoint,
     "... goes on with the hyperparameters of its checkpoint: scale=...": other_scale,
     "... has other contents than were saved": source("foam_hf/trainer/manifest.py"),
     "... its save did not finish": source("foam_hf/trainer/manifest.py"),

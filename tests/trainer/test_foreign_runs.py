@@ -89,6 +89,48 @@ def test_a_ready_made_odd_optimizer_trains(tmp_path: Path) -> None:
     assert trainer.state.global_step == 2
 
 
+class OwnOptimizer(Trainer):
+    def create_optimizer(self, *args: Any) -> Any:
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        return self.optimizer
+
+
+def test_foam_that_another_optimizer_replaces_is_told_of_once(tmp_path: Path, caplog: Any) -> None:
+    def begin(kind: type[Trainer], optim: str, **settings: Any) -> list[str]:
+        caplog.clear()
+        args = make_args(tmp_path, optim=optim, max_steps=1, disable_tqdm=True, save_strategy="no")
+        trainer = kind(model=tiny_roberta(), args=args, train_dataset=classification_data(16), **settings)
+        trainer.train()
+        return [each.getMessage() for each in caplog.records if each.name == "foam_hf" and each.levelname == "WARNING"]
+
+    (said,) = begin(Trainer, "foam", optimizer_cls_and_kwargs=(torch.optim.AdamW, {"lr": 1e-3}))
+    assert said.startswith(
+        "optim='foam' is not used: Trainer was given AdamW or makes it itself; expected no optimizer"
+    )
+    assert len(begin(OwnOptimizer, "foam")) == 1
+    assert begin(Trainer, "foam") == begin(OwnOptimizer, "adamw_torch") == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({}, True),
+        ({"FOAM_HF_REPORT_MEMORY": "1"}, False),
+        ({"FOAM_HF_REPORT_MEMORY": "1", "FOAM_HF_SUMMARY": "1"}, True),
+    ],
+    ids=["run", "report", "summary"],
+)
+def test_foam_hf_run_without_foam_says_so(
+    tmp_path: Path, asked: dict[str, str], told: bool, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script whose optimizer was left as it is; `--report-memory` alone also measures other optimizers."""
+    for name, value in {"FOAM_HF_RUN_PREFIX": sys.prefix, **asked}.items():
+        monkeypatch.setenv(name, value)
+    run(tmp_path).train()
+    line = "foam-hf run: this run trains with optim='adamw_torch' (AdamW), not with FOAM; for FOAM: --optim foam, "
+    assert capsys.readouterr().err.count(line) == told
+
+
 def test_a_trainer_whose_parts_are_odd_passes_every_wrapper(tmp_path: Path) -> None:
     """Each wrapped method of `Trainer` on objects that lack what a Trainer has."""
     bare = types.SimpleNamespace(args=types.SimpleNamespace(optim=["no", "name"]), model=object(), state=None)
