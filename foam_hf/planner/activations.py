@@ -241,7 +241,8 @@ def _labels(model: nn.Module) -> dict[str, bool]:
         if type(model).__name__.endswith(ending):
             return labels
     raise ValueError(
-        f"the loss of {type(model).__name__} is not known; expected a class whose name ends in {', '.join(_HEADS)}"
+        f"the loss of {type(model).__name__} is not known; expected a class whose name ends in {', '.join(_HEADS)}, "
+        "given as --architecture (architecture= in Python)"
     )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -190,7 +192,7 @@ def _from_hub(name: str, trust_remote_code: bool) -> Any:
         if not isinstance(cached, str):
             raise ModelError(
                 f"no model {name!r} on this machine, and the hub cannot be reached{_nearest(name)}; "
-                f"without it: a folder, a config.json, {_builtin_names()}"
+                f"expected, without the hub, a folder, a config.json, {_builtin_names()}"
             ) from None
         path = cached
     return _from_file(Path(path), trust_remote_code, name)
@@ -198,8 +200,10 @@ def _from_hub(name: str, trust_remote_code: bool) -> Any:
 
 def _nearest(name: str) -> str:
     own = name.lower().rsplit("/", 1)[-1]
-    # Qwen2.5-7B-Instruct has the shapes of qwen2.5-7b. Llama-3.2-1B does not have those of llama-3.1-8b: hence 0.9.
-    near = [known for known in BUILTIN if own.startswith(known)] or difflib.get_close_matches(own, BUILTIN, 1, 0.9)
+    # Qwen2.5-7B-Instruct has the shapes of qwen2.5-7b, Qwen2.5-3B has not: the size, the last number, decides.
+    same_size = [known for known in BUILTIN if _NUMBER.findall(known)[-1:] == _NUMBER.findall(own)[-1:]]
+    near = [known for known in BUILTIN if re.match(re.escape(known) + r"(?![a-z0-9])", own)]
+    near = near or difflib.get_close_matches(own, same_size, 1, 0.9)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -222,6 +222,7 @@ def test_only_a_name_of_the_same_shapes_is_suggested(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: None)
     hub(ConnectionError())
     suggestions = {"Qwen/Qwen2.5-7B-Instruct": "'qwen2.5-7b'", "me/roberta-bsae": "'roberta-base'"}
+    suggestions |= {"Qwen/Qwen2.5-3B": None, "Qwen/Qwen2.5-72B": None, "meta-llama/Meta-Llama-3-8B": None}
     suggestions |= {"meta-llama/Llama-3.2-1B": None, "FacebookAI/xlm-roberta-large-and-more": None}
     for name, suggested in suggestions.items():
         with pytest.raises(ModelError) as caught:
