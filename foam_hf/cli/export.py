@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from foam_hf.cli.errors import CommandError
+from foam_hf.display import format_bytes
 
 
 def add_parser(commands: Any) -> None:
@@ -48,6 +49,6 @@ def main(options: argparse.Namespace) -> int:
     size = sum(path.stat().st_size for path in Path(destination).glob("*.safetensors"))
     print(
         f"Exported {source} to {destination}: {count} INT8 weights as {options.dtype}, "
-        f"{size / 1e9:.2f} GB of safetensors."
+        f"{format_bytes(size)} of safetensors."
     )
     return 0

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from foam_hf import Int8Config
 from foam_hf.cli import main
+from foam_hf.display import format_bytes
 from foam_hf.int8 import files as int8_checkpoint
 from foam_hf.int8.files import int8_block
 from tests.int8.test_quantizer import DAMAGE, assert_same_bits, bits, rewrite, split_codes_from_scales
@@ -53,9 +54,11 @@ def test_an_export_is_the_dequantized_model_for_any_tool(
 ) -> None:
     code, out, err = run(capsys, checkpoint, tmp_path / "new/plain")
     assert (code, err) == (0, "")
+    size = format_bytes((tmp_path / "new/plain/model.safetensors").stat().st_size)
+    assert size.endswith(" kB")
     assert (
         out
-        == f"Exported {checkpoint} to {tmp_path / 'new/plain'}: 15 INT8 weights as bfloat16, 0.00 GB of safetensors.\n"
+        == f"Exported {checkpoint} to {tmp_path / 'new/plain'}: 15 INT8 weights as bfloat16, {size} of safetensors.\n"
     )
     assert sorted(path.name for path in (tmp_path / "new/plain").iterdir()) == ["additional_chat_templates", *EXPORTED]
     assert (tmp_path / "new/plain/additional_chat_templates/tools.jinja").read_text() == "tools"
