@@ -185,7 +185,7 @@ def _verdict(rows: list[Row], options: Any, found: WayOut | None, planner: Plann
     if batches := [row for row in rows if row.largest_batch]:
         most = max(row.largest_batch or 0 for row in batches)
         fit = [row.plan.label for row in batches if row.largest_batch == most]
-        return [*lines, f"With --batch {most} would fit: {', '.join(fit)}."]
+        lines += [f"With --batch {most} would fit: {', '.join(fit)}."]
     if found is None:
         return lines
     return [*lines, *describe(found, options.model, planner, _command(options, planner))]
@@ -203,12 +203,14 @@ def _command(options: Any, planner: Planner) -> list[str]:
 
 
 def _way_out(planner: Planner, rows: list[Row], options: Any, choices: list[tuple[str, dict[str, str]]]) -> Any:
-    """The switches of FOAM that make it fit; None without a card, or if a row fits with its batch or a smaller one."""
-    if options.gpu is None or any(row.largest_batch for row in rows):
+    """The switches of FOAM that make it fit: None without a card, if a row fits, or if only a smaller batch would."""
+    if options.gpu is None or any(row.fits for row in rows):
         return None
     names = (*SWITCHES, "lora_rank", "zero", "fsdp2")
     asked = {name: bool(getattr(options, name)) for name in names}
-    return find_way_out(planner, options.gpu, asked, choices)
+    smaller = any(row.largest_batch for row in rows)
+    found = find_way_out(planner, options.gpu, asked, choices, planner.batch if smaller else 1)
+    return None if smaller and found is not None and not found.fits else found
 
 
 def _is_foam(name: str) -> bool:

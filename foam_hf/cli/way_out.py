@@ -29,7 +29,7 @@ _FOLDING = {"fold_embeddings": "true", "fold_head": "true"}
 
 @dataclass(frozen=True)
 class WayOut:
-    """FOAM with the fewest switches that make one sequence fit; with all of them if nothing fits.
+    """FOAM with the fewest switches that make a batch fit; with all of them if nothing fits.
 
     Attributes:
         plan: the memory that it takes.
@@ -49,9 +49,9 @@ class WayOut:
 
 
 def find_way_out(
-    planner: Planner, gpu: int, asked: Mapping[str, bool], choices: list[tuple[str, dict[str, str]]]
+    planner: Planner, gpu: int, asked: Mapping[str, bool], choices: list[tuple[str, dict[str, str]]], batch: int = 1
 ) -> WayOut | None:
-    """Find the fewest switches that must be added so that one sequence stays within `gpu` bytes.
+    """Find the fewest switches that must be added so that `batch` sequences stay within `gpu` bytes.
 
     Args:
         planner: of the model and the workload that did not fit.
@@ -59,6 +59,7 @@ def find_way_out(
         asked: name -> whether the user asked for it: `SWITCHES`, and "lora_rank", "zero" and "fsdp2", which exclude
             some.
         choices: (name, options) of the planned optimizers; the first FOAM among them is used.
+        batch: sequences. For more than one INT8 weights are not added: a smaller batch changes less.
     """
     optim, options = next(((n, o) for n, o in choices if n in FOAM_NAMES), ("foam", {}))
     excluded = {
@@ -67,13 +68,14 @@ def find_way_out(
         "int8_weights": asked["lora_rank"] or asked["zero"],
         "offload_weights": asked["lora_rank"] or asked["zero"] or asked["fsdp2"],
     }
-    missing = [name for name in SWITCHES if not asked[name] and not excluded[name]]
+    legal = SWITCHES if batch == 1 else SWITCHES[:2]
+    missing = [name for name in legal if not asked[name] and not excluded[name]]
     last = None
     for added, arguments in _attempts(missing, options):
         on = {name: asked[name] or name in added for name in SWITCHES}
         if on["offload_weights"] and not (on["gradient_release"] and on["int8_weights"]):
             continue
-        variant = planner.variant(batch=1, gradient_checkpointing=on["gradient_checkpointing"])
+        variant = planner.variant(batch=batch, gradient_checkpointing=on["gradient_checkpointing"])
         try:
             of_plan: dict[str, Any] = {name: on[name] for name in SWITCHES if name != "gradient_checkpointing"}
             plan = variant.count(optim, arguments, **of_plan)
@@ -82,7 +84,7 @@ def find_way_out(
         everything = len(added) == len(missing)
         if plan.total > gpu and not everything:  # too large even without activations, which take time to trace
             continue
-        plan = variant.with_batch(plan, 1)
+        plan = variant.with_batch(plan, batch)
         if last is None or plan.total < last.plan.total:
             last = WayOut(plan, tuple(name for name in SWITCHES if on[name]), plan.total <= gpu)
         if last.fits:
@@ -115,7 +117,7 @@ def describe(found: WayOut, model: str, planner: Planner, command: list[str]) ->
     with_options = f" ({found.plan.options})" if found.plan.options else ""
     host = f", and {format_bytes(found.plan.host)} of host memory" if found.plan.host else ""
     lines = [
-        f"{found.plan.optim}{with_options} with {flags} and a batch of 1 {would} "
+        f"{found.plan.optim}{with_options} with {flags} and a batch of {found.plan.batch} {would} "
         f"{format_bytes(found.plan.total)}{host}."
     ]
     if not found.fits:
@@ -124,6 +126,7 @@ def describe(found: WayOut, model: str, planner: Planner, command: list[str]) ->
     lines += ["In a script:", *(f"    {line}" for line in _script(found, model, planner))]
     if recipe := recipe_command(found, model, planner.sequence):
         lines += ["By the recipe, whose config has these settings:", *(f"    {line}" for line in recipe)]
+    command += ["--batch", str(found.plan.batch)] if found.plan.batch > 1 else []
     command += ["--optim", found.plan.optim]
     command += ["--optim-args", found.plan.options] if found.plan.options else []
     return [*lines, "Planned by:", f"    {shlex.join([*command, *flags.split()])}"]
@@ -150,7 +153,7 @@ def _script(found: WayOut, model: str, planner: Planner) -> list[str]:
     """The lines of Python that load the model and make its TrainingArguments."""
     arguments = [f"optim={found.plan.optim!r}"]
     arguments += [f"optim_args={found.optim_args!r}"] if found.optim_args else []
-    arguments += ["per_device_train_batch_size=1"]
+    arguments += [f"per_device_train_batch_size={found.plan.batch}"]
     arguments += ["gradient_checkpointing=True"] if "gradient_checkpointing" in found.switches else []
     dtype = str(planner.dtype).removeprefix("torch.")
     loading = f"dtype={dtype!r}"
@@ -169,7 +172,7 @@ def recipe_command(found: WayOut, model: str, sequence: int) -> list[str]:
     for name, path, settings in bundled_configs():
         if settings.get("method") != method or not same_model(settings["model_name_or_path"], model):
             continue
-        flags = ["--per_device_train_batch_size", "1", "--max_length", str(sequence)]
+        flags = ["--per_device_train_batch_size", str(found.plan.batch), "--max_length", str(sequence)]
         have = _pairs(settings.get("optim_args") or "")
         wanted = _pairs(found.optim_args)
         if not wanted.items() <= have.items() or settings.get("optim") != found.plan.optim:

@@ -220,6 +220,21 @@ def test_nothing_fits_and_a_smaller_batch_would(estimate, model):
     assert cells(out)[0][-2:] == ["no", "100"] or cells(out)[0][-2:] == ["no", "99"]  # the size is rounded
     assert re.search(r"^Nothing fits in .*: foam comes nearest", out, re.MULTILINE)
     assert re.search(r"^With --batch (99|100) would fit: foam\.$", out, re.MULTILINE)
+    assert "and a batch of" not in out, "no switch makes room for 200"
+
+
+def test_the_batch_that_was_asked_for_fits_with_checkpointing(estimate):
+    sizes = ("llama-60m", "--batch", 16, "--seq", 256)
+    checkpointed = estimate_memory("llama-60m", batch=16, sequence=256, gradient_checkpointing=True).total
+    whole = estimate_memory("llama-60m", batch=16, sequence=256).total
+    gpu = f"{(checkpointed + whole) // 2 / 1e6:.0f}MB"
+    code, out, _ = estimate(*sizes, "--gpu", gpu, "--optim", "foam,adamw_torch")
+    assert code == 0
+    assert re.search(r"^As asked, nothing fits in .*\nWith --batch \d+ would fit: ", out, re.MULTILINE)
+    assert f"foam with --gradient-checkpointing and a batch of 16 takes {format_bytes(checkpointed)}." in out
+    assert "optim='foam', per_device_train_batch_size=16, gradient_checkpointing=True)" in out
+    code, again, _ = estimate(*out.rstrip().splitlines()[-1].split()[2:])
+    assert code == 0 and cells(again)[0][-2] == "yes", "the command that is printed plans what it says"
 
 
 def test_nothing_fits_and_the_fewest_switches_that_help_are_named(estimate):
