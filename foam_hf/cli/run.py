@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
     """Add `run` to the subparsers of `foam-hf`."""
     parser = commands.add_parser(
         "run",
-        help="run a training command that knows optim=foam and FOAM's other names",
+        help="run a training command, which then knows optim=foam and FOAM's other names",
         description=_wrap_text(
             "Run an unmodified training command (python, torchrun, accelerate launch, trl, ...) with "
             f"--optim {', '.join(FOAM_NAMES)} available in it and in every python it starts."
