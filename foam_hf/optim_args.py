@@ -159,6 +159,7 @@ _PAIR = Numbers("two numbers from 0 to below 1", _BELOW_1.holds, "pair")
 _LEVEL = Numbers("an integer from 0 to 16", lambda n: 0 <= n <= 16, "integer", word="row")
 _ROWS = Numbers("an integer of 0 or more", lambda n: n >= 0, "integer")
 _SEED = Numbers("an integer from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64, "integer")
+_ONE_FOR_ALL = ("its own scale and rule for embeddings", "")
 _SCALES = f"the rule's own: {', '.join(f'{scale:g}' for scale in SCALES.values())}"
 
 # fmt: off
@@ -185,6 +186,10 @@ OPTIONS: tuple[Option, ...] = (
            grouping=True),
     Option("fold_head", None, Words(), "the same for an LM head that is not tied to the embedding", decided_by="true",
            field=False, grouping=True),
+    Option("embedding_scale", 1.0, _POSITIVE, "the scale of embeddings and LM heads that fold", field=False,
+           grouping=True, rule="block", elsewhere=_ONE_FOR_ALL),
+    Option("embedding_rule", "block", Words(("block", "factored")), "the rule of embeddings and LM heads that fold",
+           field=False, grouping=True, rule="block", elsewhere=_ONE_FOR_ALL),
     Option("gradient_release", False, Words(), "updates weights inside the backward pass, and frees their gradients",
            field=False),
     Option("clip_by", "all", Words(("all", "weight")), "of gradient_release: max_grad_norm bounds the norm of all "
@@ -251,8 +256,11 @@ def refuse_unread(given: Mapping[str, Any], rules: Collection[str], optim: str |
     for each in OPTIONS:
         if each.key and each.rule is not None and each.name in given and each.rule not in rules:
             owner = each.rule.capitalize().replace("_", "-")  # adam_mini is Adam-mini
-            name = next(name for name, fixed in FOAM_NAMES.items() if fixed.get("second_moment") == each.rule)
+            default = option("second_moment").default
+            name = next(name for name, fixed in FOAM_NAMES.items() if fixed.get("second_moment", default) == each.rule)
             others, right = f"optim={optim!r} has {each.elsewhere[0]}", f"optim={name!r}, or no {each.name}"
+            if optim == name:  # another rule by second_moment
+                others, right = f"this run has {each.elsewhere[0]}", f"second_moment={each.rule}, or no {each.name}"
             if optim is None:
                 others = f"no param group has second_moment={each.rule!r}"
                 right = f"{each.elsewhere[1]}, for the other rules"

@@ -133,7 +133,7 @@ class FOAM(torch.optim.Optimizer):
             for group in self.param_groups:
                 for rule in asked_rules(group):
                     rule.require()
-        of_rules = names_of(lambda each: each.rule is not None)
+        of_rules = names_of(lambda each: each.field and each.rule is not None)
         given = {name: defaults[name] for name in of_rules if defaults[name] != option(name).default}
         refuse_unread(given, {group["second_moment"] for group in self.param_groups})
         asked = [p for group in self.param_groups if group["stochastic_rounding"] is True for p in group["params"]]

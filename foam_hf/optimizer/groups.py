@@ -10,8 +10,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from foam_hf.optim_args import names_of, option
+from foam_hf.optim_args import default_scale, names_of, option
 from foam_hf.rules.all import folding_rule
+from foam_hf.rules.rule import Rule
 from foam_hf.tensors.places import whole
 
 logger = logging.getLogger("foam_hf")
@@ -33,6 +34,8 @@ def foam_param_groups(
     target_modules: str | list[str] | None = None,
     fold_embeddings: bool | None = None,
     fold_head: bool | None = None,
+    embedding_scale: float | None = 1.0,
+    embedding_rule: str = "block",
     decay_parameter_names: Collection[str] | None = None,
     **folded_options: Any,
 ) -> list[dict[str, Any]]:
@@ -45,6 +48,9 @@ def foam_param_groups(
     model. If models of transformers lie inside another module (a loss, a value head, a LightningModule), each of them
     has its base model, and the rest of that module does not fold. Models without trainable weights do not count.
     Wrappers of DDP and `torch.compile` are removed first.
+
+    Embeddings and LM heads that fold have a scale of their own: at the scale of other matrices they learn worse from
+    much text.
 
     Two rules group further:
 
@@ -64,6 +70,9 @@ def foam_param_groups(
         fold_embeddings: None treats embeddings as all other matrices. True folds them even if `target_modules` does
             not name them, and False never folds them. A tied LM head is an embedding.
         fold_head: the same for an LM head that is not tied.
+        embedding_scale: the `scale` of embeddings and LM heads that fold, with `second_moment="block"`; other rules do
+            not read it. None gives them that of all other matrices, as versions up to 0.2.0 did.
+        embedding_rule: "factored" gives them that rule's state, also by `second_moment="block"` alone.
         decay_parameter_names: names, as in `model.named_parameters()`, that get weight decay. Default: those of
             `Trainer.get_decay_parameter_names`, which are all but biases and norms.
         **folded_options: fields of the folded groups: `level`, `scale`, `second_moment`, `residual_scale`,
@@ -72,14 +81,16 @@ def foam_param_groups(
 
     Returns:
         Groups `{"params": [...], "weight_decay": ..., ...}` in the order folded/decay, folded/no decay, plain/decay,
-        plain/no decay; of Muon, those of embeddings and heads come before plain ones. Empty groups are left out.
-        Parameters keep the order of `model.named_parameters()`.
+        plain/no decay; those of embeddings and heads with fields of their own come before plain ones. Empty groups
+        are left out. Parameters keep the order of `model.named_parameters()`.
 
     Raises:
         ValueError: no parameter is trainable, `target_modules` matches no weight, or the weight decay is negative, NaN
             or infinite.
         TypeError: an unknown folded option, or an argument of the wrong type.
     """
+    rule, config = folding_rule(folded_options.get("second_moment")), getattr(_unwrap(model), "config", None)
+    tables = rule.table_fields or _table_fields(rule, folded_options, embedding_scale, embedding_rule)
     names = foam_parameter_names(
         model,
         target_modules=target_modules,
@@ -87,14 +98,14 @@ def foam_param_groups(
         fold_head=fold_head,
         decay_parameter_names=decay_parameter_names,
         second_moment=folded_options.get("second_moment"),
+        tables=bool(tables),
     )
     option("weight_decay").check(weight_decay)
     _check_folded_options(folded_options)
     parameters = dict(model.named_parameters())
-    rule, config = folding_rule(folded_options.get("second_moment")), getattr(_unwrap(model), "config", None)
     kinds = {
         "folded": folded_options,
-        "table": {**folded_options, **(rule.table_fields or {})},
+        "table": {**folded_options, **tables},
         "plain": plain_options(),
     }
     groups = []
@@ -119,11 +130,12 @@ def foam_parameter_names(
     fold_head: bool | None = None,
     decay_parameter_names: Collection[str] | None = None,
     second_moment: str | None = None,
+    tables: bool = False,
 ) -> dict[str, list[str]]:
     """Parameter names by group: "folded/decay", "folded/no_decay", "plain/decay", "plain/no_decay".
 
-    Of Muon also "table/decay" and "table/no_decay", for embeddings and heads that fold. Arguments, order and errors
-    are those of `foam_param_groups`. Empty groups are left out.
+    With `tables`, and of Muon, also "table/decay" and "table/no_decay", for embeddings and heads that fold. Arguments,
+    order and errors are those of `foam_param_groups`. Empty groups are left out.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is not a torch.nn.Module, got {type(model).__name__}; expected the model to train")
@@ -145,15 +157,15 @@ def foam_parameter_names(
     if target_modules is not None:
         folded = _select_targets(model, folded, asked, target_modules)
     folded |= asked
-    tables, unfit = set(), set()
-    if folding_rule(second_moment).table_fields is not None:
-        tables, unfit = embeddings | heads, _convolutions(model)
+    layers_alone = folding_rule(second_moment).table_fields is not None
+    apart = embeddings | heads if tables or layers_alone else set()
+    unfit = _convolutions(model) if layers_alone else set()
     decay = set(_decay_parameter_names(model) if decay_parameter_names is None else decay_parameter_names)
     groups: dict[str, list[str]] = {
         f"{kind}/{rule}": [] for kind in ("folded", "table", "plain") for rule in ("decay", "no_decay")
     }
     for name, p in trainable.items():
-        kind = "plain" if id(p) not in folded or name in unfit else "table" if id(p) in tables else "folded"
+        kind = "plain" if id(p) not in folded or name in unfit else "table" if id(p) in apart else "folded"
         groups[f"{kind}/{'decay' if name in decay else 'no_decay'}"].append(name)
     return {group: members for group, members in groups.items() if members}
 
@@ -161,7 +173,22 @@ def foam_parameter_names(
 def grouping_options(options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `foam_param_groups` among `options`. Those that are no fields of a group leave `options`."""
     asked = [option(name) for name in names_of(lambda each: each.grouping) if name in options]
-    return {each.name: options[each.name] if each.field else options.pop(each.name) for each in asked}
+    chosen = {each.name: options[each.name] if each.field else options.pop(each.name) for each in asked}
+    rule = chosen.get("second_moment", option("second_moment").default)
+    scale = options.get("scale") or default_scale(options.get("level", option("level").default), rule)
+    if chosen.get("embedding_scale", option("embedding_scale").default) == scale:
+        chosen["embedding_scale"] = None  # no groups of their own
+    return chosen
+
+
+def _table_fields(rule: Rule, folded: Mapping[str, Any], scale: float | None, second_moment: str) -> dict[str, Any]:
+    """What groups of embeddings and heads have beside the fields of other matrices; empty if they are like them."""
+    option("embedding_scale").check(1.0 if scale is None else scale)
+    option("embedding_rule").check(second_moment)
+    if rule.name != option("embedding_rule").rule:
+        return {}
+    fields = {} if scale in (None, folded.get("scale")) else {"scale": scale}
+    return fields if second_moment == rule.name else {**fields, "second_moment": second_moment}
 
 
 def layer_names(model: nn.Module) -> set[str]:
@@ -367,8 +394,8 @@ def _check_folded_options(options: dict[str, Any]) -> None:
     folded = names_of(lambda each: each.folded)
     for key in options:
         if key not in folded:
-            own = ("weight_decay", "target_modules", "fold_embeddings", "fold_head", "decay_parameter_names")
-            legal = (*folded, *own)
+            own = names_of(lambda each: each.grouping and not each.field)
+            legal = (*folded, "weight_decay", "target_modules", *own, "decay_parameter_names")
             near = difflib.get_close_matches(key, legal, n=1, cutoff=0.0)[0]
             raise TypeError(
                 f"unknown option, got {key}={options[key]!r}; did you mean {near!r}? expected one of "

@@ -169,6 +169,7 @@ def describe_optimizer(args: Any) -> str:
     effective = {name: option(name).default for name in names_of(lambda each: each.key and each.field)}
     if args.optim_target_modules is None:  # else the target modules decide whether embeddings and head fold
         effective |= {"fold_embeddings": True, "fold_head": True}
+    effective |= {name: option(name).default for name in ("embedding_scale", "embedding_rule")}
     effective |= _options(args)
     if effective["scale"] is None:
         effective["scale"] = default_scale(effective["level"], effective["second_moment"])

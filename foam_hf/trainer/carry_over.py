@@ -36,8 +36,9 @@ def continuing_args(
     folded = folding[0]
     options = {name: folded.get(name, default) for name, default in _carried_defaults().items()}
     options["scale"] = folded.get("scale", default_scale(options["level"], options["second_moment"]))
+    tables = _of_tables(folding, options)
     for embeddings, head in itertools.product((None, False, True), repeat=2):
-        choice: dict[str, Any] = {"fold_embeddings": embeddings, "fold_head": head}
+        choice: dict[str, Any] = {"fold_embeddings": embeddings, "fold_head": head, **tables}
         groups = foam_param_groups(
             model, target_modules=target_modules, second_moment=options["second_moment"], **choice
         )
@@ -47,8 +48,19 @@ def continuing_args(
                 check_checkpoint(error.state_dict, optimizer.param_groups)
         except (TypeError, ValueError):
             continue
-        return _as_optim_args({**options, **choice}, given)
+        scale = options["scale"] if choice["embedding_scale"] is None else choice["embedding_scale"]
+        return _as_optim_args({**options, **choice, "embedding_scale": scale}, given)
     return None
+
+
+def _of_tables(folding: list[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
+    """The scale and rule of a checkpoint's embeddings and heads; None if they are in the groups of other matrices."""
+    rule, block = options["second_moment"], option("embedding_rule").default
+    fields = [(group.get("scale"), group.get("second_moment", block)) for group in folding]
+    others = [each for each in fields if each != fields[0]]
+    if rule != block or not others:
+        return {"embedding_scale": None, "embedding_rule": block}
+    return dict(zip(("embedding_scale", "embedding_rule"), others[0], strict=True))
 
 
 def explain_folded_heads(model: nn.Module, error: CheckpointMismatchError) -> str:
@@ -70,7 +82,9 @@ def _carried_defaults() -> dict[str, Any]:
 def _as_optim_args(options: dict[str, Any], given: dict[str, Any]) -> str:
     """The text of `optim_args`: those `options` that differ from the default, then the other keys of `given`."""
     defaults = {**_carried_defaults(), "scale": default_scale(options["level"], options["second_moment"])}
-    defaults |= {"fold_embeddings": None, "fold_head": None}
+    defaults |= {name: option(name).default for name in names_of(lambda each: each.grouping and not each.field)}
+    if options["second_moment"] != option("embedding_scale").rule:
+        options = {name: value for name, value in options.items() if not name.startswith("embedding_")}
     keys = {name: value for name, value in options.items() if value != defaults[name]}
     keys |= {name: value for name, value in given.items() if name not in options}
     return ",".join(f"{name}={written(value)}" for name, value in keys.items())
