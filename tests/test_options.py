@@ -35,6 +35,8 @@ ILLEGAL: dict[str, tuple[str | None, Any]] = {
     "nonfinite": ("raise", "raise"),
     "fold_embeddings": ("2", "false"),
     "fold_head": ("none", 1),
+    "embedding_scale": ("0", -1.0),
+    "embedding_rule": ("muon", "muon"),
     "gradient_release": ("1", None),
     "momentum": ("1", 1.0),
     "mini_rows": (None, -1),

@@ -236,7 +236,8 @@ def _refuse_lost_rounding(group: Group, vector: Tensor) -> None:
 
 def refuse_whole_weights_rules(options: Mapping[str, Any], by: str) -> None:
     """Raise ValueError if ``options`` ask for a rule that needs whole rows, columns or tensors, which ``by`` cuts."""
-    for field, legal in shardable_options(("rows and columns",)).items():
+    shardable = shardable_options(("rows and columns",))
+    for field, legal in {**shardable, "embedding_rule": shardable["second_moment"]}.items():
         if options.get(field, legal[0]) not in legal:
             raise ValueError(
                 f"{field}={options[field]!r} needs whole matrices, and {by} cuts them anywhere; expected "

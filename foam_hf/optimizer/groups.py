@@ -177,7 +177,7 @@ def grouping_options(options: dict[str, Any]) -> dict[str, Any]:
     rule = chosen.get("second_moment", option("second_moment").default)
     scale = options.get("scale") or default_scale(options.get("level", option("level").default), rule)
     if chosen.get("embedding_scale", option("embedding_scale").default) == scale:
-        chosen["embedding_scale"] = None  # no groups of their own
+        chosen["embedding_scale"] = None  # by one rule, no groups of their own
     return chosen
 
 
@@ -187,8 +187,10 @@ def _table_fields(rule: Rule, folded: Mapping[str, Any], scale: float | None, se
     option("embedding_rule").check(second_moment)
     if rule.name != option("embedding_rule").rule:
         return {}
-    fields = {} if scale in (None, folded.get("scale")) else {"scale": scale}
-    return fields if second_moment == rule.name else {**fields, "second_moment": second_moment}
+    others = folded.get("scale") or default_scale(folded.get("level", option("level").default), rule.name)
+    if second_moment != rule.name:
+        return {"scale": others if scale is None else scale, "second_moment": second_moment}
+    return {} if scale in (None, folded.get("scale")) else {"scale": scale}
 
 
 def layer_names(model: nn.Module) -> set[str]:

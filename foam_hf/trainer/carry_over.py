@@ -12,7 +12,7 @@ from torch import nn
 
 from foam_hf.optim_args import default_scale, names_of, option, written
 from foam_hf.optimizer.foam import FOAM
-from foam_hf.optimizer.groups import foam_param_groups, plain_options, wraps_models
+from foam_hf.optimizer.groups import foam_param_groups, foam_parameter_names, plain_options, wraps_models
 from foam_hf.optimizer.names import named
 from foam_hf.optimizer.state import CheckpointMismatchError, check_checkpoint, with_dtype
 
@@ -38,18 +38,20 @@ def continuing_args(
     options["scale"] = folded.get("scale", default_scale(options["level"], options["second_moment"]))
     tables = _of_tables(folding, options)
     for embeddings, head in itertools.product((None, False, True), repeat=2):
-        choice: dict[str, Any] = {"fold_embeddings": embeddings, "fold_head": head, **tables}
-        groups = foam_param_groups(
-            model, target_modules=target_modules, second_moment=options["second_moment"], **choice
-        )
+        choice: dict[str, Any] = {"fold_embeddings": embeddings, "fold_head": head}
+        given_groups = {"target_modules": target_modules, "second_moment": options["second_moment"], **choice}
+        groups = foam_param_groups(model, **given_groups, **tables)
         try:
             optimizer = FOAM(groups, **options)
             with named(optimizer, model):
                 check_checkpoint(error.state_dict, optimizer.param_groups)
         except (TypeError, ValueError):
             continue
-        scale = options["scale"] if choice["embedding_scale"] is None else choice["embedding_scale"]
-        return _as_optim_args({**options, **choice, "embedding_scale": scale}, given)
+        kinds = {group.split("/")[0] for group in foam_parameter_names(model, tables=True, **given_groups)}
+        if "table" in kinds and options["second_moment"] == option("embedding_scale").rule:
+            choice |= tables
+            choice["embedding_scale"] = choice["embedding_scale"] or options["scale"]
+        return _as_optim_args({**options, **choice}, given)
     return None
 
 
@@ -83,8 +85,6 @@ def _as_optim_args(options: dict[str, Any], given: dict[str, Any]) -> str:
     """The text of `optim_args`: those `options` that differ from the default, then the other keys of `given`."""
     defaults = {**_carried_defaults(), "scale": default_scale(options["level"], options["second_moment"])}
     defaults |= {name: option(name).default for name in names_of(lambda each: each.grouping and not each.field)}
-    if options["second_moment"] != option("embedding_scale").rule:
-        options = {name: value for name, value in options.items() if not name.startswith("embedding_")}
     keys = {name: value for name, value in options.items() if value != defaults[name]}
     keys |= {name: value for name, value in given.items() if name not in options}
     return ",".join(f"{name}={written(value)}" for name, value in keys.items())

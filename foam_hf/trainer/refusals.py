@@ -168,13 +168,14 @@ def refuse_ready_made_optimizer(trainer: Any) -> None:
 def refuse_kept_gradients(args: Any) -> None:
     """Raise ValueError for TrainingArguments that need gradients after the backward pass."""
     options = requested_options(args)
-    rule = options.get("second_moment", option("second_moment").default)
-    if args.gradient_accumulation_steps > 1 and rule_named(rule).update_micro is None:
-        raise ValueError(
-            "gradient_release=true adds up the gradients of several backward passes by the block rule alone: got "
-            f"gradient_accumulation_steps={args.gradient_accumulation_steps} with second_moment={rule}; expected "
-            "second_moment=block, gradient_accumulation_steps=1, or gradient_release=false"
-        )
+    rules = {name: options.get(name, option(name).default) for name in ("second_moment", "embedding_rule")}
+    for name, rule in rules.items():
+        if args.gradient_accumulation_steps > 1 and rule_named(rule).update_micro is None:
+            raise ValueError(
+                "gradient_release=true adds up the gradients of several backward passes by the block rule alone: got "
+                f"gradient_accumulation_steps={args.gradient_accumulation_steps} with {name}={rule}; expected "
+                f"{name}=block, gradient_accumulation_steps=1, or gradient_release=false"
+            )
     if args.gradient_accumulation_steps > 1 and args.max_grad_norm and options.get("clip_by") == "weight":
         raise ValueError(
             "clip_by=weight bounds the gradient of a whole step, and gradient_release=true with several backward "

@@ -12,7 +12,7 @@ from torch import nn
 
 from foam_hf import FOAM, foam_param_groups
 from foam_hf.optim_args import SCALES
-from foam_hf.optimizer.groups import foam_parameter_names, layer_names
+from foam_hf.optimizer.groups import foam_parameter_names, grouping_options, layer_names
 from tests.support import tiny_models
 
 pytestmark = pytest.mark.compat
@@ -163,14 +163,17 @@ def test_exact_names_in_every_group(kind):
 
 def test_groups_hold_the_named_parameters_with_their_options(kind):
     model = tiny_models.BUILDERS[kind]()
-    names = foam_parameter_names(model)
-    groups = foam_param_groups(model, weight_decay=0.1, level=4, scale=0.5)
+    names = foam_parameter_names(model, tables=True)
+    groups = foam_param_groups(model, weight_decay=0.1, level=4, scale=0.5, embedding_scale=0.25)
     by_id = {id(p): name for name, p in model.named_parameters()}
     assert [[by_id[id(p)] for p in group["params"]] for group in groups] == list(names.values())
     for group, key in zip(groups, names, strict=True):
         options = {name: value for name, value in group.items() if name != "params"}
-        folded = {"level": 4, "scale": 0.5} if key.startswith("folded") else None
-        expected = folded or {"level": 0, "scale": 1.0, "second_moment": "block"}
+        expected = {
+            "folded": {"level": 4, "scale": 0.5},
+            "table": {"level": 4, "scale": 0.25},
+            "plain": {"level": 0, "scale": 1.0, "second_moment": "block"},
+        }[key.split("/")[0]]
         assert options == {"weight_decay": 0.1 if key.endswith("/decay") else 0.0, **expected}
 
 
@@ -178,10 +181,56 @@ def test_foam_fills_in_what_the_folded_groups_leave_open():
     optimizer = FOAM(
         foam_param_groups(tiny_models.tiny_roberta(), weight_decay=0.1), lr=3e-4, betas=(0.8, 0.9), level=5
     )
-    assert [group["level"] for group in optimizer.param_groups] == [5, 0, 0]
-    assert [group["scale"] for group in optimizer.param_groups] == [SCALES["block"], 1.0, 1.0]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+    assert [group["level"] for group in optimizer.param_groups] == [5, 5, 0, 0]
+    assert [group["scale"] for group in optimizer.param_groups] == [SCALES["block"], 1.0, 1.0, 1.0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.1, 0.0]
     assert all(group["lr"] == 3e-4 and group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
+
+
+def test_embeddings_and_heads_have_their_own_scale_and_rule(kind):
+    model = tiny_models.BUILDERS[kind]()
+    names = foam_parameter_names(model, tables=True)
+    tables = {*names.get("table/decay", []), *names.get("table/no_decay", [])}
+    parameters = dict(model.named_parameters())
+
+    def fields(optimizer):
+        return {
+            name: (group["scale"], group["second_moment"])
+            for group in optimizer.param_groups
+            for name, p in parameters.items()
+            if any(p is each for each in group["params"]) and group["level"] != 0
+        }
+
+    for options, expected in (
+        ({}, (1.0, "block")),
+        ({"embedding_scale": 2.0}, (2.0, "block")),
+        ({"embedding_rule": "factored"}, (1.0, "factored")),
+        ({"embedding_scale": None}, (SCALES["block"], "block")),
+        ({"embedding_scale": None, "embedding_rule": "factored"}, (SCALES["block"], "factored")),
+    ):
+        found = fields(FOAM(foam_param_groups(model, **options), scale=SCALES["block"]))
+        assert {name: found[name] for name in found if name in tables} == dict.fromkeys(tables, expected)
+        others = {name for name in found if name not in tables}
+        assert {name: found[name] for name in others} == dict.fromkeys(others, (SCALES["block"], "block"))
+
+
+@pytest.mark.parametrize("rule", ["factored", "muon", "adam_mini"])
+def test_other_rules_keep_what_they_do_with_embeddings(rule):
+    model = tiny_models.tiny_llama()
+    plain = foam_param_groups(model, second_moment=rule)
+    asked = foam_param_groups(model, second_moment=rule, embedding_scale=0.5, embedding_rule="factored")
+    assert [{**group, "params": len(group["params"])} for group in asked] == [
+        {**group, "params": len(group["params"])} for group in plain
+    ]
+
+
+def test_an_embedding_scale_like_that_of_all_matrices_makes_no_groups():
+    model = tiny_models.tiny_llama()
+    options = {"scale": 3.0, "embedding_scale": 3.0}
+    chosen = grouping_options(options)
+    assert options == {"scale": 3.0}
+    groups = foam_param_groups(model, **chosen)
+    assert len(groups) == len(foam_param_groups(model, embedding_scale=None)) < len(foam_param_groups(model))
 
 
 def test_decay_rule_is_trainers_own(kind, tmp_path):

@@ -13,8 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from foam_hf import FOAM
 from foam_hf.int8.weight import Int8Weight
-from foam_hf.optim_args import foam_options
-from foam_hf.optimizer.groups import foam_parameter_names, grouping_options
+from foam_hf.optimizer.groups import foam_parameter_names
 from foam_hf.planner.activations import (
     WORKSPACE,
     accuracy,
@@ -322,8 +321,7 @@ def test_the_factored_kernels_hold_nothing_between_steps_and_what_they_take_in_o
     monkeypatch.setenv("FOAM_HF_KERNEL", "triton")
     model = tiny_models.tiny_llama()
     planned = optimizer_temporary_bytes(model, "foam", f"second_moment=factored,level={level}")
-    options = grouping_options(foam_options("foam", f"second_moment=factored,level={level}"))
-    groups = foam_parameter_names(model, **options)
+    groups = foam_parameter_names(model, second_moment="factored")
     folded = [name for group, names in groups.items() if not group.startswith("plain") for name in names]
     parameters = dict(model.named_parameters())
     optimizer = FOAM([parameters[name] for name in folded], level=level, second_moment="factored")

@@ -79,6 +79,16 @@ def test_with_these_it_goes_on_as_it_did(old: Path, optim_args: str) -> None:
         ("level=row", "level=row"),
         ("second_moment=factored,fold_head=false", "second_moment=factored,fold_head=false"),
         (f"second_moment=muon,{PAPER}", f"second_moment=muon,{PAPER}"),
+        ("second_moment=muon", "second_moment=muon"),
+        ("embedding_scale=6", "embedding_scale=6.0"),  # version 0.2.0's defaults
+        ("scale=8,embedding_scale=8", "scale=8.0,embedding_scale=8.0"),
+        ("embedding_scale=0.5,fold_head=false", "embedding_scale=0.5,fold_head=false"),
+        ("embedding_rule=factored", "embedding_rule=factored"),
+        ("embedding_rule=factored,embedding_scale=6", "embedding_rule=factored,embedding_scale=6.0"),
+        (
+            "level=row,embedding_rule=factored,embedding_scale=4",
+            "level=row,embedding_rule=factored,embedding_scale=4.0",
+        ),
         ("", ""),
     ],
 )

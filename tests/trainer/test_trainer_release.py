@@ -220,6 +220,10 @@ def test_the_model_card_names_it(tmp_path: Path) -> None:
             "got gradient_accumulation_steps=4 with second_moment=factored; expected second_moment=block",
         ),
         (
+            {"gradient_accumulation_steps": 4, "optim_args": "gradient_release=true,embedding_rule=factored"},
+            "got gradient_accumulation_steps=4 with embedding_rule=factored; expected embedding_rule=block",
+        ),
+        (
             {
                 "gradient_accumulation_steps": 4,
                 "optim_args": "gradient_release=true,clip_by=weight",

@@ -147,6 +147,9 @@ def test_configs_that_would_not_train_by_foam_are_refused(
     assert message in str(caught.value) and "does not run with this DeepSpeed config" in str(caught.value)
 
 
+FACTORED_EMBEDDINGS = {"optim_args": "embedding_rule=factored"}
+
+
 @pytest.mark.parametrize(
     ("message", "options"),
     [
@@ -154,6 +157,10 @@ def test_configs_that_would_not_train_by_foam_are_refused(
         ("second_moment='muon' needs whole matrices", {"optim": OptimizerNames.FOAM_MUON}),
         ("second_moment='adam_mini' needs whole matrices", {"optim": OptimizerNames.FOAM_ADAM_MINI}),
         ("expected second_moment='block', or DDP or FSDP2", {"optim_args": "second_moment=factored"}),
+        (
+            "embedding_rule='factored' needs .* expected embedding_rule='block'",
+            {"optim_args": "embedding_rule=factored"},
+        ),
         ("plain_state='8bit' needs whole matrices", {"optim_args": "plain_state=8bit"}),
     ],
 )
