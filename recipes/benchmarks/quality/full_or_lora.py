@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 
 from foam_hf.recipe_kit import renew_page
 from recipes.benchmarks.common.folders import RESULTS, ROOT
+from recipes.benchmarks.quality import continued
 from recipes.benchmarks.quality.table import _table
 
 PAGE = Path(__file__).with_name("full_or_lora.md")
@@ -29,6 +30,7 @@ SIZES = {
 SHORT = {
     "AdamW, fp32": "AdamW, all weights, fp32",
     "FOAM, bf16": "`foam`, all weights, bf16",
+    continued.PLAIN: "`foam`, embeddings plain, bf16",
     "FOAM, INT8": "`foam`, all weights, INT8",
     "LoRA 16, AdamW": "LoRA, rank 16, AdamW",
     "LoRA 128, AdamW": "LoRA, rank 128, AdamW",
@@ -116,6 +118,7 @@ def read(folder: Path = RESULTS) -> dict[str, Part]:
     for path in sorted(folder.glob("full_or_lora_*.json")):
         name = path.stem.split("_")[3]
         parts.setdefault(name, Part()).add(json.loads(path.read_text(encoding="utf-8")))
+    continued.join(parts, folder)
     for part in parts.values():
         part.check_rates()
     return {name: parts[name] for name in TITLES if name in parts}
@@ -205,8 +208,8 @@ def number(value: float | None, form: str) -> str:
 
 
 def cost(part: Part, name: str) -> str:
-    """Bytes, speed, and seconds for each size of the data at that speed; a column without a number is left out."""
-    columns = sizes(part, name)
+    """Bytes, speed, and seconds for all of the data at that speed; a column without a number is left out."""
+    columns = [dataset for dataset in sizes(part, name) if dataset not in APART][-1:]
     rows = [["", "trained weights", "state, MB", "peak, GiB, one at a time", "peak, GiB", "tokens/s"]]
     rows[0] += [f"seconds, {size(part, dataset)}" for dataset in columns]
     target = goal(part, name)
@@ -220,7 +223,7 @@ def cost(part: Part, name: str) -> str:
         cells = [f"{run['trained_parameters'] / 1e6:.1f} M", f"{run['optimizer_state_bytes'] / 1e6:.1f}"]
         cells += [number(gib(part.memory.get(arm)), ".2f"), number(gib(part.alone.get(arm)), ".2f")]
         cells += [number(speed, ",.0f"), *(number(seconds(part, dataset, arm), ".0f") for dataset in columns)]
-        cells += [] if target is None else [seconds_to(part, columns, arm, target)]
+        cells += [] if target is None else [seconds_to(part, sizes(part, name), arm, target)]
         rows.append([SHORT[arm], *cells])
     some = [i for i in range(len(rows[0])) if any(row[i] != "not run" for row in rows[1:])]
     return _table([[row[i] for i in some] for row in rows]) if rows[1:] else ""

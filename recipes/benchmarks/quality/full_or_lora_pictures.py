@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ INK, FAINT = "#202124", "#d9dce0"
 LOOKS = {
     "AdamW, fp32": ("#8d949c", "o", "-", "AdamW, all weights, fp32"),
     "FOAM, bf16": ("#1f6fb4", "o", "-", "foam, all weights, bf16"),
+    "FOAM, embeddings plain": ("#0b3c6f", "D", "-.", "foam, embeddings plain, bf16"),
     "FOAM, INT8": ("#1f6fb4", "s", "--", "foam, all weights, INT8"),
     "LoRA 16, AdamW": ("#e08a1e", "o", "-", "LoRA, rank 16"),
     "LoRA 128, AdamW": ("#b3541e", "o", "-", "LoRA, rank 128"),
@@ -33,14 +35,38 @@ def amount(run: dict, part: Part, dataset: str) -> float:
     return train.get("tokens", train["used"] * settings["num_train_epochs"])
 
 
+def ceiling(part: Part, dataset: str, value: Value) -> float:
+    """The untrained model's loss: what ends above it has diverged, and would squash the axis."""
+    from recipes.benchmarks.quality.full_or_lora import loss
+
+    untrained = part.before(dataset, "eval_loss") if value is loss else None
+    return math.inf if untrained is None else untrained
+
+
+def diverged(part: Part, datasets: list[str], value: Value) -> str:
+    """What a panel says of the points that it leaves out."""
+    words = []
+    for arm, (*_, name) in LOOKS.items():
+        for dataset in datasets:
+            found = part.values(dataset, arm, value)
+            if found and fmean(found) > ceiling(part, dataset, value):
+                run = next(iter(part.runs[dataset, arm].values()))
+                words.append(f"{name}, {counted(amount(run, part, dataset))}: {fmean(found):.2f}")
+    return "\n".join(["diverged, not drawn:", *words]) if words else ""
+
+
+def counted(size: float) -> str:
+    return f"{size / 1e6:.0f} M tokens" if size >= 1e5 else f"{size:,.0f} examples"
+
+
 def curve(part: Part, datasets: list[str], arm: str, value: Value) -> list[Point]:
-    """A point for each size that an arm has run on."""
+    """A point for each size that an arm has run on and not diverged."""
     from recipes.benchmarks.quality.full_or_lora import error
 
     points = []
     for dataset in datasets:
         found = part.values(dataset, arm, value)
-        if found:
+        if found and fmean(found) <= ceiling(part, dataset, value):
             run = next(iter(part.runs[dataset, arm].values()))
             points.append((amount(run, part, dataset), fmean(found), error(found) or 0.0))
     return points
@@ -92,6 +118,11 @@ def _axes(count: int):
     return figure, list(axes.flat[:count])
 
 
+def _note(one, text: str) -> None:
+    """In the upper right corner, where losses that fall leave room."""
+    one.text(0.98, 0.98, text, transform=one.transAxes, ha="right", va="top", fontsize=7, color=INK)
+
+
 def _save(figure, path: Path, marks: dict[str, object]) -> Path:
     """With a legend of all marks below the panels."""
     from matplotlib import pyplot
@@ -121,6 +152,7 @@ def _by_size(drawn, path: Path) -> Path:
         one.set_xlabel("tokens" if ticks[-1] >= 1e5 else "examples trained on", fontsize=8, color=INK)
         one.set_ylabel(label, fontsize=8, color=INK)
         one.set_title(title, fontsize=9, color=INK)
+        _note(one, diverged(part, datasets, value))
     return _save(figure, path, seen)
 
 
@@ -143,8 +175,8 @@ def _by_peak(drawn, path: Path) -> Path:
         one.set_xscale("log")
         one.set_xlabel("peak, GiB, one example at a time", fontsize=8, color=INK)
         one.set_ylabel(label, fontsize=8, color=INK)
-        size = f"{amounts / 1e6:.0f} M tokens" if amounts >= 1e5 else f"{amounts:,.0f} examples"
-        one.set_title(f"{title}, {size}", fontsize=9, color=INK)
+        one.set_title(f"{title}, {counted(amounts)}", fontsize=9, color=INK)
+        _note(one, diverged(part, [dataset], value))
         one.margins(0.12)
         low, high = one.get_xlim()
         ticks = [x for x in TICKS if low <= x <= high]
