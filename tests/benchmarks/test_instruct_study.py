@@ -15,9 +15,13 @@ import datasets
 import pytest
 import yaml
 
+from foam_hf import foam_param_groups
+from foam_hf.optim_args import FOAM_NAMES, foam_options
+from foam_hf.optimizer.groups import grouping_options
 from recipes.benchmarks.common import forked
 from recipes.benchmarks.quality import before, instruct_gpu, instruct_run
 from tests.support.instruct_runs import RECIPE, ROOT, load_script, save_model, sums, write_jsonl
+from tests.support.tiny_models import tiny_gpt2, tiny_llama
 
 pytestmark = pytest.mark.long
 
@@ -28,6 +32,11 @@ import instruct_table  # noqa: E402
 
 QUALITY = ROOT / "recipes" / "benchmarks" / "quality"
 STUDIES = {"instruct_study.yaml": 14, "instruct_swap.yaml": 7, "instruct_swap_qwen.yaml": 6}  # arms that are searched
+MEASURED = [  # plans that ran before embeddings had a scale of their own
+    *STUDIES,
+    *(f"full_or_lora_{model}.yaml" for model in ("qwen", "smollm2", "text")),
+    *("int8_study.yaml", "release_study.yaml", "release_spikes.yaml"),
+]
 TINY = {
     "settings": {
         "per_device_train_batch_size": 2,
@@ -232,6 +241,89 @@ def test_every_setting_of_a_study_is_one_that_the_recipe_knows(study: str, tmp_p
         matched = study == "instruct_study.yaml" and job.part == "final" and job.dataset == "gsm8k"
         assert recipe.eval_exact_match == matched
         assert recipe.eval_before == (job.part == "final" and job.arm == options.arms[0]["name"])
+
+
+@pytest.mark.parametrize(
+    ("optim", "given", "meant"),
+    [
+        ("foam", "level=8", "level=8,scale=0.25,fold_embeddings=false,fold_head=false"),
+        ("foam", "scale=6,fold_embeddings=true,fold_head=true", {"embedding_scale": "6"}),
+        ("foam", "scale=6,fold_embeddings=false,fold_head=True", {"embedding_scale": "6"}),
+        ("foam", "fold_embeddings=true", "fold_embeddings=true,scale=0.25,fold_head=false,embedding_scale=0.25"),
+        ("foam_mini", "scale=4,fold_embeddings=true,fold_head=true", {"embedding_scale": "4"}),
+        ("foam", "scale=6,fold_embeddings=false,fold_head=false", {}),
+        ("foam", "scale=1,second_moment=factored,fold_embeddings=true,fold_head=true", {}),
+        ("foam_muon", "scale=1,fold_embeddings=true,fold_head=true", {}),
+        ("foam_adam_mini", "scale=2,fold_embeddings=true,fold_head=true", {}),
+        ("foam", "scale=6,embedding_scale=1,fold_embeddings=true,fold_head=true", {}),
+        ("foam", "scale=6,embedding_scale=1,embedding_rule=factored,fold_embeddings=true,fold_head=true", {}),
+        ("foam_factored_embeddings", "level=8", {}),
+        ("galore_adamw", "rank=8", {}),
+    ],
+)
+def test_an_arm_means_what_it_did_when_it_ran(optim: str, given: str, meant: str | dict) -> None:
+    expected = meant if isinstance(meant, str) else ",".join([given.lower(), *(f"{k}={v}" for k, v in meant.items())])
+    found = before.as_before({"optim": optim, "optim_args": given, "method": "full"})
+    assert found == {"optim": optim, "optim_args": expected, "method": "full"}
+    if optim in FOAM_NAMES:
+        foam_options(optim, expected)  # raises for a key that the rule does not read
+
+
+@pytest.mark.parametrize("plan", MEASURED)
+def test_arms_that_ran_before_embeddings_had_a_scale_fold_all_matrices_at_one(plan: str) -> None:
+    model, folding = tiny_llama(), 0
+    for arm in yaml.safe_load((QUALITY / plan).read_text())["arms"]:
+        settings = before.as_before(arm["settings"])
+        if settings["optim"] not in FOAM_NAMES:
+            continue
+        options = foam_options(settings["optim"], settings["optim_args"])
+        scale, groups = options["scale"], foam_param_groups(model, **grouping_options(options))
+        folded = [group for group in groups if group.get("level") != 0]
+        assert {group.get("scale", scale) for group in folded} == {scale}
+        folding += any(model.model.embed_tokens.weight is p for group in folded for p in group["params"])
+    assert folding or plan == "instruct_study.yaml"
+
+
+def test_positions_have_the_scale_of_an_arm_whose_embeddings_are_factored() -> None:
+    model = tiny_gpt2()
+    args = SimpleNamespace(
+        weight_decay=0.0, learning_rate=1e-4, adam_beta1=0.9, adam_beta2=0.99, adam_epsilon=1e-8, seed=1
+    )
+    optimizer = instruct_run.factored_embeddings(SimpleNamespace(args=args, model=model), "level=3,scale=4")
+    found = {
+        id(p): (group["second_moment"], group["scale"]) for group in optimizer.param_groups for p in group["params"]
+    }
+    assert found[id(model.transformer.wte.weight)] == ("factored", 1.0)
+    assert (
+        found[id(model.transformer.wpe.weight)] == found[id(model.transformer.h[0].mlp.c_fc.weight)] == ("block", 4.0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("scale=6,embedding_scale=1", "got embedding_scale=1 without fold_embeddings, fold_head, which"),
+        ("scale=6,embedding_scale=1,fold_embeddings=true", "got embedding_scale=1 without fold_head, which"),
+        ("embedding_scale=1,fold_embeddings=true,fold_head=true", "got embedding_scale=1 without scale, which"),
+        (
+            "scale=6,embedding_rule=factored,fold_embeddings=true,fold_head=true",
+            "got embedding_rule=factored without embedding_scale, which",
+        ),
+        ("level", "is not of the form key=value"),
+    ],
+)
+def test_a_new_arm_that_leaves_its_embeddings_to_an_earlier_version_is_an_error(
+    given: str, message: str, tmp_path: Path, capsys
+) -> None:
+    arm = {"name": "new", "rates": {"sums": [0.001, 0.01]}, "settings": {"optim": "foam", "optim_args": given}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "arms": [*TINY["arms"], arm]}))
+    write_jsonl(tmp_path / "sums.jsonl", sums())
+    where = ["--study", str(tmp_path / "tiny.yaml"), "--data", str(tmp_path), "--model", "m", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        instruct_gpu.parse(where)
+    said = capsys.readouterr().err
+    assert "the arm 'new': optim_args: " in said and message in said
+    assert instruct_gpu.parse([*where, "--arms", "1,2,3"])
 
 
 def test_an_arm_that_takes_the_rates_of_one_left_out_is_an_error(tmp_path: Path, capsys) -> None:

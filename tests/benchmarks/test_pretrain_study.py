@@ -12,7 +12,7 @@ import pytest
 import yaml
 from transformers.training_args import OptimizerNames
 
-from foam_hf.optim_args import FOAM_NAMES, foam_options
+from foam_hf.optim_args import FOAM_NAMES, foam_options, option
 from foam_hf.recipe_kit import put_between
 from recipes.benchmarks.quality import pretrain_gpu, pretrain_report
 from tests.support.pretrain_runs import QUICK, RECIPE, ROOT, SHAPES, VOCAB, load_script, write_jsonl
@@ -220,9 +220,11 @@ def test_studies_of_the_paper_keep_embeddings_plain_and_those_of_the_defaults_fo
                 continue
             found = foam_options(arm["settings"]["optim"], arm["settings"]["optim_args"])
             plain = study.stem in ("pretrain_study", "pretrain_long") or "embeddings plain" in arm["name"]
-            for option in ("fold_embeddings", "fold_head"):
-                assert found.get(option) is (False if plain else None)
+            for name in ("fold_embeddings", "fold_head"):
+                assert found.get(name) is (False if plain else None)
             assert "scale" in found  # a study says what it ran, whatever the default is later
+            if not plain and found.get("second_moment", "block") == "block":  # one curve over rates for all that folds
+                assert found.get("embedding_scale", option("embedding_scale").default) == found["scale"]
 
 
 def test_a_study_of_fresh_text_does_not_start_where_a_run_would_see_tokens_twice(

@@ -94,6 +94,15 @@ def test_a_grid_becomes_arms_and_defaults_are_filled_in() -> None:
         ({"arms": [*TINY["arms"], TINY["arms"][0]]}, "two arms are called 'AdamW'"),
         ({"arms": [*TINY["arms"], {"name": "z", "optim": "foam"}]}, "either rates or times"),
         ({"arms": [*TINY["arms"], {"name": "z", "optim": "foam", "rate": 1}]}, "unknown key 'rate'"),
+        (
+            {
+                "arms": [
+                    *TINY["arms"],
+                    {"name": "z", "optim": "foam", "times": 1, "optim_args": {"embedding_scale": 1.0}},
+                ]
+            },
+            "arm 'z': optim_args: got embedding_scale=1.0 without scale, fold_embeddings, fold_head, which",
+        ),
     ],
 )
 def test_a_plan_that_cannot_be_right_is_refused(change: dict, message: str, tmp_path: Path) -> None:

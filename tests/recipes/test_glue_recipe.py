@@ -24,6 +24,7 @@ from transformers import BertConfig, RobertaConfig, XLNetConfig
 
 import foam_hf
 from foam_hf import recipe_kit
+from foam_hf.optim_args import foam_options
 from foam_hf.recipe_kit import put_between, write_json
 from tests.support.recipe_errors import exit_message
 
@@ -830,6 +831,8 @@ def test_the_readmes_commands_are_accepted(tmp_path):
         elif words[:3] == ["python", "-m", "recipes.benchmarks.quality.glue_gpu"]:
             options, rest = glue_gpu.parse(words[3:])
             assert rest == ["--bf16", "true"]
+            foam = foam_options("foam", options.optimizer[1][2])  # of version 0.1.0, as the table
+            assert (foam["scale"], foam["fold_embeddings"], foam["fold_head"]) == (0.25, False, False)
             seen += 1
     assert seen >= 8
 

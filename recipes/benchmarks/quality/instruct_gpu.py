@@ -25,6 +25,7 @@ import yaml
 
 from foam_hf.recipe_kit import write_json
 from recipes.benchmarks.common.forked import CONTEXT, LOG, Queue, warm
+from recipes.benchmarks.quality.before import as_before
 from recipes.benchmarks.quality.instruct_jobs import LISTS, PARTS, Job, best_rate, runner, source
 from recipes.benchmarks.quality.table import mend, read_runs
 
@@ -79,11 +80,20 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if missing:
         parser.error(f"--data: no file {options.data / datasets[missing[0]]['file']}")
     options.arms = [arms[number - 1] for number in numbers]
+    check_arms(parser, options)
+    return options, rest
+
+
+def check_arms(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with an error for an arm that has no learning rates, or leaves open how its embeddings train."""
     searched = [arm["name"] for arm in options.arms if "rates" in arm]
     for arm in options.arms:
         if source(arm) not in searched:
             parser.error(f"the arm {arm['name']!r} takes the rates of {source(arm)!r}; expected that one too")
-    return options, rest
+        try:
+            as_before({**options.study["settings"], **arm["settings"]})
+        except ValueError as error:
+            parser.error(f"the arm {arm['name']!r}: {error}")
 
 
 def kept(options: argparse.Namespace, rest: list[str]) -> dict:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import yaml
 
+from foam_hf.optim_args import FOAM_NAMES
+from recipes.benchmarks.quality.before import options_before
+
 PLAN = {
     "model": "its name in the tables; the folder is the launcher's --model",
     "base": "name of the arm that the others are paired with",
@@ -130,6 +133,11 @@ def _filled(arm: dict, tasks: dict) -> dict:
     if unknown := [task for task in wanted if task not in tasks]:
         raise ValueError(f"arm {name!r}: unknown task {unknown[0]!r}; expected some of {', '.join(tasks)}")
     filled = {"optim_args": {}, "settings": {}, "lora": None, **arm, "tasks": wanted}
+    if arm["optim"] in FOAM_NAMES:
+        try:
+            options_before(arm["optim"], filled["optim_args"])
+        except ValueError as error:
+            raise ValueError(f"arm {name!r}: {error}") from None
     if "rates" in arm:
         rates = arm["rates"]
         per_task = rates if isinstance(rates, dict) else dict.fromkeys(wanted, rates)

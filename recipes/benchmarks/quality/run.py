@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 from foam_hf import foam_param_groups
 from foam_hf.memory import state_bytes
+from foam_hf.optim_args import FOAM_NAMES
 from foam_hf.optimizer.groups import layer_names
 from foam_hf.recipe_kit import write_json
 from recipes.benchmarks.common.folders import RECIPES, load_script
 from recipes.benchmarks.quality import tiny_language
-from recipes.benchmarks.quality.before import BEFORE
+from recipes.benchmarks.quality.before import options_before
 from recipes.benchmarks.quality.candidates import Candidate
 
 OWN = ("candidate", "adam_mini")  # built here; Trainer is told another name
@@ -36,8 +37,8 @@ def words_of(job: dict) -> list[str]:
     arm = job["arm"]
     own = arm["optim"] in OWN
     options = {} if own else arm["optim_args"]
-    if arm["optim"].startswith("foam"):
-        options = options | {name: value for name, value in BEFORE.items() if name not in options}
+    if arm["optim"] in FOAM_NAMES:
+        options = options_before(arm["optim"], options)
     values = {
         "task_name": job["task"],
         "model_name_or_path": job["model"],
