@@ -16,7 +16,8 @@ LR = 1e-3  # many spacings of a bfloat16 weight a step, so that a small error sh
 POISON = 64 << 20  # bytes of freed memory full of NaN, which a step's buffers are made of
 # The update may round another last bit, and then a bfloat16 weight may go to its other neighbour.
 OTHER_NEIGHBOURS = 0.02
-FLOAT32_ERROR = 1e-7
+# Where a gradient is near 0, the factored rule divides a rounded difference by it: up to 1.1e-7 on an H200.
+FLOAT32_ERROR = 2e-7
 
 
 def check_kernels(
