@@ -748,7 +748,8 @@ def test_a_copied_recipe_runs_as_a_script(tmp_path, tiny_model):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("GLUE cola | model ")
-    assert done.stderr.count("FOAM: folded (level 8, scale ") == 1
+    of_groups = re.findall(r"FOAM: folded \(level 8, scale (\d+),", done.stderr)
+    assert of_groups == ["6", "1"]  # of embeddings the second, each said once
     assert re.search(r"^cola  foam .* matthews_correlation", done.stdout, re.MULTILINE)
     assert f"To compare runs of several optimizers: python {copy / 'table.py'}" in done.stdout
     assert json.loads((tmp_path / "out dir" / "results.json").read_text())["steps"] == 20
@@ -987,13 +988,13 @@ def test_a_resumed_run_says_which_settings_are_the_checkpoints(flags, tmp_path, 
     folder = tmp_path / "out"
     steps = ["--save_strategy", "steps", "--save_steps", "1", "--output_dir", str(folder)]
     train.main([*flags, "--task_name", "rte", *steps, "--optim_args", "level=8,scale=0.25"])
-    again = ["--optim_args", "level=8,scale=1", "--learning_rate", "3e-4", "--max_steps", "3"]
+    again = ["--optim_args", "level=8,scale=2", "--learning_rate", "3e-4", "--max_steps", "3"]
     train.main(
         [*flags, "--task_name", "rte", *steps, *again, "--resume_from_checkpoint", str(folder / "checkpoint-2")]
     )
     said = capsys.readouterr().out
     line = next(line for line in said.splitlines() if line.startswith("Resumed at step 2"))
-    assert "scale=0.25 (not 1.0)" in line and "(not 0.0003)" in line
+    assert "scale=0.25 (not 2.0)" in line and "(not 0.0003)" in line
 
 
 def test_a_run_that_folds_other_weights_than_its_checkpoint_is_told_the_option(flags, tmp_path):

@@ -595,13 +595,13 @@ def test_a_second_run_keeps_the_results_and_a_resumed_one_says_whose_settings_ho
         train.main([*words, "--max_length", "4"])
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(first)), "refused before it"
     capsys.readouterr()
-    settings = ["--learning_rate", "3e-4", "--optim_args", "scale=1", "--max_steps", "3", "--eval_before", "false"]
+    settings = ["--learning_rate", "3e-4", "--optim_args", "scale=2", "--max_steps", "3", "--eval_before", "false"]
     train.main([*words, *settings, "--resume_from_checkpoint", str(folder / "checkpoint-2")])
     said = capsys.readouterr().out
     assert "its results.json is now results-1.json" in said and "starts at step 0" not in said
     assert json.loads((folder / "results-1.json").read_text()) == json.loads(json.dumps(first))
     line = next(line for line in said.splitlines() if line.startswith("Resumed at step 2"))
-    assert "scale=6.0 (not 1.0)" in line and "(not 0.0003)" in line
+    assert "scale=6.0 (not 2.0)" in line and "(not 0.0003)" in line
 
 
 def test_modules_for_adapters_may_be_a_list_of_the_config():
