@@ -27,6 +27,10 @@ class CheckpointMismatchError(ValueError):
 
 
 State = dict[str, StateTensor]
+_SAME_CHOICE = (
+    "the same model and the same choice of folded weights (fold_embeddings, fold_head) and of their scale "
+    "(embedding_scale; in foam_param_groups None is what versions up to 0.2.0 did)"
+)
 
 
 def expected_state(p: Tensor, group: dict[str, Any]) -> State:
@@ -103,20 +107,20 @@ def check_checkpoint(
     sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, saved_groups))
     states = []
     for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=False)):
-        for name in ("level", "second_moment"):
-            if name not in saved:
-                held = sorted({key for state in saved_state.values() for key in state})
-                raise ValueError(
-                    f"the checkpoint is of another optimizer: its param groups have no {name!r}, "
-                    f"its state holds {held}; expected one that FOAM wrote. To go on from its weights alone, load the "
-                    "model from that folder and train without resume_from_checkpoint"
-                )
-        if problem := field_problem(i, group, saved):
+        if not set(saved) - {"params", "param_names"} and any("level" in each for each in saved_groups):
+            problem = (  # torch has loaded it by the names of weights
+                f"no param group of the checkpoint is left for param group {i}, of {len(group['params'])} parameters: "
+                f"there they were in one group with others; expected {_SAME_CHOICE}"
+            )
+        else:
+            _refuse_other_optimizer(saved, saved_state)
+            problem = field_problem(i, group, saved)
+        if problem:
             raise CheckpointMismatchError(problem, state_dict)
     if sizes != saved_sizes:
         raise CheckpointMismatchError(
             f"the checkpoint has param groups of {saved_sizes} parameters, this optimizer of {sizes}; "
-            "expected the same model and the same choice of folded weights (fold_embeddings, fold_head)",
+            f"expected {_SAME_CHOICE}",
             state_dict,
         )
     if problem := names_problem(groups, saved_groups):
@@ -135,6 +139,17 @@ def check_checkpoint(
                 raise CheckpointMismatchError(f"{who} of the checkpoint does not fit: {problem}", state_dict)
             states.append(state)
     return states
+
+
+def _refuse_other_optimizer(saved: dict[str, Any], saved_state: dict[Any, Any]) -> None:
+    for name in ("level", "second_moment"):
+        if name not in saved:
+            held = sorted({key for state in saved_state.values() for key in state})
+            raise ValueError(
+                f"the checkpoint is of another optimizer: its param groups have no {name!r}, "
+                f"its state holds {held}; expected one that FOAM wrote. To go on from its weights alone, load the "
+                "model from that folder and train without resume_from_checkpoint"
+            )
 
 
 def _name_of(index: int, *groups: dict[str, Any]) -> str:
@@ -161,10 +176,7 @@ def _shape_problem(p: Tensor, state: dict[str, Any], spec: State, named: bool) -
     theirs = ", ".join(map(str, (*held.shape[:-1], columns)))
     why = f"it is the state of a weight of shape ({theirs}), and here the weight has shape {tuple(p.shape)}"
     if not named:  # matched by position alone, these may be two different weights
-        return (
-            f"{name} has shape {tuple(held.shape)}; expected {tuple(wanted)}: {why}. Expected the same model and the "
-            "same choice of folded weights (fold_embeddings, fold_head)"
-        )
+        return f"{name} has shape {tuple(held.shape)}; expected {tuple(wanted)}: {why}. Expected {_SAME_CHOICE}"
     return (
         f"{why}; expected the same shapes. An embedding that was resized since, for another vocabulary, has no state "
         "to go on with: resize it back, or go on from the weights alone, without optimizer.pt and scheduler.pt"

@@ -19,6 +19,8 @@ from foam_hf.trainer.deepspeed import processes_problem, uses_deepspeed
 from foam_hf.trainer.file_checks import Damaged, Unfinished, is_weights
 from foam_hf.trainer.manifest import check, checked_folder, name_complete_checkpoint, newest_complete
 from foam_hf.trainer.names import foam_of, uses_foam
+from foam_hf.trainer.patches import is_fsdp_enabled
+from foam_hf.trainer.sharded_groups import check_sharded_groups
 from foam_hf.trainer.weights import load_renamed_weights, loading_problem
 
 logger = logging.getLogger("foam_hf")
@@ -98,9 +100,12 @@ def wrap_load_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `Trainer._load_optimizer_and_scheduler`: FOAM matches state to weights by their names."""
 
     @functools.wraps(original)
-    def _load_optimizer_and_scheduler(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        with named(foam_of(trainer), trainer.model):
-            return original(trainer, *args, **kwargs)
+    def _load_optimizer_and_scheduler(trainer: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        foam = foam_of(trainer)
+        if foam is not None and checkpoint is not None and is_fsdp_enabled(trainer):
+            check_sharded_groups(foam, Path(checkpoint))
+        with named(foam, trainer.model):
+            return original(trainer, checkpoint, *args, **kwargs)
 
     return _load_optimizer_and_scheduler
 

@@ -104,6 +104,14 @@ def test_distributed_checkpoints_keep_names() -> None:
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(again.state[q][name]))
 
 
+def test_a_distributed_checkpoint_whose_group_is_two_here_says_so() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+    saved = get_optimizer_state_dict(model, stepped(model.named_parameters()))
+    again = FOAM([{"params": layer.parameters()} for layer in model], level=1)
+    with pytest.raises(ValueError, match="left for param group 0, of 2 parameters: .* one group .*embedding_scale"):
+        set_optimizer_state_dict(model, again, saved)
+
+
 def test_an_optimizer_without_names_stays_without_them(tmp_path: Path) -> None:
     """In a training loop of one's own, a checkpoint of the Trainer; then a layer is unfrozen."""
     trained = trainer_of(tmp_path, max_steps=2)

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -100,6 +102,32 @@ def test_any_other_choice_is_named_too(tmp_path: Path, before: str, after: str) 
     (words,) = re.findall("optim_args='(.*)'", str(error.value))
     assert set(words.split(",")) == set(after.split(","))
     trainer(tmp_path, optim_args=words).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+@pytest.mark.parametrize(("before", "after"), [("embedding_scale=6.0", "level=8"), ("", "embedding_scale=6.0")])
+def test_groups_that_fsdp2_would_mix_up_are_refused_and_named(
+    tmp_path: Path, kind: str, before: str, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate's files of FSDP2 name weights: torch gives merged groups one scale, and a split one no fields."""
+    first = trainer(tmp_path, optim_args=before, max_steps=2)
+    first.train()
+    folder = tmp_path / "checkpoint-2"
+    saved = get_optimizer_state_dict(first.model, first.optimizer.optimizer)
+    if kind == "full":
+        torch.save(saved, folder / "optimizer.bin")
+    else:
+        dcp.save({"optimizer": saved}, checkpoint_id=folder / "optimizer_0", no_dist=True)
+    (folder / "foam_checkpoint.json").unlink()
+    state = (folder / "optimizer.pt").rename(tmp_path / "optimizer.pt")
+    monkeypatch.setattr("foam_hf.trainer.checkpoints.is_fsdp_enabled", lambda trainer: True)
+    run = trainer(tmp_path, optim_args=after)
+    words = re.escape(f"To go on with this checkpoint: optim='foam', optim_args='{before}'")
+    with pytest.raises(ValueError, match=words):
+        run.train(resume_from_checkpoint=str(folder))
+    assert run.state.global_step == 2, "no step was made"
+    state.rename(folder / "optimizer.pt")  # in one process Trainer goes on with this
+    trainer(tmp_path, optim_args=before).train(resume_from_checkpoint=str(folder))
 
 
 class WithValues(nn.Module):
