@@ -71,7 +71,7 @@ def foam_param_groups(
             not name them, and False never folds them. A tied LM head is an embedding.
         fold_head: the same for an LM head that is not tied.
         embedding_scale: the `scale` of embeddings and LM heads that fold, with `second_moment="block"`; other rules do
-            not read it. None gives them that of all other matrices, as versions up to 0.2.0 did.
+            not read it. None leaves it to `scale`, here or of FOAM, as versions up to 0.2.0 did.
         embedding_rule: "factored" gives them that rule's state, also by `second_moment="block"` alone.
         decay_parameter_names: names, as in `model.named_parameters()`, that get weight decay. Default: those of
             `Trainer.get_decay_parameter_names`, which are all but biases and norms.
@@ -85,10 +85,12 @@ def foam_param_groups(
         are left out. Parameters keep the order of `model.named_parameters()`.
 
     Raises:
-        ValueError: no parameter is trainable, `target_modules` matches no weight, or the weight decay is negative, NaN
-            or infinite.
+        ValueError: no parameter is trainable, `target_modules` matches no weight, the weight decay is negative, NaN
+            or infinite, or the scale or rule of embeddings is not legal, also with a rule that does not read them.
         TypeError: an unknown folded option, or an argument of the wrong type.
     """
+    option("embedding_scale").check(1.0 if embedding_scale is None else embedding_scale)
+    option("embedding_rule").check(embedding_rule)
     rule, config = folding_rule(folded_options.get("second_moment")), getattr(_unwrap(model), "config", None)
     tables = rule.table_fields or _table_fields(rule, folded_options, embedding_scale, embedding_rule)
     names = foam_parameter_names(
@@ -176,21 +178,18 @@ def grouping_options(options: dict[str, Any]) -> dict[str, Any]:
     chosen = {each.name: options[each.name] if each.field else options.pop(each.name) for each in asked}
     rule = chosen.get("second_moment", option("second_moment").default)
     scale = options.get("scale") or default_scale(options.get("level", option("level").default), rule)
-    if chosen.get("embedding_scale", option("embedding_scale").default) == scale:
-        chosen["embedding_scale"] = None  # by one rule, no groups of their own
+    scales = chosen.get("embedding_scale", option("embedding_scale").default), scale
+    if chosen.get("embedding_rule", option("embedding_rule").default) == rule and scales[0] == scales[1]:
+        chosen["embedding_scale"] = None  # like other matrices: no groups of their own
     return chosen
 
 
 def _table_fields(rule: Rule, folded: Mapping[str, Any], scale: float | None, second_moment: str) -> dict[str, Any]:
     """What groups of embeddings and heads have beside the fields of other matrices; empty if they are like them."""
-    option("embedding_scale").check(1.0 if scale is None else scale)
-    option("embedding_rule").check(second_moment)
     if rule.name != option("embedding_rule").rule:
         return {}
-    others = folded.get("scale") or default_scale(folded.get("level", option("level").default), rule.name)
-    if second_moment != rule.name:
-        return {"scale": others if scale is None else scale, "second_moment": second_moment}
-    return {} if scale in (None, folded.get("scale")) else {"scale": scale}
+    fields: dict[str, Any] = {} if scale in (None, folded.get("scale")) else {"scale": scale}
+    return fields if second_moment == rule.name else {**fields, "second_moment": second_moment}
 
 
 def layer_names(model: nn.Module) -> set[str]:

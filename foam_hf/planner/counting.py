@@ -82,7 +82,7 @@ def _between_passes(groups: list[dict[str, Any]]) -> int:
     if name := refusing_rule(groups):
         raise ValueError(
             f"gradient_release adds up backward passes by the block rule alone: got second_moment={name} with "
-            "accumulation; expected second_moment=block, or one of them"
+            "accumulation; expected second_moment=block and embedding_rule=block, or one of them"
         )
     return bytes_between_passes(groups)
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from foam_hf.memory.storages import storages, total
-from foam_hf.optim_args import FOAM_NAMES
+from foam_hf.optim_args import FOAM_NAMES, foam_options
+from foam_hf.optimizer.flat import refuse_whole_weights_rules
 from foam_hf.optimizer.groups import foam_parameter_names
 from foam_hf.optimizer.state import expected_state
 from foam_hf.planner.counting import foam_groups, peer_options
@@ -109,6 +110,7 @@ def _param_groups(
 ) -> list[dict[str, Any]]:
     """The param groups that Trainer makes: FOAM's own, or one with weight decay and one without."""
     if optim in FOAM_NAMES:
+        refuse_whole_weights_rules(foam_options(optim, optim_args), "ZeRO")
         return foam_groups(model, optim, optim_args, target_modules)
     peer = BY_NAME[optim]
     if not peer.flat:
@@ -141,11 +143,6 @@ def segment_state_bytes(segment: Segment, group: Mapping[str, Any]) -> int:
     """The bytes of FOAM's state for a part of a weight: all blocks that it touches, also those that it shares."""
     p = segment.weight
     rule, level = rule_of(p, group)
-    if rule.shards != "rows and columns":
-        field, value = rule.asked
-        raise ValueError(
-            f"{field}={value} needs whole weights, and ZeRO cuts them anywhere; expected second_moment=block"
-        )
     n = p.shape[-1] if p.dim() else 1
     found = 0
     for tensor in expected_state(p, dict(group)).values():

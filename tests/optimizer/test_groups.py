@@ -233,6 +233,23 @@ def test_an_embedding_scale_like_that_of_all_matrices_makes_no_groups():
     assert len(groups) == len(foam_param_groups(model, embedding_scale=None)) < len(foam_param_groups(model))
 
 
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_the_factored_rule_has_the_embedding_scale_also_where_it_is_that_of_all_matrices(scale):
+    options = {"scale": scale, "embedding_scale": scale, "embedding_rule": "factored"}
+    groups = foam_param_groups(tiny_models.tiny_llama(), **grouping_options(options))
+    found = {
+        group["second_moment"]: group["scale"] for group in FOAM(groups, **options).param_groups if group["level"]
+    }
+    assert found == {"block": scale, "factored": scale}
+
+
+@pytest.mark.parametrize("rule", ["block", "factored", "muon", "adam_mini"])
+@pytest.mark.parametrize("option", [{"embedding_scale": -1.0}, {"embedding_rule": "muon"}])
+def test_illegal_values_for_embeddings_are_refused_with_every_rule(rule, option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is .*; expected"):
+        foam_param_groups(tiny_models.tiny_llama(), second_moment=rule, **option)
+
+
 def test_decay_rule_is_trainers_own(kind, tmp_path):
     from transformers import Trainer
 

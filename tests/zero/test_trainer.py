@@ -147,9 +147,6 @@ def test_configs_that_would_not_train_by_foam_are_refused(
     assert message in str(caught.value) and "does not run with this DeepSpeed config" in str(caught.value)
 
 
-FACTORED_EMBEDDINGS = {"optim_args": "embedding_rule=factored"}
-
-
 @pytest.mark.parametrize(
     ("message", "options"),
     [
