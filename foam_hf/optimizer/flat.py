@@ -210,7 +210,10 @@ class FlatWeights:
                 )
         for own, other in zip(here["names"], saved.get("names") or [], strict=False):
             if own != other and own and other:
-                return f"the checkpoint holds the state of {other} where this model has {own}; expected the same model"
+                return (
+                    f"the checkpoint holds the state of {other} where this model has {own}; expected the same model "
+                    "and the same choice of folded weights and of embedding_scale"
+                )
         if problem := field_problem(number, group, saved_group):
             return problem
         if saved.get(LAYOUT) != here[LAYOUT]:

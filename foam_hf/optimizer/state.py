@@ -115,6 +115,8 @@ def check_checkpoint(
         else:
             _refuse_other_optimizer(saved, saved_state)
             problem = field_problem(i, group, saved)
+        if problem and len(sizes) != len(saved_sizes) and "level" in saved:
+            problem += f". Its param groups are of {saved_sizes} parameters, here of {sizes}: expected {_SAME_CHOICE}"
         if problem:
             raise CheckpointMismatchError(problem, state_dict)
     if sizes != saved_sizes:
