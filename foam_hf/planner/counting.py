@@ -12,7 +12,15 @@ from torch import nn
 
 from foam_hf.memory.measured import expected_state_bytes
 from foam_hf.memory.storages import storages, total
-from foam_hf.optim_args import FOAM_NAMES, RELEASE_KEYS, foam_options, names_of, one_of_ours, split_optim_args
+from foam_hf.optim_args import (
+    FOAM_NAMES,
+    RELEASE_KEYS,
+    foam_options,
+    names_of,
+    one_of_ours,
+    option,
+    split_optim_args,
+)
 from foam_hf.optimizer.foam import FOAM
 from foam_hf.optimizer.groups import foam_param_groups, grouping_options
 from foam_hf.optimizer.micro_batches import bytes_between_passes, refusing_rule
@@ -25,7 +33,7 @@ def option_keys(optim: str) -> tuple[str, ...]:
     """The keys that `optim`, one of `OPTIMIZERS`, reads from `optim_args`."""
     if optim in FOAM_NAMES:
         fixed = FOAM_NAMES[optim]
-        rules = (None, fixed.get("second_moment"))
+        rules = (None, fixed.get("second_moment", option("second_moment").default))
         return names_of(lambda each: each.key and each.name not in fixed and each.rule in rules)
     return tuple(BY_NAME[optim].options)
 

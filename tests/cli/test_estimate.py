@@ -403,6 +403,12 @@ def test_each_optimizer_gets_the_options_that_it_has():
     assert dict(chosen_optimizers([COMPARED], None, "level=2"))["foam_mini"] == {}
 
 
+def test_the_rule_of_embeddings_goes_to_optimizers_with_the_block_rule():
+    rows = chosen_optimizers(["foam,foam_mini,foam_muon,adamw_torch"], None, "embedding_rule=factored")
+    asked = {"embedding_rule": "factored"}
+    assert rows == [("foam", asked), ("foam_mini", asked), ("foam_muon", {}), ("adamw_torch", {})]
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_has_a_row(estimate, model, name):
     code, out, _ = estimate(model, *SMALL, "--optim", name)
