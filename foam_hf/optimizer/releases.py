@@ -19,11 +19,16 @@ def is_released(optimizer: Optimizer) -> bool:
 
 
 def expect_release(optimizer: Optimizer) -> None:
-    """Make the first step of `optimizer` raise RuntimeError if gradient release is not enabled by then."""
+    """Make the first step of `optimizer` raise RuntimeError if gradient release is not enabled by then.
+
+    Steps with learning rate 0 are let through: torch makes one to create the state that it loads under FSDP2.
+    """
     unchecked = True
 
     def first_step(stepping: Optimizer, *_: Any) -> None:
         nonlocal unchecked
+        if unchecked and not any(float(group["lr"]) for group in stepping.param_groups):
+            return
         if unchecked and not is_released(stepping):
             raise RuntimeError(
                 "gradient_release=true was asked for, and at the first step no hook releases gradients: Trainer.train "

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from transformers import Trainer
 from transformers.trainer_callback import CallbackHandler
 
@@ -55,6 +56,17 @@ def test_gradient_release_that_no_loop_arms_is_told_at_the_first_step(tmp_path: 
     with pytest.raises(RuntimeError, match="gradient_release=true was asked for, and at the first step no hook"):
         trainer.train()
     assert all(torch.equal(p, q) for p, q in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_the_step_by_which_torch_creates_state_before_it_loads_is_no_first_step(tmp_path: Path) -> None:
+    """Resuming under FSDP2 makes this step, with learning rates of 0, before training begins."""
+    trainer = make_trainer(tmp_path, OwnLoop, optim_args="gradient_release=true")
+    optimizer = trainer.create_optimizer()
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    assert get_optimizer_state_dict(trainer.model, optimizer)["state"]
+    assert all(torch.equal(p, q) for p, q in zip(before, trainer.model.parameters(), strict=True))
+    with pytest.raises(RuntimeError, match="at the first step no hook"):
+        trainer.train()
 
 
 def test_gradient_release_that_a_loop_arms_itself_trains(tmp_path: Path) -> None:
