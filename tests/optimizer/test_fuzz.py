@@ -29,6 +29,8 @@ LEGAL: dict[str, list[Any]] = {
     "state_dtype": ["float32", "bfloat16", "torch.bfloat16", "bf16"],
     "nonfinite": ["error", "skip", "ignore"],
     "fold_embeddings": ["true", "false"],
+    "embedding_scale": [0.5, 1, 6],
+    "embedding_rule": ["block", "factored"],
     "fold_head": ["True", "FALSE"],
     "gradient_release": ["true", "false"],
     "clip_by": ["all", "weight"],
@@ -180,7 +182,7 @@ def train(params: Any, **options: Any) -> None:
 def of_text(chance: random.Random) -> Any:
     given = random_text(chance)
     options = foam_options(chance.choice([*FOAM_NAMES]), given)
-    for name in ("fold_embeddings", "fold_head", "gradient_release", "clip_by"):
+    for name in names_of(lambda option: option.key and not option.field):
         options.pop(name, None)
     if "state_dtype" in options:
         options["state_dtype"] = getattr(torch, options["state_dtype"])
