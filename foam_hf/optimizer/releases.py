@@ -18,16 +18,18 @@ def is_released(optimizer: Optimizer) -> bool:
     return any(release._optimizer is optimizer for release in active)
 
 
-def expect_release(optimizer: Optimizer) -> None:
-    """Make the first step of `optimizer` raise RuntimeError if gradient release is not enabled by then.
+def moves_nothing(optimizer: Optimizer) -> bool:
+    """Whether all learning rates are 0: by such a step torch creates the state that it loads under FSDP2."""
+    return not any(float(group["lr"]) for group in optimizer.param_groups)
 
-    Steps with learning rate 0 are let through: torch makes one to create the state that it loads under FSDP2.
-    """
+
+def expect_release(optimizer: Optimizer) -> None:
+    """Make the first step of `optimizer` raise RuntimeError if gradient release is not enabled by then."""
     unchecked = True
 
     def first_step(stepping: Optimizer, *_: Any) -> None:
         nonlocal unchecked
-        if unchecked and not any(float(group["lr"]) for group in stepping.param_groups):
+        if unchecked and moves_nothing(stepping):
             return
         if unchecked and not is_released(stepping):
             raise RuntimeError(

@@ -79,6 +79,14 @@ def test_gradient_release_that_a_loop_arms_itself_trains(tmp_path: Path) -> None
     trainer.train()  # the expectation was of the first step
 
 
+def test_no_report_is_missed_in_the_step_by_which_torch_creates_state(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, OwnLoop)
+    trainer.add_callback(OptimizerMemoryCallback())
+    assert get_optimizer_state_dict(trainer.model, trainer.create_optimizer())["state"]
+    with pytest.raises(RuntimeError, match="a report on optimizer memory was asked for"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("optim", ["foam", "adamw_torch"])
 @pytest.mark.parametrize("asked", ["environment", "callback"])
 def test_a_report_that_no_event_reaches_is_told_at_the_first_step(
