@@ -53,7 +53,7 @@ def test_every_setting_is_known_and_arms_differ_in_what_they_train(plan: str, tm
         assert step == content["settings"]["per_device_train_batch_size"]  # whatever the micro-batches
         rank = recipe.lora_r if "lora" in recipe.method else None
         rules[job.arm] = (recipe.method, recipe.dtype, rank, str(args.optim.value))
-        if args.optim.value == "foam":  # what version 0.2.0 did by default, spelt out
+        if args.optim.value == "foam":  # the default, spelt out
             assert "level=8,scale=6," in args.optim_args and args.optim_args.endswith(",embedding_scale=6")
     assert len(set(rules.values())) == len(content["arms"]) == 8
 

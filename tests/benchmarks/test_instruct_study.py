@@ -32,7 +32,7 @@ import instruct_table  # noqa: E402
 
 QUALITY = ROOT / "recipes" / "benchmarks" / "quality"
 STUDIES = {"instruct_study.yaml": 14, "instruct_swap.yaml": 7, "instruct_swap_qwen.yaml": 6}  # arms that are searched
-MEASURED = [  # plans that ran before embeddings had a scale of their own
+MEASURED = [  # plans that ran before embedding_scale was an option
     *STUDIES,
     *(f"full_or_lora_{model}.yaml" for model in ("qwen", "smollm2", "text")),
     *("int8_study.yaml", "release_study.yaml", "release_spikes.yaml"),
@@ -270,7 +270,7 @@ def test_an_arm_means_what_it_did_when_it_ran(optim: str, given: str, meant: str
 
 
 @pytest.mark.parametrize("plan", MEASURED)
-def test_arms_that_ran_before_embeddings_had_a_scale_fold_all_matrices_at_one(plan: str) -> None:
+def test_arms_that_ran_before_embedding_scale_fold_all_matrices_at_one_scale(plan: str) -> None:
     model, folding = tiny_llama(), 0
     for arm in yaml.safe_load((QUALITY / plan).read_text())["arms"]:
         settings = before.as_before(arm["settings"])

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from transformers.training_args import OptimizerNames
 
-from foam_hf.optim_args import FOAM_NAMES, foam_options, option
+from foam_hf.optim_args import FOAM_NAMES, foam_options
 from foam_hf.recipe_kit import put_between
 from recipes.benchmarks.quality import pretrain_gpu, pretrain_report
 from tests.support.pretrain_runs import QUICK, RECIPE, ROOT, SHAPES, VOCAB, load_script, write_jsonl
@@ -224,7 +224,7 @@ def test_studies_of_the_paper_keep_embeddings_plain_and_those_of_the_defaults_fo
                 assert found.get(name) is (False if plain else None)
             assert "scale" in found  # a study says what it ran, whatever the default is later
             if not plain and found.get("second_moment", "block") == "block":  # one curve over rates for all that folds
-                assert found.get("embedding_scale", option("embedding_scale").default) == found["scale"]
+                assert found.get("embedding_scale") in (None, found["scale"])
 
 
 def test_a_study_of_fresh_text_does_not_start_where_a_run_would_see_tokens_twice(

@@ -1,7 +1,7 @@
 """What a study means by FOAM where an arm does not say: the version of the package under which the first studies ran.
 
-In version 0.1.0 the scale was 0.25, and embeddings and LM heads were plain. Those that an arm folds had the scale of
-all other matrices up to version 0.2.0. An arm that names an option of embeddings is newer, and must say all of this.
+In version 0.1.0 the scale was 0.25, and embeddings and LM heads were plain. Those that an arm folds have the scale of
+all other matrices, and the arm says so. One that names an option of embeddings is newer, and must say all of this.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def options_before(optim: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of an arm with `optim`, a name of FOAM: those given, and what an earlier version did for the others.
 
     Raises:
-        ValueError: an arm of today that leaves some of WANTED to an earlier version.
+        ValueError: an arm with some of NEWER that leaves some of WANTED to an earlier version.
     """
     options = {**given, **{name: value for name, value in BEFORE.items() if name not in given}}
     newer, missing = [name for name in NEWER if name in given], [name for name in WANTED if name not in given]
