@@ -34,7 +34,7 @@ def foam_param_groups(
     target_modules: str | list[str] | None = None,
     fold_embeddings: bool | None = None,
     fold_head: bool | None = None,
-    embedding_scale: float | None = 1.0,
+    embedding_scale: float | None = None,
     embedding_rule: str = "block",
     decay_parameter_names: Collection[str] | None = None,
     **folded_options: Any,
@@ -48,9 +48,6 @@ def foam_param_groups(
     model. If models of transformers lie inside another module (a loss, a value head, a LightningModule), each of them
     has its base model, and the rest of that module does not fold. Models without trainable weights do not count.
     Wrappers of DDP and `torch.compile` are removed first.
-
-    Embeddings and LM heads that fold have a scale of their own: at the scale of other matrices they learn worse from
-    much text.
 
     Two rules group further:
 
@@ -71,8 +68,9 @@ def foam_param_groups(
             not name them, and False never folds them. A tied LM head is an embedding.
         fold_head: the same for an LM head that is not tied.
         embedding_scale: the `scale` of embeddings and LM heads that fold, with `second_moment="block"`; other rules do
-            not read it. None leaves it to `scale`, here or of FOAM, as versions up to 0.2.0 did.
-        embedding_rule: "factored" gives them that rule's state, also by `second_moment="block"` alone.
+            not read it. None is `scale`, here or of FOAM, and 1 with the factored rule.
+        embedding_rule: "factored" gives them that rule, with which they learn more from much text; also with
+            `second_moment="block"` alone.
         decay_parameter_names: names, as in `model.named_parameters()`, that get weight decay. Default: those of
             `Trainer.get_decay_parameter_names`, which are all but biases and norms.
         **folded_options: fields of the folded groups: `level`, `scale`, `second_moment`, `residual_scale`,
@@ -89,7 +87,7 @@ def foam_param_groups(
             or infinite, or the scale or rule of embeddings is not legal, also with a rule that does not read them.
         TypeError: an unknown folded option, or an argument of the wrong type.
     """
-    option("embedding_scale").check(1.0 if embedding_scale is None else embedding_scale)
+    option("embedding_scale").check(embedding_scale)
     option("embedding_rule").check(embedding_rule)
     rule, config = folding_rule(folded_options.get("second_moment")), getattr(_unwrap(model), "config", None)
     tables = rule.table_fields or _table_fields(rule, folded_options, embedding_scale, embedding_rule)
@@ -178,9 +176,8 @@ def grouping_options(options: dict[str, Any]) -> dict[str, Any]:
     chosen = {each.name: options[each.name] if each.field else options.pop(each.name) for each in asked}
     rule = chosen.get("second_moment", option("second_moment").default)
     scale = options.get("scale") or default_scale(options.get("level", option("level").default), rule)
-    scales = chosen.get("embedding_scale", option("embedding_scale").default), scale
-    if chosen.get("embedding_rule", option("embedding_rule").default) == rule and scales[0] == scales[1]:
-        chosen["embedding_scale"] = None  # like other matrices: no groups of their own
+    if chosen.get("embedding_rule", rule) == rule and chosen.get("embedding_scale") == scale:
+        del chosen["embedding_scale"]  # like other matrices: no groups of their own
     return chosen
 
 
@@ -188,8 +185,10 @@ def _table_fields(rule: Rule, folded: Mapping[str, Any], scale: float | None, se
     """What groups of embeddings and heads have beside the fields of other matrices; empty if they are like them."""
     if rule.name != option("embedding_rule").rule:
         return {}
-    fields: dict[str, Any] = {} if scale in (None, folded.get("scale")) else {"scale": scale}
-    return fields if second_moment == rule.name else {**fields, "second_moment": second_moment}
+    if second_moment != rule.name:
+        level = folded.get("level", option("level").default)
+        return {"scale": scale or default_scale(level, second_moment), "second_moment": second_moment}
+    return {} if scale in (None, folded.get("scale")) else {"scale": scale}
 
 
 def layer_names(model: nn.Module) -> set[str]:

@@ -29,7 +29,7 @@ class CheckpointMismatchError(ValueError):
 State = dict[str, StateTensor]
 _SAME_CHOICE = (
     "the same model and the same choice of folded weights (fold_embeddings, fold_head) and of their scale "
-    "(embedding_scale; in foam_param_groups None is what versions up to 0.2.0 did)"
+    "(embedding_scale)"
 )
 
 

@@ -173,6 +173,11 @@ def describe_optimizer(args: Any) -> str:
     effective |= _options(args)
     if effective["scale"] is None:
         effective["scale"] = default_scale(effective["level"], effective["second_moment"])
+    if effective["embedding_scale"] is None:
+        factored = effective["embedding_rule"] == "factored"
+        effective["embedding_scale"] = (
+            default_scale(effective["level"], "factored") if factored else effective["scale"]
+        )
     for name in names_of(lambda each: each.rule not in (None, effective["second_moment"])):
         effective.pop(name, None)
     if releases_gradients(args):

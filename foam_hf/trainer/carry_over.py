@@ -50,7 +50,6 @@ def continuing_args(
         kinds = {group.split("/")[0] for group in foam_parameter_names(model, tables=True, **given_groups)}
         if "table" in kinds and options["second_moment"] == option("embedding_scale").rule:
             choice |= tables
-            choice["embedding_scale"] = choice["embedding_scale"] or options["scale"]
         return _as_optim_args({**options, **choice}, given)
     return None
 
@@ -62,7 +61,10 @@ def _of_tables(folding: list[dict[str, Any]], options: dict[str, Any]) -> dict[s
     others = [each for each in fields if each != fields[0]]
     if rule != block or not others:
         return {"embedding_scale": None, "embedding_rule": block}
-    return dict(zip(("embedding_scale", "embedding_rule"), others[0], strict=True))
+    scale, second_moment = others[0]
+    if second_moment != block and scale == default_scale(options["level"], second_moment):
+        scale = None
+    return {"embedding_scale": scale, "embedding_rule": second_moment}
 
 
 def explain_folded_heads(model: nn.Module, error: CheckpointMismatchError) -> str:

@@ -181,13 +181,13 @@ def test_foam_fills_in_what_the_folded_groups_leave_open():
     optimizer = FOAM(
         foam_param_groups(tiny_models.tiny_roberta(), weight_decay=0.1), lr=3e-4, betas=(0.8, 0.9), level=5
     )
-    assert [group["level"] for group in optimizer.param_groups] == [5, 5, 0, 0]
-    assert [group["scale"] for group in optimizer.param_groups] == [SCALES["block"], 1.0, 1.0, 1.0]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.1, 0.0]
+    assert [group["level"] for group in optimizer.param_groups] == [5, 0, 0]
+    assert [group["scale"] for group in optimizer.param_groups] == [SCALES["block"], 1.0, 1.0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
     assert all(group["lr"] == 3e-4 and group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
 
 
-def test_embeddings_and_heads_have_their_own_scale_and_rule(kind):
+def test_embeddings_and_heads_have_a_scale_and_rule_of_their_own_if_asked(kind):
     model = tiny_models.BUILDERS[kind]()
     names = foam_parameter_names(model, tables=True)
     tables = {*names.get("table/decay", []), *names.get("table/no_decay", [])}
@@ -202,11 +202,10 @@ def test_embeddings_and_heads_have_their_own_scale_and_rule(kind):
         }
 
     for options, expected in (
-        ({}, (1.0, "block")),
+        ({}, (SCALES["block"], "block")),
         ({"embedding_scale": 2.0}, (2.0, "block")),
         ({"embedding_rule": "factored"}, (1.0, "factored")),
-        ({"embedding_scale": None}, (SCALES["block"], "block")),
-        ({"embedding_scale": None, "embedding_rule": "factored"}, (SCALES["block"], "factored")),
+        ({"embedding_scale": 3.0, "embedding_rule": "factored"}, (3.0, "factored")),
     ):
         found = fields(FOAM(foam_param_groups(model, **options), scale=SCALES["block"]))
         assert {name: found[name] for name in found if name in tables} == dict.fromkeys(tables, expected)
@@ -230,7 +229,7 @@ def test_an_embedding_scale_like_that_of_all_matrices_makes_no_groups():
     chosen = grouping_options(options)
     assert options == {"scale": 3.0}
     groups = foam_param_groups(model, **chosen)
-    assert len(groups) == len(foam_param_groups(model, embedding_scale=None)) < len(foam_param_groups(model))
+    assert len(groups) == len(foam_param_groups(model)) < len(foam_param_groups(model, embedding_scale=1.0))
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])

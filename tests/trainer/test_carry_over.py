@@ -82,10 +82,11 @@ def test_with_these_it_goes_on_as_it_did(old: Path, optim_args: str) -> None:
         ("second_moment=factored,fold_head=false", "second_moment=factored,fold_head=false"),
         (f"second_moment=muon,{PAPER}", f"second_moment=muon,{PAPER}"),
         ("second_moment=muon", "second_moment=muon"),
-        ("embedding_scale=6", "embedding_scale=6.0"),  # version 0.2.0's defaults
-        ("scale=8,embedding_scale=8", "scale=8.0,embedding_scale=8.0"),
+        ("embedding_scale=6", ""),  # that of all matrices
+        ("scale=8,embedding_scale=1", "scale=8.0,embedding_scale=1.0"),
         ("embedding_scale=0.5,fold_head=false", "embedding_scale=0.5,fold_head=false"),
         ("embedding_rule=factored", "embedding_rule=factored"),
+        ("embedding_rule=factored,embedding_scale=1,scale=2", "embedding_rule=factored,scale=2.0"),
         ("embedding_rule=factored,embedding_scale=6", "embedding_rule=factored,embedding_scale=6.0"),
         (
             "level=row,embedding_rule=factored,embedding_scale=4",
@@ -105,7 +106,7 @@ def test_any_other_choice_is_named_too(tmp_path: Path, before: str, after: str) 
 
 
 @pytest.mark.parametrize("kind", ["full", "sharded"])
-@pytest.mark.parametrize(("before", "after"), [("embedding_scale=6.0", "level=8"), ("", "embedding_scale=6.0")])
+@pytest.mark.parametrize(("before", "after"), [("embedding_scale=1.0", "level=8"), ("", "embedding_scale=1.0")])
 def test_groups_that_fsdp2_would_mix_up_are_refused_and_named(
     tmp_path: Path, kind: str, before: str, after: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

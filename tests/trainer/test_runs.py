@@ -79,15 +79,20 @@ def optimizer_of(trainer: Trainer) -> foam_hf.FOAM:
         {"dtype": torch.bfloat16},
         {"optim": "foam_mini", "optim_args": None},
         {"optim_args": "level=3,second_moment=factored"},
+        {"optim_args": "level=3,embedding_rule=factored", "learning_rate": 6e-3},
         {"optim": "foam_muon"},
         {"optim": "foam_adam_mini"},
     ],
-    ids=["float32", "autocast", "bfloat16 weights", "foam_mini", "factored", "foam_muon", "foam_adam_mini"],
+    ids=[
+        *("float32", "autocast", "bfloat16 weights", "foam_mini", "factored", "factored embeddings", "foam_muon"),
+        "foam_adam_mini",
+    ],
 )
 def test_run_learns(tmp_path: Path, settings: dict[str, Any]) -> None:
-    # From nothing in 60 steps; Adam-mini's embeddings have a scale of 6, those of blocks 1.
-    rate = {"foam_muon": 1e-2, "foam_adam_mini": 2e-3}.get(settings.get("optim", ""), 6e-3)
-    trainer = make_trainer(tmp_path, max_steps=60, learning_rate=rate, **settings)
+    rate = {"foam_muon": 1e-2, "foam_mini": 6e-3}.get(
+        settings.get("optim", ""), 2e-3
+    )  # Adam's rules have a scale of 6
+    trainer = make_trainer(tmp_path, **{"max_steps": 60, "learning_rate": rate, **settings})
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 60 and sum(losses[-8:]) < 0.7 * sum(losses[:8])
