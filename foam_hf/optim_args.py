@@ -159,7 +159,7 @@ _PAIR = Numbers("two numbers from 0 to below 1", _BELOW_1.holds, "pair")
 _LEVEL = Numbers("an integer from 0 to 16", lambda n: 0 <= n <= 16, "integer", word="row")
 _ROWS = Numbers("an integer of 0 or more", lambda n: n >= 0, "integer")
 _SEED = Numbers("an integer from 0 to 2**64 - 1", lambda n: 0 <= n < 2**64, "integer")
-_ONE_FOR_ALL = ("its own scale and rule for embeddings", "")
+_UNREAD = ("a rule that does not read it", "")
 _SCALES = f"the rule's own: {', '.join(f'{scale:g}' for scale in SCALES.values())}"
 
 # fmt: off
@@ -188,9 +188,9 @@ OPTIONS: tuple[Option, ...] = (
            field=False, grouping=True),
     Option("embedding_scale", None, _POSITIVE, "the scale of embeddings and LM heads that fold",
            decided_by="scale; 1 with embedding_rule=factored", field=False, grouping=True, rule="block",
-           elsewhere=_ONE_FOR_ALL),
+           elsewhere=_UNREAD),
     Option("embedding_rule", "block", Words(("block", "factored")), "the rule of embeddings and LM heads that fold",
-           field=False, grouping=True, rule="block", elsewhere=_ONE_FOR_ALL),
+           field=False, grouping=True, rule="block", elsewhere=_UNREAD),
     Option("gradient_release", False, Words(), "updates weights inside the backward pass, and frees their gradients",
            field=False),
     Option("clip_by", "all", Words(("all", "weight")), "of gradient_release: max_grad_norm bounds the norm of all "
@@ -256,8 +256,9 @@ def refuse_unread(given: Mapping[str, Any], rules: Collection[str], optim: str |
     """Raise ValueError for a key in `given` that no rule of `rules` reads; `optim` as in `refuse_excluded`."""
     for each in OPTIONS:
         if each.key and each.rule is not None and each.name in given and each.rule not in rules:
-            owner = each.rule.capitalize().replace("_", "-")  # adam_mini is Adam-mini
             default = option("second_moment").default
+            owner = each.rule.capitalize().replace("_", "-")  # adam_mini is Adam-mini
+            owner = f"the {default} rule" if each.rule == default else owner
             name = next(name for name, fixed in FOAM_NAMES.items() if fixed.get("second_moment", default) == each.rule)
             others, right = f"optim={optim!r} has {each.elsewhere[0]}", f"optim={name!r}, or no {each.name}"
             if optim == name:  # another rule by second_moment

@@ -119,6 +119,8 @@ def test_names_stand_for_options_and_refuse_others() -> None:
         ("foam_adam_mini", "momentum=0.9", "momentum=0.9 is Muon's"),
         ("foam_adam_mini", "plain_state=8bit", "plain_state=8bit quantizes AdamW's moments"),
         ("foam", "momentum=0.9", "momentum=0.9 is Muon's.*expected optim='foam_muon'"),
+        ("foam_muon", "embedding_scale=2", "embedding_scale=2.0 is the block rule's.*expected optim='foam'"),
+        ("foam", "second_moment=factored,embedding_scale=2", "does not read it; expected second_moment=block, or no"),
     ):
         with pytest.raises(ValueError, match=message):
             foam_options(optim, given_args)
