@@ -12,7 +12,7 @@ from torch import nn
 
 from foam_hf.optim_args import default_scale, names_of, option, written
 from foam_hf.optimizer.foam import FOAM
-from foam_hf.optimizer.groups import foam_param_groups, foam_parameter_names, plain_options, wraps_models
+from foam_hf.optimizer.groups import foam_param_groups, plain_options, wraps_models
 from foam_hf.optimizer.names import named
 from foam_hf.optimizer.state import CheckpointMismatchError, check_checkpoint, with_dtype
 
@@ -38,18 +38,16 @@ def continuing_args(
     options["scale"] = folded.get("scale", default_scale(options["level"], options["second_moment"]))
     tables = _of_tables(folding, options)
     for embeddings, head in itertools.product((None, False, True), repeat=2):
-        choice: dict[str, Any] = {"fold_embeddings": embeddings, "fold_head": head}
-        given_groups = {"target_modules": target_modules, "second_moment": options["second_moment"], **choice}
-        groups = foam_param_groups(model, **given_groups, **tables)
+        choice: dict[str, Any] = {"fold_embeddings": embeddings, "fold_head": head, **tables}
+        groups = foam_param_groups(
+            model, target_modules=target_modules, second_moment=options["second_moment"], **choice
+        )
         try:
             optimizer = FOAM(groups, **options)
             with named(optimizer, model):
                 check_checkpoint(error.state_dict, optimizer.param_groups)
         except (TypeError, ValueError):
             continue
-        kinds = {group.split("/")[0] for group in foam_parameter_names(model, tables=True, **given_groups)}
-        if "table" in kinds and options["second_moment"] == option("embedding_scale").rule:
-            choice |= tables
         return _as_optim_args({**options, **choice}, given)
     return None
 

@@ -5,8 +5,6 @@ DeepSpeed looks at the norm of all gradients before it calls an optimizer, so FO
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback
@@ -16,18 +14,9 @@ from foam_hf.trainer.names import foam_of
 from foam_hf.trainer.patches import skipped_steps
 
 
-@contextmanager
-def report_skipped_steps(trainer: Any) -> Iterator[None]:
-    """While it is open, a step that DeepSpeed leaves out raises NonfiniteGradientError if ``nonfinite`` is "error"."""
-    callback = _Skipped(trainer)
-    trainer.add_callback(callback)
-    try:
-        yield
-    finally:
-        trainer.remove_callback(callback)
+class SkippedSteps(TrainerCallback):
+    """Raises NonfiniteGradientError for a step that DeepSpeed leaves out, if ``nonfinite`` is "error"."""
 
-
-class _Skipped(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._seen = 0

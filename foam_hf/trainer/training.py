@@ -47,12 +47,22 @@ def _lost_process(trainer: Any) -> AbstractContextManager[None]:
     return explain_lost_process(trainer) if uses_foam(trainer.args) else nullcontext()
 
 
+@contextmanager
+def _added(trainer: Any, callback: Any) -> Iterator[None]:
+    """While it is open, the trainer has this callback."""
+    trainer.add_callback(callback)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(callback)
+
+
 def _unused(trainer: Any) -> AbstractContextManager[None]:
     if not (uses_foam(trainer.args) or os.environ.get("FOAM_HF_RUN_PREFIX")):  # other runs get no callback
         return nullcontext()
-    from foam_hf.trainer.unused import tell_if_unused
+    from foam_hf.trainer.unused import UnusedFoam
 
-    return tell_if_unused(trainer)
+    return _added(trainer, UnusedFoam(trainer))
 
 
 def _gradient_release(trainer: Any) -> AbstractContextManager[None]:
@@ -67,9 +77,9 @@ def _gradient_release(trainer: Any) -> AbstractContextManager[None]:
 def _skipped_steps(trainer: Any) -> AbstractContextManager[None]:
     if not (uses_foam(trainer.args) and is_deepspeed_enabled(trainer)):
         return nullcontext()
-    from foam_hf.trainer.skipped_steps import report_skipped_steps
+    from foam_hf.trainer.skipped_steps import SkippedSteps
 
-    return report_skipped_steps(trainer)
+    return _added(trainer, SkippedSteps(trainer))
 
 
 @contextmanager

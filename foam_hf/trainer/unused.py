@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback
@@ -17,18 +15,9 @@ from foam_hf.trainer.patches import unwrapped_optimizer
 logger = logging.getLogger("foam_hf")
 
 
-@contextmanager
-def tell_if_unused(trainer: Any) -> Iterator[None]:
-    """While it is open, a training that begins without FOAM is told of: by then every kind of Trainer has its own."""
-    callback = _Unused(trainer)
-    trainer.add_callback(callback)
-    try:
-        yield
-    finally:
-        trainer.remove_callback(callback)
+class UnusedFoam(TrainerCallback):
+    """Tells of a training that begins without FOAM: by then every kind of Trainer has its own optimizer."""
 
-
-class _Unused(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._told = False

@@ -36,9 +36,8 @@ def factored_embeddings(trainer, optim_args: str | None):
     """FOAM with all matrices folded, embeddings and heads by the factored rule at scale 1."""
     args, model = trainer.args, trainer.model
     vocabulary = vocabulary_weights(model)
-    chosen = {"fold_embeddings": True, "fold_head": True, "embedding_scale": None}  # positions too, as it was measured
     groups = []
-    for group in foam_param_groups(model, weight_decay=args.weight_decay, **chosen):
+    for group in foam_param_groups(model, weight_decay=args.weight_decay, fold_embeddings=True, fold_head=True):
         outer = [p for p in group["params"] if id(p) in vocabulary]
         inner = [p for p in group["params"] if id(p) not in vocabulary]
         groups += [{**group, "params": inner}] if inner else []
