@@ -52,10 +52,13 @@ def test_every_setting_is_known_and_arms_differ_in_what_they_train(plan: str, tm
         step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         assert step == content["settings"]["per_device_train_batch_size"]  # whatever the micro-batches
         rank = recipe.lora_r if "lora" in recipe.method else None
-        rules[job.arm] = (recipe.method, recipe.dtype, rank, str(args.optim.value))
-        if args.optim.value == "foam":  # the default, spelt out
-            assert "level=8,scale=6," in args.optim_args and args.optim_args.endswith(",embedding_scale=6")
-    assert len(set(rules.values())) == len(content["arms"]) == 8
+        factored = "embedding_scale=1,embedding_rule=factored" in (args.optim_args or "")
+        assert factored == ("factored" in job.arm)
+        rules[job.arm] = (recipe.method, recipe.dtype, rank, str(args.optim.value), factored)
+        if args.optim.value == "foam":  # all is spelt out
+            assert "level=8,scale=6," in args.optim_args and "fold_head=true" in args.optim_args
+            assert factored or args.optim_args.endswith(",embedding_scale=6")
+    assert len(set(rules.values())) == len(content["arms"]) == 10
 
 
 def test_the_rates_of_one_size_serve_the_others(tmp_path: Path) -> None:

@@ -97,14 +97,18 @@ def check_arms(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
 
 
 def kept(options: argparse.Namespace, rest: list[str]) -> dict:
-    """What the JSON has, empty without one; its study and words must be the same, but arms may have joined."""
+    """What the JSON has, empty without one; its study and words must be the same.
+
+    But arms may have joined, and those without any run may have left or changed.
+    """
     if not options.json.is_file():
         return {}
     content = json.loads(options.json.read_text(encoding="utf-8"))
     before, now = content["study"], options.study
     if content["model"] != (model := options.label or options.model):
         raise SystemExit(f"--resume: {options.json} is of {content['model']}, got {model}; expected another --json")
-    shared = [arm for arm in now["arms"] if arm in before["arms"]]
+    ran = {run["arm"] for part in PARTS for run in content.get(LISTS[part], [])}
+    shared = [arm for arm in before["arms"] if arm in now["arms"] or arm["name"] not in ran]
     if content["extra"] != rest or {**before, "arms": now["arms"]} != now or shared != before["arms"]:
         raise SystemExit(f"--resume: {options.json} is of another study or other settings; expected the same ones")
     return content
