@@ -19,16 +19,18 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).with_name("continued.md")
 MARKS = "<!-- {}: made by continued.py -->", "<!-- end of {} -->"
-PLAIN = "FOAM, embeddings plain"  # as the study of adapters calls it
+PLAIN, FACTORED = "FOAM, embeddings plain", "FOAM, embeddings factored, bf16"  # as the study of adapters calls them
 # Plan of the study of adapters: the file that has the runs of this arm on its data sets, and their name there
 JOINED = {
     "text": ("continued_rates.json", "FOAM, scale 6, embeddings plain"),
     "smollm2": ("tuned_embeddings.json", PLAIN),
 }
+LATER = ", highest rate"  # of an arm that ran before without it, and could not change any more
 NAMES = {
     "AdamW, fp32": "AdamW, fp32",
-    "FOAM, bf16": "`foam`, embeddings folded at scale 6",
+    FACTORED: "`foam`, embeddings factored",
     PLAIN: "`foam`, embeddings plain",
+    "FOAM, bf16": "`foam`, embeddings by blocks at scale 6",
 }
 
 
@@ -62,8 +64,9 @@ def searched(found: dict) -> str:
     losses: dict[str, dict[float, float]] = {}
     state: dict[str, int] = {}
     for run in found["search"]:
-        losses.setdefault(run["arm"], {})[run["learning_rate"]] = run["after"]["eval_loss"]
-        state[run["arm"]] = run["optimizer_state_bytes"]
+        arm = run["arm"].removesuffix(LATER)
+        losses.setdefault(arm, {})[run["learning_rate"]] = run["after"]["eval_loss"]
+        state[arm] = run["optimizer_state_bytes"]
     rows = [["", *(f"{rate:g}" for rate in rates), "state, MB"]]
     for arm, by_rate in losses.items():
         cells = [f"{by_rate[rate]:.4f}" if rate in by_rate else "" for rate in rates]
@@ -72,7 +75,7 @@ def searched(found: dict) -> str:
 
 
 def beside(part: Part, datasets: tuple[str, ...]) -> str:
-    """Folded and plain embeddings, and AdamW where it has run: loss, what was forgotten, state."""
+    """Each rule of embeddings beside AdamW: loss, what was forgotten, state."""
     from recipes.benchmarks.quality.full_or_lora import loss, other, size
 
     columns = [(dataset, value) for value in (loss, other) for dataset in datasets]
@@ -87,27 +90,26 @@ def beside(part: Part, datasets: tuple[str, ...]) -> str:
 
 
 def missing(found: dict) -> str:
-    """A sentence on the arms of a plan without any run."""
+    """A sentence on the arms of a plan without any run, empty if there are none."""
     ran = {run["arm"] for run in [*found["search"], *found["runs"]]}
     names = [arm["name"].replace("FOAM", "`foam`") for arm in found["study"]["arms"] if arm["name"] not in ran]
-    return textwrap.fill(f"Of this plan have not run, or were lost: {'; '.join(names)}.", 140)
+    return textwrap.fill(f"Of this plan have not run: {'; '.join(names)}.", 140) if names else ""
 
 
 def tables(parts: dict[str, Part], folder: Path = RESULTS) -> str:
     """All tables of the page."""
-    rates, tuned = (content(file, folder) for file, _ in JOINED.values())
+    rates = content(JOINED["text"][0], folder)
     blocks = [
         "**Continued pretraining, at AdamW's rate of 2 M tokens, 3e-4**",
         beside(parts["text"], ("text_2m", "text_8m")),
-        "**8 M tokens by learning rate: held-out loss of one run each, seed 100.** What is not named plain is folded, "
-        "embeddings\nat the scale of all matrices.",
+        "**8 M tokens by learning rate: held-out loss of one run each, seed 100.** Where an arm says nothing of "
+        "embeddings, they fold\nby blocks at the scale of all matrices.",
         searched(rates),
         missing(rates),
         "**GSM8K, at AdamW's rate of a quarter of it, 3e-4**",
         beside(parts["smollm2"], ("gsm8k_16th", "gsm8k_4th", "gsm8k")),
-        missing(tuned),
     ]
-    return "\n\n".join(blocks)
+    return "\n\n".join(filter(None, blocks))
 
 
 def main() -> None:

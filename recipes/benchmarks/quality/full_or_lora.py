@@ -29,9 +29,11 @@ SIZES = {
 }
 SHORT = {
     "AdamW, fp32": "AdamW, all weights, fp32",
-    "FOAM, bf16": "`foam`, all weights, bf16",
+    continued.FACTORED: "`foam`, all weights, bf16",
+    "FOAM, embeddings factored, INT8": "`foam`, all weights, INT8",
+    "FOAM, bf16": "`foam`, embeddings by blocks, bf16",
+    "FOAM, INT8": "`foam`, embeddings by blocks, INT8",
     continued.PLAIN: "`foam`, embeddings plain, bf16",
-    "FOAM, INT8": "`foam`, all weights, INT8",
     "LoRA 16, AdamW": "LoRA, rank 16, AdamW",
     "LoRA 128, AdamW": "LoRA, rank 128, AdamW",
     "QLoRA 16, AdamW": "QLoRA, rank 16, AdamW",
@@ -40,7 +42,7 @@ SHORT = {
 }
 APART = ("gsm8k_x3", "alpaca")  # no larger size of the data before them: more passes, and other pairs
 ARMS = tuple(SHORT)
-CORE = ("AdamW, fp32", "FOAM, bf16", "LoRA 16, AdamW", "LoRA 128, AdamW")  # what runs first
+CORE = ("AdamW, fp32", continued.FACTORED, "LoRA 16, AdamW", "LoRA 128, AdamW")  # what every comparison needs
 Value = Callable[[dict], float | None]
 
 

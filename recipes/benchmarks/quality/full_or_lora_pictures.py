@@ -15,9 +15,10 @@ INK, FAINT = "#202124", "#d9dce0"
 # Arm: colour, mark, how its line is drawn, label. Blue trains every weight, orange adapters.
 LOOKS = {
     "AdamW, fp32": ("#8d949c", "o", "-", "AdamW, all weights, fp32"),
-    "FOAM, bf16": ("#1f6fb4", "o", "-", "foam, all weights, bf16"),
-    "FOAM, embeddings plain": ("#0b3c6f", "D", "-.", "foam, embeddings plain, bf16"),
-    "FOAM, INT8": ("#1f6fb4", "s", "--", "foam, all weights, INT8"),
+    "FOAM, embeddings factored, bf16": ("#1f6fb4", "o", "-", "foam, all weights, bf16"),
+    "FOAM, embeddings factored, INT8": ("#1f6fb4", "s", "--", "foam, all weights, INT8"),
+    "FOAM, bf16": ("#8fbfe0", "o", "-.", "foam, embeddings by blocks, bf16"),
+    "FOAM, INT8": ("#8fbfe0", "s", ":", "foam, embeddings by blocks, INT8"),
     "LoRA 16, AdamW": ("#e08a1e", "o", "-", "LoRA, rank 16"),
     "LoRA 128, AdamW": ("#b3541e", "o", "-", "LoRA, rank 128"),
     "QLoRA 16, AdamW": ("#e08a1e", "s", "--", "QLoRA, rank 16"),

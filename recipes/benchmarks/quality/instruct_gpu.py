@@ -137,7 +137,8 @@ class Study(Queue):
             if part in options.parts:
                 dataset, seed = study[part]["dataset"], study["search_seed"]
                 rates = {arm["name"]: arm["rates"][dataset][1] for arm in options.arms if "rates" in arm}
-                self.add(Job(options, rest, part, dataset, arm, rates[source(arm)], seed) for arm in options.arms)
+                arms = [arm for arm in options.arms if part not in arm.get("without", [])]
+                self.add(Job(options, rest, part, dataset, arm, rates[source(arm)], seed) for arm in arms)
         self.searches = {
             (dataset, arm["name"]): [
                 Job(options, rest, "search", dataset, arm, rate, study["search_seed"])
