@@ -29,7 +29,7 @@ _FOLDING = {"fold_embeddings": "true", "fold_head": "true"}
 
 @dataclass(frozen=True)
 class WayOut:
-    """FOAM with the fewest switches that make a batch fit; with all of them if nothing fits.
+    """FOAM with the fewest switches that make a batch fit; if nothing fits, the one with all switches that is nearest.
 
     Attributes:
         plan: the memory that it takes.
@@ -58,7 +58,8 @@ def find_way_out(
         gpu: bytes of the card.
         asked: name -> whether the user asked for it: `SWITCHES`, and "lora_rank", "zero" and "fsdp2", which exclude
             some.
-        choices: (name, options) of the planned optimizers; the first FOAM among them is used.
+        choices: (name, options) of the planned optimizers; the first FOAM among them is used, and its rule with a row
+            as block ("foam_mini") where that makes the difference.
         batch: sequences. For more than one INT8 weights are not added: a smaller batch changes less.
     """
     optim, options = next(((n, o) for n, o in choices if n in FOAM_NAMES), ("foam", {}))
@@ -70,15 +71,19 @@ def find_way_out(
     }
     legal = SWITCHES if batch == 1 else SWITCHES[:2]
     missing = [name for name in legal if not asked[name] and not excluded[name]]
+    # A planner traces each step once, so all attempts share these two.
+    variants = {on: planner.variant(batch=batch, gradient_checkpointing=on) for on in (False, True)}
     last = None
-    for added, arguments in _attempts(missing, options):
+    for added, name_of_optim, arguments in _attempts(missing, optim, options):
         on = {name: asked[name] or name in added for name in SWITCHES}
-        if on["offload_weights"] and not (on["gradient_release"] and on["int8_weights"]):
+        if (not added and (name_of_optim, arguments) in choices) or (
+            on["offload_weights"] and not (on["gradient_release"] and on["int8_weights"])
+        ):
             continue
-        variant = planner.variant(batch=batch, gradient_checkpointing=on["gradient_checkpointing"])
+        variant = variants[on["gradient_checkpointing"]]
         try:
             of_plan: dict[str, Any] = {name: on[name] for name in SWITCHES if name != "gradient_checkpointing"}
-            plan = variant.count(optim, arguments, **of_plan)
+            plan = variant.count(name_of_optim, arguments, **of_plan)
         except (ValueError, ImportError):  # no weight of this model can become INT8 or visit, or an old transformers
             continue
         everything = len(added) == len(missing)
@@ -92,15 +97,31 @@ def find_way_out(
     return last
 
 
-def _attempts(missing: list[str], options: dict[str, str]) -> Iterator[tuple[tuple[str, ...], dict[str, str]]]:
-    """Yield (switches to add, FOAM's options), fewest switches first.
+def _attempts(
+    missing: list[str], optim: str, options: dict[str, str]
+) -> Iterator[tuple[tuple[str, ...], str, dict[str, str]]]:
+    """Yield (switches to add, FOAM's name, its options), fewest switches first.
 
-    If the user's options keep embeddings or the head from folding, attempts that fold them come last.
+    For each number of switches, attempts in which a whole row is a block follow those of the user's level. If the
+    user's options keep embeddings or the head from folding, attempts that fold them come last.
     """
-    added = [*itertools.chain(*(itertools.combinations(missing, n) for n in range(1, len(missing) + 1)))]
-    yield from ((some, options) for some in added)
-    if any(options.get(name, "true") != "true" for name in _FOLDING):
-        yield from ((some, {**options, **_FOLDING}) for some in [(), *added])
+    for folding in ({}, _FOLDING) if any(options.get(name, "true") != "true" for name in _FOLDING) else ({},):
+        kinds = [(optim, {**options, **folding})]
+        kinds += [by_rows] if (by_rows := _by_rows(*kinds[0])) else []
+        for count in range(len(missing) + 1):
+            for name, arguments in kinds:
+                yield from ((added, name, arguments) for added in itertools.combinations(missing, count))
+
+
+def _by_rows(optim: str, options: dict[str, str]) -> tuple[str, dict[str, str]] | None:
+    """(name, options) of the same rule with a row as its block, the least state it can have; None if it is that."""
+    whole = {**FOAM_NAMES[optim], **options}
+    if whole.get("level") == "row":
+        return None
+    others = {key: value for key, value in options.items() if key != "level"}
+    if optim == "foam" and whole.get("second_moment", "block") == "block":
+        return "foam_mini", others
+    return optim, {**others, "level": "row"}
 
 
 def describe(found: WayOut, model: str, planner: Planner, command: list[str]) -> list[str]:
@@ -113,11 +134,12 @@ def describe(found: WayOut, model: str, planner: Planner, command: list[str]) ->
         command: the words of the estimate, without optimizers and switches.
     """
     flags = " ".join(_FLAGS.get(name, "--" + name.replace("_", "-")) for name in found.switches)
+    flags_and = f"{flags} and " if flags else ""
     would = "takes" if found.fits else "would still take"
     with_options = f" ({found.plan.options})" if found.plan.options else ""
     host = f", and {format_bytes(found.plan.host)} of host memory" if found.plan.host else ""
     lines = [
-        f"{found.plan.optim}{with_options} with {flags} and a batch of {found.plan.batch} {would} "
+        f"{found.plan.optim}{with_options} with {flags_and}a batch of {found.plan.batch} {would} "
         f"{format_bytes(found.plan.total)}{host}."
     ]
     if not found.fits:
