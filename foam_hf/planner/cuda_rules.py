@@ -1,7 +1,8 @@
 """Makes the meta device keep the same tensors alive as a CUDA device.
 
 On the meta device PyTorch computes attention by matrix products, dropout keeps a mask in the dtype of its input, and
-autocast does nothing. On CUDA, attention and dropout are one kernel each, and autocast makes copies of the weights.
+autocast does nothing, and products of experts are for bfloat16 alone. On CUDA, attention and dropout are one kernel
+each, autocast makes copies of the weights, and experts have any dtype.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+# The products of experts, by which transformers computes all experts of a layer at once; torch 2.6 may lack them.
+GROUPED_PRODUCT = torch.ops.aten._grouped_mm.default if hasattr(torch.ops.aten, "_grouped_mm") else None
 _HALF = (torch.float16, torch.bfloat16)
 
 # The functions that torch.autocast runs in half precision or in float32 on CUDA, by the names that Python code calls.
@@ -95,6 +98,25 @@ def autocast_on_meta() -> Iterator[None]:
         yield
     finally:
         torch.autocast = original  # type: ignore[misc]
+
+
+def grouped_product(
+    left: Tensor,
+    right: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The result of `GROUPED_PRODUCT` on the meta device; on CUDA nothing else is allocated, in bfloat16 or not.
+
+    Args:
+        left, right: matrices, or stacks of them with one for each expert.
+        offs: (experts,), where each expert's part ends of the dimension in which a matrix has all experts' parts.
+        bias, out_dtype: as torch has them.
+    """
+    stacked = left.dim() == right.dim()  # with two matrices each expert has the product of its parts of both
+    experts = left.shape[:1] if left.dim() == 3 or offs is None else offs.shape
+    return left.new_empty([*(experts if stacked else ()), left.shape[-2], right.shape[-1]], dtype=out_dtype)
 
 
 def _cast_to_float32(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from foam_hf.optimizer.buckets import Bucket, waiting_limit
-from foam_hf.planner.cuda_rules import CudaRules, autocast_on_meta
+from foam_hf.planner.cuda_rules import GROUPED_PRODUCT, CudaRules, autocast_on_meta, grouped_product
 
 _ALIGNMENT = 512  # bytes; the caching allocator rounds sizes up to a multiple of it
 _LARGEST_VALUE = 2**20  # elements; larger tensors are not computed on the CPU
@@ -179,6 +179,8 @@ def _known_value(tensor: Tensor) -> Tensor:
 
 def _run_on_meta(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Call `func` on the meta device, or on the CPU with remembered values if the result's shape depends on values."""
+    if func is GROUPED_PRODUCT and args[0].is_meta:
+        return grouped_product(*args, **kwargs)
     try:
         return func(*args, **kwargs)
     except NotImplementedError:

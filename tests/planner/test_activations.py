@@ -26,6 +26,7 @@ from foam_hf.rules import muon
 from recipes.benchmarks.common.folders import RESULTS
 from recipes.benchmarks.memory import activation_peaks
 from tests.support import tiny_models
+from tests.support.families_text import FAMILIES
 from tests.support.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.long
@@ -48,6 +49,7 @@ MODELS = {
         tiny_models.tiny_gpt2,
         {"n_embd": 128, "vocab_size": 1000, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     ),
+    "mixtral": (tiny_models.BUILDERS["mixtral"], WIDER),
     "t5": (tiny_models.tiny_t5, {"d_model": 128, "d_ff": 352, "vocab_size": 1000, "dropout_rate": 0.0}),
 }
 
@@ -244,6 +246,15 @@ def test_code_that_branches_on_its_inputs_takes_the_way_of_training():
         return trace_step(Branching().to("meta"), inputs).peak
 
     assert peak([1, 1, 1, 1]) > 4 * 64 * 1024 > peak([1, 1, 0, 1])
+
+
+@pytest.mark.parametrize("autocast", [None, "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Mixtral", "GPT-OSS", "Llama 4 (text)", "Jamba"])
+def test_experts_are_traced_in_every_dtype(name, dtype, autocast):
+    """Weights of three dimensions, of which torch's own rule for the meta device multiplies bfloat16 alone."""
+    model = next(each for each in FAMILIES if each.name == name).make().to(dtype).to("meta")
+    assert activation_bytes(model, 2, 12, autocast=autocast).bytes > WORKSPACE
 
 
 @pytest.mark.parametrize(
