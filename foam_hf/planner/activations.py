@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from foam_hf.optim_args import FOAM_NAMES
 from foam_hf.optimizer.gathering import gathering_bytes
 from foam_hf.planner.counting import foam_groups
+from foam_hf.planner.meta_models import main_input
 from foam_hf.planner.peers import BY_NAME
 from foam_hf.planner.plan import Estimate
-from foam_hf.planner.trace import StepTrace, trace_step, with_value
+from foam_hf.planner.trace import DataDependentError, StepTrace, trace_step, with_value
 from foam_hf.rules.all import rule_of
 
 # Workspaces of cuBLAS on an H100, one for the thread of the forward pass and one for backward's; smaller elsewhere.
@@ -163,7 +164,7 @@ class _TrainingStep:
         inner: Any = self._model
         if hasattr(inner, "get_base_model"):  # peft's wrapper
             inner = inner.get_base_model()
-        self._labels = _labels(inner)
+        self._inner, self._labels = inner, _labels(inner)
         inner.config.use_cache = False  # Trainer sets it too
         if attention is not None:
             inner.set_attn_implementation(attention)
@@ -206,9 +207,19 @@ class _TrainingStep:
                 reason = (str(error).strip().splitlines() or [""])[0]
                 raise ValueError(
                     f"a training step of {type(self._model).__name__} cannot be followed on the meta device: "
-                    f"{type(error).__name__}: {reason}"
+                    f"{type(error).__name__}: {reason}{self._given(error)}"
                 ) from error
         return self._traces[batch]
+
+    def _given(self, error: Exception) -> str:
+        """What the model was given, for the message on an error of its own code; the shapes may be why it raised."""
+        if isinstance(error, DataDependentError):
+            return ""
+        given = f"; it was given text alone, {self._sequence:,} tokens a sequence (--seq, or sequence= in Python)"
+        main = main_input(self._inner)
+        if main not in (None, "input_ids"):
+            given += f", and its main input is {main}; expected a model of text"
+        return given
 
     def _inputs(self, batch: int) -> dict[str, Tensor]:
         tokens, each = torch.zeros(batch, self._sequence, dtype=torch.long), torch.zeros(batch, dtype=torch.long)

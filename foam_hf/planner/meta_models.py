@@ -101,21 +101,27 @@ _NOT_TEXT = re.compile(r"(^|[._])(vision|visual|image|audio|speech|video|pixel|p
 def positions(model: nn.Module) -> int | None:
     """The longest text, in tokens, that the model's learned positions allow; None if it learns no positions.
 
-    Rotary positions have no limit. Positions of patches and frames, in a tower for images or sound, do not count.
+    Rotary positions have no limit. Positions of patches and frames, in a tower for images or sound, do not count; the
+    decoder of a model for sound has a text's.
     """
-    modules = dict(model.named_modules())
-    inputs = {name: getattr(module, "main_input_name", "input_ids") for name, module in modules.items() if name}
-    towers = [name for name, of in inputs.items() if of != "input_ids"]
+    inputs = {name: of for name, module in model.named_modules() if name and (of := main_input(module))}
     found = []
-    for name, module in modules.items():
+    for name, module in model.named_modules():
         own_name = name.rsplit(".", 1)[-1]
-        if _NOT_TEXT.search(name) or any(name.startswith(f"{tower}.") for tower in towers):
+        nearest = max((each for each in inputs if name.startswith(f"{each}.")), key=len, default=None)
+        if _NOT_TEXT.search(name) or (nearest is not None and inputs[nearest] != "input_ids"):
             continue
         if isinstance(module, nn.Embedding) and ("position" in own_name or own_name == "wpe"):
             # RoBERTa numbers its positions from the one after padding_idx.
             offset = 0 if module.padding_idx is None else module.padding_idx + 1
             found.append(module.num_embeddings - offset)
     return min(found, default=None)
+
+
+def main_input(module: nn.Module) -> str | None:
+    """The name of what a model or a part of one reads; None for a module that is no model of transformers."""
+    name = getattr(module, "main_input_name", None)
+    return name if isinstance(name, str) else None
 
 
 def _model_class(name: str, config: Any) -> Any:

@@ -138,7 +138,10 @@ class Planner:
             )
         most = positions(model)
         if sequence is not None and most is not None and sequence > most:
-            raise ModelError(f"the model has positions for {most} tokens, got sequences of {sequence}")
+            raise ModelError(
+                f"the model has positions for {most} tokens, got sequences of {sequence}; expected --seq {most} "
+                "or less (sequence= in Python)"
+            )
         self.architecture = type(model).__name__
         self.parameters = sum(p.numel() for p in model.parameters())
         sizes: Counter[torch.dtype] = Counter()

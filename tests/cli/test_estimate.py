@@ -352,7 +352,7 @@ def test_the_picture_is_drawn_beside_the_table(estimate, model, tmp_path, suffix
         (["llama-60m", "--batch", "two"], "--batch: not a count, 'two'"),
         (["llama-60m", "--seq", "1.5"], "--seq: not a count, '1.5'"),
         (["llama-60m", "--lora-rank", "-1"], "--lora-rank: not a count, '-1'"),
-        (["roberta-base", "--seq", "513"], "positions for 512 tokens, got sequences of 513"),
+        (["roberta-base", "--seq", "513"], "got sequences of 513; expected --seq 512 or less"),
         (["llama-60m", "--optim", "adam"], "unknown optimizer 'adam'; did you mean 'adam_mini'"),
         (["llama-60m", "--optim", "foam,foam"], "--optim has 'foam' twice"),
         (["llama-60m", "--optim", "adafactor", "--level", "2"], "--level is FOAM's, and none of adafactor has it"),

@@ -25,7 +25,7 @@ from foam_hf.planner.trace import trace_step, with_value
 from foam_hf.rules import muon
 from recipes.benchmarks.common.folders import RESULTS
 from recipes.benchmarks.memory import activation_peaks
-from tests.support import tiny_models
+from tests.support import families_audio, tiny_models
 from tests.support.families_text import FAMILIES
 from tests.support.tolerances import TOLERANCES
 
@@ -270,6 +270,20 @@ def test_models_that_cannot_be_traced_say_so(name, error):
         model.config._experts_implementation = "eager"  # a loop over the experts that were chosen
     with pytest.raises(ValueError, match=error):
         activation_bytes(model, 2, 8)
+
+
+def test_an_error_of_a_models_code_says_what_it_was_given():
+    def refuse(*_: Any) -> None:
+        raise ValueError("too many tokens")
+
+    model = llama()
+    model.register_forward_pre_hook(refuse)
+    given = r"given text alone, 8 tokens a sequence \(--seq, or sequence= in Python\)"
+    with pytest.raises(ValueError, match=f"ValueError: too many tokens; it was {given}$"):
+        activation_bytes(model, 2, 8)
+    whisper = next(each for each in families_audio.FAMILIES if each.name == "Whisper").make()
+    with pytest.raises(ValueError, match=f"{given}, and its main input is input_features; expected a model of text$"):
+        activation_bytes(whisper.to("meta"), 2, 8)
 
 
 @pytest.mark.parametrize(

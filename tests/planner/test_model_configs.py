@@ -14,7 +14,7 @@ from foam_hf.memory import breakdown
 from foam_hf.memory.storages import storages, total
 from foam_hf.planner.meta_models import config_dtype, meta_model, on_meta, positions, with_adapters
 from foam_hf.planner.model_configs import BUILTIN, ModelError, load_config
-from tests.support import tiny_models
+from tests.support import families_audio, tiny_models
 
 pytestmark = pytest.mark.compat
 
@@ -281,3 +281,6 @@ def test_positions_that_are_learned_are_limited():
     assert positions(tiny_models.tiny_roberta()) == 32  # 34, two of them for padding
     assert positions(tiny_models.tiny_gpt2()) == 32
     assert positions(tiny_models.tiny_llama()) is None
+    whisper = next(family for family in families_audio.FAMILIES if family.name == "Whisper")
+    sound, text = whisper.config["max_source_positions"], whisper.config["max_target_positions"]
+    assert sound != positions(whisper.make()) == text
