@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from foam_hf.optimizer.deepspeed import flats_of, is_partitioned
 from foam_hf.optimizer.flat_parts import FlatParts, Group, Weight
-from foam_hf.optimizer.state import field_problem
+from foam_hf.optimizer.state import CheckpointMismatchError, check_checkpoint, field_problem
 from foam_hf.rules.all import rule_of, shardable_options
 from foam_hf.rules.rule import StateTensor
 from foam_hf.tensors.places import whole
@@ -165,25 +165,34 @@ class FlatWeights:
         groups = [{**group, RECORD: self._record(i)} for i, group in enumerate(state_dict["param_groups"])]
         return {**state_dict, "state": states, "param_groups": groups}
 
-    def checkpoint_problem(self, state_dict: Any, flat: bool) -> str:
-        """Why the state in a checkpoint is not that of the present vectors, or of weights if not ``flat``; or nothing.
+    def refuse_other(self, state_dict: Any, flat: bool) -> None:
+        """Refuse a checkpoint whose state is not that of the present vectors, or of weights if not ``flat``.
 
-        What is no checkpoint of an optimizer is left to other checks.
+        What is no checkpoint of FOAM is left to other checks.
+
+        Raises:
+            CheckpointMismatchError: it is of other options or weights. The error has the checkpoint's groups of whole
+                weights, with which the groups that other options make can be compared.
+            ValueError: it is of another engine or number of processes.
         """
         groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
-        for number, group in enumerate(groups if isinstance(groups, list) else []):
-            if not isinstance(group, dict):
-                continue
-            record = group.get(RECORD)
-            if not flat and record is not None:
-                return (
-                    f"the checkpoint holds the state of flat vectors of DeepSpeed's ZeRO over {record['processes']} "
-                    "processes, and here no ZeRO holds the weights; expected the engine and the number of processes "
-                    "that wrote it, or training from the weights alone"
+        saved_groups = [each for each in (groups if isinstance(groups, list) else []) if isinstance(each, dict)]
+        if not flat:
+            records = [group[RECORD] for group in saved_groups if group.get(RECORD) is not None]
+            if records:
+                raise ValueError(
+                    "the checkpoint holds the state of flat vectors of DeepSpeed's ZeRO over "
+                    f"{records[0]['processes']} processes, and here no ZeRO holds the weights; expected the engine "
+                    "and the number of processes that wrote it, or training from the weights alone"
                 )
-            if flat and number < len(self._groups) and (problem := self._record_problem(number, group)):
-                return problem
-        return ""
+            return
+        ours = [(i, each) for i, each in enumerate(saved_groups[: len(self._groups)]) if "level" in each]
+        for number, group in ours:
+            if problem := self._engine_problem(number, group):
+                raise ValueError(problem)
+        for number, group in ours:
+            if problem := self._options_problem(number, group):
+                raise CheckpointMismatchError(problem, _of_whole_weights(state_dict))
 
     def _record(self, number: int) -> dict[str, Any]:
         found = [each for each in self.parts.values() if each.flat.group == number]
@@ -195,8 +204,9 @@ class FlatWeights:
             "names": [self.names.get(id(self._alive(i)), "") for i in numbers] if self.names else [],
         }
 
-    def _record_problem(self, number: int, saved_group: Group) -> str:
-        here, saved, group = self._record(number), saved_group.get(RECORD), self._groups[number][0]
+    def _engine_problem(self, number: int, saved_group: Group) -> str:
+        """Why a group in a checkpoint is not of so many processes of ZeRO, or nothing."""
+        here, saved = self._record(number), saved_group.get(RECORD)
         if not isinstance(saved, dict):
             return (
                 "the checkpoint holds the state of whole weights, and here DeepSpeed's ZeRO holds them; expected a "
@@ -208,6 +218,11 @@ class FlatWeights:
                     f"the checkpoint's flat vectors are those of {name}={saved.get(name)}, and here {name}="
                     f"{here[name]}, so they are cut elsewhere; expected as many processes as wrote it"
                 )
+        return ""
+
+    def _options_problem(self, number: int, saved_group: Group) -> str:
+        """Why a group in a checkpoint of as many processes is not of these weights and options, or nothing."""
+        here, saved, group = self._record(number), saved_group[RECORD], self._groups[number][0]
         for own, other in zip(here["names"], saved.get("names") or [], strict=False):
             if own != other and own and other:
                 return (
@@ -222,6 +237,35 @@ class FlatWeights:
                 "the same choice of folded weights, ZeRO stage and DeepSpeed config"
             )
         return ""
+
+
+def check_flat_groups(optimizer: Any, groups: list[Group]) -> None:
+    """Raise an error if ``groups`` of a checkpoint that ZeRO wrote are not those of ``optimizer``, a FOAM under ZeRO.
+
+    Under ZeRO 3 nothing is compared: its vectors are in the optimizer only while DeepSpeed loads state or steps, and
+    FOAM compares them then.
+
+    Raises:
+        CheckpointMismatchError, ValueError: as ``FlatWeights.refuse_other``; ValueError if they are not FOAM's.
+    """
+    weights: FlatWeights = optimizer._weights
+    if any(group["params"] for group in optimizer.param_groups):
+        saved = {"state": {}, "param_groups": groups}
+        weights.refuse_other(saved, weights.are_flat(optimizer.param_groups))
+        check_checkpoint(saved, optimizer.param_groups, weights.spec)
+
+
+def _of_whole_weights(state_dict: Any) -> dict[str, Any]:
+    """A checkpoint's param groups with the weights, by their names, in place of flat vectors; without state.
+
+    A group without such names stays as it is.
+    """
+    groups = []
+    for group in state_dict["param_groups"]:
+        if names := (group.get(RECORD) or {}).get("names"):
+            group = {**group, "params": [*range(len(names))], "param_names": names}
+        groups.append({name: value for name, value in group.items() if name != RECORD})
+    return {"state": {}, "param_groups": groups}
 
 
 def _counts(numbers: list[int]) -> str:

@@ -24,7 +24,6 @@ from foam_hf.optimizer.nonfinite import LeftOutReport
 from foam_hf.optimizer.releases import expect_release, is_released
 from foam_hf.optimizer.sharding import as_state_of, pieces_of
 from foam_hf.optimizer.state import (
-    CheckpointMismatchError,
     check_checkpoint,
     expected_state,
     list_as_tuple,
@@ -275,8 +274,7 @@ class FOAM(torch.optim.Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         flat = self._weights.are_flat(self.param_groups)
-        if problem := self._weights.checkpoint_problem(state_dict, flat):
-            raise CheckpointMismatchError(problem, state_dict)
+        self._weights.refuse_other(state_dict, flat)
         expected = self._weights.spec if flat else expected_state
         saved_states = check_checkpoint(state_dict, self.param_groups, expected)
         groups = [with_dtype(group) for group in state_dict["param_groups"]]

@@ -13,7 +13,8 @@ from typing import Any
 from foam_hf.optimizer.flat import refuse_whole_weights_rules
 from foam_hf.tensors.rows import kind_of
 from foam_hf.trainer.names import name_of, requested_options
-from foam_hf.trainer.patches import deepspeed_plugin, is_deepspeed_enabled
+from foam_hf.trainer.patches import deepspeed_plugin, is_deepspeed_enabled, unwrapped_optimizer
+from foam_hf.trainer.sharded_groups import check_zero_groups
 
 logger = logging.getLogger("foam_hf")
 
@@ -138,6 +139,20 @@ def _problems(config: Config) -> Iterator[str]:
     autocast = _at(config, "torch_autocast.dtype")
     if _at(config, "torch_autocast.enabled") and "16" in str(autocast) and "bf" not in str(autocast):
         yield f'got torch_autocast.dtype="{autocast}"; expected "bfloat16", or the section "fp16"'
+
+
+def wrap_load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap transformers' `deepspeed_load_checkpoint`: options are compared before DeepSpeed compares its vectors."""
+
+    @functools.wraps(original)
+    def deepspeed_load_checkpoint(engine: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        from foam_hf.optimizer.foam import FOAM
+
+        if isinstance(foam := unwrapped_optimizer(engine), FOAM):
+            check_zero_groups(foam, Path(checkpoint_path))
+        return original(engine, checkpoint_path, *args, **kwargs)
+
+    return deepspeed_load_checkpoint
 
 
 def wrap_map_to_deepspeed(original: Callable[..., Any]) -> Callable[..., Any]:

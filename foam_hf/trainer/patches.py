@@ -162,6 +162,14 @@ TABLE = (
         without="state is matched by position alone",
     ),
     Row(
+        _TRAINER,
+        "",
+        "deepspeed_load_checkpoint",
+        use="of (engine, folder): loads what DeepSpeed saved; the wrapper compares the options of the optimizer first",
+        wrapper="deepspeed.wrap_load_checkpoint",
+        without="a checkpoint of other options is refused in DeepSpeed's own words",
+    ),
+    Row(
         "accelerate.accelerator",
         "",
         "map_pytorch_optim_to_deepspeed",
@@ -276,7 +284,7 @@ def deepspeed_plugin(trainer: Any) -> Any:
 
 
 def unwrapped_optimizer(trainer: Any) -> Any:
-    """The trainer's optimizer without the wrappers of accelerate and DeepSpeed, or None."""
+    """The optimizer of a trainer or an engine without the wrappers of accelerate and DeepSpeed, or None."""
     optimizer: Any = getattr(trainer, "optimizer", None)
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer

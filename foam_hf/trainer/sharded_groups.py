@@ -1,7 +1,8 @@
-"""Reads the param groups of a checkpoint of FSDP2, and refuses them if they are not those of this run.
+"""Reads the param groups of a checkpoint of FSDP2 or ZeRO, and refuses them if they are not those of this run.
 
-torch loads such a checkpoint by the names of weights: where two of its groups meet in one of this run, that gets the
-fields of the last one, and where one is split, a part gets none.
+torch loads a checkpoint of FSDP2 by the names of weights: where two of its groups meet in one of this run, that gets
+the fields of the last one, and where one is split, a part gets none. DeepSpeed compares its own vectors first, and its
+errors speak of those.
 """
 
 from __future__ import annotations
@@ -18,6 +19,37 @@ def check_sharded_groups(optimizer: Any, folder: Path) -> None:
 
     if groups := _saved_groups(folder):
         check_checkpoint({"param_groups": groups, "state": {}}, optimizer.param_groups)
+
+
+def check_zero_groups(optimizer: Any, folder: Path) -> None:
+    """Raise an error if `optimizer`, a FOAM under ZeRO, has other param groups than the checkpoint in `folder`.
+
+    Raises:
+        CheckpointMismatchError, ValueError: as `check_flat_groups`.
+    """
+    from foam_hf.optimizer.flat import check_flat_groups
+
+    if groups := _saved_by_zero(folder):
+        check_flat_groups(optimizer, groups)
+
+
+def _saved_by_zero(folder: Path) -> list[dict[str, Any]]:
+    """The param groups in this process's part of a checkpoint that ZeRO wrote; empty if there is none."""
+    import torch
+
+    latest = folder / "latest"
+    written = folder / latest.read_text(encoding="utf-8").strip() if latest.is_file() else folder
+    parts = sorted(written.glob(f"*zero_pp_rank_{torch.distributed.get_rank()}_mp_rank_*_optim_states.pt"))
+    if not parts:
+        return []
+    # DeepSpeed reads the same file next, and it holds objects of DeepSpeed's.
+    state: Any = torch.load(parts[0], weights_only=False, mmap=True, map_location="cpu")["optimizer_state_dict"]
+    for name in ("base_optimizer_state", "optimizer_state_dict"):  # ZeRO 1 and 2, and ZeRO 3
+        inner = state.get(name)
+        if isinstance(inner, dict) and "param_groups" in inner:
+            groups: list[dict[str, Any]] = inner["param_groups"]
+            return groups
+    return []
 
 
 def _saved_groups(folder: Path) -> list[dict[str, Any]]:
