@@ -29,6 +29,7 @@ ROOT_FILES = {
     "__init__": ("_import_hook", "_version", *MAY_IMPORT),
     "axolotl_plugin": ("optim_args", "__init__"),
     "recipe_kit": ("optim_args", "optimizer"),
+    "recipe_config": ("optim_args", "recipe_kit"),
     "trainer_plugin": ("trainer",),
     "callback": ("trainer",),
     "int8_models": ("int8",),

@@ -5,7 +5,7 @@ which are public, the hooks of `HfQuantizer` that it overrides, `AutoHfQuantizer
 `PreTrainedModel.save_pretrained`. The last two are wrapped, because the one ignores `dequantize=True` for a checkpoint
 that is quantized already, and the other `state_dict=...` for a quantized model.
 `PreTrainedModel._init_weights` is called: it initializes the weights of a module. All other names that this package
-relies on are in `foam_hf/trainer/patches.py` and `foam_hf/planner/fsdp2.py`.
+relies on are in `foam_hf/trainer/patches.py`, `foam_hf/trainer/private.py` and `foam_hf/planner/fsdp2.py`.
 """
 
 from __future__ import annotations

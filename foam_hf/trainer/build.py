@@ -14,7 +14,7 @@ from typing import Any
 from foam_hf.optim_args import RELEASE_KEYS, default_scale, names_of, option
 from foam_hf.trainer.deepspeed import let_foam_update_on_cpu, uses_deepspeed
 from foam_hf.trainer.names import foam_of, name_of, releases_gradients, requested_options, uses_foam
-from foam_hf.trainer.patches import decay_parameter_names
+from foam_hf.trainer.private import decay_parameter_names
 from foam_hf.trainer.refusals import refuse_other_optimizer, refuse_sharding
 from foam_hf.trainer.report import require_report_events
 

@@ -19,7 +19,7 @@ from foam_hf.trainer.deepspeed import processes_problem, uses_deepspeed
 from foam_hf.trainer.file_checks import Damaged, Unfinished, is_weights
 from foam_hf.trainer.manifest import check, checked_folder, name_complete_checkpoint, newest_complete
 from foam_hf.trainer.names import foam_of, uses_foam
-from foam_hf.trainer.patches import is_fsdp_enabled
+from foam_hf.trainer.private import is_fsdp_enabled
 from foam_hf.trainer.sharded_groups import check_sharded_groups
 from foam_hf.trainer.weights import load_renamed_weights, loading_problem
 

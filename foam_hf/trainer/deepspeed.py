@@ -13,7 +13,7 @@ from typing import Any
 from foam_hf.optimizer.flat import refuse_whole_weights_rules
 from foam_hf.tensors.rows import kind_of
 from foam_hf.trainer.names import name_of, requested_options
-from foam_hf.trainer.patches import deepspeed_plugin, is_deepspeed_enabled, unwrapped_optimizer
+from foam_hf.trainer.private import deepspeed_plugin, is_deepspeed_enabled, unwrapped_optimizer
 from foam_hf.trainer.sharded_groups import check_zero_groups
 
 logger = logging.getLogger("foam_hf")

@@ -8,7 +8,7 @@ import types
 from typing import Any
 
 from foam_hf.optim_args import FOAM_NAMES, foam_options, ours_like
-from foam_hf.trainer.patches import unwrapped_optimizer
+from foam_hf.trainer.private import unwrapped_optimizer
 from foam_hf.wrapping import require
 
 logger = logging.getLogger("foam_hf")

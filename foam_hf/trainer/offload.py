@@ -7,7 +7,7 @@ from typing import Any
 from foam_hf.optim_args import one_of_ours
 from foam_hf.tensors.rows import visiting_layer
 from foam_hf.trainer.names import name_of, releases_gradients, uses_foam
-from foam_hf.trainer.patches import has_adapters, is_deepspeed_enabled, is_fsdp_enabled
+from foam_hf.trainer.private import has_adapters, is_deepspeed_enabled, is_fsdp_enabled
 
 
 def refuse_with_offload(trainer: Any) -> None:

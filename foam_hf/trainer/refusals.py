@@ -14,7 +14,7 @@ from foam_hf.tensors.places import is_sharded
 from foam_hf.tensors.rows import kind_of
 from foam_hf.trainer.deepspeed import refuse_with_deepspeed, uses_deepspeed
 from foam_hf.trainer.names import name_of, releases_gradients, requested_options, similar_name, uses_foam
-from foam_hf.trainer.patches import ddp_settings, fsdp_plugin, is_fsdp_enabled, unwrapped_optimizer
+from foam_hf.trainer.private import ddp_settings, fsdp_plugin, is_fsdp_enabled, unwrapped_optimizer
 
 _TRUE = ("1", "true", "yes")
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from foam_hf.optimizer.release import GradientRelease, enable_gradient_release
 from foam_hf.trainer.names import releases_gradients, requested_options
-from foam_hf.trainer.patches import (
+from foam_hf.trainer.private import (
     ddp_of,
     ddp_settings,
     is_deepspeed_enabled,

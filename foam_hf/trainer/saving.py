@@ -32,7 +32,7 @@ from foam_hf.trainer.manifest import (
     writer_is_gone,
 )
 from foam_hf.trainer.names import foam_of, uses_foam
-from foam_hf.trainer.patches import checkpoint_folder
+from foam_hf.trainer.private import checkpoint_folder
 from foam_hf.trainer.weights import warn_unreadable
 
 logger = logging.getLogger("foam_hf")

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from foam_hf.optimizer.nonfinite import NonfiniteGradientError
 from foam_hf.trainer.names import foam_of
-from foam_hf.trainer.patches import skipped_steps
+from foam_hf.trainer.private import skipped_steps
 
 
 class SkippedSteps(TrainerCallback):

@@ -14,7 +14,7 @@ from foam_hf.trainer.build import with_current_trainer
 from foam_hf.trainer.lost_process import explain_lost_process
 from foam_hf.trainer.names import foam_of, releases_gradients, uses_foam
 from foam_hf.trainer.offload import refuse_with_offload
-from foam_hf.trainer.patches import is_deepspeed_enabled
+from foam_hf.trainer.private import is_deepspeed_enabled
 from foam_hf.trainer.refusals import refuse_ready_made_optimizer, refuse_sharding
 from foam_hf.trainer.report import bind_reports
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from foam_hf.trainer.names import foam_of, name_of, uses_foam
-from foam_hf.trainer.patches import unwrapped_optimizer
+from foam_hf.trainer.private import unwrapped_optimizer
 
 logger = logging.getLogger("foam_hf")
 

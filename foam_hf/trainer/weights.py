@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from foam_hf.trainer.names import uses_foam
-from foam_hf.trainer.patches import (
+from foam_hf.trainer.private import (
     as_saved,
     has_adapters,
     has_converters,

@@ -7,16 +7,16 @@ import torch
 from data import TASKS
 from transformers import HfArgumentParser, TrainingArguments
 
-from foam_hf.recipe_kit import (
+from foam_hf.recipe_config import (
     config_values,
     drop_foreign_settings,
     find_config,
-    one_line,
     parse_flags,
     read_config,
     replaced_optim_args,
     settle_pairs,
 )
+from foam_hf.recipe_kit import one_line
 
 HERE = Path(__file__).resolve().parent
 

@@ -9,16 +9,9 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
-from foam_hf import recipe_kit
-from foam_hf.recipe_kit import (
-    drop_foreign_settings,
-    find_config,
-    nearest,
-    one_line,
-    replaced_optim_args,
-    say,
-    with_optimizer_hint,
-)
+from foam_hf import recipe_config
+from foam_hf.recipe_config import drop_foreign_settings, find_config, nearest, replaced_optim_args, with_optimizer_hint
+from foam_hf.recipe_kit import one_line, say
 
 try:
     import datasets  # noqa: F401  # before trl, which hides what it lacks
@@ -160,7 +153,7 @@ def value_of(flag: str, flags: list[str]) -> str:
 
 
 def read_config(path: Path) -> dict:
-    config = recipe_kit.read_config(path)
+    config = recipe_config.read_config(path)
     if isinstance(config.get("chat_template_kwargs"), dict):
         config["chat_template_kwargs"] = json.dumps(config["chat_template_kwargs"])
     return config

@@ -9,17 +9,17 @@ from other_optimizers import OTHERS
 from pretrain_data import HUB_DATASET
 from transformers import HfArgumentParser, TrainingArguments
 
-from foam_hf.recipe_kit import (
+from foam_hf.recipe_config import (
     config_values,
     drop_foreign_settings,
     find_config,
-    one_line,
     pairs,
     parse_flags,
     read_config,
     replaced_optim_args,
     settle_pairs,
 )
+from foam_hf.recipe_kit import one_line
 
 HERE = Path(__file__).resolve().parent
 PROJECTED = ("galore", "apollo")

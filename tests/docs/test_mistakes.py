@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from foam_hf import FOAM, foam_param_groups, recipe_kit
+from foam_hf import FOAM, foam_param_groups, recipe_config, recipe_kit
 from foam_hf.cli import command as cli
 from foam_hf.optim_args import foam_options
 from foam_hf.trainer.refusals import refuse_kept_gradients, refuse_sharding
@@ -156,7 +156,7 @@ MESSAGES: dict[str, Callable[..., str]] = {
     ),
     "... no trainable weight of ... folds, so this run keeps AdamW's state": source("foam_hf/trainer/build.py"),
     "--optim_args ... replaces all optim_args of ...": lambda *_: str(
-        recipe_kit.replaced_optim_args("level=2", "level=8,seed=1", "c.yaml")
+        recipe_config.replaced_optim_args("level=2", "level=8,seed=1", "c.yaml")
     ),
     "... Expected finite gradients: a lower learning rate, other data or clipping may help": step(
         WEIGHT, torch.full((2, 8), torch.nan)

@@ -10,22 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from foam_hf import recipe_kit
+from foam_hf import recipe_config, recipe_kit
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_nearest_names_are_those_that_begin_with_what_was_typed():
     names = ["data_seed", "dataset_path", "dataset_name", "output_dir"]
-    assert recipe_kit.nearest("dataset", names) == ["dataset_name", "dataset_path"]
-    assert recipe_kit.nearest("path", names) == ["dataset_path"]
-    assert recipe_kit.nearest("ouput_dir", names) == ["output_dir"]
+    assert recipe_config.nearest("dataset", names) == ["dataset_name", "dataset_path"]
+    assert recipe_config.nearest("path", names) == ["dataset_path"]
+    assert recipe_config.nearest("ouput_dir", names) == ["output_dir"]
 
 
 def test_optim_args_that_drop_nothing_need_no_word():
-    assert recipe_kit.replaced_optim_args("level=2", None, "c.yaml") is None
-    assert recipe_kit.replaced_optim_args("level=2,scale=1", "level=8", "c.yaml") is None
-    said = recipe_kit.replaced_optim_args("level=2", "level=8,gradient_release=true", "c.yaml")
+    assert recipe_config.replaced_optim_args("level=2", None, "c.yaml") is None
+    assert recipe_config.replaced_optim_args("level=2,scale=1", "level=8", "c.yaml") is None
+    said = recipe_config.replaced_optim_args("level=2", "level=8,gradient_release=true", "c.yaml")
     assert said == (
         "--optim_args level=2 replaces all optim_args of c.yaml: without gradient_release=true from now on."
     )
@@ -68,8 +68,8 @@ def test_a_page_without_marks_is_left_as_it_is(tmp_path):
 @pytest.mark.parametrize("name", ["quantized/smollm2-135m-int8.yaml", "smollm2-135m-int8.yaml", "qwen3-0.6b.yaml"])
 def test_a_config_is_found_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert recipe_kit.find_config(Path(name), ROOT / "recipes" / "instruct").is_file()
-    assert recipe_kit.find_config(Path("none.yaml"), ROOT / "recipes" / "instruct") == Path("none.yaml")
+    assert recipe_config.find_config(Path(name), ROOT / "recipes" / "instruct").is_file()
+    assert recipe_config.find_config(Path("none.yaml"), ROOT / "recipes" / "instruct") == Path("none.yaml")
 
 
 @pytest.mark.parametrize("missing", ["trl", "datasets"])
