@@ -41,7 +41,7 @@ def content(name: str, folder: Path = RESULTS) -> dict:
 def join(parts: dict[str, Part], folder: Path) -> None:
     """Give the study of adapters the runs with plain embeddings, which are of its data sets, seeds and rates.
 
-    Raises ValueError where a data set or the other settings differ.
+    Raises ValueError where a data set, the other settings or the learning rate differ.
     """
     for name, (file, arm) in JOINED.items():
         if name not in parts or not (folder / file).is_file():
@@ -55,6 +55,11 @@ def join(parts: dict[str, Part], folder: Path) -> None:
                 raise ValueError(f"{file}, {dataset}: got settings {theirs}; expected those of the other arms, {ours}")
         for run in found["runs"]:
             if run["arm"] == arm:
+                rate = parts[name].chosen.get((run["dataset"], "AdamW, fp32"), run["learning_rate"])
+                if run["learning_rate"] != rate:
+                    raise ValueError(
+                        f"{file}, {run['dataset']}: got learning rate {run['learning_rate']}; expected {rate}"
+                    )
                 parts[name].runs.setdefault((run["dataset"], PLAIN), {})[run["seed"]] = {**run, "arm": PLAIN}
 
 
@@ -93,7 +98,8 @@ def missing(found: dict) -> str:
     """A sentence on the arms of a plan without any run, empty if there are none."""
     ran = {run["arm"] for run in [*found["search"], *found["runs"]]}
     names = [arm["name"].replace("FOAM", "`foam`") for arm in found["study"]["arms"] if arm["name"] not in ran]
-    return textwrap.fill(f"Of this plan have not run: {'; '.join(names)}.", 140) if names else ""
+    said = f"Of this plan have not run: {'; '.join(names)}; and seeds of all but plain embeddings."
+    return textwrap.fill(said, 140) if names else ""
 
 
 def tables(parts: dict[str, Part], folder: Path = RESULTS) -> str:

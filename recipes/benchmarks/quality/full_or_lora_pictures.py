@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 SIZE_PICTURE, PEAK_PICTURE = "full_or_lora_size.png", "full_or_lora_peak.png"
 INK, FAINT = "#202124", "#d9dce0"
-# Arm: colour, mark, how its line is drawn, label. Blue trains every weight, orange adapters.
+# Arm: colour, mark, how its line is drawn, label. Every weight is blue with FOAM, grey with AdamW; LoRA is green with
+# FOAM, orange with AdamW.
 LOOKS = {
     "AdamW, fp32": ("#8d949c", "o", "-", "AdamW, all weights, fp32"),
     "FOAM, embeddings factored, bf16": ("#1f6fb4", "o", "-", "foam, all weights, bf16"),
