@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
-from foam_hf.optim_args import parse_optim_args
+from foam_hf.optim_args import foam_options, option, parse_optim_args
 from foam_hf.trainer import checkpoints, weights
 from foam_hf.trainer.build import with_current_trainer
 from foam_hf.trainer.lost_process import explain_lost_process
-from foam_hf.trainer.names import foam_of, releases_gradients, uses_foam
+from foam_hf.trainer.names import foam_of, releases_gradients, requested_options, uses_foam
 from foam_hf.trainer.offload import refuse_with_offload
 from foam_hf.trainer.private import is_deepspeed_enabled
 from foam_hf.trainer.refusals import refuse_ready_made_optimizer, refuse_sharding
@@ -110,6 +110,12 @@ def _suggest_optim_args(trainer: Any) -> Iterator[None]:
         fitting = continuing_args(trainer.model, args.optim_target_modules, parse_optim_args(args.optim_args), error)
         if fitting is None and (reason := explain_folded_heads(trainer.model, error)):
             raise ValueError(f"{error}. {reason}.") from error
-        if fitting is None:
-            raise
+        if fitting is None or _equal(foam_options("foam", fitting), requested_options(args)):
+            raise  # in the second case something else made these groups, as a trainer's own create_optimizer
         raise ValueError(f"{error}. To go on with this checkpoint: optim='foam', optim_args={fitting!r}.") from error
+
+
+def _equal(some: dict[str, Any], others: dict[str, Any]) -> bool:
+    """Whether these options are the same; those that are missing have their defaults."""
+    defaults = {name: option(name).default for name in (*some, *others)}
+    return {**defaults, **some} == {**defaults, **others}

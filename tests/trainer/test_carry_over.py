@@ -105,6 +105,17 @@ def test_any_other_choice_is_named_too(tmp_path: Path, before: str, after: str) 
     trainer(tmp_path, optim_args=words).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("optim_args", ["level=3", "level=3,residual_scale=1"])
+def test_options_that_are_in_use_are_no_advice(tmp_path: Path, optim_args: str) -> None:
+    """Something else made other groups than these options make."""
+    trainer(tmp_path, optim_args="level=3", max_steps=2).train()
+    run = trainer(tmp_path, optim_args=optim_args)
+    run.optimizer = foam_hf.FOAM(foam_hf.foam_param_groups(run.model), lr=1e-3, level=4)
+    with pytest.raises(ValueError, match=r"with level=3 in param group 0.*; expected the same") as error:
+        run.train(resume_from_checkpoint=True)
+    assert "To go on with this checkpoint" not in str(error.value)
+
+
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 @pytest.mark.parametrize(("before", "after"), [("embedding_scale=1.0", "level=8"), ("", "embedding_scale=1.0")])
 def test_groups_that_fsdp2_would_mix_up_are_refused_and_named(
