@@ -17,7 +17,7 @@ from foam_hf.optim_args import FOAM_NAMES, foam_options, one_of_ours, split_opti
 from foam_hf.planner.activations import activation_curve, optimizer_temporary_bytes
 from foam_hf.planner.counting import count_bytes
 from foam_hf.planner.fsdp2 import buffer_bytes, refuse_whole_weights, shard_of
-from foam_hf.planner.meta_models import meta_model, on_meta, positions, with_adapters
+from foam_hf.planner.meta_models import main_input, meta_model, on_meta, positions, with_adapters
 from foam_hf.planner.model_configs import ModelError, load_config
 from foam_hf.planner.offload import offloaded
 from foam_hf.planner.plan import Estimate, Plan
@@ -138,9 +138,11 @@ class Planner:
             )
         most = positions(model)
         if sequence is not None and most is not None and sequence > most:
+            main = main_input(model)
+            other = "" if main in (None, "input_ids") else f"; its main input is {main}, and plans are of text alone"
             raise ModelError(
                 f"the model has positions for {most} tokens, got sequences of {sequence}; expected --seq {most} "
-                "or less (sequence= in Python)"
+                f"or less (sequence= in Python){other}"
             )
         self.architecture = type(model).__name__
         self.parameters = sum(p.numel() for p in model.parameters())

@@ -17,7 +17,7 @@ from foam_hf.planner import Planner
 from foam_hf.planner.activations import activation_bytes, optimizer_temporary_bytes
 from foam_hf.planner.meta_models import on_meta
 from foam_hf.planner.model_configs import BUILTIN, ModelError
-from tests.support import tiny_models
+from tests.support import families_audio, tiny_models
 from tests.support.tiny_models import take_step
 
 pytestmark = [pytest.mark.long, pytest.mark.compat]
@@ -206,6 +206,12 @@ def test_errors_say_what_would_be_right(model, arguments, message):
         estimate_memory(model, **arguments)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_length_of_a_text_is_not_all_that_a_model_of_sound_is_asked_for():
+    whisper = next(each for each in families_audio.FAMILIES if each.name == "Whisper").make()
+    with pytest.raises(ValueError, match="positions for 16 tokens, .*; its main input is input_features, and plans"):
+        Planner(whisper, sequence=17)
 
 
 def test_a_models_own_dtype_is_the_one_that_counts():
