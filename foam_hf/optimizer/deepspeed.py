@@ -53,7 +53,12 @@ class Flat:
 
 def is_partitioned(p: Any) -> bool:
     """Whether ZeRO has put the weight ``p`` into a flat vector."""
-    return hasattr(p, "_dp_group") or hasattr(p, "_z3_optimizer")
+    return hasattr(p, "_dp_group") or is_of_zero3(p)
+
+
+def is_of_zero3(p: Any) -> bool:
+    """Whether the weight ``p`` is under ZeRO 3, and not under ZeRO 1 or 2."""
+    return hasattr(p, "_z3_optimizer")
 
 
 def flats_of(groups: Sequence[dict[str, Any]], weights: Sequence[Sequence[tuple[int, Tensor]]]) -> list[Flat]:
@@ -68,7 +73,7 @@ def flats_of(groups: Sequence[dict[str, Any]], weights: Sequence[Sequence[tuple[
         ValueError: the vectors do not hold the weights as ZeRO lays them out.
     """
     everything = [p for mine in weights for _, p in mine]
-    if any(hasattr(p, "_z3_optimizer") for p in everything):
+    if any(map(is_of_zero3, everything)):
         return _flats_of_zero3(weights)
     return [
         _flat_of_group(number, group, mine)

@@ -6,6 +6,7 @@ many weights and blocks fold as were planned. ``flat_step`` updates them.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from foam_hf.optimizer.deepspeed import flats_of, is_partitioned
+from foam_hf.optimizer.deepspeed import flats_of, is_of_zero3, is_partitioned
 from foam_hf.optimizer.flat_parts import FlatParts, Group, Weight
 from foam_hf.optimizer.state import CheckpointMismatchError, check_checkpoint, field_problem
 from foam_hf.rules.all import rule_of, shardable_options
@@ -173,7 +174,8 @@ class FlatWeights:
         Raises:
             CheckpointMismatchError: it is of other options or weights. The error has the checkpoint's groups of whole
                 weights, with which the groups that other options make can be compared.
-            ValueError: it is of another engine or number of processes.
+            ValueError: it is of another engine or number of processes, or of the same weights and options but of
+                other shapes or cuts, which no options mend.
         """
         groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
         saved_groups = [each for each in (groups if isinstance(groups, list) else []) if isinstance(each, dict)]
@@ -193,6 +195,9 @@ class FlatWeights:
         for number, group in ours:
             if problem := self._options_problem(number, group):
                 raise CheckpointMismatchError(problem, _of_whole_weights(state_dict))
+        for number, group in ours:
+            if problem := self._layout_problem(number, group):
+                raise ValueError(problem)
 
     def _record(self, number: int) -> dict[str, Any]:
         found = [each for each in self.parts.values() if each.flat.group == number]
@@ -202,6 +207,7 @@ class FlatWeights:
             "process": found[0].flat.rank if found else 0,
             LAYOUT: [each.layout for each in found],
             "names": [self.names.get(id(self._alive(i)), "") for i in numbers] if self.names else [],
+            "shapes": [list(self.weights[i].shape) for i in numbers],
         }
 
     def _engine_problem(self, number: int, saved_group: Group) -> str:
@@ -223,32 +229,58 @@ class FlatWeights:
     def _options_problem(self, number: int, saved_group: Group) -> str:
         """Why a group in a checkpoint of as many processes is not of these weights and options, or nothing."""
         here, saved, group = self._record(number), saved_group[RECORD], self._groups[number][0]
-        for own, other in zip(here["names"], saved.get("names") or [], strict=False):
+        names = [each.get("names") or [] for each in (here, saved)]
+        for own, other in itertools.zip_longest(*names, fillvalue="no weight") if all(names) else ():
             if own != other and own and other:
                 return (
                     f"the checkpoint holds the state of {other} where this model has {own}; expected the same model "
                     "and the same choice of folded weights and of embedding_scale"
                 )
-        if problem := field_problem(number, group, saved_group):
-            return problem
-        if saved.get(LAYOUT) != here[LAYOUT]:
-            return (
-                "the checkpoint's flat vectors hold other weights, or are cut elsewhere; expected the same model, "
-                "the same choice of folded weights, ZeRO stage and DeepSpeed config"
+        return field_problem(number, group, saved_group)
+
+    def _layout_problem(self, number: int, saved_group: Group) -> str:
+        """Why the vectors of a group of these weights and options are not those in a checkpoint, or nothing."""
+        here, saved = self._record(number), saved_group[RECORD]
+        if saved.get(LAYOUT) == here[LAYOUT]:
+            return ""
+        shapes = saved.get("shapes")  # an earlier checkpoint has none
+        for i, (own, other) in enumerate(zip(here["shapes"], shapes or [], strict=False)):
+            if own != other:
+                name = here["names"][i] if here["names"] else f"number {i} of param group {number}"
+                return (
+                    f"the checkpoint has {name} as a weight of shape {tuple(other)}, and here it has shape "
+                    f"{tuple(own)}; expected the model that wrote it, or training from the start"
+                )
+        return (
+            f"the checkpoint's flat vectors are cut otherwise than those of param group {number} here"
+            + ("" if shapes else ", or are of other shapes")
+            + "; expected the model and the DeepSpeed config that wrote it (sub_group_size under ZeRO 3, "
+            "round_robin_gradients under ZeRO 1 and 2), or training from the weights alone"
+        )
+
+    def refuse_other_stage(self, by_zero3: bool) -> None:
+        """Raise ValueError if ZeRO 3 holds the weights and did not write a checkpoint, or the other way round."""
+        held = [p for weight in self.weights if is_partitioned(p := weight.p())]
+        if held and any(map(is_of_zero3, held)) != by_zero3:
+            wrote, here = ("ZeRO 3", "ZeRO 1 or 2") if by_zero3 else ("ZeRO 1 or 2", "ZeRO 3")
+            raise ValueError(
+                f"{wrote} wrote the checkpoint, and here {here} holds the weights, cut elsewhere; expected {wrote}, "
+                "or training from the weights alone"
             )
-        return ""
 
 
-def check_flat_groups(optimizer: Any, groups: list[Group]) -> None:
+def check_flat_groups(optimizer: Any, groups: list[Group], by_zero3: bool) -> None:
     """Raise an error if ``groups`` of a checkpoint that ZeRO wrote are not those of ``optimizer``, a FOAM under ZeRO.
 
-    Under ZeRO 3 nothing is compared: its vectors are in the optimizer only while DeepSpeed loads state or steps, and
-    FOAM compares them then.
+    Under ZeRO 3, which wrote the checkpoint if ``by_zero3``, only that is compared: its vectors are in the optimizer
+    only while DeepSpeed loads state or steps, and FOAM compares them then.
 
     Raises:
-        CheckpointMismatchError, ValueError: as ``FlatWeights.refuse_other``; ValueError if they are not FOAM's.
+        CheckpointMismatchError, ValueError: as ``FlatWeights.refuse_other`` and ``refuse_other_stage``; ValueError if
+            they are not FOAM's.
     """
     weights: FlatWeights = optimizer._weights
+    weights.refuse_other_stage(by_zero3)
     if any(group["params"] for group in optimizer.param_groups):
         saved = {"state": {}, "param_groups": groups}
         weights.refuse_other(saved, weights.are_flat(optimizer.param_groups))

@@ -7,6 +7,7 @@ errors speak of those.
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -29,36 +30,44 @@ def check_zero_groups(optimizer: Any, folder: Path) -> None:
     """
     from foam_hf.optimizer.flat import check_flat_groups
 
-    if groups := _saved_by_zero(folder):
-        check_flat_groups(optimizer, groups)
+    groups, by_zero3 = _saved_by_zero(folder)
+    if groups:
+        check_flat_groups(optimizer, groups, by_zero3)
 
 
-def _saved_by_zero(folder: Path) -> list[dict[str, Any]]:
-    """The param groups in this process's part of a checkpoint that ZeRO wrote; empty if there is none."""
+def _saved_by_zero(folder: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The param groups in this process's part of a checkpoint that ZeRO wrote, and whether ZeRO 3 did.
+
+    There are none if there is no such part.
+    """
     import torch
 
     latest = folder / "latest"
     written = folder / latest.read_text(encoding="utf-8").strip() if latest.is_file() else folder
     parts = sorted(written.glob(f"*zero_pp_rank_{torch.distributed.get_rank()}_mp_rank_*_optim_states.pt"))
     if not parts:
-        return []
+        return [], False
     # DeepSpeed reads the same file next, and it holds objects of DeepSpeed's.
-    state: Any = torch.load(parts[0], weights_only=False, mmap=True, map_location="cpu")["optimizer_state_dict"]
-    for name in ("base_optimizer_state", "optimizer_state_dict"):  # ZeRO 1 and 2, and ZeRO 3
+    state = _load(parts[0], weights_only=False)["optimizer_state_dict"]
+    for name, by_zero3 in (("base_optimizer_state", False), ("optimizer_state_dict", True)):
         inner = state.get(name)
         if isinstance(inner, dict) and "param_groups" in inner:
-            groups: list[dict[str, Any]] = inner["param_groups"]
-            return groups
-    return []
+            return inner["param_groups"], by_zero3
+    return [], False
+
+
+def _load(file: Path, *, weights_only: bool) -> Any:
+    """What torch.save wrote; its tensors are mapped, but those of a file of its old format are read."""
+    import torch
+
+    return torch.load(file, weights_only=weights_only, mmap=zipfile.is_zipfile(file), map_location="cpu")
 
 
 def _saved_groups(folder: Path) -> list[dict[str, Any]]:
     """The param groups in a checkpoint that accelerate wrote under FSDP2; empty if there is none."""
-    import torch
-
     whole, parts = folder / "optimizer.bin", folder / "optimizer_0"
     if whole.is_file():
-        groups: list[dict[str, Any]] = torch.load(whole, weights_only=True, mmap=True)["param_groups"]
+        groups: list[dict[str, Any]] = _load(whole, weights_only=True)["param_groups"]
         return groups
     if not (parts / ".metadata").is_file():
         return []

@@ -220,7 +220,6 @@ def refusals(folder: Path, stage: int) -> None:
     refused("zero_optimization.stage=0", deepspeed=config(0))
     checkpoint = folder / f"resumed{stage}" / "checkpoint-4"
     refused("with level=3 in param group 0", deepspeed=config(stage), resume=checkpoint, optim_args="level=4")
-    other_options(folder / f"options{stage}", stage)
     dist.barrier()
     if dist.get_rank() == 0:  # as if one process had written it
         (checkpoint / MANIFEST).unlink()
@@ -232,25 +231,6 @@ def refusals(folder: Path, stage: int) -> None:
     )
     # Trainer alone would start moments anew in silence.
     refused("by 1 processes of DeepSpeed's ZeRO, and this run is without DeepSpeed", resume=checkpoint)
-
-
-def other_options(folder: Path, stage: int) -> None:
-    """A checkpoint of other options is refused with those that continue it, which do."""
-    zero, checkpoint = config(stage), folder / "checkpoint-1"
-    wrote = "level=4,residual_scale=0.5,scale=2.0,fold_embeddings=false"
-    run(folder, deepspeed=zero, world=2, max_steps=1, save_strategy="steps", save_steps=1, optim_args=wrote)
-    for others in ("level=4", "fold_embeddings=false", "embedding_scale=1", "level=0", "second_moment=block"):
-        go_on = f"To go on with this checkpoint: optim='foam', optim_args='{wrote}'."
-        refused(go_on, deepspeed=zero, resume=checkpoint, optim_args=others)
-    _, steps = run(folder, deepspeed=zero, world=2, max_steps=2, resume=checkpoint, optim_args=wrote)
-    assert len(steps) == (dist.get_rank() == 0)
-    adamw: dict[str, Any] = {"optim": "adamw_torch", "optim_args": None}
-    run(folder / "adamw", deepspeed=zero, world=2, max_steps=1, save_strategy="steps", save_steps=1, **adamw)
-    refused(
-        "the checkpoint is of another optimizer: its param groups have no 'level'",
-        deepspeed=zero,
-        resume=folder / "adamw" / "checkpoint-1",
-    )
 
 
 def spoiled() -> Any:
