@@ -30,6 +30,21 @@ def default_scale(level: int | str, second_moment: str) -> float:
     return 1.0 if level == 0 else SCALES[second_moment]
 
 
+def embedding_rule_of(options: Mapping[str, Any], *, blocks_alone: bool = False) -> str | None:
+    """The rule of embeddings and LM heads that fold, in a run with `options`; None if its `second_moment` decides.
+
+    Args:
+        options: name -> value; those that are not given are missing or None.
+        blocks_alone: the run cannot have whole matrices, as under DeepSpeed's ZeRO, or adds up the gradients of
+            several backward passes without keeping them.
+    """
+    if options.get("second_moment", option("second_moment").default) != option("embedding_rule").rule:
+        return None
+    given: str | None = options.get("embedding_rule")
+    # At level 0 other matrices have AdamW, which embeddings get too.
+    return given or ("block" if blocks_alone or options.get("level") == 0 else "factored")
+
+
 def written(value: Any) -> str:
     """The text of `value` in optim_args: true, row, bfloat16."""
     return str(value).removeprefix("torch.").lower()
@@ -187,10 +202,11 @@ OPTIONS: tuple[Option, ...] = (
     Option("fold_head", None, Words(), "the same for an LM head that is not tied to the embedding", decided_by="true",
            field=False, grouping=True),
     Option("embedding_scale", None, _POSITIVE, "the scale of embeddings and LM heads that fold",
-           decided_by="scale; 1 with embedding_rule=factored", field=False, grouping=True, rule="block",
+           decided_by="1; scale with embedding_rule=block", field=False, grouping=True, rule="block",
            elsewhere=_UNREAD),
-    Option("embedding_rule", "block", Words(("block", "factored")), "the rule of embeddings and LM heads that fold",
-           field=False, grouping=True, rule="block", elsewhere=_UNREAD),
+    Option("embedding_rule", None, Words(("block", "factored")), "the rule of embeddings and LM heads that fold",
+           decided_by="factored; block where a run updates by blocks alone", field=False, grouping=True, rule="block",
+           elsewhere=_UNREAD),
     Option("gradient_release", False, Words(), "updates weights inside the backward pass, and frees their gradients",
            field=False),
     Option("clip_by", "all", Words(("all", "weight")), "of gradient_release: max_grad_norm bounds the norm of all "

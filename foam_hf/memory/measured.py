@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from foam_hf.display import UNAVAILABLE, format_bytes
 from foam_hf.memory.storages import state_storages, storages, total, without
-from foam_hf.optimizer.checks import check_options, fill_scale
+from foam_hf.optimizer.checks import check_options, fill_in
 from foam_hf.optimizer.flat_parts import FlatParts
 from foam_hf.optimizer.foam import FOAM
 from foam_hf.optimizer.sharding import local_shape
@@ -230,7 +230,7 @@ def _with_defaults(param_groups: Iterable[Mapping[str, Any]]) -> Iterator[dict[s
     for group in param_groups:
         filled = {**defaults, **group}
         check_options(filled)
-        fill_scale(filled)
+        fill_in(filled, defaults)
         yield filled
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foam_hf.optim_args import check_fields, default_scale
+from foam_hf.optimizer.tables import settle
 from foam_hf.rules.all import asked_rules, shardable_options
 from foam_hf.tensors.places import is_sharded
 
@@ -48,8 +49,12 @@ FOREIGN_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def fill_scale(group: dict[str, Any]) -> None:
-    """Replace a scale of None in ``group``, whose options were checked, by the default of its rule."""
+def fill_in(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Fill in what ``group``, whose options were checked, leaves open: the rule of embeddings, and a scale of None.
+
+    ``defaults`` are the optimizer's.
+    """
+    settle(group, defaults)
     if group["scale"] is None:
         group["scale"] = default_scale(group["level"], group["second_moment"])
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from foam_hf.optimizer.deepspeed import flats_of, is_of_zero3, is_partitioned
 from foam_hf.optimizer.flat_parts import FlatParts, Group, Weight
 from foam_hf.optimizer.state import CheckpointMismatchError, check_checkpoint, field_problem
+from foam_hf.optimizer.tables import like_others
 from foam_hf.rules.all import rule_of, shardable_options
 from foam_hf.rules.rule import StateTensor
 from foam_hf.tensors.places import whole
@@ -100,6 +101,12 @@ class FlatWeights:
             )
         self._groups = [(group, numbers) for group, numbers in self._groups if numbers]
         for group, numbers in self._groups:
+            if like_others(group):
+                logger.info(
+                    "FOAM under DeepSpeed's ZeRO: embeddings and heads have the block rule, not the factored one"
+                )
+                for i in numbers:
+                    self.weights[i] = self.weights[i]._replace(rule=group["second_moment"])
             refuse_whole_weights_rules(group, "DeepSpeed's ZeRO")
             if any(self.weights[i].p() is None for i in numbers):
                 raise ValueError(
@@ -234,7 +241,7 @@ class FlatWeights:
             if own != other and own and other:
                 return (
                     f"the checkpoint holds the state of {other} where this model has {own}; expected the same model "
-                    "and the same choice of folded weights and of embedding_scale"
+                    "and the same choice of folded weights, of embedding_scale and of embedding_rule"
                 )
         return field_problem(number, group, saved_group)
 
@@ -320,6 +327,12 @@ def refuse_whole_weights_rules(options: Mapping[str, Any], by: str) -> None:
         if options.get(field, legal[0]) not in legal:
             raise ValueError(
                 f"{field}={options[field]!r} needs whole matrices, and {by} cuts them anywhere; expected "
-                f"{field}={' or '.join(map(repr, legal))}, or DDP"
+                f"{field}={' or '.join(map(repr, legal))}{_of_tables(options, field)}, or DDP"
                 + (" or FSDP2" if options[field] == "factored" else "")
             )
+
+
+def _of_tables(options: Mapping[str, Any], field: str) -> str:
+    """The option of `foam_param_groups` for a param group of embeddings, which `field` may be of."""
+    in_group = field == "second_moment" and "params" in options and options[field] == "factored"
+    return " (for embeddings and heads embedding_rule='block')" if in_group else ""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from foam_hf.optim_args import names_of, option, refuse_unread
-from foam_hf.optimizer.checks import check_field_names, check_options, check_parameter, check_rule, fill_scale
+from foam_hf.optimizer.checks import check_field_names, check_options, check_parameter, check_rule, fill_in
 from foam_hf.optimizer.decided import Decided
 from foam_hf.optimizer.flat import LAYOUT, RECORD, FlatWeights
 from foam_hf.optimizer.flat_parts import FlatParts
@@ -30,6 +30,7 @@ from foam_hf.optimizer.state import (
     with_dtype,
 )
 from foam_hf.optimizer.step import PreparedStep, refuse_capture
+from foam_hf.optimizer.tables import without_mark
 from foam_hf.rules.all import asked_rules, rule_of
 from foam_hf.tensors.folding import Level
 from foam_hf.tensors.places import is_sharded, whole
@@ -155,7 +156,7 @@ class FOAM(torch.optim.Optimizer):
         try:
             check_field_names(group, self.defaults)
             check_options(group)
-            fill_scale(group)
+            fill_in(group, self.defaults)
             if len({id(p) for p in group["params"]}) < len(group["params"]):
                 raise ValueError("a parameter is listed twice in one param group; expected each parameter once")
             for p in group["params"]:
@@ -254,6 +255,7 @@ class FOAM(torch.optim.Optimizer):
         """
         self.check_gradients()
         saved = super().state_dict()
+        saved["param_groups"] = without_mark(saved["param_groups"])
         for group in saved["param_groups"]:
             group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
         return self._weights.saved(saved) if self._weights.are_flat(self.param_groups) else saved

@@ -10,9 +10,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from foam_hf.optim_args import default_scale, names_of, option
+from foam_hf.optim_args import default_scale, embedding_rule_of, names_of, option
+from foam_hf.optimizer.tables import OTHERWISE, by_kind
 from foam_hf.rules.all import folding_rule
-from foam_hf.rules.rule import Rule
 from foam_hf.tensors.places import whole
 
 logger = logging.getLogger("foam_hf")
@@ -35,7 +35,7 @@ def foam_param_groups(
     fold_embeddings: bool | None = None,
     fold_head: bool | None = None,
     embedding_scale: float | None = None,
-    embedding_rule: str = "block",
+    embedding_rule: str | None = None,
     decay_parameter_names: Collection[str] | None = None,
     **folded_options: Any,
 ) -> list[dict[str, Any]]:
@@ -68,9 +68,10 @@ def foam_param_groups(
             not name them, and False never folds them. A tied LM head is an embedding.
         fold_head: the same for an LM head that is not tied.
         embedding_scale: the `scale` of embeddings and LM heads that fold, with `second_moment="block"`; other rules do
-            not read it. None is `scale`, here or of FOAM, and 1 with the factored rule.
-        embedding_rule: "factored" gives them that rule, with which they learn more from much text; also with
-            `second_moment="block"` alone.
+            not read it. None is 1 with the factored rule, and `scale`, here or of FOAM, with the block rule.
+        embedding_rule: their rule, also with `second_moment="block"` alone: "factored", with which they learn more
+            from much text, or "block", that of other matrices. None is "factored", but "block" under DeepSpeed's ZeRO,
+            with gradient release and several backward passes, of INT8 heads, and at level 0.
         decay_parameter_names: names, as in `model.named_parameters()`, that get weight decay. Default: those of
             `Trainer.get_decay_parameter_names`, which are all but biases and norms.
         **folded_options: fields of the folded groups: `level`, `scale`, `second_moment`, `residual_scale`,
@@ -90,7 +91,7 @@ def foam_param_groups(
     option("embedding_scale").check(embedding_scale)
     option("embedding_rule").check(embedding_rule)
     rule, config = folding_rule(folded_options.get("second_moment")), getattr(_unwrap(model), "config", None)
-    tables = rule.table_fields or _table_fields(rule, folded_options, embedding_scale, embedding_rule)
+    tables = rule.table_fields or _table_fields(folded_options, embedding_scale, embedding_rule)
     names = foam_parameter_names(
         model,
         target_modules=target_modules,
@@ -108,17 +109,13 @@ def foam_param_groups(
         "table": {**folded_options, **tables},
         "plain": plain_options(),
     }
-    groups = []
+    groups: list[dict[str, Any]] = []
     for group, members in names.items():
         kind, decay = group.split("/")
         for chosen, fields in rule.groups(model, members, kinds[kind], config):
-            groups.append(
-                {
-                    "params": [parameters[name] for name in chosen],
-                    "weight_decay": weight_decay if decay == "decay" else 0.0,
-                    **fields,
-                }
-            )
+            weights = [parameters[name] for name in chosen]
+            shared = {"weight_decay": weight_decay if decay == "decay" else 0.0, **fields}
+            groups += [{"params": some, **each} for some, each in by_kind(weights, shared)]
     return groups
 
 
@@ -170,25 +167,34 @@ def foam_parameter_names(
     return {group: members for group, members in groups.items() if members}
 
 
-def grouping_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `foam_param_groups` among `options`. Those that are no fields of a group leave `options`."""
+def grouping_options(options: dict[str, Any], *, blocks_alone: bool = False) -> dict[str, Any]:
+    """The arguments of `foam_param_groups` among `options`. Those that are no fields of a group leave `options`.
+
+    `blocks_alone` is that of `embedding_rule_of`.
+    """
     asked = [option(name) for name in names_of(lambda each: each.grouping) if name in options]
+    rule_of_tables = embedding_rule_of(options, blocks_alone=blocks_alone)
     chosen = {each.name: options[each.name] if each.field else options.pop(each.name) for each in asked}
-    rule = chosen.get("second_moment", option("second_moment").default)
-    scale = options.get("scale") or default_scale(options.get("level", option("level").default), rule)
-    if chosen.get("embedding_rule", rule) == rule and chosen.get("embedding_scale") == scale:
-        del chosen["embedding_scale"]  # like other matrices: no groups of their own
+    if rule_of_tables == "block":
+        chosen["embedding_rule"] = "block"
+        scale = options.get("scale") or default_scale(options.get("level", option("level").default), "block")
+        if chosen.get("embedding_scale") == scale:
+            del chosen["embedding_scale"]  # like other matrices: no groups of their own
     return chosen
 
 
-def _table_fields(rule: Rule, folded: Mapping[str, Any], scale: float | None, second_moment: str) -> dict[str, Any]:
-    """What groups of embeddings and heads have beside the fields of other matrices; empty if they are like them."""
-    if rule.name != option("embedding_rule").rule:
-        return {}
-    if second_moment != rule.name:
+def _table_fields(folded: Mapping[str, Any], scale: float | None, asked: str | None) -> dict[str, Any]:
+    """What groups of embeddings and heads have beside the fields of other matrices; empty if they are like them.
+
+    `scale` and `asked` are the `embedding_scale` and `embedding_rule` that were given, or None.
+    """
+    second_moment = embedding_rule_of({**folded, "embedding_rule": asked})
+    if second_moment == "factored":
         level = folded.get("level", option("level").default)
-        return {"scale": scale or default_scale(level, second_moment), "second_moment": second_moment}
-    return {} if scale in (None, folded.get("scale")) else {"scale": scale}
+        fields = {"scale": scale or default_scale(level, second_moment), "second_moment": second_moment}
+        return fields if asked else {**fields, OTHERWISE: (folded.get("second_moment"), scale or folded.get("scale"))}
+    same = second_moment is None or scale in (None, folded.get("scale"))
+    return {} if same else {"scale": scale}
 
 
 def layer_names(model: nn.Module) -> set[str]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,12 +23,15 @@ from foam_hf.optimizer.members import (
     parameters_of,
 )
 from foam_hf.optimizer.sharding import add_over_shards, zero_gradient
+from foam_hf.optimizer.tables import like_others
 from foam_hf.rules.all import rule_of
 from foam_hf.rules.by_rows import RowMoment
 from foam_hf.tensors.folding import block_width
 from foam_hf.tensors.places import local
 from foam_hf.tensors.rounding import MAX_MICROS
 from foam_hf.tensors.step import Hyper, Member
+
+logger = logging.getLogger("foam_hf")
 
 
 class Collected:
@@ -170,7 +174,8 @@ def bytes_between_passes(groups: list[dict[str, Any]]) -> int:
 def check_accumulation(optimizer: FOAM, count: Any) -> None:
     """Raise TypeError or ValueError if ``count`` is no number of micro-batches, or a rule cannot take them.
 
-    Weights that do not fold keep their gradients instead.
+    Weights that do not fold keep their gradients instead. Embeddings whose rule was left open, and that have no state
+    yet, get the block rule.
     """
     if isinstance(count, bool) or not isinstance(count, int):
         raise TypeError(f"accumulation is not a number of micro-batches: got {count!r}; expected an integer >= 1")
@@ -178,11 +183,16 @@ def check_accumulation(optimizer: FOAM, count: Any) -> None:
         raise ValueError(f"accumulation is out of range: got {count}; expected 1 to {MAX_MICROS} micro-batches")
     if count == 1:
         return
+    for group in optimizer.param_groups:
+        if not any(optimizer.state.get(p) for p in group["params"]) and like_others(group):
+            logger.info(
+                "gradient release with accumulation: embeddings and heads have the block rule, not the factored one"
+            )
     if name := refusing_rule(optimizer.param_groups):
         raise ValueError(
             f"gradient release adds up micro-batches by the block rule alone: got second_moment={name!r} with "
-            f"accumulation={count}; expected second_moment='block', accumulation=1 with a larger batch, or training "
-            "without gradient release"
+            f"accumulation={count}; expected second_moment='block' (for embeddings and heads embedding_rule='block'), "
+            "accumulation=1 with a larger batch, or training without gradient release"
         )
 
 

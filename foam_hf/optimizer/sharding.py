@@ -69,7 +69,8 @@ def pieces_of(p: Any, rule: Rule, level: Level) -> list[Piece]:
         right = " or ".join(map(repr, shardable_options(("rows and columns",))["second_moment"]))
         raise ValueError(
             f"second_moment={rule.name!r} needs the means of a matrix's rows or of its columns on one rank: got shape "
-            f"{tuple(p.shape)} with placements {p.placements}, which split both; expected second_moment={right}"
+            f"{tuple(p.shape)} with placements {p.placements}, which split both; expected second_moment={right}, "
+            "for embeddings and heads embedding_rule='block'"
         )
     rows = p.shape[:-1]
     strides = [math.prod(rows[dim + 1 :]) for dim in range(len(rows))]

@@ -28,8 +28,8 @@ class CheckpointMismatchError(ValueError):
 
 State = dict[str, StateTensor]
 _SAME_CHOICE = (
-    "the same model and the same choice of folded weights (fold_embeddings, fold_head) and of their scale "
-    "(embedding_scale)"
+    "the same model and the same choice of folded weights (fold_embeddings, fold_head), of their scale "
+    "(embedding_scale) and of their rule (embedding_rule, block until version 0.3.0)"
 )
 
 

@@ -85,7 +85,13 @@ def activation_curve(model: nn.Module, sequence: int, **settings: Any) -> Callab
 
 
 def optimizer_temporary_bytes(
-    model: nn.Module, optim: str, optim_args: str | None = None, shard: nn.Module | None = None, gpus: int = 1
+    model: nn.Module,
+    optim: str,
+    optim_args: str | None = None,
+    shard: nn.Module | None = None,
+    gpus: int = 1,
+    *,
+    blocks_alone: bool = False,
 ) -> int:
     """The most bytes that one step of an optimizer on a GPU allocates and frees again.
 
@@ -98,24 +104,26 @@ def optimizer_temporary_bytes(
         model: its trainable parameters are counted, on any device.
         optim, optim_args: as in TrainingArguments.
         shard: what one of ``gpus`` holds of ``model`` under FSDP2.
+        blocks_alone: as for ``embedding_rule_of``.
     """
     if optim in FOAM_NAMES:
-        return _foam_temporary_bytes(model, optim, optim_args, shard, gpus)
+        groups = foam_groups(model, optim, optim_args, blocks_alone=blocks_alone)
+        parts = groups if shard is None else foam_groups(shard, optim, optim_args, blocks_alone=blocks_alone)
+        return _foam_temporary_bytes(groups, parts, 0 if shard is None else gpus)
     trained = [p for p in (shard or model).parameters() if p.requires_grad]
     return BY_NAME[optim].temporary(trained) if optim in BY_NAME else 0
 
 
-def _foam_temporary_bytes(
-    model: nn.Module, optim: str, optim_args: str | None, shard: nn.Module | None, gpus: int
-) -> int:
-    """The largest temporary of a weight, or the sum over all weights whose rule allocates for all of them at once."""
+def _foam_temporary_bytes(groups: list[dict[str, Any]], parts: list[dict[str, Any]], gpus: int) -> int:
+    """The largest temporary of a weight, or the sum over all weights whose rule allocates for all of them at once.
+
+    ``parts`` are the groups of what one of ``gpus`` holds; with 0 of them nothing is divided.
+    """
     most = together = 0
-    groups = foam_groups(model, optim, optim_args)
-    parts = groups if shard is None else foam_groups(shard, optim, optim_args)
     for group, mine in zip(groups, parts, strict=True):
         for p, part in zip(group["params"], mine["params"], strict=True):
             rule, level = rule_of(p, group)
-            gathered = rule.on_whole is not None and shard is not None and gpus > 1
+            gathered = rule.on_whole is not None and gpus > 1
             size = rule.temporary(p if gathered else part, level)
             size += gathering_bytes(p, group, gpus) if gathered else 0
             most, together = max(most, 0 if rule.together else size), together + (size if rule.together else 0)

@@ -70,13 +70,15 @@ def count_bytes(
     """
     if gradient_release and optim not in FOAM_NAMES:
         raise ValueError(f"gradient_release is FOAM's, got it with optim={optim!r}; expected {one_of_ours()}")
-    state = count_state(model, optim, optim_args, target_modules=target_modules)
+    blocks_alone = gradient_release and accumulation
+    state = count_state(model, optim, optim_args, target_modules=target_modules, blocks_alone=blocks_alone)
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = [p.numel() * p.element_size() for p in trained]
     held = sum(gradients)
     if gradient_release:
         held = max(gradients, default=0)
-        held += _between_passes(foam_groups(model, optim, optim_args, target_modules)) if accumulation else 0
+        if accumulation:
+            held += _between_passes(foam_groups(model, optim, optim_args, target_modules, blocks_alone=True))
     return Counted(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in trained),
@@ -101,8 +103,11 @@ def count_state(
     optim_args: str | Mapping[str, Any] | None = None,
     *,
     target_modules: str | list[str] | None = None,
+    blocks_alone: bool = False,
 ) -> int:
     """Count the bytes of state that `optim` holds for `model` after one step in Trainer; nothing is allocated.
+
+    `blocks_alone` is that of `embedding_rule_of`.
 
     Raises:
         ValueError: an unknown optimizer, or an option that the optimizer does not have.
@@ -112,7 +117,7 @@ def count_state(
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown optimizer {optim!r}; {hint}expected one of {', '.join(OPTIMIZERS)}")
     if optim in FOAM_NAMES:
-        return expected_state_bytes(foam_groups(model, optim, optim_args, target_modules))
+        return expected_state_bytes(foam_groups(model, optim, optim_args, target_modules, blocks_alone=blocks_alone))
     return BY_NAME[optim].state_bytes(model, peer_options(optim, optim_args), target_modules)
 
 
@@ -121,14 +126,19 @@ def foam_groups(
     optim: str,
     optim_args: str | Mapping[str, Any] | None,
     target_modules: str | list[str] | None = None,
+    *,
+    blocks_alone: bool = False,
 ) -> list[dict[str, Any]]:
-    """The param groups of FOAM, which checks every value, for the trained weights of `model`."""
+    """The param groups of FOAM, which checks every value, for the trained weights of `model`.
+
+    `blocks_alone` is that of `embedding_rule_of`.
+    """
     options = foam_options(optim, optim_args)
     for name in RELEASE_KEYS:
         options.pop(name, None)
     if "state_dtype" in options:
         options["state_dtype"] = getattr(torch, options["state_dtype"])
-    grouping = grouping_options(options)
+    grouping = grouping_options(options, blocks_alone=blocks_alone)
     groups = foam_param_groups(model, target_modules=target_modules, **grouping)
     return FOAM(groups, **options).param_groups
 

@@ -279,12 +279,16 @@ class Planner:
             # Where activations peak, no gradient is kept yet: FSDP2 keeps parts of them, and frees the whole ones.
             most = max(most, self._activations(plan, batch, True).bytes - plan.gradients)
         # The peak is either in forward and backward or in the optimizer's step.
+        blocks_alone = plan.gradient_release and self.accumulates
         if self.fsdp2:
             model = self._model_with(plan.int8_weights)
             shard = shard_of(model, self.fsdp2)
-            step = optimizer_temporary_bytes(model, plan.optim, plan.options, shard, self.fsdp2) - plan.buffers
+            found = optimizer_temporary_bytes(
+                model, plan.optim, plan.options, shard, self.fsdp2, blocks_alone=blocks_alone
+            )
+            step = found - plan.buffers
         elif self.zero is None:
-            step = optimizer_temporary_bytes(self.model, plan.optim, plan.options)
+            step = optimizer_temporary_bytes(self.model, plan.optim, plan.options, blocks_alone=blocks_alone)
         else:
             step = plan.step - plan.gradients - plan.buffers
         return replace(plan, batch=batch, activations=max(most, step), activations_note=estimate.note)

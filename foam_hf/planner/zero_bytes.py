@@ -111,7 +111,7 @@ def _param_groups(
     """The param groups that Trainer makes: FOAM's own, or one with weight decay and one without."""
     if optim in FOAM_NAMES:
         refuse_whole_weights_rules(foam_options(optim, optim_args), "ZeRO")
-        return foam_groups(model, optim, optim_args, target_modules)
+        return foam_groups(model, optim, optim_args, target_modules, blocks_alone=True)
     peer = BY_NAME[optim]
     if not peer.flat:
         can = [name for name, each in BY_NAME.items() if each.flat]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-from foam_hf.optim_args import RELEASE_KEYS, default_scale, names_of, option
+from foam_hf.optim_args import RELEASE_KEYS, default_scale, embedding_rule_of, names_of, option
 from foam_hf.trainer.deepspeed import let_foam_update_on_cpu, uses_deepspeed
 from foam_hf.trainer.names import foam_of, name_of, releases_gradients, requested_options, uses_foam
 from foam_hf.trainer.private import decay_parameter_names
@@ -100,7 +100,7 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
         weight_decay=args.weight_decay,
         target_modules=args.optim_target_modules,
         decay_parameter_names=decay_parameter_names(trainer, model),
-        **grouping_options(options),
+        **grouping_options(options, blocks_alone=updates_by_blocks_alone(args, trainer)),
     )
     kwargs = {
         "lr": args.learning_rate,
@@ -119,6 +119,14 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
     # Not as "params": trainers that make their own groups would then overwrite these, or lose their learning rates.
     decided = Decided(groups, type(model).__name__, released=releases_gradients(args))
     return FOAM, {**kwargs, "decided": decided}
+
+
+def updates_by_blocks_alone(args: Any, trainer: Any = None) -> bool:
+    """Whether a run cannot have whole matrices, or adds up backward passes without keeping gradients.
+
+    Embeddings then have the block rule by default, see `embedding_rule_of`. `trainer` is None if it is not known.
+    """
+    return uses_deepspeed(args, trainer) or (releases_gradients(args) and args.gradient_accumulation_steps > 1)
 
 
 def _options(args: Any) -> dict[str, Any]:
@@ -158,14 +166,17 @@ def wrap_model_card(original: Callable[..., Any]) -> Callable[..., Any]:
     def extract_hyperparameters_from_trainer(trainer: Any) -> dict[str, Any]:
         hyperparameters: dict[str, Any] = original(trainer)
         if uses_foam(trainer.args):
-            hyperparameters["optimizer"] = describe_optimizer(trainer.args)
+            hyperparameters["optimizer"] = describe_optimizer(trainer.args, trainer)
         return hyperparameters
 
     return extract_hyperparameters_from_trainer
 
 
-def describe_optimizer(args: Any) -> str:
-    """The text of a model card on FOAM: its name and every option, as TrainingArguments give them."""
+def describe_optimizer(args: Any, trainer: Any = None) -> str:
+    """The text of a model card on FOAM: its name and every option, as TrainingArguments give them.
+
+    `trainer` is None if it is not known.
+    """
     effective = {name: option(name).default for name in names_of(lambda each: each.key and each.field)}
     if args.optim_target_modules is None:  # else the target modules decide whether embeddings and head fold
         effective |= {"fold_embeddings": True, "fold_head": True}
@@ -173,11 +184,11 @@ def describe_optimizer(args: Any) -> str:
     effective |= _options(args)
     if effective["scale"] is None:
         effective["scale"] = default_scale(effective["level"], effective["second_moment"])
+    rule = embedding_rule_of(effective, blocks_alone=updates_by_blocks_alone(args, trainer))
+    effective["embedding_rule"] = rule
     if effective["embedding_scale"] is None:
-        factored = effective["embedding_rule"] == "factored"
-        effective["embedding_scale"] = (
-            default_scale(effective["level"], "factored") if factored else effective["scale"]
-        )
+        factored = default_scale(effective["level"], "factored")
+        effective["embedding_scale"] = factored if rule == "factored" else effective["scale"]
     for name in names_of(lambda each: each.rule not in (None, effective["second_moment"])):
         effective.pop(name, None)
     if releases_gradients(args):

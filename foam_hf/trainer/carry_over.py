@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from foam_hf.optim_args import default_scale, names_of, option, written
+from foam_hf.optim_args import default_scale, embedding_rule_of, names_of, option, written
 from foam_hf.optimizer.foam import FOAM
 from foam_hf.optimizer.groups import foam_param_groups, plain_options, wraps_models
 from foam_hf.optimizer.names import named
@@ -18,7 +18,12 @@ from foam_hf.optimizer.state import CheckpointMismatchError, check_checkpoint, w
 
 
 def continuing_args(
-    model: nn.Module, target_modules: Any, given: dict[str, Any], error: CheckpointMismatchError
+    model: nn.Module,
+    target_modules: Any,
+    given: dict[str, Any],
+    error: CheckpointMismatchError,
+    *,
+    blocks_alone: bool = False,
 ) -> str | None:
     """The `optim_args` of `optim="foam"` that make the groups of a checkpoint, or None if no `optim_args` make them.
 
@@ -27,6 +32,7 @@ def continuing_args(
         target_modules: the run's `optim_target_modules`.
         given: the run's `optim_args`, parsed; keys that do not change the groups are kept.
         error: what loading the checkpoint raised; it holds the checkpoint's state dict.
+        blocks_alone: as for `embedding_rule_of`.
     """
     saved_groups = [with_dtype(group) for group in error.state_dict["param_groups"]]
     plain = plain_options()
@@ -36,8 +42,9 @@ def continuing_args(
     folded = folding[0]
     options = {name: folded.get(name, default) for name, default in _carried_defaults().items()}
     options["scale"] = folded.get("scale", default_scale(options["level"], options["second_moment"]))
-    tables = _of_tables(folding, options)
-    for embeddings, head in itertools.product((None, False, True), repeat=2):
+    decided = embedding_rule_of(options, blocks_alone=blocks_alone)
+    folds = [*itertools.product((None, False, True), repeat=2)]
+    for tables, (embeddings, head) in itertools.product(_of_tables(folding, options, decided), folds):
         choice: dict[str, Any] = {"fold_embeddings": embeddings, "fold_head": head, **tables}
         groups = foam_param_groups(
             model, target_modules=target_modules, second_moment=options["second_moment"], **choice
@@ -48,21 +55,25 @@ def continuing_args(
                 check_checkpoint(error.state_dict, optimizer.param_groups)
         except (TypeError, ValueError):
             continue
-        return _as_optim_args({**options, **choice}, given)
+        return _as_optim_args({**options, **choice}, given, decided)
     return None
 
 
-def _of_tables(folding: list[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
-    """The scale and rule of a checkpoint's embeddings and heads; None if they are in the groups of other matrices."""
-    rule, block = options["second_moment"], option("embedding_rule").default
+def _of_tables(folding: list[dict[str, Any]], options: dict[str, Any], decided: str | None) -> list[dict[str, Any]]:
+    """What the scale and rule of a checkpoint's embeddings and heads may be; `decided` is the rule without options."""
+    rule, block = options["second_moment"], option("second_moment").default
+    if rule != block:
+        return [{"embedding_scale": None, "embedding_rule": None}]
     fields = [(group.get("scale"), group.get("second_moment", block)) for group in folding]
     others = [each for each in fields if each != fields[0]]
-    if rule != block or not others:
-        return {"embedding_scale": None, "embedding_rule": block}
+    if (
+        not others
+    ):  # none of them folds, so that their rule does not matter, or they are in the groups of other matrices
+        return [{"embedding_scale": None, "embedding_rule": each} for each in dict.fromkeys((decided, block))]
     scale, second_moment = others[0]
     if second_moment != block and scale == default_scale(options["level"], second_moment):
         scale = None
-    return {"embedding_scale": scale, "embedding_rule": second_moment}
+    return [{"embedding_scale": scale, "embedding_rule": second_moment}]
 
 
 def explain_folded_heads(model: nn.Module, error: CheckpointMismatchError) -> str:
@@ -81,10 +92,11 @@ def _carried_defaults() -> dict[str, Any]:
     return {name: option(name).default for name in names_of(lambda each: each.carried)}
 
 
-def _as_optim_args(options: dict[str, Any], given: dict[str, Any]) -> str:
+def _as_optim_args(options: dict[str, Any], given: dict[str, Any], decided: str | None) -> str:
     """The text of `optim_args`: those `options` that differ from the default, then the other keys of `given`."""
     defaults = {**_carried_defaults(), "scale": default_scale(options["level"], options["second_moment"])}
     defaults |= {name: option(name).default for name in names_of(lambda each: each.grouping and not each.field)}
-    keys = {name: value for name, value in options.items() if value != defaults[name]}
+    defaults["embedding_rule"] = decided
+    keys = {name: value for name, value in options.items() if value is not None and value != defaults[name]}
     keys |= {name: value for name, value in given.items() if name not in options}
     return ",".join(f"{name}={written(value)}" for name, value in keys.items())

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from foam_hf.optim_args import one_of_ours, option
+from foam_hf.optim_args import one_of_ours
 from foam_hf.optimizer.checks import whole_weights_problem
 from foam_hf.rules.all import rule_named
 from foam_hf.tensors.places import is_sharded
@@ -168,7 +168,7 @@ def refuse_ready_made_optimizer(trainer: Any) -> None:
 def refuse_kept_gradients(args: Any) -> None:
     """Raise ValueError for TrainingArguments that need gradients after the backward pass."""
     options = requested_options(args)
-    rules = {name: options.get(name, option(name).default) for name in ("second_moment", "embedding_rule")}
+    rules = {name: options[name] for name in ("second_moment", "embedding_rule") if name in options}
     for name, rule in rules.items():
         if args.gradient_accumulation_steps > 1 and rule_named(rule).update_micro is None:
             raise ValueError(

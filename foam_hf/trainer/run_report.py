@@ -116,7 +116,9 @@ def predict(
         )
     except ValueError as error:
         return replace(predicted, note=f"{shape}: {error}")
-    activations = max(estimate.bytes, optimizer_temporary_bytes(model, optim))
+    blocks_alone = release and args.gradient_accumulation_steps > 1
+    of_step = optimizer_temporary_bytes(model, optim, args.optim_args, blocks_alone=blocks_alone)
+    activations = max(estimate.bytes, of_step)
     peak = None if state is None else counted.weights + counted.gradients + state + activations
     return replace(predicted, activations=activations, peak=peak, note=f"{shape}; activations {estimate.note}")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from foam_hf.optim_args import foam_options, option, parse_optim_args
 from foam_hf.trainer import checkpoints, weights
-from foam_hf.trainer.build import with_current_trainer
+from foam_hf.trainer.build import updates_by_blocks_alone, with_current_trainer
 from foam_hf.trainer.lost_process import explain_lost_process
 from foam_hf.trainer.names import foam_of, releases_gradients, requested_options, uses_foam
 from foam_hf.trainer.offload import refuse_with_offload
@@ -106,13 +106,17 @@ def _suggest_optim_args(trainer: Any) -> Iterator[None]:
             raise
         from foam_hf.trainer.carry_over import continuing_args, explain_folded_heads
 
-        args = trainer.args
-        fitting = continuing_args(trainer.model, args.optim_target_modules, parse_optim_args(args.optim_args), error)
+        args, blocks_alone = trainer.args, updates_by_blocks_alone(trainer.args, trainer)
+        given = parse_optim_args(args.optim_args)
+        fitting = continuing_args(trainer.model, args.optim_target_modules, given, error, blocks_alone=blocks_alone)
         if fitting is None and (reason := explain_folded_heads(trainer.model, error)):
             raise ValueError(f"{error}. {reason}.") from error
         if fitting is None or _equal(foam_options("foam", fitting), requested_options(args)):
             raise  # in the second case something else made these groups, as a trainer's own create_optimizer
-        raise ValueError(f"{error}. To go on with this checkpoint: optim='foam', optim_args={fitting!r}.") from error
+        one_pass = ", gradient_accumulation_steps=1" if blocks_alone and "=factored" in fitting else ""
+        raise ValueError(
+            f"{error}. To go on with this checkpoint: optim='foam', optim_args={fitting!r}{one_pass}."
+        ) from error
 
 
 def _equal(some: dict[str, Any], others: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 from foam_hf import FOAM, foam_param_groups
 from foam_hf.optim_args import SCALES
 from foam_hf.optimizer.groups import foam_parameter_names, grouping_options, layer_names
+from foam_hf.optimizer.tables import OTHERWISE
 from tests.support import tiny_models
 
 pytestmark = pytest.mark.compat
@@ -171,7 +172,7 @@ def test_groups_hold_the_named_parameters_with_their_options(kind):
         options = {name: value for name, value in group.items() if name != "params"}
         expected = {
             "folded": {"level": 4, "scale": 0.5},
-            "table": {"level": 4, "scale": 0.25},
+            "table": {"level": 4, "scale": 0.25, "second_moment": "factored", OTHERWISE: (None, 0.25)},
             "plain": {"level": 0, "scale": 1.0, "second_moment": "block"},
         }[key.split("/")[0]]
         assert options == {"weight_decay": 0.1 if key.endswith("/decay") else 0.0, **expected}
@@ -181,13 +182,13 @@ def test_foam_fills_in_what_the_folded_groups_leave_open():
     optimizer = FOAM(
         foam_param_groups(tiny_models.tiny_roberta(), weight_decay=0.1), lr=3e-4, betas=(0.8, 0.9), level=5
     )
-    assert [group["level"] for group in optimizer.param_groups] == [5, 0, 0]
-    assert [group["scale"] for group in optimizer.param_groups] == [SCALES["block"], 1.0, 1.0]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+    assert [group["level"] for group in optimizer.param_groups] == [5, 5, 0, 0]
+    assert [group["scale"] for group in optimizer.param_groups] == [SCALES["block"], SCALES["factored"], 1.0, 1.0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.1, 0.0]
     assert all(group["lr"] == 3e-4 and group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
 
 
-def test_embeddings_and_heads_have_a_scale_and_rule_of_their_own_if_asked(kind):
+def test_embeddings_and_heads_have_a_scale_and_rule_of_their_own(kind):
     model = tiny_models.BUILDERS[kind]()
     names = foam_parameter_names(model, tables=True)
     tables = {*names.get("table/decay", []), *names.get("table/no_decay", [])}
@@ -202,8 +203,11 @@ def test_embeddings_and_heads_have_a_scale_and_rule_of_their_own_if_asked(kind):
         }
 
     for options, expected in (
-        ({}, (SCALES["block"], "block")),
-        ({"embedding_scale": 2.0}, (2.0, "block")),
+        ({}, (1.0, "factored")),
+        ({"level": "row"}, (1.0, "factored")),
+        ({"embedding_scale": 2.0}, (2.0, "factored")),
+        ({"embedding_rule": "block"}, (SCALES["block"], "block")),
+        ({"embedding_rule": "block", "embedding_scale": 2.0}, (2.0, "block")),
         ({"embedding_rule": "factored"}, (1.0, "factored")),
         ({"embedding_scale": 3.0, "embedding_rule": "factored"}, (3.0, "factored")),
     ):
@@ -223,13 +227,46 @@ def test_other_rules_keep_what_they_do_with_embeddings(rule):
     ]
 
 
-def test_an_embedding_scale_like_that_of_all_matrices_makes_no_groups():
+@pytest.mark.parametrize(
+    ("options", "blocks_alone"),
+    [({"embedding_rule": "block"}, False), ({}, True), ({"level": 0, "scale": 3.0}, False)],
+)
+def test_blocks_at_the_scale_of_all_matrices_make_no_groups(options, blocks_alone):
     model = tiny_models.tiny_llama()
-    options = {"scale": 3.0, "embedding_scale": 3.0}
-    chosen = grouping_options(options)
-    assert options == {"scale": 3.0}
-    groups = foam_param_groups(model, **chosen)
-    assert len(groups) == len(foam_param_groups(model)) < len(foam_param_groups(model, embedding_scale=1.0))
+    options = {"scale": 3.0, "embedding_scale": 3.0, **options}
+    groups = foam_param_groups(model, **grouping_options(options, blocks_alone=blocks_alone))
+    assert "embedding_scale" not in options and "embedding_rule" not in options
+    assert len(groups) < len(foam_param_groups(model))
+    assert all(group["second_moment"] == "block" for group in FOAM(groups, **options).param_groups)
+
+
+def rules_of(optimizer):
+    return {(group["second_moment"], group["scale"]) for group in optimizer.param_groups if len(group["params"]) > 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {("block", 6.0), ("factored", 1.0)}),
+        ({"scale": 3.0}, {("block", 3.0), ("factored", 1.0)}),
+        ({"level": 0}, {("block", 1.0)}),  # AdamW
+        ({"second_moment": "factored"}, {("factored", 1.0)}),
+        ({"second_moment": "adam_mini", "scale": 2.0}, {("adam_mini", 2.0)}),
+    ],
+)
+def test_arguments_of_the_optimizer_decide_the_rule_of_embeddings_as_those_of_groups_do(options, expected):
+    """By hand the rule and level may be given to FOAM alone."""
+    groups = foam_param_groups(tiny_models.tiny_llama(), fold_head=True)
+    folded = [group for group in groups if group.get("level") != 0]
+    assert rules_of(FOAM(folded, **options)) == expected
+    assert rules_of(FOAM(foam_param_groups(tiny_models.tiny_llama(), **options)[: len(expected)])) == expected
+
+
+def test_a_checkpoint_does_not_tell_a_rule_that_was_left_open_from_one_that_was_asked_for():
+    open_, asked = (
+        FOAM(foam_param_groups(tiny_models.tiny_llama(), embedding_rule=rule)) for rule in (None, "factored")
+    )
+    assert open_.state_dict()["param_groups"] == asked.state_dict()["param_groups"]
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])

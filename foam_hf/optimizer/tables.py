@@ -1,0 +1,63 @@
+"""Embeddings and LM heads that have the factored rule because nobody asked for another, and what takes its place.
+
+`foam_param_groups` marks their groups. A run that updates by blocks alone then needs no option: under DeepSpeed's
+ZeRO, with gradient release and several backward passes, and at level 0 they are updated like other matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from foam_hf.optim_args import default_scale
+from foam_hf.tensors.rows import PLAIN, kind_of
+
+Group = dict[str, Any]
+
+# The mark: the second_moment and the scale that take the place of the group's; None is the optimizer's.
+OTHERWISE = "otherwise"
+
+
+def settle(group: Group, defaults: Mapping[str, Any]) -> None:
+    """Fill in the mark of ``group``, if it has one, from the optimizer's ``defaults``.
+
+    If the optimizer has another rule than block, that is the rule of embeddings too, and at level 0 they get AdamW.
+    """
+    if OTHERWISE not in group:
+        return
+    rule, scale = group[OTHERWISE]
+    rule = rule or defaults["second_moment"]
+    group[OTHERWISE] = rule, scale or defaults["scale"] or default_scale(group["level"], rule)
+    if rule != "block" or group["level"] == 0:
+        like_others(group)
+
+
+def like_others(group: Group) -> bool:
+    """Give ``group`` the rule and scale of other matrices if it is marked; whether it was."""
+    if OTHERWISE not in group:
+        return False
+    for name, value in zip(("second_moment", "scale"), group.pop(OTHERWISE), strict=True):
+        if value is None:
+            del group[name]  # the optimizer fills it in
+        else:
+            group[name] = value
+    return True
+
+
+def by_kind(weights: Sequence[Tensor], fields: Group) -> Iterator[tuple[Sequence[Tensor], Group]]:
+    """Yield ``weights`` with their ``fields``; INT8 ones apart if these are marked, as no kernel factors for them."""
+    quantized = [p for p in weights if kind_of(p) != PLAIN] if OTHERWISE in fields else []
+    if quantized:
+        ids, others = {*map(id, quantized)}, dict(fields)
+        like_others(others)
+        yield quantized, others
+        weights = [p for p in weights if id(p) not in ids]
+    if weights:
+        yield weights, fields
+
+
+def without_mark(groups: Iterable[Group]) -> list[Group]:
+    """Copies of ``groups`` as checkpoints hold them: where there is state, the rule is decided."""
+    return [{name: value for name, value in group.items() if name != OTHERWISE} for group in groups]
