@@ -21,11 +21,11 @@ from foam_hf.optimizer.foam import FOAM
 from foam_hf.optimizer.members import Group, Numbering, member_of, numbering_of
 from foam_hf.optimizer.sharding import add_over_shards, norms_of
 from foam_hf.optimizer.undo import Correction, Undo
+from foam_hf.rules.all import rule_of
 from foam_hf.tensors.folding import block_width
 from foam_hf.tensors.places import local
 from foam_hf.tensors.step import Member, State
 
-SECOND = "folded_exp_avg_sq"  # the second moment of the block rule, a mean of squares
 BY_SIZE = 0.01  # of the expected shares: second moments do not foresee a gradient that was zero so far
 LEAST_SEEN = 1e-4  # what little was seen says no more than this; moments are corrected by its root at most, 100 times
 
@@ -73,8 +73,8 @@ class ClipByAll:
         self._number: dict[int, int] = {}
         self._index: dict[tuple[int, ...], Tensor] = {}
         self._sizes = torch.empty(0)
-        self._widths: Tensor | None = None
-        self._shares = self._sizes
+        self._seconds: list[tuple[str, int]] | None = None  # of the released, see `_second_of`
+        self._counts = self._shares = self._sizes
         self._sums: Tensor | None = None  # of the squares and the shares of the gradients that this step has had
         self._scaling: Any = None  # a ``Scaling``, of which there is none without Triton
         self._undo: list[Undo] = []
@@ -93,7 +93,7 @@ class ClipByAll:
             self._members.clear()
             sizes = torch.tensor([float(p.numel()) for p in released])
             self._sizes = (sizes / sizes.sum()).to(local(released[0]).device if released else "cpu")
-            self._widths = None
+            self._seconds = None
         self.end()
         self._shares = self._expected_shares()
 
@@ -101,17 +101,18 @@ class ClipByAll:
         states = [self._optimizer.state.get(p, {}) for p in self._released]
         device = self._sizes.device
         found = [i for i, state in enumerate(states) if state]  # others had no gradient yet
-        if not found or not all(SECOND in states[i] and states[i][SECOND].device == device for i in found):
-            return self._sizes
-        if self._widths is None:
+        if self._seconds is None:
             groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-            widths = [float(block_width(groups[id(p)]["level"], p.shape[-1])) for p in self._released]
-            self._widths = torch.tensor(widths).to(device)
-        sums = torch._foreach_norm([local(states[i][SECOND]) for i in found], 1, dtype=torch.float32)
+            self._seconds = [_second_of(p, groups[id(p)]) for p in self._released]
+            self._counts = torch.tensor([float(count) for _, count in self._seconds]).to(device)
+        seconds = [states[i].get(self._seconds[i][0]) for i in found]
+        if not found or any(x is None or x.device != device for x in seconds):
+            return self._sizes
+        sums = torch._foreach_norm([local(x) for x in seconds], 1, dtype=torch.float32)
         summed = add_over_shards([self._released[i] for i in found], torch.stack(sums))
         if len(found) < len(states):
             summed = torch.zeros_like(self._sizes).index_copy_(0, torch.tensor(found).to(device), summed)
-        squares = summed * self._widths
+        squares = summed * self._counts
         total = squares.sum()
         shares = torch.lerp(squares / total, self._sizes, BY_SIZE)
         return torch.where((total > 0) & total.isfinite(), shares, self._sizes)
@@ -172,6 +173,14 @@ class ClipByAll:
         undo, self._undo = self._undo, []
         if undo:
             self._correction.run(undo, scale)
+
+
+def _second_of(p: Tensor, group: Group) -> tuple[str, int]:
+    """The state of ``p`` that holds means of squares, and of how many columns here; "" if its rule has none."""
+    rule, level = rule_of(p, group)
+    if rule.name == "factored":
+        return "row_exp_avg_sq", local(p).shape[-1]
+    return "folded_exp_avg_sq" if rule.name == "block" else "", block_width(level, p.shape[-1])
 
 
 def squares_of(params: Iterable[Tensor]) -> list[Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from foam_hf import FOAM, foam_param_groups
+from foam_hf.int8.weight import Int8Weight
 from foam_hf.optim_args import SCALES
 from foam_hf.optimizer.groups import foam_parameter_names, grouping_options, layer_names
 from foam_hf.optimizer.tables import OTHERWISE
@@ -260,6 +261,27 @@ def test_arguments_of_the_optimizer_decide_the_rule_of_embeddings_as_those_of_gr
     folded = [group for group in groups if group.get("level") != 0]
     assert rules_of(FOAM(folded, **options)) == expected
     assert rules_of(FOAM(foam_param_groups(tiny_models.tiny_llama(), **options)[: len(expected)])) == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 3.0}, {"embedding_scale": 2.0}])
+def test_an_int8_head_keeps_the_block_rule_for_which_it_has_kernels(options):
+    model = tiny_models.tiny_llama()
+    model.lm_head.weight = nn.Parameter(Int8Weight.from_float(model.lm_head.weight, 16), requires_grad=False)
+    model.lm_head.weight.requires_grad_(True)
+    optimizer = FOAM(foam_param_groups(model, **options))
+    found = {
+        name: (group["second_moment"], group["scale"])
+        for group in optimizer.param_groups
+        for name, p in model.named_parameters()
+        if any(p is each for each in group["params"]) and "layers" not in name and p.dim() > 1
+    }
+    scale = options.get("embedding_scale")
+    assert found == {
+        "model.embed_tokens.weight": ("factored", scale or 1.0),
+        "lm_head.weight": ("block", scale or options.get("scale", SCALES["block"])),
+    }
+    asked = FOAM(foam_param_groups(model, embedding_rule="factored"))
+    assert sum(len(g["params"]) for g in asked.param_groups if g["second_moment"] == "factored") == 2
 
 
 def test_a_checkpoint_does_not_tell_a_rule_that_was_left_open_from_one_that_was_asked_for():

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from foam_hf import FOAM, enable_gradient_release
+from foam_hf import FOAM, enable_gradient_release, foam_param_groups
 from foam_hf.int8.weight import Int8Weight
 from tests.support.reference import MicroReference
+from tests.support.tiny_models import tiny_llama
 from tests.support.tolerances import assert_within
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -378,3 +379,25 @@ def test_numbers_of_micro_batches_and_rules_that_cannot_be_are_refused() -> None
     release = enable_gradient_release(model, optimizer)
     with pytest.raises(ValueError, match="with the largest N there will be"):
         release.accumulation = 2
+
+
+def test_embeddings_whose_rule_was_left_open_get_the_block_rule_and_others_are_refused_by_name() -> None:
+    rules = {}
+    for accumulation in (1, 2):
+        model = tiny_llama()
+        optimizer = FOAM(foam_param_groups(model), scale=3.0)
+        enable_gradient_release(model, optimizer, accumulation=accumulation)
+        rules[accumulation] = {(g["second_moment"], g["scale"]) for g in optimizer.param_groups if g["level"]}
+    assert rules == {1: {("block", 3.0), ("factored", 1.0)}, 2: {("block", 3.0)}}
+    asked, begun = tiny_llama(), tiny_llama()
+    optimizers = FOAM(foam_param_groups(asked, embedding_rule="factored")), FOAM(foam_param_groups(begun))
+    language_loss(begun).backward()
+    optimizers[1].step()  # its state is that of the factored rule
+    for model, optimizer in zip((asked, begun), optimizers, strict=True):
+        with pytest.raises(ValueError, match=r"expected .* \(for embeddings and heads embedding_rule='block'\)"):
+            enable_gradient_release(model, optimizer, accumulation=2)
+
+
+def language_loss(model: nn.Module) -> Any:
+    tokens = torch.arange(24).view(2, 12)
+    return model(input_ids=tokens, labels=tokens).loss

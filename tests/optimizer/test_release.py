@@ -19,6 +19,7 @@ from torch.utils.data import default_collate
 from foam_hf import FOAM, enable_gradient_release, foam_param_groups
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.optimizer import buckets
+from foam_hf.optimizer.clipping import BY_SIZE
 from tests.support.rules import FUSED
 from tests.support.rules import OPTIONS as RULES
 from tests.support.tiny_models import (
@@ -413,6 +414,30 @@ def test_gradients_clipped_in_one_launch_give_the_bits_of_one_by_one(
         runs += [model, optimizer]
     assert_same(*runs)
     assert launches[0] == len(list(model.parameters())) > launches[1]
+
+
+@pytest.mark.parametrize("rule", ["block", "factored"])
+def test_the_norm_of_steady_gradients_is_expected_rightly_whatever_the_rule_of_embeddings(rule: str) -> None:
+    """From the first of them on: an expectation by the numbers of elements would give embeddings too large a share."""
+    model = tiny_llama().to(DEVICE)
+    optimizer = FOAM(foam_param_groups(model, level=3, embedding_rule=rule), lr=0.0)
+    handle = enable_gradient_release(model, optimizer, max_grad_norm=1e9)
+    batch = {name: x.to(DEVICE) for name, x in default_collate([*language_data(4)]).items()}
+    for _ in range(3):
+        model(**batch).loss.backward()
+        squares = float(handle.grad_norm) ** 2
+        optimizer.step()
+    handle._updates.begin([p for p in model.parameters() if p.dim() > 1], 1)
+    shares = handle._updates.clip_all._shares
+    model(**batch).loss.backward()  # the hooks free gradients, so find them without
+    handle.remove()
+    optimizer.zero_grad()
+    model(**batch).loss.backward()
+    found = torch.tensor([float(p.grad.square().sum()) for p in model.parameters() if p.dim() > 1])
+    assert squares == pytest.approx(float(sum(p.grad.square().sum() for p in model.parameters())), rel=1e-3)
+    sizes = torch.tensor([float(p.numel()) for p in model.parameters() if p.dim() > 1])
+    expected = torch.lerp(found / found.sum(), sizes / sizes.sum(), BY_SIZE)
+    assert_within(shares.cpu(), expected, "expected shares of a norm")
 
 
 def test_a_bound_that_is_never_reached_changes_no_bit() -> None:

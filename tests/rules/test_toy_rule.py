@@ -216,7 +216,7 @@ def test_the_plan_has_its_temporary_bytes() -> None:
     model = tiny_llama()
     largest = max(p.numel() for p in model.parameters() if p.dim() > 1)
     assert optimizer_temporary_bytes(model, "foam", "second_moment=sign") == 20 * largest
-    assert optimizer_temporary_bytes(model, "foam", "second_moment=block") == 0
+    assert optimizer_temporary_bytes(model, "foam", "embedding_rule=block") == 0
 
 
 def in_two_processes(function: Callable[..., dict[str, Any]], folder: Path) -> list[dict[str, Any]]:

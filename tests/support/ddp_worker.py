@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 
-from tests.support.sharding_trainer_worker import MUON, SHORT, lora, run
+from tests.support.sharding_trainer_worker import BLOCKS, DEFAULT, MUON, SHORT, lora, run
 from tests.support.torchrun import launch
 
 # Settings of runs of SHORT steps, each compared with the same run in one process.
 CASES: dict[str, dict[str, Any]] = {
-    "row": {"optim": "foam_mini", "optim_args": "scale=0.25"},
+    "default": {"optim_args": DEFAULT},
+    "default, row": {"optim": "foam_mini", "optim_args": "scale=0.25"},
+    "row": {"optim": "foam_mini", "optim_args": "scale=0.25,embedding_rule=block"},
     "factored": {"optim_args": "level=3,scale=0.25,second_moment=factored"},
     "muon": {"optim": "foam_muon", "optim_args": "level=3"},
     "muon, embeddings and head plain": MUON,
     "adam_mini": {"optim": "foam_adam_mini", "optim_args": "level=3"},
-    "plain_state=8bit": {"optim_args": "level=3,scale=0.25,plain_state=8bit"},
+    "plain_state=8bit": {"optim_args": f"{BLOCKS},plain_state=8bit"},
     "accumulation": {"gradient_accumulation_steps": 2},
     "release, accumulation": {
         "optim_args": "level=3,scale=0.25,gradient_release=true",

@@ -27,7 +27,7 @@ from foam_hf.memory import state_bytes
 from foam_hf.memory.storages import storages, total
 from foam_hf.planner.fsdp2 import _gathered
 from tests.support.devices import DEVICE, placed
-from tests.support.sharding_trainer_worker import FSDP, allow_fsdp_on_cpus, environment, run
+from tests.support.sharding_trainer_worker import BLOCKS, FSDP, allow_fsdp_on_cpus, environment, run
 from tests.support.sharding_worker import full_tensor
 from tests.support.tiny_models import tiny_llama, tiny_qwen2
 from tests.support.torchrun import launch
@@ -276,7 +276,7 @@ def loaded(folder: Path) -> Any:
 FEATURES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "accumulation": ({}, {"gradient_accumulation_steps": 2}),
     "checkpointing": ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}),
-    "release": ({}, {"optim_args": "level=3,scale=0.25,gradient_release=true"}),
+    "release": ({}, {"optim_args": f"{BLOCKS},gradient_release=true"}),
     "tied": ({"FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen2DecoderLayer"}, {"model": lambda folder: model(tied=True)}),
     "read by each rank": ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {"model": loaded}),
 }

@@ -68,6 +68,7 @@ CASES = {
     "bfloat16": Case(dtype=BF16, clip=1e9),
     "INT8": Case(build=lambda: quantized(tiny_llama()), dtype=BF16),
     "tied embeddings": Case(build=tiny_qwen2, dtype=BF16),
+    "default": Case(options={"embedding_rule": None}),
     "factored": Case(options={"second_moment": "factored"}),
     "checkpointing": Case(checkpointing=False),
     "reentrant checkpointing": Case(dtype=BF16, checkpointing=True),
@@ -88,9 +89,11 @@ def make(case: Case) -> tuple[nn.Module, FOAM]:
     if case.checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing})
         model.enable_input_require_grads()
-    groups = foam_param_groups(model, weight_decay=0.1, level=3)
+    options = dict(case.options)
+    rule = options.pop("embedding_rule", "block")
+    groups = foam_param_groups(model, weight_decay=0.1, level=3, embedding_rule=rule)
     for group in groups:
-        group.update(case.options)
+        group.update(options)
     return model, FOAM(groups, lr=1e-2)
 
 

@@ -65,6 +65,7 @@ FSDP2_CASES = {
     "block": Case(),
     "bfloat16, a bound that is never reached": Case(dtype=BF16, clip=1e9),
     "many layers": Case(build=lambda: tiny_llama(num_hidden_layers=6)),
+    "default": Case(options={"embedding_rule": None}),
     "row": Case(options={"level": "row"}),
     "factored": Case(options={"second_moment": "factored"}),
     "factored, bfloat16": Case(dtype=BF16, options={"second_moment": "factored", "state_dtype": BF16}),
@@ -114,9 +115,11 @@ def sharded(case: Case, mesh: Any) -> tuple[nn.Module, FOAM]:
     for layer in layers:
         fully_shard(layer, mesh=mesh, **case.shard)
     fully_shard(model, mesh=mesh, **case.shard)
-    groups = foam_param_groups(model, weight_decay=0.1, level=3)
+    options = dict(case.options)
+    rule = options.pop("embedding_rule", "block")
+    groups = foam_param_groups(model, weight_decay=0.1, level=3, embedding_rule=rule)
     for group in groups:
-        group.update(case.options)
+        group.update(options)
     return model, FOAM(groups, lr=1e-2)
 
 

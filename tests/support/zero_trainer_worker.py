@@ -120,7 +120,8 @@ def run(
         defaults = {
             "output_dir": str(folder),
             "optim": "foam",
-            "optim_args": "level=3,scale=0.25",
+            # What ZeRO decides by itself is asked for where one process would decide otherwise.
+            "optim_args": "level=3,scale=0.25" + (",embedding_rule=block" if world == 1 else ""),
             "learning_rate": 5e-3,
             "per_device_train_batch_size": BATCH,
             "weight_decay": 0.1,
@@ -166,7 +167,7 @@ FEATURES: dict[str, tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]] = {
     "checkpointing": ((3,), {}, {"gradient_checkpointing": True}),
     "offload": ((1, 2, 3), OFFLOAD, {}),
     "lora": ((1, 2, 3), {}, {"model": lora}),
-    "mini": ((3,), {}, {"optim": "foam_mini", "optim_args": "scale=0.25"}),
+    "mini": ((3,), {}, {"optim": "foam_mini", "optim_args": "scale=0.25,embedding_rule=block"}),
 }
 
 

@@ -23,9 +23,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from foam_hf import FOAM, enable_gradient_release
+from foam_hf import FOAM, enable_gradient_release, foam_param_groups
 from foam_hf.memory import expected_state_bytes, state_bytes
 from tests.support.devices import BACKEND, DEVICE, choose_gpu, placed
+from tests.support.tiny_models import tiny_llama
 from tests.support.tolerances import assert_within, error
 from tests.support.torchrun import launch
 
@@ -300,7 +301,15 @@ def refuses_before_the_first_step() -> None:
     def other_groups(optimizer: FOAM) -> None:
         optimizer.param_groups[:] = [dict(group) for group in optimizer.param_groups]
 
+    def asked(stage: int) -> None:
+        engine = llama_on(stage, embedding_rule="factored")[0]
+        engine.backward(engine(**TOKENS).loss)
+        engine.step()
+
     for stage in (2, 3):
+        refused(
+            "expected second_moment='block' (for embeddings and heads embedding_rule='block')", partial(asked, stage)
+        )
         for rule in ("factored", "muon", "adam_mini"):
             options = {"second_moment": rule, **({} if rule == "factored" else {"level": 8})}
             refused(f"second_moment={rule!r} needs whole matrices", first_step(stage, None, **options))
@@ -311,6 +320,42 @@ def refuses_before_the_first_step() -> None:
         _, model, optimizer = engine_of({"zero": {"stage": stage}})
         release = partial(enable_gradient_release, model, optimizer)
         refused("gradient release does not run with DeepSpeed's ZeRO", release)
+
+
+TOKENS = {name: placed(torch.arange(24).view(2, 12)) for name in ("input_ids", "labels")}
+
+
+def llama_on(stage: int, **options: Any) -> tuple[Any, nn.Module, FOAM]:
+    """An engine for a model with embedding and head, in groups of `foam_param_groups`."""
+    model = placed(tiny_llama())
+    optimizer = FOAM(foam_param_groups(model, level=3, **options), lr=1e-3)
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, **({"memory_efficient_linear": False} if stage == 3 else {})},
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine, model, optimizer
+
+
+def groups_made_by_hand_need_no_option() -> None:
+    """Embedding and head, which are factored elsewhere, have the block rule of other matrices."""
+    alone = placed(tiny_llama())
+    one = FOAM(foam_param_groups(alone, level=3, embedding_rule="block"), lr=1e-3)
+    for _ in range(SHORT):
+        alone(**TOKENS).loss.backward()
+        one.step()
+        one.zero_grad()
+    for stage in (1, 2, 3):
+        engine, model, optimizer = llama_on(stage)
+        assert "factored" in {group["second_moment"] for group in optimizer.param_groups}
+        for _ in range(SHORT):
+            engine.backward(engine(**TOKENS).loss)
+            engine.step()
+        assert {group["second_moment"] for group in optimizer.param_groups} == {"block"}
+        for mine, theirs in zip(whole(model), alone.parameters(), strict=True):
+            assert_within(mine, theirs.detach(), "ZeRO 3 against one process, 10 steps")
 
 
 def check_all(folder: Path) -> None:
@@ -328,6 +373,7 @@ def check_all(folder: Path) -> None:
         if get_accelerator().is_fp16_supported():  # not by every CPU
             float16()
         resumes(3, folder, world, sub_group_size=20_000)
+        groups_made_by_hand_need_no_option()
         refuses_before_the_first_step()
 
 

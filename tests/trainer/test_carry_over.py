@@ -1,7 +1,7 @@
-"""A checkpoint that version 0.1.0 wrote under its defaults: refused with what continues it, and then continued.
+"""Checkpoints that earlier versions wrote under their defaults: refused with what continues them, and then continued.
 
-`data/checkpoint-0.1.0.tar.gz` has checkpoints 2 and 4 of `trainer(...).train()` under version 0.1.0, whose defaults
-were scale 0.25 and plain embeddings and heads.
+`data/checkpoint-VERSION.tar.gz` has checkpoints 2 and 4 of `trainer(...).train()` under that version. By default 0.1.0
+had scale 0.25 and plain embeddings and heads, and 0.3.0 embeddings and heads in the groups of other matrices.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 import foam_hf
 from tests.support.tiny_models import tiny_llama
 
-CHECKPOINTS = Path(__file__).resolve().parents[1] / "data" / "checkpoint-0.1.0.tar.gz"
+DATA = Path(__file__).resolve().parents[1] / "data"
 PAPER = "scale=0.25,fold_embeddings=false,fold_head=false"
 
 
@@ -38,17 +38,21 @@ class Counting(Dataset):
 def trainer(folder: Path, around: Any = None, **settings: Any) -> Trainer:
     settings = {"optim": "foam", "learning_rate": 1e-3, "save_steps": 2, "max_steps": 4, **settings}
     args = TrainingArguments(
-        output_dir=str(folder), report_to="none", use_cpu=True, per_device_train_batch_size=4, **settings
+        output_dir=str(folder), report_to="none", use_cpu=True, **{"per_device_train_batch_size": 4, **settings}
     )
     model = tiny_llama(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
     return Trainer(model=around(model) if around else model, args=args, train_dataset=Counting())
 
 
+def checkpoint_of(version: str, folder: Path) -> Path:
+    with tarfile.open(DATA / f"checkpoint-{version}.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "checkpoint-2"
+
+
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    with tarfile.open(CHECKPOINTS) as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path / "checkpoint-2"
+    return checkpoint_of("0.1.0", tmp_path)
 
 
 def test_under_the_new_defaults_it_is_refused_with_the_arguments_that_continue_it(old: Path) -> None:
@@ -75,6 +79,44 @@ def test_with_these_it_goes_on_as_it_did(old: Path, optim_args: str) -> None:
         torch.testing.assert_close(weight.detach(), expected[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("optim_args", ["", "gradient_release=true"])
+def test_one_of_version_0_3_0_goes_on_with_the_block_rule_of_embeddings(tmp_path: Path, optim_args: str) -> None:
+    old = checkpoint_of("0.3.0", tmp_path)
+    run = trainer(tmp_path, optim_args=optim_args)
+    words = ",".join(filter(None, ["embedding_rule=block", optim_args]))
+    with pytest.raises(ValueError, match=re.escape(f"optim='foam', optim_args='{words}'.")):
+        run.train(resume_from_checkpoint=str(old))
+    assert run.state.global_step == 2, "no step was made"
+    expected = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    run = trainer(tmp_path, optim_args=words)
+    run.train(resume_from_checkpoint=str(old))
+    assert run.state.global_step == 4
+    if optim_args:  # release clips by what the norm is expected to be
+        return
+    for name, weight in run.model.named_parameters():
+        torch.testing.assert_close(weight.detach(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_one_of_version_0_3_0_with_release_and_accumulation_goes_on_as_it_is(tmp_path: Path) -> None:
+    old = checkpoint_of("0.3.0", tmp_path)
+    accumulating = {"optim_args": "gradient_release=true", "gradient_accumulation_steps": 2}
+    run = trainer(tmp_path, per_device_train_batch_size=2, **accumulating)
+    run.train(resume_from_checkpoint=str(old))
+    assert run.state.global_step == 4
+
+
+def test_release_with_accumulation_cannot_go_on_from_factored_embeddings_and_says_with_what_it_can(
+    tmp_path: Path,
+) -> None:
+    trainer(tmp_path, optim_args="gradient_release=true", max_steps=2).train()
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    run = trainer(tmp_path, optim_args="gradient_release=true", **batches)
+    words = "optim_args='embedding_rule=factored,gradient_release=true', gradient_accumulation_steps=1."
+    with pytest.raises(ValueError, match=re.escape(words)):
+        run.train(resume_from_checkpoint=True)
+    trainer(tmp_path, optim_args="embedding_rule=factored,gradient_release=true").train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -82,16 +124,15 @@ def test_with_these_it_goes_on_as_it_did(old: Path, optim_args: str) -> None:
         ("second_moment=factored,fold_head=false", "second_moment=factored,fold_head=false"),
         (f"second_moment=muon,{PAPER}", f"second_moment=muon,{PAPER}"),
         ("second_moment=muon", "second_moment=muon"),
-        ("embedding_scale=6", ""),  # that of all matrices
-        ("scale=8,embedding_scale=1", "scale=8.0,embedding_scale=1.0"),
+        ("embedding_rule=block", "embedding_rule=block"),
+        ("embedding_rule=block,embedding_scale=6", "embedding_rule=block"),  # the scale of all matrices
+        ("embedding_rule=block,scale=8,embedding_scale=1", "embedding_rule=block,scale=8.0,embedding_scale=1.0"),
+        ("embedding_rule=block,fold_embeddings=false", "embedding_rule=block,fold_embeddings=false"),
+        ("embedding_rule=block,fold_embeddings=false,fold_head=false", "fold_embeddings=false,fold_head=false"),
         ("embedding_scale=0.5,fold_head=false", "embedding_scale=0.5,fold_head=false"),
-        ("embedding_rule=factored", "embedding_rule=factored"),
-        ("embedding_rule=factored,embedding_scale=1,scale=2", "embedding_rule=factored,scale=2.0"),
-        ("embedding_rule=factored,embedding_scale=6", "embedding_rule=factored,embedding_scale=6.0"),
-        (
-            "level=row,embedding_rule=factored,embedding_scale=4",
-            "level=row,embedding_rule=factored,embedding_scale=4.0",
-        ),
+        ("embedding_scale=1,scale=2", "scale=2.0"),
+        ("embedding_rule=factored,embedding_scale=6", "embedding_scale=6.0"),
+        ("level=row,embedding_rule=factored,embedding_scale=4", "level=row,embedding_scale=4.0"),
         ("", ""),
     ],
 )
@@ -117,7 +158,14 @@ def test_options_that_are_in_use_are_no_advice(tmp_path: Path, optim_args: str) 
 
 
 @pytest.mark.parametrize("kind", ["full", "sharded"])
-@pytest.mark.parametrize(("before", "after"), [("embedding_scale=1.0", "level=8"), ("", "embedding_scale=1.0")])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("embedding_rule=block", "level=8"),
+        ("", "embedding_rule=block"),
+        ("embedding_scale=1.0,embedding_rule=block", "embedding_rule=block"),
+    ],
+)
 def test_groups_that_fsdp2_would_mix_up_are_refused_and_named(
     tmp_path: Path, kind: str, before: str, after: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

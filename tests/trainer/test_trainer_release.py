@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import statistics
 from pathlib import Path
@@ -209,6 +210,24 @@ def test_the_model_card_names_it(tmp_path: Path) -> None:
     assert "gradient_release" not in describe_optimizer(make(tmp_path, release=False).args)
 
 
+@pytest.mark.parametrize(("release", "steps"), [(False, 2), (True, 1), (True, 2)])
+def test_embeddings_have_the_block_rule_where_release_adds_up_backward_passes(
+    tmp_path: Path, release: bool, steps: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without an option: the optimizer, what is logged of it, and the model card say the same."""
+    blocks = release and steps > 1
+    with caplog.at_level(logging.INFO, logger="foam_hf"):
+        trainer = make(tmp_path, release, max_steps=1, gradient_accumulation_steps=steps)
+        trainer.train()
+    embedding = trainer.model.model.embed_tokens.weight
+    (group,) = (g for g in optimizer_of(trainer).param_groups if any(p is embedding for p in g["params"]))
+    assert (group["second_moment"], group["scale"]) == (("block", 6.0) if blocks else ("factored", 1.0))
+    card = describe_optimizer(trainer.args)
+    assert ("embedding_scale=6.0, embedding_rule=block" in card) == blocks
+    assert ("embedding_scale=1.0, embedding_rule=factored" in card) != blocks
+    assert ("scale 1, second moment factored): 2 tensors" in caplog.text) != blocks
+
+
 # what is refused
 
 
@@ -376,7 +395,8 @@ def test_accumulation_keeps_no_gradient_and_follows_shorter_last_steps(tmp_path:
         before = [p.detach().clone() for p in model.parameters()]
         lives.append(LiveGradients())
         settings = {"gradient_accumulation_steps": 3, "max_steps": -1, "num_train_epochs": 2, "max_grad_norm": 0}
-        linear = {"adam_epsilon": 1e6, "learning_rate": 200.0, "weight_decay": 0.0}
+        linear: dict[str, Any] = {"adam_epsilon": 1e6, "learning_rate": 200.0, "weight_decay": 0.0}
+        linear["optim_args"] = f"level=3,gradient_release={release},embedding_rule=block"  # as with release alone
         trainer = make(tmp_path, release, model=model, callbacks=[lives[-1]], **settings, **linear)
         trainer.train()
         pairs = zip(model.parameters(), before, strict=True)
@@ -419,11 +439,12 @@ def test_training_goes_on_after_a_spike_as_with_true_clipping(tmp_path: Path, fa
             return loss * self.factor if self.step_is_spiky else loss
 
     batches = {"gradient_accumulation_steps": steps, "per_device_train_batch_size": 4 // steps}
+    settings = {"max_grad_norm": 0.5, "learning_rate": 4e-3, "max_steps": 80, **batches}
     ends = []
     for release, times in ((True, 1.0), (True, factor), (False, factor)):
-        trainer = make(
-            tmp_path, release, trainer_class=Spiky, max_grad_norm=0.5, learning_rate=4e-3, max_steps=80, **batches
-        )
+        if steps > 1:  # as with release alone
+            settings["optim_args"] = f"level=3,gradient_release={release},embedding_rule=block"
+        trainer = make(tmp_path, release, trainer_class=Spiky, **settings)
         trainer.factor = times
         trainer.train()
         ends.append(statistics.fmean(logged(trainer, "loss")[-8:]))
