@@ -250,19 +250,26 @@ def test_every_setting_of_a_study_is_one_that_the_recipe_knows(study: str, tmp_p
         assert recipe.eval_before == (job.part == "final" and job.arm == options.arms[0]["name"])
 
 
+BLOCKS = {"embedding_rule": "block"}
+
+
 @pytest.mark.parametrize(
     ("optim", "given", "meant"),
     [
         ("foam", "level=8", "level=8,scale=0.25,fold_embeddings=false,fold_head=false"),
-        ("foam", "scale=6,fold_embeddings=true,fold_head=true", {"embedding_scale": "6"}),
-        ("foam", "scale=6,fold_embeddings=false,fold_head=True", {"embedding_scale": "6"}),
-        ("foam", "fold_embeddings=true", "fold_embeddings=true,scale=0.25,fold_head=false,embedding_scale=0.25"),
-        ("foam_mini", "scale=4,fold_embeddings=true,fold_head=true", {"embedding_scale": "4"}),
+        ("foam", "scale=6,fold_embeddings=true,fold_head=true", {**BLOCKS, "embedding_scale": "6"}),
+        ("foam", "scale=6,fold_embeddings=false,fold_head=True", {**BLOCKS, "embedding_scale": "6"}),
+        (
+            "foam",
+            "fold_embeddings=true",
+            "fold_embeddings=true,scale=0.25,fold_head=false,embedding_rule=block,embedding_scale=0.25",
+        ),
+        ("foam_mini", "scale=4,fold_embeddings=true,fold_head=true", {**BLOCKS, "embedding_scale": "4"}),
         ("foam", "scale=6,fold_embeddings=false,fold_head=false", {}),
         ("foam", "scale=1,second_moment=factored,fold_embeddings=true,fold_head=true", {}),
         ("foam_muon", "scale=1,fold_embeddings=true,fold_head=true", {}),
         ("foam_adam_mini", "scale=2,fold_embeddings=true,fold_head=true", {}),
-        ("foam", "scale=6,embedding_scale=1,fold_embeddings=true,fold_head=true", {}),
+        ("foam", "scale=6,embedding_scale=1,fold_embeddings=true,fold_head=true", BLOCKS),
         ("foam", "scale=6,embedding_scale=1,embedding_rule=factored,fold_embeddings=true,fold_head=true", {}),
         ("foam_factored_embeddings", "level=8", {}),
         ("galore_adamw", "rank=8", {}),
@@ -286,7 +293,8 @@ def test_arms_that_ran_before_embedding_scale_fold_all_matrices_at_one_scale(pla
         options = foam_options(settings["optim"], settings["optim_args"])
         scale, groups = options["scale"], foam_param_groups(model, **grouping_options(options))
         folded = [group for group in groups if group.get("level") != 0]
-        assert {group.get("scale", scale) for group in folded} == {scale}
+        found = {(group.get("second_moment", "block"), group.get("scale", scale)) for group in folded}
+        assert found == {(options.get("second_moment", "block"), scale)}
         folding += any(model.model.embed_tokens.weight is p for group in folded for p in group["params"])
     assert folding or plan == "instruct_study.yaml"
 

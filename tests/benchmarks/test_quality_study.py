@@ -443,8 +443,8 @@ def tiny_glue(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_a_candidate_without_switches_is_foam(options: dict) -> None:
     ours, theirs = tiny_llama(), tiny_llama()
     groups = foam_hf.foam_param_groups
-    foam = foam_hf.FOAM(groups(ours, weight_decay=0.1), lr=0.01, scale=0.25, **options)
-    candidate = Candidate(groups(theirs, weight_decay=0.1), lr=0.01, **options)
+    foam = foam_hf.FOAM(groups(ours, weight_decay=0.1, embedding_rule="block"), lr=0.01, scale=0.25, **options)
+    candidate = Candidate(groups(theirs, weight_decay=0.1, embedding_rule="block"), lr=0.01, **options)
     for _ in range(10):
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             p.grad = torch.randn_like(p)

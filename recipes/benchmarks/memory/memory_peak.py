@@ -97,7 +97,8 @@ class Case:
     accumulation: int = 1  # backward passes a step
 
 
-EMBEDDINGS, RELEASE = "fold_embeddings=true", "gradient_release=true"
+# Embeddings as in the results: until version 0.3.0 they had the rule of other matrices.
+EMBEDDINGS, RELEASE = "fold_embeddings=true,embedding_rule=block", "gradient_release=true"
 FOLDED = f"{EMBEDDINGS},fold_head=true"
 RELEASED = f"{FOLDED},{RELEASE}"
 EIGHT, SEVEN, ONE = "llama-3.1-8b", "llama-7b", "llama-1.1b"

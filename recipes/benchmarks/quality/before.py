@@ -1,7 +1,8 @@
 """What a study means by FOAM where an arm does not say: the version of the package under which the first studies ran.
 
 In version 0.1.0 the scale was 0.25, and embeddings and LM heads were plain. Those that an arm folds have the scale of
-all other matrices, and the arm says so. One that names an option of embeddings is newer, and must say all of this.
+all other matrices, and their rule, as in every version before 0.4.0; the arm then says so. One that names an option of
+embeddings is newer, and must say all of this but the rule.
 """
 
 from collections.abc import Mapping
@@ -41,6 +42,7 @@ def options_before(optim: str, given: Mapping[str, Any]) -> dict[str, Any]:
         )
     rule = {**options, **FOAM_NAMES[optim]}.get("second_moment", "block")
     folds = any(written(options[name]) == "true" for name in ("fold_embeddings", "fold_head"))
-    if newer or not folds or rule != "block":  # other rules have no scale for embeddings
+    if not folds or rule != "block":  # other rules have no options for embeddings
         return options
-    return {**options, "embedding_scale": options["scale"]}
+    of_embeddings = {"embedding_rule": "block", "embedding_scale": options["scale"]}
+    return {**options, **{name: value for name, value in of_embeddings.items() if name not in options}}

@@ -37,7 +37,8 @@ def factored_embeddings(trainer, optim_args: str | None):
     args, model = trainer.args, trainer.model
     vocabulary = vocabulary_weights(model)
     groups = []
-    for group in foam_param_groups(model, weight_decay=args.weight_decay, fold_embeddings=True, fold_head=True):
+    folding: dict = {"fold_embeddings": True, "fold_head": True, "embedding_rule": "block"}
+    for group in foam_param_groups(model, weight_decay=args.weight_decay, **folding):
         outer = [p for p in group["params"] if id(p) in vocabulary]
         inner = [p for p in group["params"] if id(p) not in vocabulary]
         groups += [{**group, "params": inner}] if inner else []

@@ -183,7 +183,8 @@ def optimizers_of(name: str, model: Any) -> list[torch.optim.Optimizer]:
         return [torch.optim.Muon(matrices, lr=LR), torch.optim.AdamW(rest, lr=LR, fused=True)]
     from foam_hf import FOAM, foam_param_groups
 
-    options = {} if name == "foam" else {"second_moment": name}
+    # Embeddings as in the results: until version 0.3.0 they had the rule of other matrices.
+    options = {"embedding_rule": "block"} if name == "foam" else {"second_moment": name}
     return [FOAM(foam_param_groups(model, **options), lr=LR)]
 
 

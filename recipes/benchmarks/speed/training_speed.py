@@ -70,19 +70,22 @@ class Case:
 
 
 PLAIN = "fold_embeddings=false,fold_head=false"  # as when these were measured
+BLOCKS = "embedding_rule=block"  # the same
 APOLLO = {"optim": "apollo_adamw", "optim_target_modules": ["self_attn", "mlp"]}
 CASES = {
     "foam": Case("foam, level 8", {"optim": "foam", "optim_args": PLAIN}),
     "foam-factored": Case(
         "foam, level 8, factored", {"optim": "foam", "optim_args": f"second_moment=factored,{PLAIN}"}
     ),
-    "foam-embeddings": Case("foam, level 8, embeddings too", {"optim": "foam", "optim_args": "fold_head=false"}),
+    "foam-embeddings": Case(
+        "foam, level 8, embeddings too", {"optim": "foam", "optim_args": f"fold_head=false,{BLOCKS}"}
+    ),
     "adamw-fused": Case("adamw_torch_fused", {"optim": "adamw_torch_fused"}),
     "adamw-8bit": Case("adamw_8bit (bitsandbytes)", {"optim": "adamw_8bit"}),
     "adafactor": Case("adafactor", {"optim": "adafactor"}),
     "apollo": Case("apollo_adamw, rank 256", {**APOLLO, "optim_args": "rank=256,scale=1.0,scale_type=channel"}),
     "flash": Case("FlashAdamW, 24-bit master weights", flash=True),
-    "foam-mini": Case("foam_mini", {"optim": "foam_mini"}),
+    "foam-mini": Case("foam_mini", {"optim": "foam_mini", "optim_args": BLOCKS}),
 }
 
 
