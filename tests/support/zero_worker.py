@@ -354,8 +354,12 @@ def groups_made_by_hand_need_no_option() -> None:
             engine.backward(engine(**TOKENS).loss)
             engine.step()
         assert {group["second_moment"] for group in optimizer.param_groups} == {"block"}
-        for mine, theirs in zip(whole(model), alone.parameters(), strict=True):
-            assert_within(mine, theirs.detach(), "ZeRO 3 against one process, 10 steps")
+        expected = [p.detach() for p in alone.parameters()]
+        if stage < 3:
+            assert_follows(whole(model), expected, f"a LLaMA, zero {stage}")
+            continue
+        for mine, theirs in zip(whole(model), expected, strict=True):
+            assert_within(mine, theirs, "a LLaMA under ZeRO 3 by hand against one process, 4 steps")
 
 
 def check_all(folder: Path) -> None:
