@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from foam_hf.optim_args import default_scale, embedding_rule_of, names_of, option
-from foam_hf.optimizer.tables import OTHERWISE, by_kind
+from foam_hf.optimizer.tables import by_kind, table_fields
 from foam_hf.rules.all import folding_rule
 from foam_hf.tensors.places import whole
 
@@ -81,7 +81,8 @@ def foam_param_groups(
     Returns:
         Groups `{"params": [...], "weight_decay": ..., ...}` in the order folded/decay, folded/no decay, plain/decay,
         plain/no decay; those of embeddings and heads with fields of their own come before plain ones. Empty groups
-        are left out. Parameters keep the order of `model.named_parameters()`.
+        are left out. Parameters keep the order of `model.named_parameters()`. Groups of embeddings whose rule is left
+        open have a field `otherwise`, the rule and scale that FOAM gives them where they cannot be factored.
 
     Raises:
         ValueError: no parameter is trainable, `target_modules` matches no weight, the weight decay is negative, NaN
@@ -91,7 +92,7 @@ def foam_param_groups(
     option("embedding_scale").check(embedding_scale)
     option("embedding_rule").check(embedding_rule)
     rule, config = folding_rule(folded_options.get("second_moment")), getattr(_unwrap(model), "config", None)
-    tables = rule.table_fields or _table_fields(folded_options, embedding_scale, embedding_rule)
+    tables = rule.table_fields or table_fields(folded_options, embedding_scale, embedding_rule)
     names = foam_parameter_names(
         model,
         target_modules=target_modules,
@@ -181,20 +182,6 @@ def grouping_options(options: dict[str, Any], *, blocks_alone: bool = False) -> 
         if chosen.get("embedding_scale") == scale:
             del chosen["embedding_scale"]  # like other matrices: no groups of their own
     return chosen
-
-
-def _table_fields(folded: Mapping[str, Any], scale: float | None, asked: str | None) -> dict[str, Any]:
-    """What groups of embeddings and heads have beside the fields of other matrices; empty if they are like them.
-
-    `scale` and `asked` are the `embedding_scale` and `embedding_rule` that were given, or None.
-    """
-    second_moment = embedding_rule_of({**folded, "embedding_rule": asked})
-    if second_moment == "factored":
-        level = folded.get("level", option("level").default)
-        fields = {"scale": scale or default_scale(level, second_moment), "second_moment": second_moment}
-        return fields if asked else {**fields, OTHERWISE: (folded.get("second_moment"), scale or folded.get("scale"))}
-    same = second_moment is None or scale in (None, folded.get("scale"))
-    return {} if same else {"scale": scale}
 
 
 def layer_names(model: nn.Module) -> set[str]:

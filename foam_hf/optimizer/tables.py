@@ -1,6 +1,6 @@
-"""Embeddings and LM heads that have the factored rule because nobody asked for another, and what takes its place.
+"""The fields of embeddings and LM heads, and what takes the place of the factored rule if nobody asked for a rule.
 
-`foam_param_groups` marks their groups. A run that updates by blocks alone then needs no option: under DeepSpeed's
+`foam_param_groups` marks such groups. A run that updates by blocks alone then needs no option: under DeepSpeed's
 ZeRO, with gradient release and several backward passes, and at level 0 they are updated like other matrices.
 """
 
@@ -11,13 +11,29 @@ from typing import Any
 
 from torch import Tensor
 
-from foam_hf.optim_args import default_scale
+from foam_hf.optim_args import default_scale, embedding_rule_of, option
 from foam_hf.tensors.rows import PLAIN, kind_of
 
 Group = dict[str, Any]
 
 # The mark: the second_moment and the scale that take the place of the group's; None is the optimizer's.
 OTHERWISE = "otherwise"
+
+
+def table_fields(folded: Mapping[str, Any], scale: float | None, asked: str | None) -> Group:
+    """What groups of embeddings and heads have beside the fields of other matrices; empty if they are like them.
+
+    Args:
+        folded: the fields of other matrices.
+        scale, asked: the `embedding_scale` and `embedding_rule` that were given, or None.
+    """
+    rule = embedding_rule_of({**folded, "embedding_rule": asked})
+    if rule == "factored":
+        level = folded.get("level", option("level").default)
+        fields = {"scale": scale or default_scale(level, rule), "second_moment": rule}
+        return fields if asked else {**fields, OTHERWISE: (folded.get("second_moment"), scale or folded.get("scale"))}
+    same = rule is None or scale in (None, folded.get("scale"))
+    return {} if same else {"scale": scale}
 
 
 def settle(group: Group, defaults: Mapping[str, Any]) -> None:
