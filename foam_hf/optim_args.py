@@ -185,7 +185,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("weight_decay", 0.0, _FROM_0, "decoupled, as in AdamW", key=False, may_change=True),
     Option("level", 8, _LEVEL, "a block has 2**level adjacent columns; row makes a whole row one block; 0 "
            "folds nothing", folded=True, plain=0, carried=True),
-    Option("scale", None, _POSITIVE, "multiplies the step of folded weights, not their decay: the paper's alpha",
+    Option("scale", None, _POSITIVE, "multiplies the step of folded weights but factored embeddings, not their decay: "
+           "the paper's alpha",
            decided_by=_SCALES, folded=True, plain=1.0, may_change=True),
     Option("second_moment", "block", Words(tuple(SCALES)), "the rule: block is the paper's, factored keeps means over "
            "rows and columns instead", grouping=True, folded=True, plain="block", carried=True),
@@ -202,7 +203,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("fold_head", None, Words(), "the same for an LM head that is not tied to the embedding", decided_by="true",
            field=False, grouping=True),
     Option("embedding_scale", None, _POSITIVE, "the scale of embeddings and LM heads that fold",
-           decided_by="1; scale with embedding_rule=block", field=False, grouping=True, rule="block",
+           decided_by="1; scale where the rule is block", field=False, grouping=True, rule="block",
            elsewhere=_UNREAD),
     Option("embedding_rule", None, Words(("block", "factored")), "the rule of embeddings and LM heads that fold",
            decided_by="factored; block where a run updates by blocks alone", field=False, grouping=True, rule="block",

@@ -30,7 +30,7 @@ from foam_hf.optimizer.state import (
     with_dtype,
 )
 from foam_hf.optimizer.step import PreparedStep, refuse_capture
-from foam_hf.optimizer.tables import without_mark
+from foam_hf.optimizer.tables import as_saved, without_mark
 from foam_hf.rules.all import asked_rules, rule_of
 from foam_hf.tensors.folding import Level
 from foam_hf.tensors.places import is_sharded, whole
@@ -278,9 +278,10 @@ class FOAM(torch.optim.Optimizer):
         flat = self._weights.are_flat(self.param_groups)
         self._weights.refuse_other(state_dict, flat)
         expected = self._weights.spec if flat else expected_state
-        saved_states = check_checkpoint(state_dict, self.param_groups, expected)
+        here = as_saved(self.param_groups, state_dict)
+        saved_states = check_checkpoint(state_dict, here, expected)
         groups = [with_dtype(group) for group in state_dict["param_groups"]]
-        for mine, group in zip(self.param_groups, groups, strict=True):
+        for mine, group in zip(here, groups, strict=True):
             group["nonfinite"] = mine["nonfinite"]
             group.pop(RECORD, None)
             if "param_names" not in mine:  # torch would require names of every later group
@@ -288,7 +289,7 @@ class FOAM(torch.optim.Optimizer):
         state_dict = {**state_dict, "param_groups": groups}
         replaced = {
             f"{name}={saved[name]}, not {mine[name]}"
-            for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
+            for mine, saved in zip(here, state_dict["param_groups"], strict=True)
             for name in self.defaults
             if name != "lr" and name in saved and list_as_tuple(saved[name]) != list_as_tuple(mine[name])
         }

@@ -62,6 +62,23 @@ def like_others(group: Group) -> bool:
     return True
 
 
+def as_saved(groups: list[Group], state_dict: Any) -> list[Group]:
+    """``groups``, with copies like other matrices in place of marked ones that are so in a checkpoint.
+
+    What is no checkpoint of these groups is left to other checks.
+    """
+    saved = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
+    if not isinstance(saved, list) or len(saved) != len(groups):
+        return groups
+    found = []
+    for group, other in zip(groups, saved, strict=True):
+        if OTHERWISE in group and isinstance(other, dict) and other.get("second_moment") == group[OTHERWISE][0]:
+            group = dict(group)
+            like_others(group)
+        found.append(group)
+    return found
+
+
 def by_kind(weights: Sequence[Tensor], fields: Group) -> Iterator[tuple[Sequence[Tensor], Group]]:
     """Yield ``weights`` with their ``fields``; INT8 ones apart if these are marked, as no kernel factors for them."""
     quantized = [p for p in weights if kind_of(p) != PLAIN] if OTHERWISE in fields else []

@@ -20,6 +20,10 @@ from foam_hf.trainer.report import require_report_events
 
 logger = logging.getLogger("foam_hf")
 
+_BY_BLOCKS = (
+    "FOAM: embeddings and heads have embedding_rule=block here, the one rule for DeepSpeed's ZeRO and for gradient "
+    "release with accumulation; elsewhere it is factored, which learns more from much text"
+)
 _announced: weakref.ref[Any] | None = None  # the arguments of the run whose first line was printed last
 _current_trainer: ContextVar[Any] = ContextVar("foam_hf_trainer", default=None)
 
@@ -77,9 +81,11 @@ def wrap_create_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
 def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
     import torch
 
+    from foam_hf.memory.measured import headline
     from foam_hf.optimizer.decided import Decided
     from foam_hf.optimizer.foam import FOAM
     from foam_hf.optimizer.groups import foam_param_groups, grouping_options
+    from foam_hf.optimizer.tables import OTHERWISE
 
     running = _current_trainer.get()
     trainer = running if running is not None and running.args is args else None
@@ -95,13 +101,14 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
     let_foam_update_on_cpu(trainer)
     if "state_dtype" in options:
         options["state_dtype"] = getattr(torch, options["state_dtype"])
-    groups = foam_param_groups(
-        model,
-        weight_decay=args.weight_decay,
-        target_modules=args.optim_target_modules,
-        decay_parameter_names=decay_parameter_names(trainer, model),
-        **grouping_options(options, blocks_alone=updates_by_blocks_alone(args, trainer)),
-    )
+    blocks_alone = updates_by_blocks_alone(args, trainer)
+    settings = {
+        "weight_decay": args.weight_decay,
+        "target_modules": args.optim_target_modules,
+        "decay_parameter_names": decay_parameter_names(trainer, model),
+    }
+    left_open = blocks_alone and foam_param_groups(model, **settings, **grouping_options(dict(options)))
+    groups = foam_param_groups(model, **settings, **grouping_options(options, blocks_alone=blocks_alone))
     kwargs = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -110,7 +117,9 @@ def _foam_cls_and_kwargs(args: Any, model: Any) -> tuple[Any, dict[str, Any]]:
     }
     # A throw-away optimizer without state validates every value and predicts the state of the real one.
     preview = FOAM([dict(group) for group in groups], **kwargs)
-    _announce(args, preview, args.world_size if uses_deepspeed(args, trainer) else None)
+    lines = [headline(preview, zero=args.world_size if uses_deepspeed(args, trainer) else None)]
+    lines += [_BY_BLOCKS] if left_open and any(OTHERWISE in group for group in left_open) else []
+    _announce(args, preview, "\n".join(lines))
     if args.should_log and all("level" in group for group in groups):  # only groups that do not fold have the key
         logger.warning(
             f"optim={name_of(args.optim)!r}: no trainable weight of {type(model).__name__} folds, so this run keeps "
@@ -137,11 +146,11 @@ def _options(args: Any) -> dict[str, Any]:
     return {"seed": args.seed, **options}
 
 
-def _announce(args: Any, optimizer: Any, zero: int | None) -> None:
-    """Print and log how much state FOAM takes beside AdamW's; ``zero`` as in ``headline``."""
-    from foam_hf.memory.measured import headline, summarize
+def _announce(args: Any, optimizer: Any, lines: str) -> None:
+    """Print `lines`, and log a summary of the optimizer."""
+    from foam_hf.memory.measured import summarize
 
-    _print_once(args, headline(optimizer, zero=zero))
+    _print_once(args, lines)
     if not args.should_log:
         return
     logger.info(summarize(optimizer))
@@ -149,14 +158,14 @@ def _announce(args: Any, optimizer: Any, zero: int | None) -> None:
         print(summarize(optimizer), file=sys.stderr, flush=True)
 
 
-def _print_once(args: Any, line: str) -> None:
-    """Print `line` to stderr, once a run, on process 0, unless `log_level` hides warnings."""
+def _print_once(args: Any, lines: str) -> None:
+    """Print `lines` to stderr, once a run, on process 0, unless `log_level` hides warnings."""
     global _announced
     announced = _announced is not None and _announced() is args
     if announced or args.process_index or args.get_process_log_level() > logging.WARNING:
         return
     _announced = weakref.ref(args)
-    print(line, file=sys.stderr, flush=True)
+    print(lines, file=sys.stderr, flush=True)
 
 
 def wrap_model_card(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -189,7 +198,10 @@ def describe_optimizer(args: Any, trainer: Any = None) -> str:
     if effective["embedding_scale"] is None:
         factored = default_scale(effective["level"], "factored")
         effective["embedding_scale"] = factored if rule == "factored" else effective["scale"]
-    for name in names_of(lambda each: each.rule not in (None, effective["second_moment"])):
+    unread = names_of(lambda each: each.rule not in (None, effective["second_moment"]))
+    if effective.get("fold_embeddings") is False and effective.get("fold_head") is False:
+        unread += ("embedding_rule", "embedding_scale")
+    for name in unread:
         effective.pop(name, None)
     if releases_gradients(args):
         effective["gradient_release"] = True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from foam_hf import FOAM, foam_param_groups
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.optim_args import SCALES
 from foam_hf.optimizer.groups import foam_parameter_names, grouping_options, layer_names
+from foam_hf.optimizer.micro_batches import check_accumulation
 from foam_hf.optimizer.tables import OTHERWISE
 from tests.support import tiny_models
 
@@ -239,6 +242,37 @@ def test_blocks_at_the_scale_of_all_matrices_make_no_groups(options, blocks_alon
     assert "embedding_scale" not in options and "embedding_rule" not in options
     assert len(groups) < len(foam_param_groups(model))
     assert all(group["second_moment"] == "block" for group in FOAM(groups, **options).param_groups)
+
+
+def test_a_checkpoint_of_blocks_goes_on_where_the_rule_of_embeddings_was_left_open():
+    """By hand, whether gradient release with accumulation begins before or after loading."""
+
+    def made(seed):
+        torch.manual_seed(seed)
+        model = tiny_models.tiny_llama()
+        return model, FOAM(foam_param_groups(model), lr=1e-2)
+
+    def step(model, optimizer, seed):
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+
+    model, optimizer = made(0)
+    check_accumulation(optimizer, 2)
+    assert {group["second_moment"] for group in optimizer.param_groups} == {"block"}
+    step(model, optimizer, 1)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    step(model, optimizer, 2)
+    again, resumed = made(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the rule of embeddings was nobody's wish
+        resumed.load_state_dict(saved)
+    again.load_state_dict(weights)
+    check_accumulation(resumed, 2)
+    step(again, resumed, 2)
+    for mine, other in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, other)
 
 
 def rules_of(optimizer):

@@ -212,9 +212,13 @@ def test_the_model_card_names_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("release", "steps"), [(False, 2), (True, 1), (True, 2)])
 def test_embeddings_have_the_block_rule_where_release_adds_up_backward_passes(
-    tmp_path: Path, release: bool, steps: int, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    release: bool,
+    steps: int,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Without an option: the optimizer, what is logged of it, and the model card say the same."""
+    """Without an option: the optimizer, what is printed and logged of it, and the model card say the same."""
     blocks = release and steps > 1
     with caplog.at_level(logging.INFO, logger="foam_hf"):
         trainer = make(tmp_path, release, max_steps=1, gradient_accumulation_steps=steps)
@@ -226,6 +230,7 @@ def test_embeddings_have_the_block_rule_where_release_adds_up_backward_passes(
     assert ("embedding_scale=6.0, embedding_rule=block" in card) == blocks
     assert ("embedding_scale=1.0, embedding_rule=factored" in card) != blocks
     assert ("scale 1, second moment factored): 2 tensors" in caplog.text) != blocks
+    assert ("FOAM: embeddings and heads have embedding_rule=block here" in capsys.readouterr().err) == blocks
 
 
 # what is refused

@@ -59,7 +59,8 @@ def train(output: Path) -> str:
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     rows = torch.randint(0, 512, (64, 16), generator=torch.Generator().manual_seed(1))
     arguments = {
-        "output_dir": str(output), "optim": "foam", "optim_args": "level=3,embedding_rule=block", "learning_rate": 1e-3, "max_steps": STEPS,
+        "output_dir": str(output), "optim": "foam", "optim_args": "level=3,embedding_rule=block",
+        "learning_rate": 1e-3, "max_steps": STEPS,
         "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": EVERY, "save_total_limit": 3,
         "report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": STEPS,
     }  # fmt: skip
