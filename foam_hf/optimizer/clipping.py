@@ -108,11 +108,14 @@ class ClipByAll:
         seconds = [states[i].get(self._seconds[i][0]) for i in found]
         if not found or any(x is None or x.device != device for x in seconds):
             return self._sizes
-        sums = torch._foreach_norm([local(x) for x in seconds], 1, dtype=torch.float32)
-        summed = add_over_shards([self._released[i] for i in found], torch.stack(sums))
-        if len(found) < len(states):
-            summed = torch.zeros_like(self._sizes).index_copy_(0, torch.tensor(found).to(device), summed)
-        squares = summed * self._counts
+        sums = torch.stack(torch._foreach_norm([local(x) for x in seconds], 1, dtype=torch.float32))
+        at = None if len(found) == len(states) else torch.tensor(found).to(device)
+        counts = (
+            self._counts if at is None else self._counts[at]
+        )  # of this rank, so they come before the sum over ranks
+        squares = add_over_shards([self._released[i] for i in found], sums * counts)
+        if at is not None:
+            squares = torch.zeros_like(self._sizes).index_copy_(0, at, squares)
         total = squares.sum()
         shares = torch.lerp(squares / total, self._sizes, BY_SIZE)
         return torch.where((total > 0) & total.isfinite(), shares, self._sizes)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from foam_hf.optimizer.deepspeed import flats_of, is_of_zero3, is_partitioned
 from foam_hf.optimizer.flat_parts import FlatParts, Group, Weight
 from foam_hf.optimizer.state import CheckpointMismatchError, check_checkpoint, field_problem
-from foam_hf.optimizer.tables import like_others
+from foam_hf.optimizer.tables import LeftOpen
 from foam_hf.rules.all import rule_of, shardable_options
 from foam_hf.rules.rule import StateTensor
 from foam_hf.tensors.places import whole
@@ -41,7 +41,8 @@ def _reference(p: Any) -> Callable[[], Tensor | None]:
 class FlatWeights:
     """The weights that an optimizer was made for, and the flat vectors that ZeRO has made of them, if it has."""
 
-    def __init__(self) -> None:
+    def __init__(self, left_open: LeftOpen | None = None) -> None:
+        self._left_open = left_open or LeftOpen()
         self._groups: list[tuple[Group, list[int]]] = []
         self.weights: list[Weight] = []
         self.parts: dict[int, FlatParts] = {}  # id of a flat vector -> its parts; empty without ZeRO
@@ -99,14 +100,14 @@ class FlatWeights:
                 f"{len(strangers)} of {len(groups)} param groups are not those that FOAM was made with, so it cannot "
                 "tell which weights lie in their flat vectors; expected the dicts of FOAM.param_groups"
             )
+        all_groups = [group for group, _ in self._groups]
+        for number, group in self._left_open.of(all_groups):
+            logger.info("FOAM under DeepSpeed's ZeRO: embeddings and heads have the block rule, not the factored one")
+            self._left_open.settle(all_groups, number)
+            for i in self._groups[number][1]:
+                self.weights[i] = self.weights[i]._replace(rule=group["second_moment"])
         self._groups = [(group, numbers) for group, numbers in self._groups if numbers]
         for group, numbers in self._groups:
-            if like_others(group):
-                logger.info(
-                    "FOAM under DeepSpeed's ZeRO: embeddings and heads have the block rule, not the factored one"
-                )
-                for i in numbers:
-                    self.weights[i] = self.weights[i]._replace(rule=group["second_moment"])
             refuse_whole_weights_rules(group, "DeepSpeed's ZeRO")
             if any(self.weights[i].p() is None for i in numbers):
                 raise ValueError(

@@ -30,7 +30,7 @@ from foam_hf.optimizer.state import (
     with_dtype,
 )
 from foam_hf.optimizer.step import PreparedStep, refuse_capture
-from foam_hf.optimizer.tables import as_saved, without_mark
+from foam_hf.optimizer.tables import LeftOpen, like_others
 from foam_hf.rules.all import asked_rules, rule_of
 from foam_hf.tensors.folding import Level
 from foam_hf.tensors.places import is_sharded, whole
@@ -125,7 +125,8 @@ class FOAM(torch.optim.Optimizer):
         check_options(defaults)
         self._prepared: PreparedStep | None = None  # holds addresses: never copied, pickled or resumed
         self._left_out = LeftOutReport()
-        self._weights, self._flat_steps = FlatWeights(), FlatSteps()
+        self.left_open = LeftOpen()
+        self._weights, self._flat_steps = FlatWeights(self.left_open), FlatSteps()
         super().__init__(params if decided is None else decided.applied_to(params), defaults)
         if decided is not None and decided.released:
             expect_release(self)
@@ -162,12 +163,12 @@ class FOAM(torch.optim.Optimizer):
             for p in group["params"]:
                 check_parameter(p)
                 check_rule(whole(p), group)
-                if is_sharded(p):
-                    pieces_of(p, *rule_of(p, group))
+            _check_shards(group)
             self._weights.add(group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self.left_open.add(group)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -231,6 +232,9 @@ class FOAM(torch.optim.Optimizer):
         """
         self._report(wait=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "left_open": self.left_open}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # torch adds this default, which FOAM does not have. Groups with it would not match those of a checkpoint.
@@ -239,8 +243,10 @@ class FOAM(torch.optim.Optimizer):
         for group in self.param_groups:  # a checkpoint of an older version lacks newer options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+        if "left_open" not in self.__dict__:  # pickled by an older version
+            self.left_open = LeftOpen(None for _ in self.param_groups)
         if "_weights" not in self.__dict__:  # it was copied or unpickled
-            self._weights = FlatWeights()
+            self._weights = FlatWeights(self.left_open)
             for group in self.param_groups:
                 self._weights.add(group)
         self._weights.follow(self.param_groups)
@@ -255,7 +261,6 @@ class FOAM(torch.optim.Optimizer):
         """
         self.check_gradients()
         saved = super().state_dict()
-        saved["param_groups"] = without_mark(saved["param_groups"])
         for group in saved["param_groups"]:
             group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
         return self._weights.saved(saved) if self._weights.are_flat(self.param_groups) else saved
@@ -278,7 +283,7 @@ class FOAM(torch.optim.Optimizer):
         flat = self._weights.are_flat(self.param_groups)
         self._weights.refuse_other(state_dict, flat)
         expected = self._weights.spec if flat else expected_state
-        here = as_saved(self.param_groups, state_dict)
+        here = self.left_open.as_saved(self.param_groups, state_dict)
         saved_states = check_checkpoint(state_dict, here, expected)
         groups = [with_dtype(group) for group in state_dict["param_groups"]]
         for mine, group in zip(here, groups, strict=True):
@@ -367,3 +372,14 @@ def step_some(
         prepared = PreparedStep(owned.groups, params, states, members)
     prepared.run(grad_scale, owned.left_out, len(numbering), micro)
     return prepared
+
+
+def _check_shards(group: dict[str, Any]) -> None:
+    """Raise ValueError for shards that the rule of ``group`` cannot have; embeddings get blocks if these can."""
+    try:
+        for p in filter(is_sharded, group["params"]):
+            pieces_of(p, *rule_of(p, group))
+    except ValueError:
+        if not like_others(group):
+            raise
+        _check_shards(group)

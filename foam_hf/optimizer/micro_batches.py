@@ -23,7 +23,6 @@ from foam_hf.optimizer.members import (
     parameters_of,
 )
 from foam_hf.optimizer.sharding import add_over_shards, zero_gradient
-from foam_hf.optimizer.tables import like_others
 from foam_hf.rules.all import rule_of
 from foam_hf.rules.by_rows import RowMoment
 from foam_hf.tensors.folding import block_width
@@ -183,12 +182,15 @@ def check_accumulation(optimizer: FOAM, count: Any) -> None:
         raise ValueError(f"accumulation is out of range: got {count}; expected 1 to {MAX_MICROS} micro-batches")
     if count == 1:
         return
-    for group in optimizer.param_groups:
-        if not any(optimizer.state.get(p) for p in group["params"]) and like_others(group):
-            logger.info(
-                "gradient release with accumulation: embeddings and heads have the block rule, not the factored one"
-            )
-    if name := refusing_rule(optimizer.param_groups):
+    groups = optimizer.param_groups
+    left_open = optimizer.left_open.of(groups)
+    if left_open and not any(optimizer.state.get(p) for _, group in left_open for p in group["params"]):
+        logger.info(
+            "gradient release with accumulation: embeddings and heads have the block rule, not the factored one"
+        )
+        for number, _ in left_open:
+            optimizer.left_open.settle(groups, number)
+    if name := refusing_rule(groups):
         raise ValueError(
             f"gradient release adds up micro-batches by the block rule alone: got second_moment={name!r} with "
             f"accumulation={count}; expected second_moment='block' (for embeddings and heads embedding_rule='block'), "

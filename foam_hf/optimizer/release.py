@@ -89,7 +89,6 @@ def enable_gradient_release(
     if not isinstance(inner, FOAM):
         raise TypeError(f"gradient release updates by FOAM's rule: got {type(inner).__name__}; expected foam_hf.FOAM")
     check_clip(max_grad_norm, clip_by, accumulation)
-    check_accumulation(inner, accumulation)
     clip = max_grad_norm or 0.0, clip_by
     return GradientRelease(model, inner, clip, accumulation, process_group, broadcast_buffers)
 
@@ -109,6 +108,7 @@ class GradientRelease:
         self._optimizer = optimizer
         self._names = {id(p): name for name, p in model.named_parameters()}
         check_model(model, optimizer, self._names)
+        check_accumulation(optimizer, accumulation)
         self._updates = Updates(optimizer, *clip)
         params = parameters_of(optimizer.param_groups)
         self._processes = Processes(model, params, process_group, broadcast_buffers, accumulation > 1)

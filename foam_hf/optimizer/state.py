@@ -75,9 +75,11 @@ def field_problem(number: int, group: dict[str, Any], saved: dict[str, Any]) -> 
     for name in names_of(lambda each: each.field and not each.may_change):
         value = saved.get(name, option(name).default)  # versions without the field behaved as its default
         if value != group[name]:
+            of_tables = {value, group[name]} == {"block", "factored"}
+            same = "the same (for embeddings and heads by embedding_rule)" if of_tables else "the same"
             return (
                 f"the checkpoint was trained with {name}={value!r} in param group {number}, this optimizer has "
-                f"{name}={group[name]!r}; expected the same, or training from the start"
+                f"{name}={group[name]!r}; expected {same}, or training from the start"
             )
     return ""
 

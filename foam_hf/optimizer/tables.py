@@ -1,7 +1,8 @@
 """The fields of embeddings and LM heads, and what takes the place of the factored rule if nobody asked for a rule.
 
-`foam_param_groups` marks such groups. A run that updates by blocks alone then needs no option: under DeepSpeed's
-ZeRO, with gradient release and several backward passes, and at level 0 they are updated like other matrices.
+`foam_param_groups` marks such groups, and FOAM takes the marks off and keeps them. A run that updates by blocks alone
+then needs no option: under DeepSpeed's ZeRO, with gradient release and several backward passes, where both rows and
+columns are divided, and at level 0 they are updated like other matrices.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from foam_hf.optim_args import default_scale, embedding_rule_of, option
 from foam_hf.tensors.rows import PLAIN, kind_of
 
 Group = dict[str, Any]
+Mark = tuple[str, float]
 
 # The mark: the second_moment and the scale that take the place of the group's; None is the optimizer's.
 OTHERWISE = "otherwise"
@@ -62,21 +64,45 @@ def like_others(group: Group) -> bool:
     return True
 
 
-def as_saved(groups: list[Group], state_dict: Any) -> list[Group]:
-    """``groups``, with copies like other matrices in place of marked ones that are so in a checkpoint.
+class LeftOpen:
+    """What takes the place of the factored rule in each of an optimizer's param groups: (rule, scale), or None.
 
-    What is no checkpoint of these groups is left to other checks.
+    It is found by the group's position, as clients and checkpoints replace the dicts. In other numbers of groups than
+    were added, none has it.
     """
-    saved = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
-    if not isinstance(saved, list) or len(saved) != len(groups):
-        return groups
-    found = []
-    for group, other in zip(groups, saved, strict=True):
-        if OTHERWISE in group and isinstance(other, dict) and other.get("second_moment") == group[OTHERWISE][0]:
-            group = dict(group)
-            like_others(group)
-        found.append(group)
-    return found
+
+    def __init__(self, marks: Iterable[Mark | None] = ()) -> None:
+        self.marks = list(marks)
+
+    def add(self, group: Group) -> None:
+        """Take the mark off a new group."""
+        self.marks.append(group.pop(OTHERWISE, None))
+
+    def of(self, groups: Sequence[Group]) -> list[tuple[int, Group]]:
+        """Position and group of each that has the factored rule because nobody asked for a rule."""
+        if len(groups) != len(self.marks):
+            return []
+        pairs = zip(groups, self.marks, strict=True)
+        return [(i, group) for i, (group, mark) in enumerate(pairs) if mark and group["second_moment"] != mark[0]]
+
+    def settle(self, groups: Sequence[Group], number: int) -> None:
+        """Give a group that ``of`` has found the rule and scale of other matrices."""
+        groups[number]["second_moment"], groups[number]["scale"] = self.marks[number] or (None, None)
+
+    def as_saved(self, groups: list[Group], state_dict: Any) -> list[Group]:
+        """``groups``, with copies like other matrices in place of those that are so in a checkpoint.
+
+        What is no checkpoint of these groups is left to other checks.
+        """
+        saved = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
+        found = list(groups)
+        if isinstance(saved, list) and len(saved) == len(groups) and all(isinstance(each, dict) for each in saved):
+            for i, group in self.of(groups):
+                rule = (self.marks[i] or ("", 0))[0]
+                if saved[i].get("second_moment") == rule:
+                    found[i] = dict(group)
+                    self.settle(found, i)
+        return found
 
 
 def by_kind(weights: Sequence[Tensor], fields: Group) -> Iterator[tuple[Sequence[Tensor], Group]]:
@@ -89,8 +115,3 @@ def by_kind(weights: Sequence[Tensor], fields: Group) -> Iterator[tuple[Sequence
         weights = [p for p in weights if id(p) not in ids]
     if weights:
         yield weights, fields
-
-
-def without_mark(groups: Iterable[Group]) -> list[Group]:
-    """Copies of ``groups`` as checkpoints hold them: where there is state, the rule is decided."""
-    return [{name: value for name, value in group.items() if name != OTHERWISE} for group in groups]

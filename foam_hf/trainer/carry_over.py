@@ -60,20 +60,23 @@ def continuing_args(
 
 
 def _of_tables(folding: list[dict[str, Any]], options: dict[str, Any], decided: str | None) -> list[dict[str, Any]]:
-    """What the scale and rule of a checkpoint's embeddings and heads may be; `decided` is the rule without options."""
+    """What the options of a checkpoint's embeddings and heads may have been; `decided` is the rule without options.
+
+    A rule of None is left open: of INT8 weights it is block where others are factored.
+    """
     rule, block = options["second_moment"], option("second_moment").default
     if rule != block:
         return [{"embedding_scale": None, "embedding_rule": None}]
     fields = [(group.get("scale"), group.get("second_moment", block)) for group in folding]
     others = [each for each in fields if each != fields[0]]
-    if (
-        not others
-    ):  # none of them folds, so that their rule does not matter, or they are in the groups of other matrices
-        return [{"embedding_scale": None, "embedding_rule": each} for each in dict.fromkeys((decided, block))]
-    scale, second_moment = others[0]
+    if not others:  # none of them folds, so that their rule does not matter, or they are in groups of other matrices
+        rules = (block,) if decided == block else (None, block)
+        return [{"embedding_scale": None, "embedding_rule": each} for each in rules]
+    scale, second_moment = next((each for each in others if each[1] != block), others[0])
     if second_moment != block and scale == default_scale(options["level"], second_moment):
         scale = None
-    return [{"embedding_scale": scale, "embedding_rule": second_moment}]
+    rules = (block,) if second_moment == block else (None, second_moment)
+    return [{"embedding_scale": scale, "embedding_rule": each} for each in rules]
 
 
 def explain_folded_heads(model: nn.Module, error: CheckpointMismatchError) -> str:
@@ -96,7 +99,7 @@ def _as_optim_args(options: dict[str, Any], given: dict[str, Any], decided: str 
     """The text of `optim_args`: those `options` that differ from the default, then the other keys of `given`."""
     defaults = {**_carried_defaults(), "scale": default_scale(options["level"], options["second_moment"])}
     defaults |= {name: option(name).default for name in names_of(lambda each: each.grouping and not each.field)}
-    defaults["embedding_rule"] = decided
+    defaults["embedding_rule"] = decided if decided == option("second_moment").default else None
     keys = {name: value for name, value in options.items() if value is not None and value != defaults[name]}
     keys |= {name: value for name, value in given.items() if name not in options}
     return ",".join(f"{name}={written(value)}" for name, value in keys.items())

@@ -111,9 +111,10 @@ def _suggest_optim_args(trainer: Any) -> Iterator[None]:
         fitting = continuing_args(trainer.model, args.optim_target_modules, given, error, blocks_alone=blocks_alone)
         if fitting is None and (reason := explain_folded_heads(trainer.model, error)):
             raise ValueError(f"{error}. {reason}.") from error
-        if fitting is None or _equal(foam_options("foam", fitting), requested_options(args)):
+        factored = any(group.get("second_moment") == "factored" for group in error.state_dict["param_groups"])
+        one_pass = ", gradient_accumulation_steps=1" if blocks_alone and factored else ""
+        if fitting is None or (not one_pass and _equal(foam_options("foam", fitting), requested_options(args))):
             raise  # in the second case something else made these groups, as a trainer's own create_optimizer
-        one_pass = ", gradient_accumulation_steps=1" if blocks_alone and "=factored" in fitting else ""
         raise ValueError(
             f"{error}. To go on with this checkpoint: optim='foam', optim_args={fitting!r}{one_pass}."
         ) from error

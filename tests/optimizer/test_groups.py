@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
-from foam_hf import FOAM, foam_param_groups
+from foam_hf import FOAM, enable_gradient_release, foam_param_groups
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.optim_args import SCALES
 from foam_hf.optimizer.groups import foam_parameter_names, grouping_options, layer_names
 from foam_hf.optimizer.micro_batches import check_accumulation
+from foam_hf.optimizer.state import CheckpointMismatchError
 from foam_hf.optimizer.tables import OTHERWISE
+from foam_hf.trainer.carry_over import continuing_args
 from tests.support import tiny_models
 
 pytestmark = pytest.mark.compat
@@ -273,6 +282,79 @@ def test_a_checkpoint_of_blocks_goes_on_where_the_rule_of_embeddings_was_left_op
     step(again, resumed, 2)
     for mine, other in zip(again.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, other)
+
+
+def rules_of_tables(optimizer):
+    return {group["second_moment"] for group in optimizer.param_groups if group["level"] != 0}
+
+
+def prepared(optimizer):
+    return Accelerator(cpu=True).prepare(optimizer)
+
+
+def loaded_by_itself(optimizer):  # as accelerate does when it prepares an optimizer
+    optimizer.load_state_dict(optimizer.state_dict())
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [copy.deepcopy, loaded_by_itself, prepared, lambda optimizer: pickle.loads(pickle.dumps(optimizer))],
+)
+def test_that_a_rule_was_left_open_outlives_copies_and_loads(changed):
+    optimizer = changed(FOAM(foam_param_groups(tiny_models.tiny_llama())))
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    assert not any(OTHERWISE in group for group in [*optimizer.param_groups, *optimizer.state_dict()["param_groups"]])
+    assert rules_of_tables(optimizer) == {"block", "factored"}
+    check_accumulation(optimizer, 2)
+    assert rules_of_tables(optimizer) == {"block"}
+    assert {group["scale"] for group in optimizer.param_groups if group["level"] != 0} == {SCALES["block"]}
+
+
+def test_flattened_state_is_loaded_into_groups_whose_rule_was_left_open():
+    def step(model, optimizer, seed):
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+
+    model, options = tiny_models.tiny_llama(), StateDictOptions(flatten_optimizer_state_dict=True)
+    optimizer = FOAM(foam_param_groups(model))
+    step(model, optimizer, 1)
+    saved, again = get_optimizer_state_dict(model, optimizer, options=options), copy.deepcopy(model)
+    resumed = FOAM(foam_param_groups(again))
+    set_optimizer_state_dict(again, resumed, saved, options=options)
+    step(model, optimizer, 2)
+    step(again, resumed, 2)
+    for mine, other in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_what_cannot_be_released_keeps_its_rule():
+    """An error changes nothing, be it about the model or about groups of which one has state."""
+    model = tiny_models.tiny_llama()
+    optimizer = FOAM(foam_param_groups(model, decay_parameter_names={"lm_head.weight"}))
+    with pytest.raises(ValueError):
+        enable_gradient_release(tiny_models.tiny_llama(), optimizer, accumulation=2)
+    assert rules_of_tables(optimizer) == {"block", "factored"}
+    model.lm_head.weight.grad = torch.randn_like(model.lm_head.weight)
+    optimizer.step()
+    with pytest.raises(ValueError, match="embedding_rule='block'"):
+        enable_gradient_release(model, optimizer, accumulation=2)
+    assert sum(group["second_moment"] == "factored" for group in optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "advised"), [({}, ""), ({"embedding_rule": "factored"}, "embedding_rule=factored")]
+)
+def test_a_checkpoint_with_an_int8_head_goes_on_by_the_options_that_made_it(options, advised):
+    """There a rule that was left open is not the one that is given."""
+    model = tiny_models.tiny_llama()
+    model.lm_head.weight = nn.Parameter(Int8Weight.from_float(model.lm_head.weight, 16), requires_grad=False)
+    model.lm_head.weight.requires_grad_(True)
+    saved = FOAM(foam_param_groups(model, **options)).state_dict()
+    error = CheckpointMismatchError("of other options", saved)
+    assert continuing_args(model, None, {"embedding_rule": "block"}, error) == advised
 
 
 def rules_of(optimizer):

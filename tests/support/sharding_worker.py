@@ -25,7 +25,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foam_hf import FOAM
+from foam_hf import FOAM, foam_param_groups
+from foam_hf.optimizer.clipping import ClipByAll
 from foam_hf.optimizer.sharding import pieces_of
 from foam_hf.rules.block import BLOCK
 from foam_hf.tensors.places import local
@@ -291,6 +292,47 @@ def places(world: int) -> None:
             assert (piece.place.first_row, piece.place.first_column) == tuple(offset), (shape, placements)
 
 
+def expected_shares(world: int) -> None:
+    """Of the norm, what clipping under gradient release expects of each weight, on every rank as on one process."""
+    mesh = init_device_mesh("cpu", (world,))
+    shapes = [((7, 4 * world + 3), Shard(1)), ((4 * world + 3, 7), Shard(0)), ((5, 12), Replicate())]
+    for rule in ("block", "factored"):
+        found = []
+        for sharded in (False, True):
+            torch.manual_seed(3)
+            weights = [torch.randn(shape) for shape, _ in shapes]
+            grads = [torch.randn(shape) * (1 + 2 * i) for i, (shape, _) in enumerate(shapes)]
+            if sharded:
+                places = [[placement] for _, placement in shapes]
+                weights = [distribute_tensor(x, mesh, place) for x, place in zip(weights, places, strict=True)]
+                grads = [distribute_tensor(x, mesh, place) for x, place in zip(grads, places, strict=True)]
+            params = [nn.Parameter(x) for x in weights]
+            optimizer = FOAM(params, level=0 if rule == "block" else 1, second_moment=rule)
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+            optimizer.step()
+            clip = ClipByAll(optimizer, 1.0)
+            clip.begin(params, 1)
+            found.append(clip._shares)
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def embeddings_cut_in_both_dimensions(world: int) -> None:
+    """Where the rule was left open, the block rule takes what the factored one cannot."""
+    mesh = init_device_mesh("cpu", (1, world))
+    model = nn.Embedding(8, 4 * world)
+    placements = [Shard(0), Shard(1)]
+    model.weight = nn.Parameter(distribute_tensor(model.weight.data, mesh, placements))
+    group = foam_param_groups(model, level=2)
+    assert FOAM(group).param_groups[0]["second_moment"] == "block"
+    try:
+        FOAM(foam_param_groups(model, level=2, embedding_rule="factored"))
+    except ValueError as error:
+        assert "embedding_rule='block'" in str(error)
+    else:
+        raise AssertionError("a factored matrix that is cut along rows and columns was not refused")
+
+
 def check_all(world: int) -> dict[str, float]:
     found = compare_with_one_process(world)
     os.environ.pop("FOAM_HF_KERNEL")
@@ -299,4 +341,6 @@ def check_all(world: int) -> dict[str, float]:
     other_gradients(world)
     safe_steps(world)
     places(world)
+    expected_shares(world)
+    embeddings_cut_in_both_dimensions(world)
     return found

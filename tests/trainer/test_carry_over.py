@@ -111,10 +111,10 @@ def test_release_with_accumulation_cannot_go_on_from_factored_embeddings_and_say
     trainer(tmp_path, optim_args="gradient_release=true", max_steps=2).train()
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     run = trainer(tmp_path, optim_args="gradient_release=true", **batches)
-    words = "optim_args='embedding_rule=factored,gradient_release=true', gradient_accumulation_steps=1."
+    words = "optim_args='gradient_release=true', gradient_accumulation_steps=1."
     with pytest.raises(ValueError, match=re.escape(words)):
         run.train(resume_from_checkpoint=True)
-    trainer(tmp_path, optim_args="embedding_rule=factored,gradient_release=true").train(resume_from_checkpoint=True)
+    trainer(tmp_path, optim_args="gradient_release=true").train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize(
