@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import tests.support.zero_checkpoints_worker as worker
+from tests.support.zero_runs import run_worker
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.long, pytest.mark.slow]
 
 
@@ -22,15 +18,7 @@ pytestmark = [pytest.mark.long, pytest.mark.slow]
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What came of each checkpoint, in two processes."""
     folder = tmp_path_factory.mktemp("zero_checkpoints")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.support.zero_checkpoints_worker", str(folder)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "USE_TF": "0"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    run_worker("zero_checkpoints_worker", folder)
     return torch.load(folder / "results.pt")
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -23,8 +20,8 @@ from foam_hf.optimizer.groups import foam_param_groups
 from foam_hf.trainer.refusals import refuse_sharding
 from tests.support.tiny_models import tiny_llama
 from tests.support.tolerances import assert_within
+from tests.support.zero_runs import run_worker
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.long, pytest.mark.slow]
 
 
@@ -32,15 +29,7 @@ pytestmark = [pytest.mark.long, pytest.mark.slow]
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The weights after every step of runs in two processes, which have checked more themselves."""
     folder = tmp_path_factory.mktemp("zero")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.support.zero_trainer_worker", str(folder)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "USE_TF": "0"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    run_worker("zero_trainer_worker", folder)
     return torch.load(folder / "results.pt")
 
 
