@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -15,6 +14,7 @@ from foam_hf.int8.files import CODES, SCALES, TensorFiles, int8_block
 from foam_hf.int8.layers import Int8Layer, install_, int8_of
 from foam_hf.int8.weight import Int8Weight
 from foam_hf.optimizer.groups import layer_names
+from foam_hf.optimizer.targets import matches
 from foam_hf.tensors.places import is_sharded
 
 logger = logging.getLogger("foam_hf")
@@ -83,7 +83,7 @@ def plan_int8(
         if name not in wanted:
             continue
         module_name, module = owners[id(p)][0]
-        excluding = [entry for entry in modules_to_not_convert or () if _matches(entry, module_name)]
+        excluding = [entry for entry in modules_to_not_convert or () if matches(entry, module_name)]
         unused = [entry for entry in unused if entry not in excluding]
         block = int8_block(p.shape[-1], block_size)
         if excluding:
@@ -138,13 +138,6 @@ def _tied_names(model: nn.Module) -> set[str]:
 def _is_linear(module: nn.Module) -> bool:
     # A subclass with its own forward may use its weight in other ways.
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-
-
-def _matches(entry: str, module_name: str) -> bool:
-    try:
-        return entry in module_name or re.fullmatch(entry, module_name) is not None
-    except re.error:
-        return False
 
 
 def module_of(model: nn.Module, name: str) -> nn.Linear:

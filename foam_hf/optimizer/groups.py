@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, cast
@@ -12,10 +11,9 @@ from torch import Tensor, nn
 
 from foam_hf.optim_args import default_scale, embedding_rule_of, names_of, option
 from foam_hf.optimizer.tables import by_kind, table_fields
+from foam_hf.optimizer.targets import select_targets
 from foam_hf.rules.all import folding_rule
 from foam_hf.tensors.places import whole
-
-logger = logging.getLogger("foam_hf")
 
 # Names of parameters that transformers' Trainer keeps out of weight decay; searched in lower-cased names.
 _NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -153,7 +151,7 @@ def foam_parameter_names(
     asked: set[int] = set().union(*(ids for ids, wanted in choices if wanted))
     folded = layers.union(*(ids for ids, wanted in choices if wanted is None))
     if target_modules is not None:
-        folded = _select_targets(model, folded, asked, target_modules)
+        folded = select_targets(model, folded, asked, target_modules)
     folded |= asked
     layers_alone = folding_rule(second_moment).table_fields is not None
     apart = embeddings | heads if tables or layers_alone else set()
@@ -276,98 +274,6 @@ def _base_model_and_heads(model: nn.Module) -> tuple[nn.Module, set[int]]:
     heads = {id(p) for module in modules if isinstance(module, nn.Module) for p in module.parameters()}
     base = getattr(model, "base_model", None)
     return (_unwrap(base) if isinstance(base, nn.Module) else model), heads
-
-
-def _select_targets(model: nn.Module, folded: set[int], asked: set[int], targets: str | list[str]) -> set[int]:
-    """The ids in `folded` whose modules match `targets`.
-
-    ValueError if neither they nor any of `asked` match, the weights that fold whatever `targets` is.
-    """
-    if isinstance(targets, str):
-        entries = [targets]
-    elif isinstance(targets, list | tuple) and all(isinstance(entry, str) for entry in targets):
-        entries = list(targets)
-    else:
-        raise TypeError(
-            f"target_modules is neither a string nor a list of strings, got {targets!r}; "
-            "expected module names, a regex, or 'all-linear'"
-        )
-    all_linear = isinstance(targets, str) and targets.replace("_", "-") == "all-linear"
-    selected: set[int] = set()
-    used: set[str] = set()
-    candidates = []
-    for module_name, module in model.named_modules():
-        own = {id(p) for p in module.parameters(recurse=False)} & (folded | asked)
-        if not own:
-            continue
-        candidates.append(module_name)
-        if all_linear:
-            hits = set(entries) if _is_linear(module) else set()
-        elif isinstance(targets, str):
-            hits = {targets} if _fullmatch(targets, module_name, strict=True) else set()
-        else:
-            hits = {entry for entry in entries if entry in module_name or _fullmatch(entry, module_name, strict=False)}
-        if hits:
-            used |= hits
-            selected |= own & folded
-    if not used:
-        raise ValueError(_no_match(targets, entries, candidates))
-    for entry in entries:
-        if entry not in used:
-            logger.warning(
-                "target_modules: %r matches no weight that folds; such are %s",
-                entry,
-                _nearest_names(candidates, entry),
-            )
-    return selected
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # GPT-2's transposed linear layer, Conv1D, is found by its name, because transformers is not imported here.
-    return isinstance(module, nn.Linear) or any(
-        cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(module).__mro__
-    )
-
-
-def _fullmatch(pattern: str, name: str, *, strict: bool) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        if not strict:  # a list entry may be part of a name instead of a regex
-            return False
-        raise ValueError(
-            f"target_modules is not a valid regular expression ({error}), got {pattern!r}; "
-            "expected a regex, a list of names, or 'all-linear'"
-        ) from error
-
-
-def _no_match(targets: str | list[str], entries: list[str], candidates: list[str]) -> str:
-    if not candidates:
-        return f"target_modules matches no weight that folds, got {targets!r}; this model has none at all"
-    wanted = " ".join(entries)
-    if isinstance(targets, str) and any(targets in name for name in candidates) and targets:
-        return (
-            f"target_modules (Trainer's optim_target_modules) matches no weight that folds, got {targets!r}; "
-            f"a string is a regex of whole names: expected {'.*' + targets + '.*'!r}, or a list, [{targets!r}]"
-        )
-    return (
-        f"target_modules (Trainer's optim_target_modules) matches no weight that folds, got {targets!r}; "
-        f"expected names such as {_nearest_names(candidates, wanted)}, parts of them in a list, or 'all-linear'"
-    )
-
-
-def _nearest_names(candidates: list[str], wanted: str, count: int = 4) -> str:
-    """Up to `count` names, for a message: those nearest to `wanted` first, compared by their last part."""
-    by_last_part: dict[str, str] = {}
-    for name in candidates:
-        by_last_part.setdefault(name.rsplit(".", 1)[-1], name)
-    last_wanted = re.split(r"[.\s*]+", wanted)[-1]
-    near = [
-        by_last_part[part] for part in difflib.get_close_matches(last_wanted, list(by_last_part), n=count, cutoff=0.5)
-    ]
-    near += [name for name in difflib.get_close_matches(wanted, candidates, n=count) if name not in near]
-    chosen = list(dict.fromkeys([*near, *by_last_part.values()]))[:count]
-    return ", ".join(repr(name) for name in chosen)
 
 
 def _decay_parameter_names(model: nn.Module) -> list[str]:
