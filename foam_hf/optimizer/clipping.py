@@ -22,7 +22,6 @@ from foam_hf.optimizer.members import Group, Numbering, member_of, numbering_of
 from foam_hf.optimizer.sharding import add_over_shards, norms_of
 from foam_hf.optimizer.undo import Correction, Undo
 from foam_hf.rules.all import rule_of
-from foam_hf.tensors.folding import block_width
 from foam_hf.tensors.places import local
 from foam_hf.tensors.step import Member, State
 
@@ -110,10 +109,8 @@ class ClipByAll:
             return self._sizes
         sums = torch.stack(torch._foreach_norm([local(x) for x in seconds], 1, dtype=torch.float32))
         at = None if len(found) == len(states) else torch.tensor(found).to(device)
-        counts = (
-            self._counts if at is None else self._counts[at]
-        )  # of this rank, so they come before the sum over ranks
-        squares = add_over_shards([self._released[i] for i in found], sums * counts)
+        sums *= self._counts if at is None else self._counts[at]  # this rank's, so before the sum over ranks
+        squares = add_over_shards([self._released[i] for i in found], sums)
         if at is not None:
             squares = torch.zeros_like(self._sizes).index_copy_(0, at, squares)
         total = squares.sum()
@@ -179,11 +176,9 @@ class ClipByAll:
 
 
 def _second_of(p: Tensor, group: Group) -> tuple[str, int]:
-    """The state of ``p`` that holds means of squares, and of how many columns here; "" if its rule has none."""
+    """``Rule.squares`` of ``p``; "" and 1 if its rule has none."""
     rule, level = rule_of(p, group)
-    if rule.name == "factored":
-        return "row_exp_avg_sq", local(p).shape[-1]
-    return "folded_exp_avg_sq" if rule.name == "block" else "", block_width(level, p.shape[-1])
+    return rule.squares(p, level) if rule.squares else ("", 1)
 
 
 def squares_of(params: Iterable[Tensor]) -> list[Tensor]:

@@ -52,5 +52,6 @@ BLOCK = Rule(
     update_micro=update_micro_block,
     micro_kernel="foam_hf.rules.micro_batches_kernel",
     largest_step=ADAMS_LARGEST_STEP,
+    squares=lambda p, level: ("folded_exp_avg_sq", block_width(level, p.shape[-1])),
     takes=lambda p, group: p.dim() > 1 and group["level"] != 0,  # with blocks of one column it is AdamW
 )

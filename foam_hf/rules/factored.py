@@ -153,4 +153,5 @@ FACTORED = Rule(
     shards="rows or columns",  # a rank must hold either whole rows or whole columns to compute their means
     temporary=_temporary_bytes,
     together=True,
+    squares=lambda p, level: ("row_exp_avg_sq", places.local(p).shape[-1]),
 )

@@ -258,6 +258,8 @@ class Rule:
             convolutions then stay plain. None if the rule takes them all.
         temporary: bytes that a step of a parameter allocates and frees again on a GPU.
         together: whether a step holds these bytes for all parameters at once.
+        squares: of a parameter that has state, the tensor of state that holds means of its gradient's squares, and of
+            how many columns here each is a mean; None if the rule has no such state.
     """
 
     name: str
@@ -282,6 +284,7 @@ class Rule:
     table_fields: Group | None = field(default=None, hash=False)
     temporary: Callable[[Tensor, Level], int] = no_temporary_bytes
     together: bool = False
+    squares: Callable[[Tensor, Level], tuple[str, int]] | None = None
 
     @property
     def asked(self) -> tuple[str, str]:
