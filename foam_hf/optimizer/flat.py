@@ -100,11 +100,11 @@ class FlatWeights:
                 f"{len(strangers)} of {len(groups)} param groups are not those that FOAM was made with, so it cannot "
                 "tell which weights lie in their flat vectors; expected the dicts of FOAM.param_groups"
             )
-        all_groups = [group for group, _ in self._groups]
-        for number, group in self._left_open.of(all_groups):
+        for number, fields in self._left_open.of([group for group, _ in self._groups]).items():
             logger.info("FOAM under DeepSpeed's ZeRO: embeddings and heads have the block rule, not the factored one")
-            self._left_open.settle(all_groups, number)
-            for i in self._groups[number][1]:
+            group, weights = self._groups[number]
+            group.update(fields)
+            for i in weights:
                 self.weights[i] = self.weights[i]._replace(rule=group["second_moment"])
         self._groups = [(group, numbers) for group, numbers in self._groups if numbers]
         for group, numbers in self._groups:

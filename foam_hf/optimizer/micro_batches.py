@@ -184,12 +184,12 @@ def check_accumulation(optimizer: FOAM, count: Any) -> None:
         return
     groups = optimizer.param_groups
     left_open = optimizer.left_open.of(groups)
-    if left_open and not any(optimizer.state.get(p) for _, group in left_open for p in group["params"]):
+    if left_open and not any(optimizer.state.get(p) for i in left_open for p in groups[i]["params"]):
         logger.info(
             "gradient release with accumulation: embeddings and heads have the block rule, not the factored one"
         )
-        for number, _ in left_open:
-            optimizer.left_open.settle(groups, number)
+        for i, fields in left_open.items():
+            groups[i].update(fields)
     if name := refusing_rule(groups):
         raise ValueError(
             f"gradient release adds up micro-batches by the block rule alone: got second_moment={name!r} with "

@@ -78,30 +78,26 @@ class LeftOpen:
         """Take the mark off a new group."""
         self.marks.append(group.pop(OTHERWISE, None))
 
-    def of(self, groups: Sequence[Group]) -> list[tuple[int, Group]]:
-        """Position and group of each that has the factored rule because nobody asked for a rule."""
+    def of(self, groups: Sequence[Group]) -> dict[int, Group]:
+        """Position -> the fields of other matrices, of each group that is factored because nobody asked for a rule."""
         if len(groups) != len(self.marks):
-            return []
-        pairs = zip(groups, self.marks, strict=True)
-        return [(i, group) for i, (group, mark) in enumerate(pairs) if mark and group["second_moment"] != mark[0]]
-
-    def settle(self, groups: Sequence[Group], number: int) -> None:
-        """Give a group that ``of`` has found the rule and scale of other matrices."""
-        groups[number]["second_moment"], groups[number]["scale"] = self.marks[number] or (None, None)
+            return {}
+        return {
+            i: {"second_moment": mark[0], "scale": mark[1]}
+            for i, (group, mark) in enumerate(zip(groups, self.marks, strict=True))
+            if mark and group["second_moment"] != mark[0]
+        }
 
     def as_saved(self, groups: list[Group], state_dict: Any) -> list[Group]:
         """``groups``, with copies like other matrices in place of those that are so in a checkpoint.
 
         What is no checkpoint of these groups is left to other checks.
         """
-        saved = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
-        found = list(groups)
-        if isinstance(saved, list) and len(saved) == len(groups) and all(isinstance(each, dict) for each in saved):
-            for i, group in self.of(groups):
-                rule = (self.marks[i] or ("", 0))[0]
-                if saved[i].get("second_moment") == rule:
-                    found[i] = dict(group)
-                    self.settle(found, i)
+        saved, found = state_dict.get("param_groups") if isinstance(state_dict, dict) else None, list(groups)
+        if isinstance(saved, list) and len(saved) == len(groups):
+            for i, fields in self.of(groups).items():
+                if isinstance(saved[i], dict) and saved[i].get("second_moment") == fields["second_moment"]:
+                    found[i] = {**groups[i], **fields}
         return found
 
 
